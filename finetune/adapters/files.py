@@ -1,0 +1,180 @@
+"""Writing and reading adapter directories, so that what is on disk is whole, belongs to this base, and is finite."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune import __version__
+from finetune.adapters.lora import Adapter
+from finetune.adapters.peft_layout import from_peft, peft_config_fields, peft_keys, to_peft
+from finetune.config.schema import AdapterConfig
+from finetune.console import warn
+from finetune.errors import CheckError, InputError
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PROVENANCE = "finetune.json"  # ours: PEFT, vLLM and SGLang ignore files they do not know
+
+
+def write_adapter(
+    directory: Path,
+    adapter: Adapter,
+    config: AdapterConfig,
+    *,
+    base_name: str,
+    base_revision: str | None,
+    base_identity: str,
+) -> None:
+    """Write the adapter in PEFT's layout, whole or not at all.
+
+    Args:
+        directory: must not exist.
+        adapter: its current parameters are written.
+        config: the recipe's adapter part.
+        base_name, base_revision: where to get the base, for whoever loads the adapter.
+        base_identity: which base it belongs to.
+
+    Raises:
+        CheckError: a factor is not finite, or every B is zero (nothing was trained).
+        InputError: the directory exists.
+    """
+    if directory.exists():
+        raise InputError(f"{directory} exists already", fix="choose another directory or remove it")
+    tensors = peft_tensors(adapter)
+    _check_trained(tensors)
+    staging = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+    LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        revision=base_revision,
+        inference_mode=True,
+        **peft_config_fields(config),
+    ).save_pretrained(staging)
+    provenance = {
+        "written_by": f"gpt-oss-finetune {__version__}",
+        "base_name": base_name,
+        "base_revision": base_revision,
+        "base_identity": base_identity,
+        "files": {WEIGHTS: _sha256(staging / WEIGHTS), CONFIG: _sha256(staging / CONFIG)},
+    }
+    (staging / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+    os.rename(staging, directory)
+
+
+def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """All factors under PEFT's keys, on the CPU."""
+    parameters = adapter.parameters()
+    return {
+        key: to_peft(name, parameters[f"{site.module}.{name}"].detach().cpu())
+        for site in adapter.sites
+        for name, key in peft_keys(site).items()
+    }
+
+
+def read_adapter_into(directory: Path, adapter: Adapter, config: AdapterConfig, base_identity: str) -> None:
+    """Fill an attached adapter from a directory in PEFT's layout.
+
+    Raises:
+        InputError: files are missing or damaged, ranks, alphas or targets differ from the recipe's, the adapter
+            belongs to another base, or a factor has another shape or is not finite.
+    """
+    _check_provenance(directory, base_identity)
+    _check_config(directory, config)
+    stored = _read_tensors(directory)
+    parameters = adapter.parameters()
+    wanted = {key: (site, name) for site in adapter.sites for name, key in peft_keys(site).items()}
+    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    if missing or unexpected:
+        raise InputError(
+            f"{directory} does not hold the tensors of this recipe's adapter",
+            why=f"missing: {missing[:3] or 'none'}; unexpected: {unexpected[:3] or 'none'}",
+            fix="make adapter.attention and adapter.experts in the recipe as they were when it was trained",
+        )
+    with torch.no_grad():
+        for key, (site, name) in wanted.items():
+            parameter = parameters[f"{site.module}.{name}"]
+            try:
+                factor = from_peft(name, stored[key], parameter.shape)
+            except ValueError as error:
+                raise InputError(f"{directory / WEIGHTS}: {key}: {error}") from error
+            if not factor.isfinite().all():
+                raise InputError(f"{directory / WEIGHTS}: {key} holds values that are not finite")
+            parameter.copy_(factor)
+
+
+def _check_trained(tensors: Mapping[str, Tensor]) -> None:
+    broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise CheckError(f"the adapter is not finite: {', '.join(broken[:3])}")
+    if not any(tensor.count_nonzero() for key, tensor in tensors.items() if "lora_B" in key):
+        raise CheckError("the adapter is empty: every lora_B is zero", why="no update reached it")
+
+
+def _check_provenance(directory: Path, base_identity: str) -> None:
+    if not directory.is_dir():
+        raise InputError(f"no adapter directory {directory}")
+    path = directory / PROVENANCE
+    if not path.exists():
+        warn(f"{directory} has no {PROVENANCE}: whether it belongs to this base cannot be checked")
+        return
+    try:
+        provenance = json.loads(path.read_text())
+        files, written_for = provenance["files"], provenance["base_identity"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read", why=str(error)) from error
+    for name, digest in files.items():
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} lacks {name}")
+        if _sha256(directory / name) != digest:
+            raise InputError(f"{directory / name} is not the file that was written", why="its sha256 differs")
+    if written_for != base_identity:
+        raise InputError(
+            f"{directory} was trained on another base",
+            why=f"it belongs to {provenance.get('base_name')} ({written_for[:12]}), this one is {base_identity[:12]}",
+            fix="set model.path (and model.revision) to the base it was trained on",
+        )
+
+
+def _check_config(directory: Path, config: AdapterConfig) -> None:
+    path = directory / CONFIG
+    try:
+        stored = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read", why=str(error)) from error
+    for field, wanted in peft_config_fields(config).items():
+        found = stored.get(field)
+        same = set(found or []) == set(wanted) if isinstance(wanted, list) else found == wanted
+        if not same:
+            raise InputError(
+                f"{path}: {field} is {found!r}, the recipe's adapter has {wanted!r}",
+                fix="make adapter.attention and adapter.experts in the recipe as they were when it was trained",
+            )
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    path = directory / WEIGHTS
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{directory} lacks {WEIGHTS}", why="adapters are read from safetensors only") from error
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged", why=str(error)) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

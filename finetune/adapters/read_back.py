@@ -1,0 +1,170 @@
+"""Proof that the adapter on disk is the model that was trained: stock PEFT reads it back in a fresh process.
+
+The other process dequantises the base with transformers, loads the adapter with PEFT, and compares logits with the
+live model's on real samples: with the adapter, and without it against the plain base.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune.adapters.lora import Adapter
+from finetune.console import say
+from finetune.data.render import Sample
+from finetune.errors import CheckError
+from finetune.model.build import Base
+from finetune.model.forward import hidden_states
+
+MAX_TOKENS = 1024  # of a sample; transformers' eager attention holds T x T scores
+NUM_POSITIONS = 16  # compared in each sample: 201,088 logits each
+MAX_DIFFERENCE = 1e-4  # float32; measured about 1e-5
+MAX_MEAN_KL = 1e-2  # bfloat16, where rounding now and then takes another expert
+FREE_MEMORY_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class ReadBack:
+    """What the other process found.
+
+    Attributes:
+        max_difference: largest absolute difference of logits, adapter on.
+        mean_kl: mean KL(live || read back) in nats, adapter on.
+        base_difference: largest difference with the adapter off, against the plain base.
+        effect: largest difference the adapter makes at all; a comparison that ignored it would show this much.
+        samples: how many samples were compared.
+    """
+
+    max_difference: float
+    mean_kl: float
+    base_difference: float
+    effect: float
+    samples: int
+
+    def describe(self) -> str:
+        """One line for the console and the report."""
+        return (
+            f"read back by stock PEFT in a fresh process: logits differ by {self.max_difference:.1e} at most on "
+            f"{self.samples} samples (base alone {self.base_difference:.1e}; the adapter itself moves them by "
+            f"{self.effect:.1f})"
+        )
+
+
+def memory_needed_bytes(base: Base) -> int:
+    """Bytes the other process takes.
+
+    Every weight of the dequantised base in the compute dtype, and half as much again while transformers converts.
+    """
+    tensors = base.checkpoint.shape.expected_tensors()
+    parameters = sum(
+        math.prod(shape) * (2 if name.endswith("_blocks") else 1)  # a block's byte holds two weights
+        for name, (_, shape) in tensors.items()
+        if not name.endswith("_scales")
+    )
+    return int(parameters * base.compute_dtype.itemsize * 1.5)
+
+
+def fits_in_memory(base: Base) -> bool:
+    """Does a dequantised base fit into half of the memory that is free now?"""
+    return memory_needed_bytes(base) < psutil.virtual_memory().available * FREE_MEMORY_SHARE
+
+
+def read_back(base: Base, adapter: Adapter, directory: Path, samples: Sequence[Sample]) -> ReadBack:
+    """Compare the adapter on disk with the live model.
+
+    Args:
+        base: with `adapter` attached, as trained.
+        adapter: the live one.
+        directory: what was written.
+        samples: at least one; each is cut to its first MAX_TOKENS tokens.
+
+    Raises:
+        CheckError: keys are missing or unexpected, logits differ, or the other process failed.
+    """
+    say(f"reading {directory} back with stock PEFT in a fresh process ...")
+    with tempfile.TemporaryDirectory() as scratch:
+        tensors = _live_logits(base, adapter, samples)
+        save_file(tensors, Path(scratch) / "live.safetensors")
+        request = {
+            "base": str(base.checkpoint.directory),
+            "adapter": str(directory),
+            "tensors": str(Path(scratch) / "live.safetensors"),
+            "dtype": str(base.compute_dtype).removeprefix("torch."),
+        }
+        (Path(scratch) / "request.json").write_text(json.dumps(request))
+        answer = _run_child(Path(scratch) / "request.json", directory)
+    adapted, disabled = answer["adapted"], answer["disabled"]
+    result = ReadBack(
+        adapted["max_difference"],
+        adapted["mean_kl"],
+        disabled["max_difference"],
+        answer["effect"]["max_difference"],
+        len(samples),
+    )
+    _judge(result, answer["problems"], directory, exact=base.compute_dtype == torch.float32)
+    return result
+
+
+@torch.no_grad()
+def _live_logits(base: Base, adapter: Adapter, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    base.model.eval()
+    tensors: dict[str, Tensor] = {}
+    for number, sample in enumerate(samples):
+        ids = torch.from_numpy(sample.ids[:MAX_TOKENS]).long()
+        where = torch.linspace(0, len(ids) - 1, min(NUM_POSITIONS, len(ids))).long()
+        tensors |= {f"ids.{number}": ids, f"where.{number}": where}
+        tensors[f"adapted.{number}"] = _logits(base, ids, where)
+        with adapter.disabled():
+            tensors[f"base.{number}"] = _logits(base, ids, where)
+    return tensors
+
+
+def _logits(base: Base, ids: Tensor, where: Tensor) -> Tensor:
+    positions = torch.arange(len(ids))[None]
+    hidden = hidden_states(base.model, ids[None], positions, torch.zeros_like(positions))[0]
+    logits: Tensor = base.model.lm_head(hidden[where.to(hidden.device)])
+    return logits.float().cpu().contiguous()
+
+
+def _run_child(request: Path, directory: Path) -> dict[str, dict[str, float]]:
+    script = Path(__file__).with_name("read_back_child.py")
+    # Nothing may come from a hub: everything the other process needs is on this disk.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(request)], capture_output=True, text=True, env=environment, check=False
+    )
+    results = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not results:
+        raise CheckError(
+            f"stock PEFT could not read {directory} back",
+            why=" / ".join(done.stderr.strip().splitlines()[-3:]) or f"exit code {done.returncode}",
+            fix="the adapter stays on disk; export.read_back=never skips this check",
+        )
+    answer: dict[str, dict[str, float]] = json.loads(results[-1])
+    return answer
+
+
+def _judge(result: ReadBack, problems: dict[str, float], directory: Path, *, exact: bool) -> None:
+    if problems:
+        raise CheckError(f"{directory} did not load cleanly with stock PEFT: {problems}")
+    worst = max(result.max_difference, result.base_difference)
+    failed = worst > MAX_DIFFERENCE if exact else result.mean_kl > MAX_MEAN_KL
+    if failed:
+        raise CheckError(
+            f"{directory} read back by stock PEFT is not the model that was trained: logits differ by "
+            f"{result.max_difference:.2g} (KL {result.mean_kl:.2g}), the base alone by {result.base_difference:.2g}",
+            why=f"the adapter itself moves logits by {result.effect:.2g}",
+            fix="do not serve it; report this with the versions of torch, transformers and peft",
+        )

@@ -1,0 +1,81 @@
+"""Which places of the model get an adapter: worked out from the shape and the recipe, before any weight is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune.config.schema import AdapterConfig
+from finetune.model.shapes import ModelShape
+
+SiteKind = Literal["attention", "experts"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place an adapter attaches.
+
+    Attributes:
+        kind: an attention projection, or a layer's routed experts (both projections).
+        layer: layer number from 0.
+        module: path in the model, such as `model.layers.0.self_attn.q_proj`.
+        rank, alpha: of the update; its scale is alpha / rank.
+        num_parameters: trained parameters here.
+    """
+
+    kind: SiteKind
+    layer: int
+    module: str
+    rank: int
+    alpha: float
+    num_parameters: int
+
+
+def plan_sites(shape: ModelShape, config: AdapterConfig) -> list[Site]:
+    """All sites of a recipe, layer by layer."""
+    sites: list[Site] = []
+    for layer in range(shape.num_layers):
+        if config.attention.rank:
+            sites += [_attention_site(shape, config, layer, target) for target in config.attention.targets]
+        if config.experts.rank:
+            sites.append(_expert_site(shape, config, layer))
+    return sites
+
+
+def describe_sites(sites: list[Site], shape: ModelShape) -> str:
+    """Counts by kind as text, so that "the experts were never trained" cannot go unnoticed."""
+    lines = []
+    for kind, each in (
+        ("attention", "projections"),
+        ("experts", f"layers x {shape.num_experts} experts x 2 projections"),
+    ):
+        here = [site for site in sites if site.kind == kind]
+        if not here:
+            lines.append(f"  {kind:<10} none")
+            continue
+        total = sum(site.num_parameters for site in here)
+        lines.append(
+            f"  {kind:<10} {len(here)} {each}, rank {here[0].rank}, alpha {here[0].alpha:g}: {total:,} parameters"
+        )
+    return "\n".join(lines)
+
+
+def _attention_site(shape: ModelShape, config: AdapterConfig, layer: int, target: str) -> Site:
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    inputs, out = {
+        "q_proj": (shape.hidden, queries),
+        "k_proj": (shape.hidden, keys),
+        "v_proj": (shape.hidden, keys),
+        "o_proj": (queries, shape.hidden),
+    }[target]
+    rank = config.attention.rank
+    module = f"model.layers.{layer}.self_attn.{target}"
+    return Site("attention", layer, module, rank, config.attention.alpha, rank * (inputs + out))
+
+
+def _expert_site(shape: ModelShape, config: AdapterConfig, layer: int) -> Site:
+    rank = config.experts.rank
+    # gate_up reads D and writes 2F, down reads F and writes D.
+    per_expert = rank * (2 * shape.hidden + 3 * shape.expert_width)
+    module = f"model.layers.{layer}.mlp.experts"
+    return Site("experts", layer, module, rank, config.experts.alpha, per_expert * shape.num_experts)

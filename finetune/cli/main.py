@@ -1,0 +1,114 @@
+"""The `finetune` command: finds the subcommand, runs it, and turns whatever ends it into a message and an exit code.
+
+Only the chosen subcommand's module is imported, and none of them imports torch before it has work for it, so that
+`--help`, `recipes` and `config` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
+
+from finetune import __version__
+from finetune.cli.arguments import Parser, parse, refuse_unknown_word
+from finetune.console import say
+from finetune.errors import CapacityError, FinetuneError, MachineError
+
+# Command: the module with its `add_arguments(parser)` and `run(args)`, and a line for the list.
+COMMANDS = {
+    "train": ("finetune.cli.train", "fine-tune: RECIPE [key=value ...] [--dry-run], or --resume RUN"),
+    "recipes": ("finetune.cli.recipes", "list the recipes, or show one"),
+    "config": ("finetune.cli.config", "show what a recipe and overrides come to"),
+    "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
+}
+_EXIT_CODES = """exit codes: 0 done, 1 a bug in this tool, 2 configuration, 3 the data, checkpoint or adapter given,
+4 does not fit into memory, 5 this machine (network, disk, packages), 6 a check failed, 130 and 143 signals"""
+
+
+def entry() -> NoReturn:
+    """Run the command line and exit with its code."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command.
+
+    Args:
+        arguments: what follows `finetune` on the command line.
+
+    Returns:
+        The exit code (docs/design.md lists them).
+    """
+    try:
+        try:
+            _run(list(arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (`finetune recipes | head -1`); a second flush at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        say("\nstopped")
+        return 130
+    except Exception as error:
+        return _report(error)
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    parser = Parser(
+        prog="finetune",
+        description="Fine-tune gpt-oss with LoRA on attention and on every expert, over native MXFP4 weights.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gpt-oss-finetune {__version__}")
+    refuse_unknown_word(chosen, COMMANDS, "finetune")
+    usage = ""
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for command, (module, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(command, help=summary, description=f"{command}: {summary}")
+        if command == chosen:
+            import_module(module).add_arguments(subparser)
+            usage = subparser.format_usage()
+    args = parse(parser, arguments, usage)
+    if args.command is None:
+        parser.print_help()
+        return
+    import_module(COMMANDS[args.command][0]).run(args)
+
+
+def _report(error: Exception) -> int:
+    """Print what a person can use of an error and choose the exit code."""
+    known = error if isinstance(error, FinetuneError) else _as_known(error)
+    if known is None:
+        traceback.print_exception(error)
+        say(f"error: this is a bug in gpt-oss-finetune {__version__}, not in your input; please report the lines above")
+        return 1
+    say(f"error: {known}")
+    return known.exit_code
+
+
+def _as_known(error: Exception) -> FinetuneError | None:
+    """Recognise failures of the machine that any code may raise; torch's by name, so as not to import it here."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or allocator:
+        first = (str(error).splitlines() or ["out of memory"])[0]
+        return CapacityError(
+            f"out of memory: {first}",
+            fix="shorten data.max_length, lower trainer.rows_per_micro_step or model.experts_per_chunk, keep "
+            "trainer.activation_checkpointing=true, or lower adapter.experts.rank",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return MachineError(f"the disk is full{where}", fix="free some space, or set output_dir to another disk")
+    return None

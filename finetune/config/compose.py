@@ -1,0 +1,166 @@
+"""Compose a recipe, the shipped configs/ and the command line into one configuration. The only file that imports Hydra.
+
+Hydra merges files and reads overrides, and nothing else. Every layer is checked against the schema before Hydra sees
+it, because Hydra itself accepts `+misspelt=3` in silence, and the result is checked once more as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune.config.groups import checked_option, default_choices, groups, option_file, options, split_recipe
+from finetune.config.keys import KeyPath, dotted
+from finetune.config.layers import COMMAND_LINE, Layer, place_of, read_yaml
+from finetune.config.locate import shipped_dir
+from finetune.config.problems import raise_problems
+from finetune.config.recipes import find_recipe, recipe_name
+from finetune.config.refuse import lost_mappings, refuse_code, unknown_keys
+from finetune.config.schema import RunConfig
+from finetune.config.validate import validate
+from finetune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ComposedConfig:
+    """A checked configuration and where it came from.
+
+    Attributes:
+        config: what the run uses.
+        recipe_name: a shipped recipe's name, or the stem of one's own file.
+        recipe_path: the recipe's file.
+        overrides: the command line's overrides as typed.
+        plain: what Hydra composed, references resolved, before the schema's defaults.
+    """
+
+    config: RunConfig
+    recipe_name: str
+    recipe_path: Path
+    overrides: tuple[str, ...]
+    plain: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _CommandLine:
+    """Overrides, read: the text after each `=` by key, the group options, and the same as a layer."""
+
+    texts: Mapping[KeyPath, str]
+    choices: Mapping[str, str]
+    layer: Layer
+
+
+def compose(recipe: str, overrides: Sequence[str] = ()) -> ComposedConfig:
+    """Compose and check a configuration.
+
+    Args:
+        recipe: a shipped recipe's name or the path of a recipe file.
+        overrides: `group=option`, `key=value`, `+key=value` or `++key=value`; the plus signs change nothing, since
+            every key of the schema has its place already.
+
+    Raises:
+        ConfigError: anything in the recipe or the overrides that cannot be used, named with its place.
+    """
+    path = find_recipe(recipe)
+    recipe_layer, recipe_choices = split_recipe(read_yaml(path))
+    command_line = _read_overrides(overrides)
+    choices = default_choices() | recipe_choices | dict(command_line.choices)
+    files = [read_yaml(option_file(group, option)).below(group) for group, option in choices.items()]
+    layers = [*files, recipe_layer, command_line.layer]
+    for layer in layers:
+        refuse_code(layer)
+    # An unknown key hides nothing else, so all of them are named at once.
+    raise_problems([problem for layer in layers for problem in unknown_keys(layer)], layers)
+    plain = _run_hydra(recipe_layer.data, choices, command_line.texts, layers)
+    raise_problems(list(lost_mappings([recipe_layer, command_line.layer], plain)), layers)
+    return ComposedConfig(validate(plain, layers), recipe_name(path), path, tuple(overrides), plain)
+
+
+def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
+    parser = OverridesParser.create()
+    texts: dict[KeyPath, str] = {}
+    choices: dict[str, str] = {}
+    data: dict[str, Any] = {}
+    lines: dict[KeyPath, int | None] = {}
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            fix = """write key=value; a value with spaces, commas or brackets in quotes: key='"a, b"'"""
+            raise ConfigError(f"{COMMAND_LINE}: {text!r} cannot be read as an override", fix=fix) from error
+        if override.is_delete():
+            raise ConfigError(f"{COMMAND_LINE}: {text!r} deletes a key", fix="set it instead: key=value or key=null")
+        if override.is_sweep_override():
+            raise ConfigError(f"{COMMAND_LINE}: {text!r} gives several values", fix="a list is written key=[a,b]")
+        key = override.key_or_group
+        if key in groups():
+            choices[key] = _chosen_option(override, text)
+            continue
+        if override.package is not None:
+            raise ConfigError(f"{COMMAND_LINE}: {text!r} names a package (@)", fix="write key=value or group=option")
+        path, value = tuple(key.split(".")), override.value()
+        texts[path] = text.partition("=")[2]
+        lines |= dict.fromkeys([path, *_below(value, path)])
+        section = data
+        for part in path[:-1]:
+            section = section[part] if isinstance(section.get(part), dict) else section.setdefault(part, {})
+        section[path[-1]] = value
+    return _CommandLine(texts, choices, Layer(COMMAND_LINE, data, lines))
+
+
+def _chosen_option(override: Override, text: str) -> str:
+    group, option = override.key_or_group, override.value()
+    if text.startswith("+") or override.package is not None or not isinstance(option, str):
+        raise ConfigError(
+            f"{COMMAND_LINE}: {text!r} does not choose a file of the group {group}",
+            fix=f"write {group}=OPTION with one of {', '.join(options(group))}, or set single keys: {group}.KEY=VALUE",
+        )
+    return checked_option(group, option, COMMAND_LINE)
+
+
+def _run_hydra(
+    recipe: Mapping[str, Any], choices: Mapping[str, str], texts: Mapping[KeyPath, str], layers: Sequence[Layer]
+) -> dict[str, Any]:
+    """Let Hydra merge the chosen files, the recipe and the overrides, and resolve references to other keys.
+
+    Args:
+        recipe: its keys, without `defaults`; handed over in memory, so that its file may lie anywhere.
+        choices: an option for each group.
+        texts: the overrides as typed after the `=`, by key.
+        layers: the same as layers, to name the place of a reference that leads nowhere.
+    """
+    ConfigStore.instance().store(group="recipe", name="chosen", node=dict(recipe), package="_global_")
+    overrides = [f"{group}={option}" for group, option in choices.items()]
+    overrides += [f"++{dotted(path)}={text}" for path, text in texts.items()]
+    try:
+        with initialize_config_dir(str(shipped_dir("configs").resolve()), version_base="1.3"):
+            composed = hydra_compose("run", overrides=overrides)
+        plain: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        path = tuple((error.full_key or "").split("."))
+        raise ConfigError(f"{place_of(path, layers)}: {dotted(path)} has no value: {_first_line(error)}") from error
+    except HydraException as error:
+        raise ConfigError(f"the configuration cannot be composed: {_first_line(error)}") from error
+    return dict(plain)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _below(value: Any, path: KeyPath) -> Iterator[KeyPath]:
+    """Every key inside an override's value."""
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, str(key))
+        yield from _below(item, (*path, str(key)))

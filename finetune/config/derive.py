@@ -1,0 +1,77 @@
+"""What follows from a configuration before any model is loaded: arithmetic to read, and inputs that must exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from finetune.config.locate import resolve_data_path
+from finetune.config.schema import RunConfig
+from finetune.errors import InputError
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_BASE_FIX = "give a checkpoint directory or a hub name; `finetune base tiny DIR` makes a tiny base"
+
+
+def derived_lines(config: RunConfig) -> list[str]:
+    """Write the numbers that follow from others, with the arithmetic that gives them."""
+    data, trainer, adapter = config.data, config.trainer, config.adapter
+    rows = trainer.rows_per_micro_step * trainer.micro_steps * config.distributed.num_processes
+    lines = [
+        f"rows per optimiser step = {trainer.rows_per_micro_step} a micro-step x {trainer.micro_steps} micro-steps x "
+        f"{config.distributed.num_processes} process = {rows:,}",
+        f"tokens per optimiser step = {rows:,} rows x {data.max_length:,} = at most {rows * data.max_length:,}",
+    ]
+    for name, lora in (("attention", adapter.attention), ("experts", adapter.experts)):
+        if lora.rank > 0:
+            lines.append(f"LoRA scale on {name} = alpha {lora.alpha:g} / rank {lora.rank} = {lora.alpha / lora.rank:g}")
+        else:
+            lines.append(f"{name}: not adapted (rank 0)")
+    last = trainer.learning_rate * (1.0 if trainer.schedule == "constant" else trainer.final_learning_rate_share)
+    lines.append(
+        f"learning rate: {trainer.warmup_share:.0%} of the steps up to {trainer.learning_rate:g}, "
+        f"then {trainer.schedule} to {last:g}"
+    )
+    return lines
+
+
+def check_inputs(config: RunConfig) -> list[str]:
+    """Check that the base and every source can be found, without reading them.
+
+    Returns:
+        A line for each, with what was found.
+
+    Raises:
+        InputError: a file or directory is missing.
+    """
+    lines = [f"base: {_describe_base(config.model.path)}"]
+    for split in ("train", "validation", "test"):
+        for name, source in getattr(config.data, split).items():
+            path = resolve_data_path(source.path)
+            if not path.is_file():
+                raise InputError(f"data.{split}.{name}.path: there is no file {path}", fix=_data_fix(source.path))
+            only = ", ".join(f"{key} is {value}" for key, value in source.where.items())
+            lines.append(f"data.{split}.{name}: {path}, {path.stat().st_size:,} bytes" + (f", {only}" if only else ""))
+    if config.adapter.init_from is not None and not Path(config.adapter.init_from).expanduser().is_dir():
+        raise InputError(f"adapter.init_from: there is no directory {config.adapter.init_from}")
+    return lines
+
+
+def _describe_base(path: str) -> str:
+    directory = Path(path).expanduser()
+    if (directory / "config.json").is_file():
+        return f"{path}, a directory"
+    if directory.is_dir():
+        raise InputError(f"model.path: {path} holds no config.json", fix="give the checkpoint's own directory")
+    if directory.exists() or not _HUB_NAME.fullmatch(path):
+        raise InputError(f"model.path: there is no directory {path}", fix=_BASE_FIX)
+    return f"{path}, no directory here, so taken as a hub name"
+
+
+def _data_fix(path: str) -> str:
+    return (
+        "`shipped://` names a file of the toolkit's data/ folder"
+        if "://" in path
+        else "paths start at the working directory"
+    )

@@ -1,0 +1,49 @@
+"""Find what ships with the toolkit, in a checkout and in an installed wheel, and what a recipe's paths mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from finetune.errors import InputError, MachineError
+
+SHIPPED_PREFIX = "shipped://"
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def shipped_dir(name: Literal["configs", "recipes", "data"]) -> Path:
+    """Find a folder that ships with the toolkit.
+
+    Args:
+        name: which one. In a wheel it lies in `finetune/_shipped/`, in a checkout (or an editable install) beside
+            the package.
+
+    Raises:
+        MachineError: neither place has it, so the installation is broken.
+    """
+    for folder in (_PACKAGE / "_shipped" / name, _PACKAGE.parent / name):
+        if folder.is_dir():
+            return folder
+    raise MachineError(
+        f"the toolkit's own {name}/ folder is missing (looked beside and inside {_PACKAGE})",
+        fix="reinstall gpt-oss-finetune",
+    )
+
+
+def resolve_data_path(path: str) -> Path:
+    """Turn a recipe's data path into a file path; whether the file exists is the caller's question.
+
+    Args:
+        path: `shipped://FOLDER/FILE` is the toolkit's own `data/FOLDER/FILE`; anything else is a path, relative to the
+            working directory, with `~` as the home directory.
+
+    Raises:
+        InputError: a `shipped://` path that leaves the toolkit's data folder.
+    """
+    if not path.startswith(SHIPPED_PREFIX):
+        return Path(path).expanduser()
+    root = shipped_dir("data")
+    inside = root / path.removeprefix(SHIPPED_PREFIX)
+    if not inside.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{path} points outside the toolkit's data folder", fix="give the file's own path")
+    return inside

@@ -1,0 +1,92 @@
+"""What no layer of a configuration may hold, and what merging would lose in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from finetune.config.keys import KeyPath, dotted, takes_keys, type_at
+from finetune.config.layers import Layer
+from finetune.config.problems import Problem, unknown_key
+from finetune.errors import ConfigError
+
+
+def refuse_code(layer: Layer) -> None:
+    """Refuse what would run code or read the environment, so that no secret lands in a written configuration.
+
+    Raises:
+        ConfigError: a `_target_` key, or `${name:...}`, which calls a resolver such as `oc.env`; also `???`, Hydra's
+            word for a value still to come, which would leave the value from before in place without a word.
+    """
+    for path in layer.lines:
+        if path[-1] == "_target_":
+            why = "recipes hold values; nothing in them is called"
+            raise ConfigError(f"{layer.place(path)}: {dotted(path)} names code", why=why, fix="remove it")
+    for path, text in _texts(layer.data, ()):
+        if text == "???":
+            raise ConfigError(
+                f"{layer.place(path)}: {dotted(path)} is ???, which is no value", fix="write one, or null"
+            )
+        if _calls_resolver(text):
+            why = "only other keys can be referred to, as ${data.max_length}; the environment and functions cannot"
+            raise ConfigError(f"{layer.place(path)}: {dotted(path)} is {text!r}", why=why, fix="write the value itself")
+
+
+def unknown_keys(layer: Layer) -> Iterator[Problem]:
+    """Find the keys of a layer that the schema does not have; keys below an unknown one are not named again."""
+    named = set()
+    for path in layer.lines:
+        depth = next((depth for depth in range(1, len(path) + 1) if type_at(path[:depth]) is None), None)
+        if depth is None or path[:depth] in named or not takes_keys(type_at(path[: depth - 1])):
+            continue
+        named.add(path[:depth])
+        yield unknown_key(path[:depth])
+
+
+def lost_mappings(layers: Sequence[Layer], composed: Mapping[str, Any]) -> Iterator[Problem]:
+    """Find mappings that were meant to replace what stood before and were merged into it.
+
+    An empty one would be ignored in silence, and one from the command line would leave sources that it does not name.
+
+    Args:
+        layers: the recipe and the command line.
+        composed: what came out.
+    """
+    for layer in layers:
+        for path, value in _mappings(layer.data, ()):
+            meant_whole = path in layer.lines and (value == {} or layer.is_command_line)
+            got: Any = composed
+            for key in path:
+                got = got.get(key) if isinstance(got, Mapping) else None
+            if meant_whole and isinstance(got, Mapping) and got.keys() - value.keys():
+                kept = ", ".join(sorted(got.keys() - value.keys()))
+                fix = "set single keys, or choose another option for the group"
+                yield Problem(path, f"is merged into what is set already, which keeps {kept}", fix)
+
+
+def _calls_resolver(text: str) -> bool:
+    """Whether a string holds `${name:...}`, however nested: a colon inside an interpolation."""
+    depth = 0
+    for index, character in enumerate(text):
+        if text.startswith("${", index):
+            depth += 1
+        elif character == "}":
+            depth = max(0, depth - 1)
+        elif character == ":" and depth > 0:
+            return True
+    return False
+
+
+def _texts(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    if isinstance(value, str):
+        yield path, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from _texts(item, (*path, str(key)))
+
+
+def _mappings(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
+    if isinstance(value, Mapping):
+        yield path, value
+        for key, item in value.items():
+            yield from _mappings(item, (*path, str(key)))

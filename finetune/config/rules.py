@@ -1,0 +1,168 @@
+"""What the schema's types cannot say: ranges, and settings that contradict each other or would do nothing."""
+
+from __future__ import annotations
+
+import datetime
+import math
+from collections.abc import Callable, Iterator
+from functools import reduce
+from typing import Any
+
+from finetune.config.keys import KeyPath
+from finetune.config.locate import resolve_data_path
+from finetune.config.problems import Problem
+from finetune.config.schema import RunConfig, SourceConfig
+
+MAX_BALANCE_COEFFICIENT = 0.1
+
+# What must hold, in words and as a test, for which keys. A key that is null is not checked.
+_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        "model.experts_per_chunk data.max_length trainer.max_steps trainer.rows_per_micro_step trainer.micro_steps "
+        "trainer.early_stop_patience distributed.num_processes logging.every_steps evaluate.every_steps "
+        "evaluate.validation_rows evaluate.test_rows save.every_steps save.keep export.read_back_rows",
+    ),
+    (
+        "above 0",
+        lambda value: value > 0,
+        "adapter.attention.alpha adapter.experts.alpha trainer.epochs trainer.learning_rate trainer.adam_epsilon",
+    ),
+    (
+        "0 or more",
+        lambda value: value >= 0,
+        "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_gradient_norm "
+        "trainer.router_balance_coefficient",
+    ),
+    (
+        "between 0 and 1",
+        lambda value: 0 <= value <= 1,
+        "data.max_skipped_share trainer.final_learning_rate_share trainer.warmup_share",
+    ),
+    ("0 or more and below 1", lambda value: 0 <= value < 1, "trainer.adam_beta1 trainer.adam_beta2"),
+    ("above 0 and below 1", lambda value: 0 < value < 1, "evaluate.confidence"),
+    ("between 0 and 4294967295", lambda value: 0 <= value < 2**32, "seed"),
+)
+
+
+def broken_rules(config: RunConfig) -> Iterator[Problem]:
+    """Find what is wrong with a configuration whose types are right.
+
+    Yields:
+        A problem for each key out of range, each contradiction, and each setting that would do nothing.
+    """
+    yield from _ranges(config)
+    yield from _names(config)
+    yield from _sources(config)
+    yield from _adapter(config)
+    yield from _trainer(config)
+    yield from _evaluation(config)
+
+
+def _ranges(config: RunConfig) -> Iterator[Problem]:
+    for words, holds, keys in _RANGES:
+        for key in keys.split():
+            path = tuple(key.split("."))
+            value: Any = reduce(getattr, path, config)
+            if value is not None and not (math.isfinite(value) and holds(value)):
+                yield Problem(path, f"is {value}, must be {words}")
+
+
+def _names(config: RunConfig) -> Iterator[Problem]:
+    if config.name is not None and (config.name in ("", ".", "..") or "/" in config.name or "\\" in config.name):
+        yield Problem(("name",), f"is {config.name!r}, must be a directory's name without a slash")
+    for path in (("output_dir",), ("model", "path")):
+        if not reduce(getattr, path, config).strip():  # type: ignore[attr-defined]
+            yield Problem(path, "is empty")
+
+
+def _sources(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if not data.train:
+        yield Problem(("data", "train"), "names no source", "write data.train.NAME.path=FILE.jsonl")
+    for split in ("train", "validation", "test"):
+        for name, source in getattr(data, split).items():
+            path = ("data", split, name)
+            if not source.path.strip():
+                yield Problem((*path, "path"), "is empty")
+            if source.limit is not None and source.limit < 1:
+                yield Problem((*path, "limit"), f"is {source.limit}, must be at least 1")
+    for split in ("validation", "test"):
+        for name, held_out in getattr(data, split).items():
+            for train_name, trained in data.train.items():
+                if _overlap(held_out, trained):
+                    yield Problem(
+                        ("data", split, name),
+                        f"reads records that data.train.{train_name} trains on",
+                        f"give both a `where` on the same field with different values, or other files ({trained.path})",
+                    )
+    try:
+        if len(data.conversation_date) != len("2025-06-28"):
+            raise ValueError
+        datetime.date.fromisoformat(data.conversation_date)
+    except ValueError:
+        given = data.conversation_date
+        yield Problem(("data", "conversation_date"), f"is {given!r}, must be a date such as 2025-06-28")
+
+
+def _overlap(one: SourceConfig, other: SourceConfig) -> bool:
+    """Whether two sources can give the same record: one file, and no field on which their `where` differ."""
+    if resolve_data_path(one.path) != resolve_data_path(other.path):
+        return False
+    return not any(one.where[key] != other.where[key] for key in one.where.keys() & other.where.keys())
+
+
+def _adapter(config: RunConfig) -> Iterator[Problem]:
+    attention, experts = config.adapter.attention, config.adapter.experts
+    targets: KeyPath = ("adapter", "attention", "targets")
+    if attention.rank == 0 and experts.rank == 0:
+        yield Problem(
+            ("adapter",),
+            "trains nothing: adapter.attention.rank and adapter.experts.rank are both 0",
+            "give one of them a rank, or choose adapter=attention_and_experts",
+        )
+    if attention.rank > 0 and not attention.targets:
+        yield Problem(targets, "is empty", "to leave attention alone write adapter.attention.rank=0")
+    if len(set(attention.targets)) != len(attention.targets):
+        yield Problem(targets, f"names a projection twice: {', '.join(attention.targets)}")
+
+
+def _trainer(config: RunConfig) -> Iterator[Problem]:
+    trainer, distributed = config.trainer, config.distributed
+    coefficient = trainer.router_balance_coefficient
+    if coefficient > MAX_BALANCE_COEFFICIENT and not trainer.force_router_balance_coefficient:
+        yield Problem(
+            ("trainer", "router_balance_coefficient"),
+            f"is {coefficient}, above {MAX_BALANCE_COEFFICIENT}: the published config.json says 0.9, but that is a "
+            "pre-training value and ruins a fine-tune",
+            "write 0.001, or set trainer.force_router_balance_coefficient=true if you mean it",
+        )
+    if distributed.kind == "single" and distributed.num_processes != 1:
+        yield Problem(
+            ("distributed", "num_processes"),
+            f"is {distributed.num_processes}, but distributed.kind=single is one process",
+            "write 1",
+        )
+    if config.logging.mode == "online" and config.logging.tracker == "none":
+        yield Problem(("logging", "mode"), "is online, but there is no tracker", "choose logging=wandb")
+
+
+def _evaluation(config: RunConfig) -> Iterator[Problem]:
+    evaluate, data = config.evaluate, config.data
+    watched = bool(data.validation) and evaluate.every_steps is not None
+    needs = "needs a source in data.validation and evaluate.every_steps"
+    if config.save.best_metric != "none" and not watched:
+        yield Problem(("save", "best_metric"), f"is {config.save.best_metric}: it {needs}")
+    if config.trainer.early_stop_patience is not None and config.save.best_metric == "none":
+        yield Problem(
+            ("trainer", "early_stop_patience"), "has no metric to watch", "set save.best_metric=validation_loss"
+        )
+    if evaluate.every_steps is not None and not data.validation:
+        yield Problem(("evaluate", "every_steps"), "is set, but data.validation names no source")
+    if evaluate.validation_rows is not None and not data.validation:
+        yield Problem(("evaluate", "validation_rows"), "is set, but data.validation names no source")
+    if evaluate.test_rows is not None and not data.test:
+        yield Problem(("evaluate", "test_rows"), "is set, but data.test names no source")
+    if evaluate.labels == "always" and not data.test:
+        yield Problem(("evaluate", "labels"), "is always, but data.test names no source")

@@ -1,0 +1,261 @@
+"""Every key a recipe may set, as frozen dataclasses: the one definition that composing, checking and docs read.
+
+No import of torch or Hydra here: `finetune --help` and `finetune config` stay quick. Defaults are the ones argued for
+in docs/design.md; a recipe states only what differs. Units stand in the names; `None` means "not set" and each
+docstring says what follows from that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+AttentionTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+class _Strict:
+    """Tells pydantic to refuse a key that the dataclass does not have."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(_Strict):
+    """The frozen base.
+
+    Attributes:
+        path: a checkpoint directory in the published layout, or a hub name such as `openai/gpt-oss-20b`.
+        revision: branch, tag or commit of a hub name; the commit it resolves to is recorded. None: the hub's default.
+        device: `auto` takes the first GPU if there is one.
+        compute_dtype: dtype of activations and of every base tensor that is not packed. `auto`: bfloat16 on a GPU,
+            float32 on a CPU.
+        expert_storage: how expert weights are held. Checked against what was loaded.
+        experts_per_chunk: how many experts are dequantised at a time; scratch memory grows with it.
+        verify_checksums: compare shards with the checkpoint's `checksums.json` when it has one.
+    """
+
+    path: str
+    revision: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    expert_storage: Literal["mxfp4"] = "mxfp4"
+    experts_per_chunk: int = 16
+    verify_checksums: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(_Strict):
+    """One file of conversations.
+
+    Attributes:
+        path: a JSONL file, gzipped or not. `shipped://legal/...` is the toolkit's own `data/` folder; anything else is
+            relative to the working directory.
+        where: keep only records whose fields equal these, such as `{split: train}`.
+        limit: keep at most this many records, from the file's start. None: all.
+    """
+
+    path: str
+    where: dict[str, str] = field(default_factory=dict)
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(_Strict):
+    """What is trained on and how it becomes rows of tokens.
+
+    Attributes:
+        train: named sources; their samples are trained together.
+        validation: named sources for the loss watched during training. Empty: no evaluation while training.
+        test: named sources for evaluation before and after. Empty: none.
+        max_length: tokens in a packed row; a longer sample is a bad row.
+        conversation_date: the date in harmony's system message, pinned so that tokens do not change from day to day.
+        reasoning_effort: the effort named in harmony's system message.
+        on_bad_row: `stop` when a row cannot be used (the sources are read to their end first, so that all are counted),
+            or `skip` and count them.
+        max_skipped_share: with `skip`, more than this share of skipped rows stops the run all the same.
+        pack: put several samples into one row (none sees another); off: one sample a row.
+    """
+
+    train: dict[str, SourceConfig]
+    validation: dict[str, SourceConfig] = field(default_factory=dict)
+    test: dict[str, SourceConfig] = field(default_factory=dict)
+    max_length: int = 4096
+    conversation_date: str = "2025-06-28"
+    reasoning_effort: Literal["low", "medium", "high"] = "medium"
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    max_skipped_share: float = 0.05
+    pack: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionAdapterConfig(_Strict):
+    """LoRA on the attention projections. `rank: 0` leaves attention alone."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[AttentionTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertAdapterConfig(_Strict):
+    """LoRA on both projections of every routed expert. `rank: 0` leaves the experts alone."""
+
+    rank: int = 4
+    alpha: float = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(_Strict):
+    """What is trained.
+
+    Attributes:
+        dtype: dtype in which LoRA parameters are kept and updated.
+        init_from: directory of an adapter to train on from; ranks, alphas and base must match. None: A random, B zero.
+    """
+
+    attention: AttentionAdapterConfig = field(default_factory=AttentionAdapterConfig)
+    experts: ExpertAdapterConfig = field(default_factory=ExpertAdapterConfig)
+    dtype: Literal["float32"] = "float32"
+    init_from: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(_Strict):
+    """How it is trained.
+
+    Attributes:
+        epochs: passes over the training rows; a fraction stops inside a pass.
+        max_steps: stop after this many optimiser steps even if epochs are left. None: no such limit.
+        rows_per_micro_step: packed rows in one forward and backward.
+        micro_steps: micro-steps accumulated in one optimiser step (per process).
+        learning_rate: the peak, reached at the end of the warm-up.
+        schedule: how the rate falls from the peak after the warm-up.
+        final_learning_rate_share: the rate at the end as a share of the peak.
+        warmup_share: share of all steps spent rising from lr / warm-up steps to the peak.
+        max_gradient_norm: gradients are scaled down to this norm; 0 turns clipping off (the norm is still checked).
+        router_balance_coefficient: weight of the per-layer balance loss. The published config's 0.9 is a
+            pre-training value and ruins a fine-tune: above 0.1 is refused unless forced.
+        force_router_balance_coefficient: allow a coefficient above 0.1.
+        activation_checkpointing: recompute each layer in the backward pass; less memory, about a third more compute.
+        early_stop_patience: stop after this many evaluations without a better best metric. None: never.
+    """
+
+    epochs: float = 1.0
+    max_steps: int | None = None
+    rows_per_micro_step: int = 1
+    micro_steps: int = 8
+    learning_rate: float = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_learning_rate_share: float = 0.1
+    warmup_share: float = 0.03
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_gradient_norm: float = 1.0
+    router_balance_coefficient: float = 0.001
+    force_router_balance_coefficient: bool = False
+    activation_checkpointing: bool = True
+    early_stop_patience: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig(_Strict):
+    """Which processes take part. The topology asked for is checked against the one that runs.
+
+    Attributes:
+        kind: `single` is one process; others follow (docs/log.md says when).
+        num_processes: processes in all.
+    """
+
+    kind: Literal["single"] = "single"
+    num_processes: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig(_Strict):
+    """Where metrics go beside `metrics.jsonl`. A tracker that fails is reported once and never stops a run.
+
+    Attributes:
+        tracker: `wandb` sends metrics through Accelerate.
+        mode: `offline` writes wandb's files without a network.
+        every_steps: optimiser steps between two progress lines when not on a terminal.
+    """
+
+    tracker: Literal["none", "wandb"] = "none"
+    project: str = "gpt-oss-finetune"
+    mode: Literal["offline", "online"] = "offline"
+    every_steps: int = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(_Strict):
+    """What is measured before, while and after training.
+
+    Attributes:
+        every_steps: optimiser steps between two evaluations on the validation rows. None: only at the end.
+        validation_rows: validation samples used each time (the same ones). None: all.
+        test_rows: test samples scored before and after, stratified by answer. None: all.
+        labels: score each record's `answer` against all answers of the set by likelihood. `auto`: when every test
+            record has an `answer` and there are at most 64 different ones.
+        confidence: level of the intervals.
+    """
+
+    every_steps: int | None = None
+    validation_rows: int | None = None
+    test_rows: int | None = None
+    labels: Literal["auto", "always", "never"] = "auto"
+    confidence: float = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class SaveConfig(_Strict):
+    """Checkpoints for resuming.
+
+    Attributes:
+        every_steps: optimiser steps between two saves. None: only when a signal asks and at the end.
+        keep: how many of the newest checkpoints stay on disk; the best one stays beside them.
+        best_metric: the exported adapter is the one with the best value of this; `none` exports the last.
+    """
+
+    every_steps: int | None = None
+    keep: int = 2
+    best_metric: Literal["none", "validation_loss"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(_Strict):
+    """What is done with the finished adapter.
+
+    Attributes:
+        read_back: load it with stock PEFT on transformers' dequantised base in a fresh process and compare logits.
+            `auto`: when the base in float32 fits into half of the free memory; otherwise the run says that it did not.
+        read_back_rows: test (or training) samples compared.
+    """
+
+    read_back: Literal["auto", "always", "never"] = "auto"
+    read_back_rows: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(_Strict):
+    """A whole run.
+
+    Attributes:
+        name: directory name under `output_dir`. None: the recipe's name and the time.
+        output_dir: where run directories are made.
+        seed: the one seed: adapter initialisation, order of rows, evaluation subsets.
+    """
+
+    name: str | None = None
+    output_dir: str = "runs"
+    seed: int = 0
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

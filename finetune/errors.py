@@ -1,0 +1,72 @@
+"""Errors that end a command: each says what happened, why, and what to do, and carries an exit code.
+
+An exception that is not a `FinetuneError` is a bug in this tool and exits with 1.
+"""
+
+from __future__ import annotations
+
+
+class FinetuneError(Exception):
+    """Base of every error meant for the person at the terminal.
+
+    Args:
+        what: one sentence that names the thing at fault (file, key, tensor) and what is wrong with it.
+        why: the reason or the consequence, if it is not plain from `what`.
+        fix: what to type or change.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, why: str | None = None, fix: str | None = None) -> None:
+        super().__init__(what)
+        self.what, self.why, self.fix = what, why, fix
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.why:
+            lines.append(f"  why: {self.why}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class ConfigError(FinetuneError):
+    """A recipe, an override or a command line that cannot be run as written."""
+
+    exit_code = 2
+
+
+class InputError(FinetuneError):
+    """Data, a checkpoint or an adapter given to us is missing, broken or of the wrong kind."""
+
+    exit_code = 3
+
+
+class CapacityError(FinetuneError):
+    """The work does not fit the memory there is."""
+
+    exit_code = 4
+
+
+class MachineError(FinetuneError):
+    """Something about this machine: a missing package, no network, a full disk, another topology."""
+
+    exit_code = 5
+
+
+class CheckError(FinetuneError):
+    """A check of ours failed: non-finite numbers, the audit, a read-back, the frozen base."""
+
+    exit_code = 6
+
+
+class Interrupted(FinetuneError):
+    """A signal asked us to stop; the work so far is saved.
+
+    Args:
+        signal_number: 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 plus it.
+    """
+
+    def __init__(self, what: str, *, signal_number: int, fix: str | None = None) -> None:
+        super().__init__(what, fix=fix)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,203 @@
+"""Label accuracy by likelihood: which of a set's answers does the model find likeliest after the prompt?
+
+The prompt is computed once and every answer continues it: one row holds the prompt and, side by side, all answers, each
+seeing the prompt and itself only (`plan_attention`'s prefixes). What all answers begin with, such as the final
+channel's header, moves into the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GptOssForCausalLM
+
+from finetune.config.schema import DataConfig
+from finetune.console import Progress
+from finetune.data.render import render_answer, render_prompt
+from finetune.data.sources import Record
+from finetune.errors import InputError
+from finetune.evaluate.intervals import wilson_interval
+from finetune.evaluate.likelihood import BetweenBatches
+from finetune.kernels.loss_head import answer_log_likelihood
+from finetune.model.forward import hidden_states
+
+MOST_LABELS = 64
+ROW_TOKENS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class LabelScores:
+    """Scores of every label for every record.
+
+    Attributes:
+        labels: the candidates, sorted.
+        log_likelihood: float64 [n, labels], nats of the whole answer including its end token.
+        right: int64 [n], index of each record's own answer.
+    """
+
+    labels: tuple[str, ...]
+    log_likelihood: NDArray[np.float64]
+    right: NDArray[np.int64]
+
+    @property
+    def num_right(self) -> int:
+        """Records whose own answer is the likeliest."""
+        return int((self.log_likelihood.argmax(1) == self.right).sum())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of them among all records."""
+        return self.num_right / len(self.right)
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Wilson interval of the accuracy."""
+        return wilson_interval(self.num_right, len(self.right), confidence)
+
+    @property
+    def best_constant(self) -> float:
+        """Accuracy of always giving these records' most frequent answer."""
+        return float(np.bincount(self.right).max() / len(self.right))
+
+
+def label_set(records: Sequence[Record]) -> tuple[str, ...] | None:
+    """The different answers of the records, sorted; None if one has no answer or there are more than MOST_LABELS."""
+    answers = {record.answer for record in records}
+    if None in answers or not 2 <= len(answers) <= MOST_LABELS:
+        return None
+    return tuple(sorted(answer for answer in answers if answer is not None))
+
+
+def stratified_subset(records: Sequence[Record], count: int | None, seed: int) -> list[int]:
+    """Numbers of `count` records with answers in proportion to all, the same for the same seed.
+
+    Answers get their share rounded by largest remainder; within an answer the choice is random. Records without an
+    answer count as one kind. None or a large count: all records.
+    """
+    if count is None or count >= len(records):
+        return list(range(len(records)))
+    rng = np.random.default_rng(seed)
+    kinds: dict[str, list[int]] = {}
+    for number, record in enumerate(records):
+        kinds.setdefault(record.answer or "", []).append(number)
+    exact = {kind: count * len(numbers) / len(records) for kind, numbers in kinds.items()}
+    take = {kind: int(share) for kind, share in exact.items()}
+    by_remainder = sorted(kinds, key=lambda kind: (take[kind] - exact[kind], kind))
+    for kind in by_remainder[: count - sum(take.values())]:
+        take[kind] += 1
+    chosen = [n for kind, numbers in kinds.items() for n in rng.choice(numbers, take[kind], replace=False).tolist()]
+    return sorted(chosen)
+
+
+@torch.no_grad()
+def score_labels(
+    model: GptOssForCausalLM,
+    records: Sequence[Record],
+    labels: Sequence[str],
+    config: DataConfig,
+    *,
+    task: str = "label accuracy",
+    between_batches: BetweenBatches = lambda: None,
+) -> LabelScores:
+    """Log-likelihood of every label after every record's prompt.
+
+    Args:
+        model: in evaluation mode.
+        records: with answers that stand in `labels`.
+        labels: candidate answers, at least two.
+        config: conversation date and reasoning effort of the prompts.
+        task: what the progress line says.
+        between_batches: see `BetweenBatches`.
+
+    Raises:
+        InputError: a record's answer is not among the labels.
+    """
+    labels = tuple(labels)
+    right = np.array([_label_number(record, labels) for record in records])
+    answers = [render_answer(label) for label in labels]
+    shared = _common_prefix(answers)
+    scores = np.zeros((len(records), len(labels)))
+    pending: list[tuple[int, list[int]]] = []
+    with Progress(task, len(records), "records") as progress:
+        for number, record in enumerate(records):
+            pending.append((number, render_prompt(record, config) + answers[0][:shared]))
+            tokens = sum(len(prompt) for _, prompt in pending) + len(pending) * sum(len(a) - shared for a in answers)
+            if tokens >= ROW_TOKENS or number == len(records) - 1:
+                between_batches()
+                rows = [prompt for _, prompt in pending]
+                scores[[n for n, _ in pending]] = _score_row(model, rows, shared, [a[shared:] for a in answers])
+                progress.advance(len(pending))
+                pending = []
+    return LabelScores(labels, scores, right)
+
+
+def _label_number(record: Record, labels: tuple[str, ...]) -> int:
+    if record.answer not in labels:
+        raise InputError(f"{record.where}: answer {record.answer!r} is not among the {len(labels)} labels")
+    return labels.index(record.answer)
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Tokens that all sequences begin with, leaving each at least one of its own."""
+    length = 0
+    for tokens in zip(*(sequence[:-1] for sequence in sequences), strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
+
+
+def _score_row(
+    model: GptOssForCausalLM, prompts: list[list[int]], shared: int, answers: list[list[int]]
+) -> NDArray[np.float64]:
+    """[prompts, answers] log-likelihoods, everything in one row of tokens.
+
+    Args:
+        model: in evaluation mode.
+        prompts: each ends with the tokens that all answers begin with.
+        shared: how many those are.
+        answers: what follows them.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[int] = []
+    prefixes: list[int] = []
+    predictors: list[int] = []  # index of the token whose hidden state predicts each answer token
+    targets: list[int] = []
+    for group, prompt in enumerate(prompts):
+        prompt_segment = group * (len(answers) + 1)
+        _extend(ids, positions, segments, prefixes, prompt, 0, prompt_segment, prompt_segment)
+        prompt_end = len(ids) - 1
+        predictors += range(prompt_end - shared, prompt_end)
+        targets += prompt[len(prompt) - shared :]
+        for number, answer in enumerate(answers, 1):
+            predictors += [prompt_end, *range(len(ids), len(ids) + len(answer) - 1)]
+            targets += answer
+            _extend(ids, positions, segments, prefixes, answer, len(prompt), prompt_segment + number, prompt_segment)
+    row = (torch.tensor([values]) for values in (ids, positions, segments, prefixes))
+    hidden = hidden_states(model, *row)[0]
+    # All answers' first tokens are predicted by the same hidden state: its 201,088 logits are needed once.
+    needed, rows = torch.tensor(predictors, device=hidden.device).unique(return_inverse=True)
+    wanted = torch.tensor(targets, device=hidden.device)
+    likelihood = answer_log_likelihood(hidden[needed], model.lm_head.weight, rows, wanted)
+    per_prompt = likelihood.double().cpu().numpy().reshape(len(prompts), -1)
+    return per_prompt[:, :shared].sum(1, keepdims=True) + _sum_by_answer(per_prompt[:, shared:], answers)
+
+
+def _extend(
+    ids: list[int], positions: list[int], segments: list[int], prefixes: list[int],
+    tokens: list[int], first_position: int, segment: int, prefix: int,
+) -> None:  # fmt: skip
+    ids += tokens
+    positions += range(first_position, first_position + len(tokens))
+    segments += [segment] * len(tokens)
+    prefixes += [prefix] * len(tokens)
+
+
+def _sum_by_answer(per_prompt: NDArray[np.float64], answers: list[list[int]]) -> NDArray[np.float64]:
+    lengths = np.array([len(answer) for answer in answers])
+    starts = np.concatenate([[0], lengths.cumsum()[:-1]])
+    return np.add.reduceat(per_prompt, starts, axis=1)

@@ -1,0 +1,79 @@
+"""Held-out loss: mean NLL per trained token, sample by sample, on packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GptOssForCausalLM
+
+from finetune.console import Progress
+from finetune.data.batches import collate
+from finetune.data.pack import pack
+from finetune.data.render import Sample
+from finetune.evaluate.intervals import bootstrap_ratio_interval
+from finetune.kernels.loss_head import token_nll
+from finetune.model.forward import hidden_states
+from finetune.model.predictions import predicted_tokens
+
+BetweenBatches = Callable[[], None]
+"""Called between two forward passes; raises to leave early (a signal came)."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutLoss:
+    """Losses of samples, in their order.
+
+    Attributes:
+        nll: float64 [n], weight x NLL summed over each sample's trained tokens, in nats.
+        weight: float64 [n], the sum of those weights.
+    """
+
+    nll: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+    @property
+    def mean(self) -> float:
+        """Nats per trained token over all samples."""
+        return float(self.nll.sum() / self.weight.sum())
+
+    def interval(self, confidence: float) -> tuple[float, float]:
+        """Bootstrap interval of the mean, resampling samples."""
+        return bootstrap_ratio_interval(self.nll, self.weight, confidence)
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: GptOssForCausalLM,
+    samples: Sequence[Sample],
+    row_tokens: int,
+    *,
+    task: str = "held-out loss",
+    between_batches: BetweenBatches = lambda: None,
+) -> HeldOutLoss:
+    """Score samples with the model as it is.
+
+    Args:
+        model: in evaluation mode.
+        samples: at least one.
+        row_tokens: tokens in a packed row, at least the longest sample.
+        task: what the progress line says.
+        between_batches: see `BetweenBatches`.
+    """
+    nll, weight = np.zeros(len(samples)), np.zeros(len(samples))
+    rows = pack([len(sample.ids) for sample in samples], row_tokens, np.random.default_rng(0))
+    with Progress(task, len(samples), "samples") as progress:
+        for row in rows:
+            between_batches()
+            batch = collate([[samples[number] for number in row]])
+            hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
+            where, targets, weights = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
+            losses = token_nll(hidden[0, where.to(hidden.device)], model.lm_head.weight, targets.to(hidden.device))
+            segment_of_token = batch.segments[0, where].numpy()
+            np.add.at(nll, np.array(row)[segment_of_token], losses.double().cpu().numpy() * weights.double().numpy())
+            np.add.at(weight, np.array(row)[segment_of_token], weights.double().numpy())
+            progress.advance(len(row))
+    return HeldOutLoss(nll, weight)

@@ -1,0 +1,207 @@
+"""Attention with learned sinks over packed rows, in plain PyTorch: the specification that faster kernels must equal.
+
+A row holds several samples. Which keys a query sees is a property of the batch, worked out once on the host
+(`AttentionPlan`), not a T x T mask: a query sees keys at or before its own index that belong to its own segment, or to
+the one segment it continues (its prefix), and that lie within the layer's window by position. The forward pass keeps
+only the output and each query's log-sum; the backward pass recomputes probabilities block by block.
+
+A sink is one logit per head that takes part in the softmax and has no value: it only takes probability away.
+
+Shape legend: N tokens of all rows joined, H query heads, J key heads, G = H / J, d head width, Q queries in a block,
+S keys a block can see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+QUERIES_PER_BLOCK = 256
+
+
+class _Block(NamedTuple):
+    """Queries `first` to `last` (exclusive) and the earliest key any of them sees."""
+
+    first: int
+    last: int
+    first_key: int
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Which keys each query sees, for one kind of layer.
+
+    Attributes:
+        segments: int64 [N], the segment of each token, numbered across rows.
+        prefixes: int64 [N], the segment each token's own segment continues; itself when it continues none.
+        positions: int64 [N], place in the (prefix and) segment, as the rotary embedding uses it.
+        window: keys seen at most, counting the token itself; None in full layers.
+        blocks: query blocks with their key ranges.
+    """
+
+    segments: Tensor
+    prefixes: Tensor
+    positions: Tensor
+    window: int | None
+    blocks: tuple[_Block, ...]
+
+    def to(self, device: torch.device) -> AttentionPlan:
+        """The same plan with its tensors on `device`."""
+        return replace(
+            self,
+            segments=self.segments.to(device),
+            prefixes=self.prefixes.to(device),
+            positions=self.positions.to(device),
+        )
+
+    def visible(self, block: _Block) -> Tensor:
+        """bool [Q, S]: may this query of the block see this key?"""
+        queries, keys = slice(block.first, block.last), slice(block.first_key, block.last)
+        index = torch.arange(block.first_key, block.last, device=self.segments.device)
+        allowed = index[None, :] <= index[block.first - block.first_key :, None]
+        key_segments = self.segments[keys][None, :]
+        same = (key_segments == self.segments[queries][:, None]) | (key_segments == self.prefixes[queries][:, None])
+        allowed = allowed & same
+        if self.window is not None:
+            distance = self.positions[queries][:, None] - self.positions[keys][None, :]
+            allowed = allowed & (distance < self.window)
+        return allowed
+
+
+def plan_attention(
+    segments: Tensor, positions: Tensor, window: int | None, *, prefixes: Tensor | None = None
+) -> AttentionPlan:
+    """Work out query blocks and key ranges for a batch of packed rows.
+
+    Args:
+        segments: int64 [B, T]: sample number within its row; padding has its own number (such as -1). Tokens of a
+            segment stand together.
+        positions: int64 [B, T]: position of each token in its sample.
+        window: the layer's sliding window, or None.
+        prefixes: int64 [B, T]: the segment (of the same row, standing earlier) that each token's segment continues.
+            None: no segment continues another.
+
+    Returns:
+        The plan, its tensors on `segments`' device.
+    """
+    rows, length = segments.shape
+    row_numbers = torch.arange(rows, device=segments.device)[:, None]
+    stride = length + 2  # more than the segments a row can have, padding's -1 included
+    joined = (segments + 1 + row_numbers * stride).reshape(-1)
+    joined_prefixes = joined if prefixes is None else (prefixes + 1 + row_numbers * stride).reshape(-1)
+    flat_positions = positions.reshape(-1)
+    first_keys = _first_keys(joined.cpu().numpy(), joined_prefixes.cpu().numpy(), window)
+    blocks = tuple(
+        _Block(
+            first, min(first + QUERIES_PER_BLOCK, len(joined)), int(first_keys[first : first + QUERIES_PER_BLOCK].min())
+        )
+        for first in range(0, len(joined), QUERIES_PER_BLOCK)
+    )
+    return AttentionPlan(joined, joined_prefixes, flat_positions, window, blocks)
+
+
+def _first_keys(segments: np.ndarray, prefixes: np.ndarray, window: int | None) -> np.ndarray:
+    """For each query [N] an index at or before the first key that it may see."""
+    index = np.arange(len(segments))
+    _, first_of, inverse = np.unique(segments, return_index=True, return_inverse=True)
+    own_start = first_of[inverse]
+    start_of_segment = dict(zip(segments[first_of].tolist(), first_of.tolist(), strict=True))
+    continues = prefixes != segments
+    starts = own_start if window is None else np.maximum(own_start, index - window + 1)
+    if continues.any():
+        starts = starts.copy()
+        starts[continues] = [start_of_segment[segment] for segment in prefixes[continues].tolist()]
+    return starts
+
+
+def sink_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, plan: AttentionPlan, scaling: float) -> Tensor:
+    """Softmax attention with one sink per head.
+
+    Args:
+        q: [N, H, d]. k, v: [N, J, d], H a multiple of J; head h reads key head h // G.
+        sinks: [H] logits.
+        plan: which keys each query sees.
+        scaling: factor on the scores.
+
+    Returns:
+        [N, H, d] in q's dtype. Scores and probabilities are float32 (float64 for float64 inputs).
+    """
+    return _SinkAttention.apply(q, k, v, sinks, plan, scaling)
+
+
+class _SinkAttention(torch.autograd.Function):
+    """Blockwise forward and backward; exact in sinks too, whose gradient is only formed when wanted."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, plan, scaling):  # type: ignore[no-untyped-def]
+        out = torch.empty_like(q)
+        lse = q.new_empty(q.shape[0], q.shape[1], dtype=_accurate(q.dtype))
+        for block in plan.blocks:
+            scores = _scores(q, k, plan, block, scaling)  # [J, G, Q, S]
+            block_lse = torch.logaddexp(scores.logsumexp(-1), _per_head(sinks, scores).expand(scores.shape[:-1]))
+            values = v[block.first_key : block.last].transpose(0, 1).to(scores.dtype)  # [J, S, d]
+            mixed = torch.exp(scores - block_lse[..., None]).flatten(1, 2) @ values  # [J, G·Q, d]
+            out[block.first : block.last] = _heads_last(mixed, scores.shape)
+            lse[block.first : block.last] = block_lse.flatten(0, 1).T
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
+        ctx.plan, ctx.scaling = plan, scaling
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        exact = lse.dtype
+        grad_q = torch.empty_like(q)
+        grad_k, grad_v = torch.zeros_like(k, dtype=exact), torch.zeros_like(v, dtype=exact)
+        delta = (grad_out.to(exact) * out.to(exact)).sum(-1)  # [N, H]
+        for block in ctx.plan.blocks:
+            queries, keys = slice(block.first, block.last), slice(block.first_key, block.last)
+            scores = _scores(q, k, ctx.plan, block, ctx.scaling)
+            grouped = scores.shape[:-1]  # [J, G, Q]
+            probabilities = torch.exp(scores - lse[queries].T.reshape(grouped)[..., None]).flatten(1, 2)
+            grad_block = _heads_first(grad_out[queries].to(exact), k.shape[1])  # [J, G·Q, d]
+            grad_v[keys] += (probabilities.transpose(1, 2) @ grad_block).transpose(0, 1)
+            grad_probabilities = grad_block @ v[keys].transpose(0, 1).to(exact).transpose(1, 2)
+            block_delta = delta[queries].T.reshape(grouped).flatten(1, 2)[..., None]
+            grad_scores = probabilities * (grad_probabilities - block_delta) * ctx.scaling
+            grad_q[queries] = _heads_last(grad_scores @ k[keys].transpose(0, 1).to(exact), scores.shape)
+            queries_first = _heads_first(q[queries].to(exact), k.shape[1])
+            grad_k[keys] += (grad_scores.transpose(1, 2) @ queries_first).transpose(0, 1)
+        grad_sinks = None
+        if ctx.needs_input_grad[3]:
+            grad_sinks = -(torch.exp(sinks.to(exact)[None] - lse) * delta).sum(0).to(sinks.dtype)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None, None
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _heads_first(x: Tensor, key_heads: int) -> Tensor:
+    """[Q, H, d] -> [J, G·Q, d], the query heads of one key head together."""
+    queries, heads, width = x.shape
+    return x.view(queries, key_heads, heads // key_heads, width).permute(1, 2, 0, 3).reshape(key_heads, -1, width)
+
+
+def _heads_last(x: Tensor, grouped: torch.Size) -> Tensor:
+    """[J, G·Q, d] -> [Q, H, d]; `grouped` is [J, G, Q, ...]."""
+    key_heads, group, queries = grouped[:3]
+    return x.view(key_heads, group, queries, -1).permute(2, 0, 1, 3).reshape(queries, key_heads * group, -1)
+
+
+def _per_head(sinks: Tensor, scores: Tensor) -> Tensor:
+    return sinks.to(scores.dtype).view(*scores.shape[:2], 1)
+
+
+def _scores(q: Tensor, k: Tensor, plan: AttentionPlan, block: _Block, scaling: float) -> Tensor:
+    """Scaled scores [J, G, Q, S], -inf where the plan hides the key."""
+    exact = _accurate(q.dtype)
+    keys = k[block.first_key : block.last].transpose(0, 1)  # [J, S, d]
+    queries = _heads_first(q[block.first : block.last], k.shape[1])
+    scores = (queries.to(exact) @ keys.to(exact).transpose(1, 2)) * scaling
+    scores = scores.view(k.shape[1], -1, block.last - block.first, block.last - block.first_key)
+    return scores.masked_fill(~plan.visible(block), float("-inf"))

@@ -1,0 +1,272 @@
+"""The routed experts' forward and backward over packed MXFP4 weights with LoRA inside, in plain PyTorch.
+
+This is the specification that faster kernels must equal. Only a chunk of experts is ever dequantised at a time: the
+forward pass keeps the block's inputs and nothing of the experts' width, and the backward pass replays chunk by chunk,
+so the scratch of one chunk is freed before the next one is taken. The update is applied as two thin products beside
+the base product; W + BA is never formed.
+
+Shape legend: T tokens, D hidden, E experts, K active experts a token, R routed rows (T·K, sorted by expert), F expert
+width, L rank, C experts in a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.mxfp4.format import dequantise
+
+GROUPED_STRIDE_BYTES = 16  # grouped_mm wants every stride to be a multiple of this
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """E frozen linear maps in MXFP4.
+
+    Attributes:
+        blocks: uint8 [E, out, in / 32, 16].
+        scales: uint8 [E, out, in / 32].
+        bias: [E, out], in the compute dtype.
+    """
+
+    blocks: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    def dequantised(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Weights of experts `first` to `last` (exclusive) as [C, out, in]."""
+        return dequantise(self.blocks[first:last], self.scales[first:last], dtype=dtype)
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """E low-rank updates: update of expert e = scale · b[e] @ a[e].
+
+    Attributes:
+        a: [E, L, in]. b: [E, out, L]. Both float32 or the compute dtype.
+        scale: alpha / rank.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Everything one layer's experts need beside their inputs.
+
+    Attributes:
+        gate_up: D -> 2F; even outputs are gates, odd ones ups.
+        down: F -> D.
+        limit: clamp of gate (from above) and up (from both sides).
+        gain: factor inside the gate's sigmoid.
+        experts_per_chunk: experts dequantised at a time.
+    """
+
+    gate_up: PackedLinear
+    down: PackedLinear
+    limit: float
+    gain: float
+    experts_per_chunk: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Experts `first` to `last` (exclusive) and the routed rows `start` to `stop` that they serve.
+
+    `counts` has the rows of each of these experts.
+    """
+
+    first: int
+    last: int
+    start: int
+    stop: int
+    counts: list[int]
+
+    @property
+    def experts(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+def clamped_swiglu(gate_up: Tensor, limit: float, gain: float) -> Tensor:
+    """gpt-oss's activation on interleaved pairs: [..., 2F] -> [..., F].
+
+    gate = min(gate, limit); up = clamp(up, -limit, limit); (up + 1) · gate · sigmoid(gain · gate).
+    """
+    gate = gate_up[..., ::2].clamp(max=limit)
+    up = gate_up[..., 1::2].clamp(min=-limit, max=limit)
+    return (up + 1) * gate * torch.sigmoid(gain * gate)
+
+
+def expert_block(
+    x: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    weights: ExpertWeights,
+    gate_up_lora: LoraFactors | None,
+    down_lora: LoraFactors | None,
+) -> Tensor:
+    """Send every token through its experts and sum their outputs with the router's weights.
+
+    Gradients reach `x`, `expert_weights` and the LoRA factors; the packed weights are constants.
+
+    Args:
+        x: [T, D], float32 or bfloat16 (`grouped_mm` has no float64).
+        expert_ids: int64 [T, K], each token's experts.
+        expert_weights: [T, K], the router's softmax over those K.
+        weights: the layer's packed experts.
+        gate_up_lora, down_lora: updates, or None for none.
+
+    Returns:
+        [T, D] in x's dtype. The sum over K runs in a fixed order, so equal inputs give equal bits.
+    """
+    factors = [t for lora in (gate_up_lora, down_lora) for t in ((lora.a, lora.b) if lora else (None, None))]
+    scales = tuple(lora.scale if lora else 0.0 for lora in (gate_up_lora, down_lora))
+    return _ExpertBlock.apply(x, expert_weights, *factors, expert_ids, weights, scales)
+
+
+class _ExpertBlock(torch.autograd.Function):
+    """Saves the inputs only; the backward pass replays each chunk under autograd."""
+
+    @staticmethod
+    def forward(ctx, x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales):  # type: ignore[no-untyped-def]
+        order, counts = _sort_by_expert(expert_ids, len(weights.gate_up.blocks))
+        ctx.save_for_backward(x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, order)
+        ctx.counts, ctx.weights, ctx.scales = counts, weights, scales
+        top_k = expert_ids.shape[1]
+        token_of_row = order // top_k
+        row_weights = expert_weights.reshape(-1)[order]
+        rows = x.new_empty(len(order), x.shape[1])
+        for chunk in _chunks(counts, weights.experts_per_chunk):
+            factors = _slices((gate_up_a, gate_up_b, down_a, down_b), chunk.experts)
+            inputs = [x[token_of_row[chunk.rows]], row_weights[chunk.rows], *factors]
+            rows[chunk.rows] = _chunk_forward(inputs, chunk, weights, scales)
+        return _combine(rows, order, top_k)
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        x, expert_weights, *factors, order = ctx.saved_tensors
+        top_k = expert_weights.shape[1]
+        token_of_row = order // top_k
+        row_weights = expert_weights.reshape(-1)[order]
+        needs = ctx.needs_input_grad[:6]
+        grad_rows = x.new_empty(len(order), x.shape[1]) if needs[0] else None
+        grad_row_weights = torch.empty_like(row_weights) if needs[1] else None
+        # Experts of a chunk without rows are never visited: their gradient is zero.
+        grad_factors = [torch.zeros_like(t) if need else None for t, need in zip(factors, needs[2:], strict=True)]
+        for chunk in _chunks(ctx.counts, ctx.weights.experts_per_chunk):
+            tokens = token_of_row[chunk.rows]
+            inputs = [x[tokens], row_weights[chunk.rows], *_slices(factors, chunk.experts)]
+            targets = [*_slices((grad_rows, grad_row_weights), chunk.rows), *_slices(grad_factors, chunk.experts)]
+            gradients = _chunk_backward(inputs, needs, grad_out[tokens], chunk, ctx.weights, ctx.scales)
+            for target, gradient in zip(targets, gradients, strict=True):
+                if target is not None and gradient is not None:
+                    target.copy_(gradient)
+        grad_x = None if grad_rows is None else _combine(grad_rows, order, top_k)
+        grad_expert_weights = None
+        if grad_row_weights is not None:
+            grad_expert_weights = torch.empty_like(grad_row_weights).index_copy_(0, order, grad_row_weights)
+            grad_expert_weights = grad_expert_weights.view_as(expert_weights)
+        return grad_x, grad_expert_weights, *grad_factors, None, None, None
+
+
+def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """Order of the T·K routed rows by expert (stable, so ties keep token order), and rows per expert on the host."""
+    flat = expert_ids.reshape(-1)
+    order = flat.argsort(stable=True)
+    # The one device-to-host copy of the layer: chunks without rows are then skipped altogether.
+    return order, torch.bincount(flat, minlength=num_experts).tolist()
+
+
+def _chunks(counts: list[int], experts_per_chunk: int) -> Iterator[_Chunk]:
+    """Consecutive runs of experts with at least one row between them."""
+    start = 0
+    for first in range(0, len(counts), experts_per_chunk):
+        here = counts[first : first + experts_per_chunk]
+        stop = start + sum(here)
+        if stop > start:
+            yield _Chunk(first, first + len(here), start, stop, here)
+        start = stop
+
+
+def _slices(tensors: Sequence[Tensor | None], span: slice) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[span] for tensor in tensors]
+
+
+def _combine(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """Put [R, D] rows back in token order and add each token's K: [T, D]."""
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order), device=order.device)
+    return rows[position].view(-1, top_k, rows.shape[1]).sum(1)
+
+
+def _chunk_forward(
+    inputs: Sequence[Tensor | None], chunk: _Chunk, weights: ExpertWeights, scales: tuple[float, float]
+) -> Tensor:
+    """One chunk's rows through its experts, times the router's weight. Differentiable.
+
+    Args:
+        inputs: rows [R', D] and their router weights [R'], then the chunk's LoRA factors (gate_up a and b, down a and
+            b) or None.
+        chunk: which experts and rows.
+        weights, scales: of the layer.
+
+    Returns:
+        [R', D].
+    """
+    x_rows, row_weights, gate_up_a, gate_up_b, down_a, down_b = inputs
+    assert x_rows is not None and row_weights is not None
+    counts = torch.tensor(chunk.counts, device=x_rows.device)
+    offsets = counts.cumsum(0).to(torch.int32)
+    expert_of_row = torch.repeat_interleave(counts, output_size=chunk.stop - chunk.start)
+
+    def linear(rows: Tensor, base: PackedLinear, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+        out = _grouped(rows, base.dequantised(chunk.first, chunk.last, rows.dtype), offsets)
+        out = out + base.bias[chunk.experts][expert_of_row]
+        if a is None or b is None:
+            return out
+        a, b = _padded_rank(a.to(rows.dtype), b.to(rows.dtype))
+        return out + _grouped(_grouped(rows, a, offsets) * scale, b, offsets)
+
+    hidden = linear(x_rows, weights.gate_up, gate_up_a, gate_up_b, scales[0])
+    activated = clamped_swiglu(hidden, weights.limit, weights.gain)
+    out = linear(activated, weights.down, down_a, down_b, scales[1])
+    return out * row_weights[:, None].to(out.dtype)
+
+
+def _chunk_backward(
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad_rows: Tensor,
+    chunk: _Chunk,
+    weights: ExpertWeights,
+    scales: tuple[float, float],
+) -> list[Tensor | None]:
+    """Replay one chunk and return the gradients of its inputs, None where none is needed."""
+    leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    with torch.enable_grad():
+        out = _chunk_forward(leaves, chunk, weights, scales)
+        gradients = iter(torch.autograd.grad(out, wanted, grad_rows))
+    return [next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
+
+
+def _grouped(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
+    """Rows of group c times matrices[c] transposed: [R', in] x [C, out, in] -> [R', out]."""
+    return F.grouped_mm(rows.contiguous(), matrices.transpose(1, 2), offs=offsets)
+
+
+def _padded_rank(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Pad the rank with zeros until every stride of b is a multiple of 16 bytes; the product stays the same."""
+    multiple = GROUPED_STRIDE_BYTES // a.element_size()
+    missing = -a.shape[1] % multiple
+    return (F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))) if missing else (a, b)

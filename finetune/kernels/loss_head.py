@@ -1,0 +1,77 @@
+"""Negative log-likelihood over 201,088 logits without ever holding them all.
+
+Context tokens are dropped before the head: only positions whose next token is trained are passed in. The head is
+frozen, so its weight gets no gradient.
+
+Shape legend: N predicted tokens, M hidden states, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOKENS_PER_CHUNK = 512  # 512 x 201,088 float32 logits are 0.41 GB
+
+
+def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, tokens_per_chunk: int = TOKENS_PER_CHUNK) -> Tensor:
+    """-log softmax(hidden @ head.T)[target], chunk by chunk.
+
+    Args:
+        hidden: [N, D], the final normed hidden states that predict the targets.
+        head: [V, D], frozen, in hidden's dtype.
+        targets: int64 [N].
+
+    Returns:
+        float32 [N] in nats (float64 for float64 inputs); gradients reach `hidden` only.
+    """
+    return _TokenNll.apply(hidden, head, targets, tokens_per_chunk)
+
+
+def answer_log_likelihood(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(hidden[rows] @ head.T)[targets], without gradient, where many targets share a row.
+
+    Args:
+        hidden: [M, D]. head: [V, D].
+        rows: int64 [N] into hidden. targets: int64 [N].
+
+    Returns:
+        float32 [N] in nats.
+    """
+    result = hidden.new_empty(len(rows), dtype=torch.float32)
+    for start in range(0, len(hidden), TOKENS_PER_CHUNK):
+        logits = (hidden[start : start + TOKENS_PER_CHUNK] @ head.T).float()
+        here = (rows >= start) & (rows < start + TOKENS_PER_CHUNK)
+        picked = rows[here] - start
+        result[here] = logits[picked, targets[here]] - logits.logsumexp(-1)[picked]
+    return result
+
+
+class _TokenNll(torch.autograd.Function):
+    """Forms the gradient in the forward pass, while the logits are there.
+
+    The gradient of one token's NLL is a row of its own, which the backward pass only has to scale.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, tokens_per_chunk):  # type: ignore[no-untyped-def]
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        nll = hidden.new_empty(len(hidden), dtype=exact)
+        unit_grad = torch.empty_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), tokens_per_chunk):
+            span = slice(start, start + tokens_per_chunk)
+            logits = (hidden[span] @ head.T).to(exact)
+            log_sum = logits.logsumexp(-1)
+            nll[span] = log_sum - logits.gather(1, targets[span, None])[:, 0]
+            if unit_grad is not None:
+                probabilities = logits.sub_(log_sum[:, None]).exp_()
+                probabilities[torch.arange(len(probabilities), device=logits.device), targets[span]] -= 1
+                unit_grad[span] = (probabilities.to(head.dtype) @ head).to(exact)
+        ctx.save_for_backward(unit_grad)
+        ctx.hidden_dtype = hidden.dtype
+        return nll
+
+    @staticmethod
+    def backward(ctx, grad_nll):  # type: ignore[no-untyped-def]
+        (unit_grad,) = ctx.saved_tensors
+        return (unit_grad * grad_nll[:, None]).to(ctx.hidden_dtype), None, None, None

@@ -1,0 +1,169 @@
+"""Build the frozen base: transformers' gpt-oss with our packed experts and attention, filled from the checkpoint.
+
+The model is laid out on the meta device, so that no weight exists twice; transformers' dense experts never get memory.
+Each tensor is read once, hashed as it passes, and moved to its device; what the identity covers is what was loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+
+from finetune.config.schema import ModelConfig
+from finetune.console import Progress
+from finetune.errors import CheckError, ConfigError, MachineError
+from finetune.model.attention import register_attention
+from finetune.model.checkpoint import Checkpoint
+from finetune.model.experts import PackedExperts
+from finetune.model.identity import identity, tensor_digest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORED_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base in memory.
+
+    Attributes:
+        model: transformers' module tree, every parameter frozen, in evaluation mode.
+        checkpoint: the files it came from.
+        identity: hash of every tensor's name, dtype, shape and bytes (see `finetune.model.identity`).
+        digests: sha256 of each tensor's bytes by name, so that a changed one can be named.
+    """
+
+    model: GptOssForCausalLM
+    checkpoint: Checkpoint
+    identity: str
+    digests: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lives."""
+        return self.model.model.embed_tokens.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of activations and of everything that is not packed."""
+        return self.model.model.embed_tokens.weight.dtype
+
+
+def choose_device(config: ModelConfig) -> torch.device:
+    """The device a recipe asks for.
+
+    Raises:
+        MachineError: `cuda` was asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise MachineError(
+            "model.device is cuda, but torch sees no GPU",
+            why=f"this torch is {torch.__version__}; a build with +cpu cannot use one",
+            fix="install a CUDA build of torch (README, Install), or set model.device=cpu",
+        )
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
+    """The compute dtype a recipe asks for on this device (`auto`: bfloat16 on a GPU, float32 on a CPU).
+
+    Raises:
+        ConfigError: float32 on a GPU, where torch's grouped matrix product takes bfloat16 only.
+    """
+    if device.type == "cuda" and config.compute_dtype == "float32":
+        raise ConfigError(
+            "model.compute_dtype is float32 on a GPU",
+            why="the experts' grouped matrix product takes bfloat16 there",
+            fix="leave model.compute_dtype at auto, or set model.device=cpu",
+        )
+    if config.compute_dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[config.compute_dtype]
+
+
+def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, experts_per_chunk: int) -> Base:
+    """Read a native MXFP4 checkpoint into a frozen model.
+
+    Args:
+        checkpoint: opened and validated.
+        device: where the model lives.
+        dtype: dtype of everything that is not packed. Tensors are stored in bfloat16, so float32 loses nothing.
+        experts_per_chunk: experts dequantised at a time.
+    """
+    model = _empty_model(checkpoint, experts_per_chunk)
+    state: dict[str, Tensor] = {}
+    digests: dict[str, str] = {}
+    names = sorted(checkpoint.names())
+    with Progress("reading base", len(names), "tensors") as progress:
+        for name in names:
+            stored = checkpoint.read(name)
+            digests[name] = tensor_digest(stored)
+            state[name] = stored.to(device) if stored.dtype == torch.uint8 else stored.to(device, dtype)
+            progress.advance()
+    model.load_state_dict(state, strict=True, assign=True)
+    # Rotary frequencies are not in the checkpoint and are garbage after the meta device: build them again.
+    model.model.rotary_emb = GptOssRotaryEmbedding(model.config).to(device)
+    model.requires_grad_(False)
+    model.eval()
+    _refuse_unfilled(model)
+    return Base(model, checkpoint, _identity(checkpoint, digests), digests)
+
+
+def _empty_model(checkpoint: Checkpoint, experts_per_chunk: int) -> GptOssForCausalLM:
+    """transformers' model on the meta device, its experts replaced by packed ones."""
+    settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = GptOssConfig.from_dict(settings)
+    config._attn_implementation = register_attention()
+    shape = checkpoint.shape
+    with torch.device("meta"):
+        model = GptOssForCausalLM(config)
+        for layer in model.model.layers:
+            layer.mlp.experts = PackedExperts(
+                shape.num_experts, shape.hidden, shape.expert_width, shape.swiglu_limit, experts_per_chunk
+            )
+    return model
+
+
+def _refuse_unfilled(model: nn.Module) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    unfilled = [name for name, tensor in tensors if tensor.device.type == "meta"]
+    if unfilled:
+        raise CheckError(f"tensors were never filled: {', '.join(unfilled[:5])}", why="this is a bug in base loading")
+
+
+def _identity(checkpoint: Checkpoint, digests: dict[str, str]) -> str:
+    return identity(
+        (name, checkpoint.dtype(name), checkpoint.tensor_shape(name), digest) for name, digest in digests.items()
+    )
+
+
+def check_unchanged(base: Base) -> str:
+    """Hash the live base again and compare: training must not have touched a bit of it.
+
+    Returns:
+        The identity, equal to `base.identity`.
+
+    Raises:
+        CheckError: names the tensors that differ.
+    """
+    state = base.model.state_dict()
+    changed = []
+    names = sorted(base.digests)
+    with Progress("checking frozen base", len(names), "tensors") as progress:
+        for name in names:
+            stored = state[name].to(STORED_DTYPES[base.checkpoint.dtype(name)])
+            if tensor_digest(stored.cpu()) != base.digests[name]:
+                changed.append(name)
+            progress.advance()
+    if changed:
+        raise CheckError(
+            f"the frozen base changed during training: {', '.join(changed[:5])} ({len(changed)} tensors)",
+            why="an adapter trained over a moving base is worthless with the published one",
+            fix="please report this with the recipe; do not use the adapter",
+        )
+    return base.identity

@@ -1,0 +1,219 @@
+"""Open a gpt-oss checkpoint in the published layout: everything is checked from headers before a weight is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from finetune.console import Progress
+from finetune.errors import InputError
+from finetune.model.headers import TensorEntry, join, plain_file_name, read_header, read_json
+from finetune.model.shapes import ModelShape
+
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+CHECKSUMS_FILE = "checksums.json"
+_FETCH_AGAIN = "download or copy the checkpoint again"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A validated checkpoint directory. Make one with `Checkpoint.open`.
+
+    Attributes:
+        directory: where it lies.
+        config: config.json as it is.
+        shape: the model's sizes.
+        entries: tensor name -> file, dtype and shape, in the order of the files.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    shape: ModelShape
+    entries: dict[str, TensorEntry]
+    _files: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Check a directory from its config, index and shard headers (kilobytes, whatever the model's size).
+
+        Args:
+            directory: holds config.json and either model.safetensors.index.json with its shards or model.safetensors.
+
+        Raises:
+            InputError: not a directory, a file missing, broken or truncated, another architecture, a checkpoint that
+                is not in native MXFP4, or tensors that are missing, unexpected or of another dtype or shape.
+        """
+        if not directory.is_dir():
+            raise InputError(
+                f"{directory} is not a directory" if directory.exists() else f"there is no directory {directory}",
+                fix="give a checkpoint directory; `finetune base tiny DIR` makes a small one",
+            )
+        config = read_json(directory / CONFIG_FILE)
+        shape = ModelShape.from_config(config, str(directory / CONFIG_FILE))
+        _require_mxfp4(config, directory)
+        entries = _read_headers(directory)
+        _require_expected(directory, entries, shape)
+        return cls(directory, config, shape, entries)
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of the files."""
+        return list(self.entries)
+
+    def dtype(self, name: str) -> str:
+        """Dtype of a tensor as safetensors writes it: `BF16` or `U8`."""
+        return self.entries[name].dtype
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self.entries[name].shape
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor, on the CPU.
+
+        Its memory is the mapped file itself: nothing is copied, pages arrive when they are touched and the system may
+        drop them again. Do not write to it.
+
+        Args:
+            name: one of `names()`.
+
+        Returns:
+            The tensor, in its stored dtype and shape.
+        """
+        file = self.entries[name].file
+        if file not in self._files:
+            self._files[file] = safe_open(self.directory / file, framework="pt")
+        tensor: torch.Tensor = self._files[file].get_tensor(name)
+        return tensor
+
+    def verify_checksums(self, progress: Progress | None = None) -> bool:
+        """Compare the files with `checksums.json`, if the directory has one.
+
+        Args:
+            progress: moved on in MiB; its total is set here.
+
+        Returns:
+            Whether there was something to compare with. Published checkpoints carry no such file.
+
+        Raises:
+            InputError: a file differs or is missing, or checksums.json is not readable.
+        """
+        path = self.directory / CHECKSUMS_FILE
+        if not path.exists():
+            return False
+        listed = _read_checksums(path)
+        shards = {entry.file for entry in self.entries.values()}
+        if unlisted := sorted(shards - listed.keys()):
+            raise InputError(f"{path} does not list {join(unlisted)}", fix=_FETCH_AGAIN)
+        if missing := sorted(name for name in listed if not (self.directory / name).is_file()):
+            raise InputError(f"{self.directory} lacks {join(missing)}, which {CHECKSUMS_FILE} lists", fix=_FETCH_AGAIN)
+        sizes = {name: (self.directory / name).stat().st_size for name in listed}
+        if progress is not None:
+            progress.total = sum(sizes.values()) >> 20
+        done, wrong = 0, []
+        # hashlib lets go of the interpreter lock, so that files are hashed side by side.
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            jobs = {pool.submit(_file_digest, self.directory / name): name for name in listed}
+            for job in as_completed(jobs):
+                name = jobs[job]
+                done += sizes[name]
+                if job.result() != listed[name]:
+                    wrong.append(name)
+                if progress is not None:
+                    progress.show(done >> 20, name)
+        if wrong:
+            raise InputError(
+                f"{self.directory}: {join(sorted(wrong))} does not have the sha256 that {CHECKSUMS_FILE} lists",
+                why="it was bit-flipped or replaced since the checkpoint was written",
+                fix=f"{_FETCH_AGAIN}; if the change was meant, remove {CHECKSUMS_FILE}",
+            )
+        return True
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_checksums(path: Path) -> dict[str, str]:
+    content = read_json(path)
+    files = content.get("files")
+    if content.get("algorithm") != "sha256" or not isinstance(files, dict) or not files:
+        raise InputError(f'{path} is not {{"algorithm": "sha256", "files": {{name: digest}}}}', fix=_FETCH_AGAIN)
+    return {plain_file_name(name, path): str(digest) for name, digest in files.items()}
+
+
+def _require_mxfp4(config: dict[str, Any], directory: Path) -> None:
+    quantisation = config.get("quantization_config")
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    if method == "mxfp4":
+        return
+    found = "no quantization_config (a bfloat16 checkpoint?)" if quantisation is None else f"quant_method {method!r}"
+    raise InputError(
+        f"{directory} is not a native MXFP4 checkpoint: its {CONFIG_FILE} has {found}",
+        why="experts are trained over the published 4-bit weights; other storage is not supported yet",
+        fix="use the MXFP4 release that it was made from, such as openai/gpt-oss-20b",
+    )
+
+
+def _read_headers(directory: Path) -> dict[str, TensorEntry]:
+    """Headers of all shards, and that they hold what the index says."""
+    index_path = directory / INDEX_FILE
+    if not index_path.exists():
+        if not (directory / SINGLE_FILE).exists():
+            raise InputError(
+                f"{directory} has neither {INDEX_FILE} nor {SINGLE_FILE}",
+                why="the index says which shard holds which tensor",
+                fix=_FETCH_AGAIN,
+            )
+        return read_header(directory / SINGLE_FILE)
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index_path} has no weight_map", fix=_FETCH_AGAIN)
+    shards = sorted({plain_file_name(file, index_path) for file in weight_map.values()})
+    if missing := [shard for shard in shards if not (directory / shard).is_file()]:
+        raise InputError(f"{directory} lacks {join(missing)} of its {len(shards)} shards", fix=_FETCH_AGAIN)
+    entries: dict[str, TensorEntry] = {}
+    for shard in shards:
+        for name, entry in read_header(directory / shard).items():
+            if weight_map.get(name) != shard:
+                place = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
+                raise InputError(f"{directory / shard} holds {name}, and the index {place}", fix=_FETCH_AGAIN)
+            entries[name] = entry
+    if absent := sorted(weight_map.keys() - entries.keys()):
+        raise InputError(f"{index_path} lists tensors that no shard holds: {join(absent)}", fix=_FETCH_AGAIN)
+    return entries
+
+
+def _require_expected(directory: Path, entries: dict[str, TensorEntry], shape: ModelShape) -> None:
+    expected = shape.expected_tensors()
+    problems = [*_named("missing", expected.keys() - entries.keys()), *_named("unexpected", entries.keys() - expected)]
+    for name in expected:
+        if name in entries and (entries[name].dtype, entries[name].shape) != expected[name]:
+            dtype, sizes = expected[name]
+            problems.append(f"{name} is {entries[name].dtype} {list(entries[name].shape)}, not {dtype} {list(sizes)}")
+    if problems:
+        raise InputError(
+            f"{directory} does not hold the tensors that its {CONFIG_FILE} describes: {join(problems, limit=4)}",
+            why="a tensor that is missing would be random, one that is unexpected would be left out",
+            fix="use the config.json and shards of one and the same release in native MXFP4",
+        )
+
+
+def _named(kind: str, names: Iterable[str]) -> list[str]:
+    ordered = sorted(names)
+    return [f"{kind} {join(ordered)}"] if ordered else []

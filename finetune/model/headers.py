@@ -1,0 +1,140 @@
+"""Read JSON files and safetensors headers from files that may be broken, and say what is wrong with them.
+
+A safetensors file is 8 bytes with the header's length (little-endian), the header in JSON, and the data to the end.
+Source: the format description in the safetensors README.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import InputError
+
+DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I8": 1}
+_LENGTH_BYTES = 8
+_LARGEST_HEADER = 100_000_000  # the safetensors library refuses longer ones
+_FETCH_AGAIN = "download or copy the file again"
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies and what it is.
+
+    Attributes:
+        file: name of its shard.
+        dtype: as safetensors writes it, such as `BF16`.
+        shape: its sizes.
+        num_bytes: bytes in the file.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    num_bytes: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: the file is missing, unreadable, not JSON or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path.parent} has no {path.name}", fix="give a checkpoint directory, complete") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}", fix=_FETCH_AGAIN) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object", fix=_FETCH_AGAIN)
+    return content
+
+
+def plain_file_name(name: object, where: Path) -> str:
+    """Require a file name without folders, so that no list of files reaches outside its directory.
+
+    Raises:
+        InputError: it is not one.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise InputError(f"{where} names {name!r}, which is not a file beside it")
+    return name
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Read a safetensors header and check it against the file's size.
+
+    Args:
+        path: the file; only its first kilobytes are read.
+
+    Returns:
+        Tensor name -> entry, in the order of the data.
+
+    Raises:
+        InputError: the file is truncated, has bytes too many, or is not a safetensors file.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            start = file.read(_LENGTH_BYTES)
+            length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else -1
+            if not 0 < length <= _LARGEST_HEADER:
+                raise InputError(f"{path} is not a safetensors file", why=_what_it_is(start, size), fix=_FETCH_AGAIN)
+            header = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if len(header) < length:
+        raise InputError(f"{path} is truncated inside its header ({size:,} bytes)", fix=_FETCH_AGAIN)
+    data_bytes = size - _LENGTH_BYTES - length
+    return _entries(path, header, data_bytes)
+
+
+def _entries(path: Path, header: bytes, data_bytes: int) -> dict[str, TensorEntry]:
+    try:
+        listed = json.loads(header)
+        listed.pop("__metadata__", None)
+        spans = sorted((*map(int, item["data_offsets"]), name) for name, item in listed.items())
+        entries = {}
+        for begin, end, name in spans:
+            dtype, shape = str(listed[name]["dtype"]), tuple(map(int, listed[name]["shape"]))
+            entries[name] = TensorEntry(path.name, dtype, shape, end - begin)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path} has a broken safetensors header ({error})", fix=_FETCH_AGAIN) from error
+    needed = 0
+    for begin, end, name in spans:
+        entry = entries[name]
+        width = DTYPE_BYTES.get(entry.dtype)
+        if begin != needed or (width is not None and end - begin != width * math.prod(entry.shape)):
+            raise InputError(f"{path}: the header's place for {name} does not fit its size", fix=_FETCH_AGAIN)
+        needed = end
+    if needed != data_bytes:
+        state = "truncated" if data_bytes < needed else "longer than its header says"
+        raise InputError(
+            f"{path} is {state}: it has {data_bytes:,} bytes of data where the header names {needed:,}",
+            fix=_FETCH_AGAIN,
+        )
+    return entries
+
+
+def _what_it_is(start: bytes, size: int) -> str:
+    if start.startswith(b"version "):
+        return "it looks like a Git LFS pointer: the weights were not downloaded (`git lfs pull`)"
+    return f"its first bytes are not a header's length ({size:,} bytes in all)"
+
+
+def join(items: Sequence[str], limit: int = 5) -> str:
+    """Join names for a message: the first few, and how many more there are.
+
+    >>> join(["a", "b", "c"], limit=2)
+    'a, b and 1 more'
+    """
+    shown = ", ".join(items[:limit])
+    return f"{shown} and {len(items) - limit} more" if len(items) > limit else shown

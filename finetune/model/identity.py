@@ -1,0 +1,64 @@
+"""What makes two bases the same: a hash over every tensor's name, dtype, shape and bytes, however they are sharded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from finetune.console import Progress
+from finetune.model.checkpoint import Checkpoint
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Hash a tensor's bytes: row-major, little-endian, as safetensors stores them.
+
+    Args:
+        tensor: any dtype and shape, on any device. A contiguous one on the CPU is hashed where it lies.
+
+    Returns:
+        sha256 in hexadecimal.
+    """
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def identity(entries: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    """Hash a set of tensors.
+
+    Args:
+        entries: name, dtype as safetensors writes it (`BF16`, `U8`, `F32`), shape and `tensor_digest` of each tensor,
+            in any order.
+
+    Returns:
+        sha256 in hexadecimal over the sorted lines `name dtype AxBxC digest`, each ended by a newline.
+    """
+    lines = sorted(f"{name} {dtype} {'x'.join(map(str, shape))} {digest}\n" for name, dtype, shape, digest in entries)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def checkpoint_identity(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
+    """Hash a checkpoint on disk.
+
+    Args:
+        checkpoint: opened.
+        progress: moved on in MiB; its total is set here.
+
+    Returns:
+        The `identity` of its tensors: equal for two checkpoints that differ only in how they are split into files.
+    """
+    names = checkpoint.names()
+    if progress is not None:
+        progress.total = checkpoint.num_bytes >> 20
+    entries, done = [], 0
+    # hashlib lets go of the interpreter lock; reading is a memory map, so tensors that wait take no memory.
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        for name, digest in zip(names, pool.map(tensor_digest, map(checkpoint.read, names)), strict=True):
+            entries.append((name, checkpoint.dtype(name), checkpoint.tensor_shape(name), digest))
+            done += checkpoint.entries[name].num_bytes
+            if progress is not None:
+                progress.show(done >> 20)
+    return identity(entries)

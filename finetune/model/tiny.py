@@ -1,0 +1,189 @@
+"""Write a small gpt-oss checkpoint in the published file layout, so that the whole job runs on two CPU cores.
+
+Its tensors have the names, dtypes and orientation of openai/gpt-oss-20b's; only the sizes differ. It was never trained.
+`constructed` embeddings come from which tokens occur together in the shipped contract clauses (labels unused), which
+gives LoRA something to work with; everything else is drawn from the seed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from finetune.config.locate import shipped_dir
+from finetune.errors import ConfigError
+from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE
+from finetune.model.semantics import semantic_embeddings
+from finetune.model.shapes import ModelShape
+from finetune.mxfp4.format import quantise
+
+# hidden != expert width: a transposed expert tensor then has the wrong shape, which it has not in the real models.
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_local_experts": 8,
+}
+CORPUS = "legal/cuad_clause_type.jsonl.gz"
+_CLAUSE_MARK = "Clause:\n"
+_EMBEDDING_SCALE = 1.0  # 0.25 learnt more slowly: 1.58 against 1.37, measured as in semantics.py with a window of 8
+_UNSEEN_EMBEDDING_STD = 0.02
+# A final hidden state has norm sqrt(H). With the usual 0.02 no logit could rise above the 201,087 others; 20 / H can.
+_HEAD_GAIN = 20.0
+
+
+def write_tiny_base(directory: Path, *, seed: int = 0, constructed: bool = True) -> None:
+    """Write the checkpoint, whole or not at all: it is made beside `directory` and moved there when complete.
+
+    The same seed gives the same bytes (with the same torch build; embeddings go through LAPACK).
+
+    Args:
+        directory: where it goes; must not exist or be empty.
+        seed: of every random number.
+        constructed: embeddings from co-occurrence in the shipped training clauses. False: random ones.
+
+    Raises:
+        ConfigError: `directory` exists and is not an empty directory.
+        MachineError: the shipped data are missing.
+    """
+    from finetune.data.tokenizer import write_tokenizer
+
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise ConfigError(
+            f"{directory} already exists and is not an empty directory",
+            why="nothing is ever overwritten",
+            fix=f"give another name, or remove it first: rm -r {directory}",
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    staging.mkdir()
+    try:
+        write_tokenizer(staging)
+        config = _write_configs(staging)
+        shape = ModelShape.from_config(config, str(staging / CONFIG_FILE))
+        _write_shards(staging, _tensors(shape, staging, seed, constructed), shape)
+        (staging / "README.md").write_text(_readme(seed, constructed), encoding="utf-8")
+        _write_checksums(staging)
+        staging.replace(directory)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_configs(directory: Path) -> dict[str, Any]:
+    """config.json and generation_config.json: the published 20b's with other sizes."""
+    published = shipped_dir("data") / "tokenizer" / "gpt-oss-20b"
+    config: dict[str, Any] = json.loads((published / CONFIG_FILE).read_text(encoding="utf-8"))
+    config.update(SIZES)
+    _write_json(directory / CONFIG_FILE, config)
+    shutil.copyfile(published / "generation_config.json", directory / "generation_config.json")
+    return config
+
+
+def _tensors(shape: ModelShape, directory: Path, seed: int, constructed: bool) -> dict[str, torch.Tensor]:
+    """All tensors by name, in `expected_tensors` order."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (dtype, sizes) in shape.expected_tensors().items():
+        if name.endswith("_scales"):
+            continue  # written with its blocks
+        if name.endswith("_blocks"):
+            experts, out_size, groups, _ = sizes
+            weights = torch.randn(experts, out_size, groups * 32, generator=generator) * (groups * 32) ** -0.5
+            blocks, scales = quantise(weights)
+            tensors[name], tensors[name.removesuffix("_blocks") + "_scales"] = blocks, scales
+        else:
+            assert dtype == "BF16"
+            tensors[name] = _random_tensor(name, sizes, generator).to(torch.bfloat16)
+    if constructed:
+        embeddings = tensors["model.embed_tokens.weight"]
+        tokens, values = semantic_embeddings(list(_clauses(directory)), shape.hidden, seed)
+        embeddings[tokens] = (_EMBEDDING_SCALE * values).to(torch.bfloat16)
+    return tensors
+
+
+def _random_tensor(name: str, sizes: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(sizes, generator=generator)
+    if name == "model.embed_tokens.weight":
+        return noise * _UNSEEN_EMBEDDING_STD
+    if name == "lm_head.weight":
+        return noise * (_HEAD_GAIN / sizes[1])
+    if name.endswith("norm.weight"):
+        return 1 + 0.05 * noise  # not exactly 1, so that a norm without its weight shows in a comparison
+    if name.endswith("sinks"):
+        return noise
+    if name.endswith("bias"):
+        return 0.02 * noise
+    return noise * sizes[-1] ** -0.5
+
+
+def _clauses(directory: Path) -> Iterator[list[int]]:
+    """Token ids of the training split's clauses, without their labels or the instructions around them."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    texts = []
+    with gzip.open(shipped_dir("data") / CORPUS, "rt", encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            if record["split"] == "train":
+                user = next(message["content"] for message in record["messages"] if message["role"] == "user")
+                texts.append(user.partition(_CLAUSE_MARK)[2])
+    for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
+        yield encoding.ids
+
+
+def _write_shards(directory: Path, tensors: dict[str, torch.Tensor], shape: ModelShape) -> None:
+    """Three shards, cut before the second layer and before the head, and the index."""
+    names = list(tensors)
+    second_layer = next(number for number, name in enumerate(names) if name.startswith("model.layers.1."))
+    cuts = [0, second_layer, names.index("lm_head.weight"), len(names)]
+    weight_map: dict[str, str] = {}
+    for number, (start, end) in enumerate(pairwise(cuts), start=1):
+        shard = f"model-{number:05d}-of-{len(cuts) - 1:05d}.safetensors"
+        save_file({name: tensors[name] for name in names[start:end]}, directory / shard, metadata={"format": "pt"})
+        (directory / shard).chmod(0o644)  # safetensors writes for the owner only
+        weight_map.update(dict.fromkeys(names[start:end], shard))
+    index = {"metadata": {"total_size": shape.num_bytes()}, "weight_map": dict(sorted(weight_map.items()))}
+    _write_json(directory / INDEX_FILE, index)
+
+
+def _write_checksums(directory: Path) -> None:
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+    _write_json(directory / CHECKSUMS_FILE, {"algorithm": "sha256", "files": files})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _readme(seed: int, constructed: bool) -> str:
+    origin = (
+        "Constructed, not pretrained: token embeddings come from latent semantic analysis of the contract clauses of\n"
+        "CUAD v1 (The Atticus Project, CC BY 4.0; training split, labels unused), everything else from a random seed."
+        if constructed
+        else "Random, not pretrained: every weight comes from a random seed."
+    )
+    command = f"finetune base tiny{'' if constructed else ' --random'} --seed {seed}"
+    return f"""# A tiny base in gpt-oss's file layout
+
+{origin}
+
+It cannot write or reason. It exists so that the toolkit's whole path (native MXFP4 experts, harmony, LoRA, export,
+read-back) runs on a CPU with the code that runs on openai/gpt-oss-20b. The tokenizer is the real one.
+
+Made by `{command}`. `checksums.json` lists every file's sha256.
+"""

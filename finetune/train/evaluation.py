@@ -1,0 +1,108 @@
+"""Before against after: the same test rows scored by the base and by base + adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.config.schema import RunConfig
+from finetune.console import say
+from finetune.data.dataset import Split
+from finetune.data.render import Sample
+from finetune.data.sources import Record
+from finetune.errors import CheckError, ConfigError
+from finetune.evaluate.labels import label_set, score_labels, stratified_subset
+from finetune.evaluate.likelihood import BetweenBatches, held_out_loss
+from finetune.model.build import Base
+
+
+@dataclass(frozen=True)
+class TestSet:
+    """The rows scored before and after.
+
+    Attributes:
+        records, samples: the same rows, as read and as tokens.
+        labels: candidate answers, or None when labels are not scored.
+    """
+
+    records: tuple[Record, ...]
+    samples: tuple[Sample, ...]
+    labels: tuple[str, ...] | None
+
+
+def choose_test_set(split: Split, config: RunConfig) -> TestSet:
+    """Pick the recipe's test rows, stratified by answer; labels come from the whole split.
+
+    Raises:
+        ConfigError: `evaluate.labels=always`, but the split has records without an answer, or too many answers.
+    """
+    labels = label_set(split.records) if config.evaluate.labels != "never" else None
+    if config.evaluate.labels == "always" and labels is None:
+        raise ConfigError(
+            "evaluate.labels is always, but the test records do not make a label set",
+            why="every record needs an `answer`, and there may be 2 to 64 different ones",
+            fix="set evaluate.labels=never, or give the records answers",
+        )
+    chosen = stratified_subset(split.records, config.evaluate.test_rows, config.seed)
+    return TestSet(tuple(split.records[n] for n in chosen), tuple(split.samples[n] for n in chosen), labels)
+
+
+def evaluate_test_set(
+    base: Base, test: TestSet, config: RunConfig, *, when: str, between_batches: BetweenBatches
+) -> dict[str, Any]:
+    """Score the test rows with the model as it is now.
+
+    Returns:
+        Plain figures for evaluation.json: rows, loss with interval, and accuracy with interval if labels are scored.
+
+    Raises:
+        CheckError: the loss is not finite.
+    """
+    base.model.eval()
+    confidence = config.evaluate.confidence
+    loss = held_out_loss(
+        base.model, test.samples, config.data.max_length, task=f"test loss {when}", between_batches=between_batches
+    )
+    if not math.isfinite(loss.mean):
+        raise CheckError(
+            f"the test loss {when} training is {loss.mean}",
+            why="the model's numbers left the range of its dtype",
+            fix="lower trainer.learning_rate" if when == "after" else "check the base and the test rows",
+        )
+    figures: dict[str, Any] = {
+        "rows": len(test.samples),
+        "loss": loss.mean,
+        "loss_interval": loss.interval(confidence),
+        "confidence": confidence,
+    }
+    if test.labels is not None:
+        scores = score_labels(
+            base.model, test.records, test.labels, config.data, task=f"labels {when}", between_batches=between_batches
+        )
+        figures |= {
+            "accuracy": scores.accuracy,
+            "accuracy_interval": scores.interval(confidence),
+            "num_labels": len(test.labels),
+            "best_constant_accuracy": scores.best_constant,
+        }
+    say(f"{when}: {describe_figures(figures)}")
+    return figures
+
+
+def describe_figures(figures: dict[str, Any]) -> str:
+    """Figures as one line: loss and accuracy with their intervals."""
+    low, high = figures["loss_interval"]
+    text = f"test loss {figures['loss']:.3f} [{low:.3f}, {high:.3f}]"
+    if "accuracy" in figures:
+        low, high = figures["accuracy_interval"]
+        text += f", accuracy {figures['accuracy']:.3f} [{low:.3f}, {high:.3f}] over {figures['num_labels']} labels"
+    return f"{text} on {figures['rows']} rows"
+
+
+def validation_subset(samples: Sequence[Sample], count: int | None) -> tuple[Sample, ...]:
+    """The validation samples used each time: evenly spread over the split, so that they do not depend on a seed."""
+    if count is None or count >= len(samples):
+        return tuple(samples)
+    return tuple(samples[number * len(samples) // count] for number in range(count))

@@ -1,0 +1,247 @@
+"""The training loop: micro-steps, one optimiser step, checks before the update, evaluation and saves on the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from finetune.adapters.audit import audit_gradients
+from finetune.adapters.lora import Adapter
+from finetune.config.schema import RunConfig
+from finetune.console import Progress, say
+from finetune.data.batches import BatchPlan
+from finetune.errors import CheckError, Interrupted
+from finetune.model.build import Base
+from finetune.model.forward import checkpoint_activations
+from finetune.train.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
+from finetune.train.metrics import MetricsLog, Tracker, memory_gib
+from finetune.train.run_directory import RunDirectory
+from finetune.train.schedule import learning_rate
+from finetune.train.signals import StopRequest
+from finetune.train.step import OptimiserStep, StepFigures, make_optimizer
+
+ValidationLoss = Callable[[], float]
+"""Scores the validation samples with the model as it is: nats per trained token."""
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """Where a run stands; together with adapter and optimiser it is all that resuming needs.
+
+    Attributes:
+        step: optimiser steps made.
+        tokens, trained_tokens: seen so far, without padding.
+        seconds: spent training, over all sittings.
+        best_loss, best_step: best validation loss and when; None before the first evaluation.
+        evaluations_since_best: for early stopping.
+        audited: factors whose audit passed, such as "b" or "ba".
+    """
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    audited: str = ""
+
+
+class Trainer:
+    """Trains an adapter over a frozen base.
+
+    Args:
+        config: the whole run.
+        base: frozen, with `adapter` attached.
+        plan: which rows each step takes.
+        accelerator: device and processes.
+        run: where figures and checkpoints go.
+        tracker: an outside tracker.
+        validation_loss: None when there is nothing to validate on.
+        data_fingerprint: stored in checkpoints; resuming on other data is refused.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        base: Base,
+        adapter: Adapter,
+        plan: BatchPlan,
+        accelerator: Accelerator,
+        run: RunDirectory,
+        tracker: Tracker,
+        validation_loss: ValidationLoss | None,
+        data_fingerprint: str,
+    ) -> None:
+        self.config, self.base, self.adapter, self.plan = config, base, adapter, plan
+        self.accelerator, self.run, self.tracker = accelerator, run, tracker
+        self.validation_loss, self.data_fingerprint = validation_loss, data_fingerprint
+        self.metrics = MetricsLog(run.metrics)
+        self.parameters = adapter.parameters()
+        self.optimizer = make_optimizer(self.parameters, config.trainer)
+        self.step = OptimiserStep(config.trainer, base, self.parameters, self.optimizer, accelerator)
+        self.state = LoopState()
+        self.audit_lines: list[str] = []
+        if config.trainer.activation_checkpointing:
+            checkpoint_activations(base.model)
+
+    def train(self, stop: StopRequest) -> LoopState:
+        """Run to the end, an early stop or a signal.
+
+        Raises:
+            CheckError: loss or gradient is not finite, or the audit failed; no update was made from it.
+            Interrupted: a signal came; a checkpoint was saved.
+        """
+        total = self.plan.total_steps
+        epoch_steps: tuple[int, list[Any]] = (-1, [])
+        with Progress("training", total, "steps") as progress:
+            progress.start_at(self.state.step)
+            while self.state.step < total:
+                epoch, index = self.plan.position(self.state.step)
+                if epoch_steps[0] != epoch:
+                    epoch_steps = (epoch, self.plan.steps(epoch))
+                started = time.monotonic()
+                rate = learning_rate(self.state.step, total, self.config.trainer)
+                batches = [self.plan.batch(micro) for micro in epoch_steps[1][index]]
+                figures = self.step(batches, rate, self.state.step + 1, before_update=self._audit)
+                self._count(figures, rate, epoch, time.monotonic() - started, progress)
+                if self._evaluate_and_save(total) or stop.signal_number is not None:
+                    break
+        if stop.signal_number is not None:
+            self.save()
+            raise Interrupted(
+                f"stopped by a signal after step {self.state.step} of {total}; everything is saved",
+                signal_number=stop.signal_number,
+                fix=f"go on with `finetune train --resume {self.run.path}`",
+            )
+        return self.state
+
+    def _audit(self) -> None:
+        """B on the first step; A on the second, when an update has moved B away from zero (the rate is never zero)."""
+        audited = self.state.audited
+        due = "b" if not audited else "a" if audited == "b" else None
+        if due is None:
+            return
+        result = audit_gradients(self.base.model, self.adapter, due)
+        say(result.describe())
+        self.audit_lines.append(result.describe())
+        self.state = replace(self.state, audited=audited + due)
+
+    def _count(self, figures: StepFigures, rate: float, epoch: int, seconds: float, progress: Progress) -> None:
+        state = self.state = replace(
+            self.state,
+            step=self.state.step + 1,
+            tokens=self.state.tokens + figures.tokens,
+            trained_tokens=self.state.trained_tokens + figures.trained_tokens,
+            seconds=self.state.seconds + seconds,
+        )
+        speed, memory = figures.tokens / seconds, memory_gib(self.base.device)
+        self.metrics.append(
+            "step",
+            state.step,
+            epoch=epoch,
+            loss=figures.loss,
+            balance_loss=figures.balance,
+            learning_rate=rate,
+            gradient_norm=figures.gradient_norm,
+            tokens=figures.tokens,
+            trained_tokens=figures.trained_tokens,
+            tokens_per_second=round(speed, 1),
+            memory_gib=round(memory, 3),
+        )
+        self.tracker.log({"loss": figures.loss, "balance_loss": figures.balance, "learning_rate": rate}, state.step)
+        details = f"loss {figures.loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s, {memory:.2f} GiB"
+        progress.show(state.step, details, force=state.step % self.config.logging.every_steps == 0)
+
+    def _evaluate_and_save(self, total: int) -> bool:
+        """Do what is due after a step; True when early stopping says to end."""
+        step, evaluate, save = self.state.step, self.config.evaluate, self.config.save
+        improved = False
+        due = evaluate.every_steps is not None and step % evaluate.every_steps == 0
+        if self.validation_loss is not None and (due or step == total):
+            improved = self._evaluate()
+        keeps_best = save.best_metric != "none" and improved
+        if keeps_best or step == total or (save.every_steps is not None and step % save.every_steps == 0):
+            self.save()
+        patience = self.config.trainer.early_stop_patience
+        if patience is not None and self.state.evaluations_since_best >= patience:
+            say(f"early stop at step {step}: no better validation loss in {patience} evaluations")
+            self.save()
+            return True
+        return False
+
+    def _evaluate(self) -> bool:
+        """Validate, and say whether it is the best so far."""
+        assert self.validation_loss is not None
+        self.base.model.eval()
+        loss = self.validation_loss()
+        if not math.isfinite(loss):
+            raise CheckError(f"validation loss after step {self.state.step} is {loss}")
+        self.metrics.append("evaluation", self.state.step, validation_loss=loss)
+        self.tracker.log({"validation_loss": loss}, self.state.step)
+        improved = self.state.best_loss is None or loss < self.state.best_loss
+        if improved:
+            self.state = replace(self.state, best_loss=loss, best_step=self.state.step, evaluations_since_best=0)
+        else:
+            self.state = replace(self.state, evaluations_since_best=self.state.evaluations_since_best + 1)
+        say(f"step {self.state.step}: validation loss {loss:.4f}{' (best so far)' if improved else ''}")
+        return improved
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment and remove the ones no longer kept."""
+        optimizer = {
+            f"{name}/{key}": value.detach().cpu().clone()
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in self.parameters.items()}
+        facts = {
+            "loop": asdict(self.state),
+            "data_fingerprint": self.data_fingerprint,
+            "base_identity": self.base.identity,
+        }
+        save_checkpoint(self.run.checkpoints, self.state.step, Checkpoint(adapter, optimizer, facts))
+        prune_checkpoints(self.run.checkpoints, self.config.save.keep, self._best_to_keep())
+
+    def _best_to_keep(self) -> int | None:
+        return self.state.best_step if self.config.save.best_metric != "none" else None
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckError: it belongs to other data or another base.
+        """
+        for fact, now in (("data_fingerprint", self.data_fingerprint), ("base_identity", self.base.identity)):
+            if checkpoint.state[fact] != now:
+                raise CheckError(
+                    f"the checkpoint's {fact.replace('_', ' ')} is not this run's",
+                    why=f"{checkpoint.state[fact][:12]} was saved, {now[:12]} is here",
+                    fix="restore the data and base it was started with, or start a new run",
+                )
+        self.load_adapter(checkpoint)
+        for name, parameter in self.parameters.items():
+            saved = {
+                key.rpartition("/")[2]: value
+                for key, value in checkpoint.optimizer.items()
+                if key.startswith(f"{name}/")
+            }
+            if saved:
+                # AdamW keeps its step counter on the CPU and its moments beside the parameter.
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device) for key, value in saved.items()
+                }
+        self.state = LoopState(**checkpoint.state["loop"])
+        self.metrics.cut_after(self.state.step)
+
+    def load_adapter(self, checkpoint: Checkpoint) -> None:
+        """Set the adapter's parameters to a checkpoint's."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(checkpoint.adapter[name])

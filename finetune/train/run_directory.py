@@ -1,0 +1,140 @@
+"""A run's directory: what lies where, and how its files are written so that a kill leaves them readable."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config.schema import RunConfig
+from finetune.config.validate import dump_yaml, load_run_config
+from finetune.errors import ConfigError, InputError, MachineError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside one run's directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The composed configuration, as the run was started with it."""
+        return self.path / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """Facts about the run: base, data, checks, how it ended."""
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A line a step and a line a validation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What resuming needs."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The result, in PEFT's layout; there once training is done."""
+        return self.path / "adapter"
+
+    @property
+    def evaluation(self) -> Path:
+        """Figures before and after."""
+        return self.path / "evaluation.json"
+
+    @classmethod
+    def create(cls, config: RunConfig, recipe_name: str) -> RunDirectory:
+        """Make a new directory and write the composed configuration into it.
+
+        Raises:
+            ConfigError: the directory exists; runs are never overwritten.
+            MachineError: it cannot be made.
+        """
+        name = config.name or f"{recipe_name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = Path(config.output_dir) / name
+        cls.refuse_existing(path)
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise MachineError(
+                f"cannot make the run directory {path}: {error.strerror}",
+                fix="set output_dir to a place you may write to",
+            ) from error
+        run = cls(path)
+        write_whole(run.config, dump_yaml(config))
+        return run
+
+    @staticmethod
+    def refuse_existing(path: Path) -> None:
+        """Raise ConfigError if there is something at `path`."""
+        if path.exists():
+            raise ConfigError(
+                f"run directory {path} exists already",
+                why="a run is never overwritten",
+                fix=f"continue it with `finetune train --resume {path}`, or choose another with name=...",
+            )
+
+    @classmethod
+    def open(cls, path: Path) -> tuple[RunDirectory, RunConfig]:
+        """Open an existing run.
+
+        Raises:
+            InputError: not a run directory.
+        """
+        run = cls(path)
+        if not run.config.is_file():
+            raise InputError(f"{path} is not a run directory: it has no config.yaml", fix=_similar_runs(path))
+        return run, load_run_config(run.config)
+
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """Content of one of the run's JSON files, {} if it is not there yet.
+
+        Raises:
+            InputError: it is not JSON.
+        """
+        if not path.exists():
+            return {}
+        try:
+            content: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path} is not valid JSON", why=str(error)) from error
+        return content
+
+    def remove_adapter(self) -> None:
+        """Remove an adapter written before the run was resumed."""
+        shutil.rmtree(self.adapter)
+
+    def update_manifest(self, **facts: Any) -> None:
+        """Add facts to manifest.json."""
+        write_json(self.manifest, self.read_json(self.manifest) | facts)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file in one step, so that a reader or a kill never meets half of it."""
+    staging = path.with_name(path.name + ".partial")
+    with staging.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staging, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a JSON file in one step."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _similar_runs(path: Path) -> str | None:
+    here = (
+        sorted(p.name for p in path.parent.glob("*/") if (p / "config.yaml").is_file()) if path.parent.is_dir() else []
+    )
+    return f"runs in {path.parent}: {', '.join(here[-5:])}" if here else None

@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM ask the loop to stop at the next safe place; a second Ctrl-C leaves at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType, TracebackType
+from typing import Any
+
+STANDARD_ERROR = 2
+
+
+class StopRequest:
+    """Context manager that turns the first SIGINT or SIGTERM into a flag.
+
+    Attributes:
+        signal_number: the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
+        name = signal.Signals(number).name
+        text = f"\n{name}: saving at the next safe place (Ctrl-C again leaves at once, keeping older checkpoints)\n"
+        # Not `print`: the signal may have come in the middle of one, and buffered output refuses to be re-entered.
+        os.write(STANDARD_ERROR, text.encode())

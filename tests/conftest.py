@@ -1,0 +1,17 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune.model.tiny import write_tiny_base
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base with random embeddings (seed 0), built once. Read it; copy it before changing a file."""
+    directory = tmp_path_factory.mktemp("bases") / "tiny"
+    write_tiny_base(directory, seed=0, constructed=False)
+    return directory

@@ -1,0 +1,131 @@
+"""The command line: what it imports, how it answers mistakes, and the exit code of each way to end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from finetune.cli import main as cli
+from finetune.errors import CheckError, Interrupted
+
+HEAVY = ("torch", "transformers", "peft", "accelerate")
+PROBE = """
+import sys
+from finetune.cli.main import main
+try:
+    code = main({arguments!r})
+except SystemExit as stop:
+    code = stop.code
+print([name for name in {heavy!r} if name in sys.modules], code, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["base", "tiny", "--help"],
+        ["recipes"],
+        ["recipes", "show", "quickstart"],
+        ["config", "show", "quickstart"],
+        ["train", "legal_20b", "--dry-run"],
+    ],
+    ids=" ".join,
+)
+def test_quick_commands_do_not_import_torch(arguments):
+    code = PROBE.format(arguments=arguments, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().splitlines()[-1] == "[] 0", done.stderr
+
+
+def test_the_probe_sees_a_heavy_import():
+    code = PROBE.format(arguments=["recipes"], heavy=("finetune.cli.recipes",))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip().splitlines()[-1] == "['finetune.cli.recipes'] 0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian", "quickstart"], "did you mean train?"),
+        (["train"], "needs a recipe"),
+        (["train", "seed=1", "quickstart"], "needs a recipe before seed=1"),
+        (["train", "quickstrat"], "did you mean quickstart?"),
+        (["train", "missing.yaml"], "no recipe file"),
+        (["train", "quickstart", "--dryrun"], "did you mean --dry-run?"),
+        (["train", "quickstart", "--dry"], "does not take --dry"),
+        (["train", "quickstart", "--resume", "runs/x"], "keeps the configuration"),
+        (["config", "shw", "quickstart"], "did you mean show?"),
+        (["recipes", "show", "legal_20"], "did you mean legal_20b?"),
+        (["base", "tiny"], "DIR"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_named_with_a_way_out(arguments, words, capsys):
+    assert cli.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert words in message
+    assert "fix: " in message and "Traceback" not in message
+
+
+def test_overrides_may_follow_an_option(capsys):
+    assert cli.main(["config", "show", "--json", "quickstart", "seed=5"]) == 0
+    assert '"seed": 5' in capsys.readouterr().out
+
+
+def test_missing_input_of_a_dry_run_is_exit_3(capsys, tmp_path):
+    gone = tmp_path / "gone"
+    assert cli.main(["train", "quickstart", "--dry-run", f"model.path={gone}"]) == 3
+    assert str(gone) in capsys.readouterr().err
+    assert cli.main(["train", "legal_20b", "--dry-run", "data.test.cuad.path=gone.jsonl"]) == 3
+    assert "data.test.cuad.path" in capsys.readouterr().err
+
+
+class OutOfMemoryError(RuntimeError):
+    """Stands for torch's class of this name."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (CheckError("loss is nan", fix="lower the rate"), 6, "fix: lower the rate"),
+        (Interrupted("stopped", signal_number=15), 143, "stopped"),
+        (KeyboardInterrupt(), 130, "stopped"),
+        (OutOfMemoryError("CUDA out of memory"), 4, "data.max_length"),
+        (MemoryError(), 4, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 4, "out of memory"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 5, "runs/x"),
+        (ValueError("odd"), 1, "a bug in gpt-oss-finetune"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_how_a_command_ends(error, code, words, monkeypatch, capsys):
+    def end(_arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_run", end)
+    assert cli.main([]) == code
+    message = capsys.readouterr().err
+    assert words in message
+    assert ("Traceback" in message) == (code == 1)
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", "from finetune.cli.main import entry; entry()", "recipes"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_help_lists_only_commands_that_exist():
+    for module, summary in cli.COMMANDS.values():
+        loaded = __import__(module, fromlist=["run"])
+        assert callable(loaded.run) and callable(loaded.add_arguments) and summary

@@ -1,0 +1,115 @@
+"""Imports go one way. The table below is the architecture; docs/design.md draws it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import finetune
+
+PACKAGE = Path(finetune.__file__).parent
+
+# What each part may import of the others. Everything may import finetune.errors, finetune.console and finetune itself.
+ALLOWED = {
+    "config": set(),
+    "mxfp4": set(),
+    "data": {"config"},
+    "kernels": {"config", "mxfp4"},
+    "model": {"config", "mxfp4", "data", "kernels"},
+    "adapters": {"config", "mxfp4", "data", "kernels", "model"},
+    "evaluate": {"config", "mxfp4", "data", "kernels", "model", "adapters"},
+    "train": {"config", "mxfp4", "data", "kernels", "model", "adapters", "evaluate"},
+    "export": {"config", "mxfp4", "data", "kernels", "model", "adapters", "evaluate"},
+    "estimate": {"config"},
+    "report": {"config"},
+    "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report"},
+}
+FREE = {"errors", "console"}
+
+# Libraries that only some places may import at all.
+RESERVED = {
+    "hydra": {"config/compose.py"},
+    "omegaconf": {"config/compose.py"},
+}
+WITHOUT_TORCH = ("config", "cli", "estimate", "report", "errors", "console")
+HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed"}
+
+
+def imported(source: str, module: str) -> set[str]:
+    """Dotted names that a module's source imports, wherever in it, relative ones made absolute."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            stem = ".".join([*base, node.module] if node.module else base)
+            names |= {f"{stem}.{alias.name}" for alias in node.names}
+    return names
+
+
+def violations(source: str, relative: str) -> list[str]:
+    """What a file (its path relative to the package) imports and may not."""
+    module = "finetune." + relative.removesuffix(".py").replace("/", ".")
+    part = relative.split("/")[0].removesuffix(".py")
+    found = []
+    for name in sorted(imported(source, module)):
+        top, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        inside = top == "finetune" and (PACKAGE / other).is_dir() and other not in (part, "")
+        if inside and other not in ALLOWED.get(part, set()) | FREE:
+            found.append(f"{relative} imports {name}")
+        if top in RESERVED and relative not in RESERVED[top]:
+            found.append(f"{relative} imports {name}, reserved for {', '.join(RESERVED[top])}")
+        if part in WITHOUT_TORCH and top in HEAVY:
+            found.append(f"{relative} imports {name}; {part} works without it")
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    assert violations(path.read_text(encoding="utf-8"), path.relative_to(PACKAGE).as_posix()) == []
+
+
+def test_every_part_is_in_the_table():
+    parts = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert parts <= set(ALLOWED)
+
+
+def test_the_table_has_no_cycle():
+    order: list[str] = []
+    while len(order) < len(ALLOWED):
+        ready = [part for part, below in ALLOWED.items() if part not in order and below <= set(order)]
+        assert ready, f"cycle among {set(ALLOWED) - set(order)}"
+        order += ready
+
+
+@pytest.mark.parametrize(
+    ("source", "relative"),
+    [
+        ("from finetune.train.losses import x", "model/made_up.py"),
+        ("def f():\n    import finetune.cli.main", "train/made_up.py"),
+        ("from ..evaluate import labels", "adapters/made_up.py"),
+        ("from finetune import train", "report/made_up.py"),
+        ("from omegaconf import OmegaConf", "config/validate.py"),
+        ("import torch", "config/made_up.py"),
+        ("if 1:\n    from torch.nn import Linear", "cli/made_up.py"),
+        ("from finetune.model import build", "errors.py"),
+    ],
+)
+def test_a_wrong_import_is_seen(source, relative):
+    assert len(violations(source, relative)) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "relative"),
+    [
+        ("from finetune.model.build import load\nimport torch", "adapters/made_up.py"),
+        ("from .losses import x\nfrom ..errors import CheckError", "train/made_up.py"),
+        ("import hydra", "config/compose.py"),
+    ],
+)
+def test_a_right_import_is_let_through(source, relative):
+    assert violations(source, relative) == []

@@ -1,0 +1,176 @@
+"""Every way in which a data file can be wrong is named with its file and line, and nothing is dropped in silence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.config.schema import SourceConfig
+from finetune.data.sources import BadRow, Record, read_records
+from finetune.errors import ConfigError, FinetuneError, InputError
+
+USER = {"role": "user", "content": "2 + 2?"}
+ANSWER = {"role": "assistant", "content": "4"}
+GOOD = {"messages": [USER, ANSWER]}
+
+
+def write(path: Path, *lines: object) -> Path:
+    """Write one line each: bytes as they are, text as it is, anything else as JSON."""
+    encoded = [
+        line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+        for line in lines
+    ]
+    path.write_bytes(b"\n".join(encoded) + b"\n")
+    return path
+
+
+def read(path: Path | str, **settings: Any) -> list[Record | BadRow]:
+    return list(read_records("mine", SourceConfig(path=str(path), **settings)))
+
+
+def messages(*entries: object) -> dict[str, object]:
+    return {"messages": list(entries)}
+
+
+BAD_LINES = {
+    "broken JSON": ('{"messages": [', "not JSON", "column"),
+    "NUL bytes": (b"\x00\x00\x00", "not JSON"),
+    "not UTF-8": ('{"a": "caf\xe9"}'.encode("latin-1"), "not UTF-8", "byte 11"),
+    "not an object": ("[1, 2]", "no object"),
+    "repeated key": ('{"messages": [], "messages": []}', "`messages` stands twice"),
+    "no messages": ({"prompt": "a", "completion": "b"}, "no `messages`, only prompt, completion"),
+    "messages is text": ({"messages": "hello"}, "must be a list", "'hello'"),
+    "no message": ({"messages": []}, "an empty list"),
+    "message is text": (messages("hello"), "message 1 must be an object"),
+    "unknown role": (messages(USER, {"role": "asistant", "content": "4"}), "message 2", "did you mean assistant?"),
+    "no role": (messages({"content": "4"}), "message 1 has no role"),
+    "tool role": (
+        messages(USER, {"role": "tool", "content": "4"}, ANSWER),
+        "tool messages arrive with a later version",
+    ),
+    "tool call": (messages(USER, ANSWER | {"tool_calls": []}), "tool calls arrive with a later version"),
+    "unknown message key": (messages(USER, ANSWER | {"thinkng": "t"}), "'thinkng'", "did you mean thinking?"),
+    "no content": (messages(USER, {"role": "assistant"}), "message 2 needs text as `content`, not nothing"),
+    "content parts": (messages({"role": "user", "content": [{"type": "text"}]}, ANSWER), "message 1", "not a list"),
+    "empty answer": (messages(USER, {"role": "assistant", "content": ""}), "message 2 has empty `content`"),
+    "blank question": (messages({"role": "user", "content": " \n"}, ANSWER), "message 1 has empty `content`"),
+    "empty thinking": (messages(USER, ANSWER | {"thinking": ""}), "empty `thinking`", "leave the key out"),
+    "null thinking": (messages(USER, ANSWER | {"thinking": None}), "needs text as `thinking`"),
+    "user thinks": (messages(USER | {"thinking": "t"}, ANSWER), "from the user and has `thinking`"),
+    "half a character": ('{"messages": [{"role": "user", "content": "a\\ud83d"}]}', "half a character (\\ud83d)"),
+    "late system": (messages(USER, {"role": "system", "content": "s"}, ANSWER), "message 2 is from the system"),
+    "developer after system": (
+        messages({"role": "system", "content": "s"}, {"role": "developer", "content": "d"}, USER, ANSWER),
+        "message 2 is from the developer",
+    ),
+    "two answers": (messages(USER, ANSWER, ANSWER), "message 3 follows another"),
+    "ends with the user": (messages(USER, ANSWER, USER), "must be from the assistant, not from the user"),
+    "no question": (messages(ANSWER), "no message is from the user"),
+    "answer not text": (GOOD | {"answer": 4}, "`answer` must be text"),
+    "answer empty": (GOOD | {"answer": ""}, "`answer` must be text"),
+    "id not text": (GOOD | {"id": ["x"]}, "`id` must be text or a number"),
+    "too deep": ("[" * 10 + '{"a":' + "[" * 200_000, "too deeply"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_lines_are_named(tmp_path: Path, case: str) -> None:
+    line, *expected = BAD_LINES[case]
+    path = write(tmp_path / "rows.jsonl", GOOD, "", line, GOOD)
+    first, bad, last = read(path)
+    assert isinstance(first, Record) and isinstance(last, Record), "the rows around it are read"
+    assert isinstance(bad, BadRow)
+    assert bad.where == f"{path}:3"
+    assert bad.kind
+    for text in expected:
+        assert text in bad.reason
+
+
+def test_good_rows_are_read_whole(tmp_path: Path) -> None:
+    thinking = ANSWER | {"thinking": "easy"}
+    row = {"id": 7, "answer": "4", "year": 1994, "checked": True, "tags": ["x"]} | messages(USER, thinking)
+    path = write(tmp_path / "rows.jsonl", b"\xef\xbb\xbf" + json.dumps(row).encode(), GOOD)
+    first, second = read(path)
+    assert isinstance(first, Record) and isinstance(second, Record)
+    assert (first.id, first.answer, first.messages[-1].thinking) == ("7", "4", "easy")
+    assert first.fields == {"id": "7", "answer": "4", "year": "1994", "checked": "true"}
+    assert (second.id, second.where, second.answer) == (f"{path}:2", f"{path}:2", None)
+
+
+def test_gzip_is_told_by_content(tmp_path: Path) -> None:
+    plain = write(tmp_path / "rows.jsonl", GOOD, GOOD)
+    for name in ("rows.jsonl.gz", "packed.jsonl"):
+        (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
+        assert len(read(tmp_path / name)) == 2
+
+
+def test_where_and_limit(tmp_path: Path) -> None:
+    bad_validation = {"split": "val", "messages": "broken"}
+    rows = [GOOD | {"split": split} for split in ("train", "val", "train", "train")]
+    path = write(tmp_path / "rows.jsonl", *rows, bad_validation)
+    assert [row.where for row in read(path, where={"split": "train"})] == [f"{path}:{line}" for line in (1, 3, 4)]
+    assert [row.where for row in read(path, where={"split": "train"}, limit=2)] == [f"{path}:1", f"{path}:3"]
+    assert isinstance(read(path, where={"split": "val"})[-1], BadRow)
+    assert len(read(path)) == 5
+
+
+def refusal(kind: type[FinetuneError], path: Path | str, **settings: Any) -> str:
+    with pytest.raises(kind) as caught:
+        read(path, **settings)
+    assert "`mine`" in str(caught.value), "the source's name in the recipe"
+    return str(caught.value)
+
+
+def test_misspelt_where_field_and_value(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *[GOOD | {"split": split} for split in ("train", "val", "val")])
+    text = refusal(ConfigError, path, where={"splt": "train"})
+    assert "where.splt" in text and "did you mean split?" in text
+    text = refusal(InputError, path, where={"split": "validation"})
+    assert "split: validation" in text and "val (2), train (1)" in text
+    assert "at least 1" in refusal(ConfigError, path, limit=0)
+
+
+def test_missing_file_and_directory(tmp_path: Path) -> None:
+    write(tmp_path / "clauses.jsonl", GOOD)
+    text = refusal(InputError, tmp_path / "clause.jsonl")
+    assert "no file" in text and "did you mean clauses.jsonl?" in text
+    assert "is a directory" in refusal(InputError, tmp_path)
+    assert "no file" in refusal(InputError, tmp_path / "no" / "folder" / "x.jsonl")
+    assert "cuad_clause_type.jsonl.gz" in refusal(InputError, "shipped://legal/cuad_clause_typ.jsonl.gz")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n\n"])
+def test_empty_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    assert "is empty" in refusal(InputError, path)
+
+
+def test_json_array_is_not_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([GOOD, GOOD], indent=1))
+    text = refusal(InputError, path)
+    assert "JSON array" in text and "jq" in text
+
+
+def test_truncated_and_corrupt_gzip(tmp_path: Path) -> None:
+    rows = [GOOD | {"id": f"{number:064x}"} for number in range(2000)]
+    packed = gzip.compress(write(tmp_path / "rows.jsonl", *rows).read_bytes())
+    path = tmp_path / "rows.jsonl.gz"
+    path.write_bytes(packed[: len(packed) // 2])
+    text = refusal(InputError, path)
+    line = int(text.split("after line ")[1].split()[0].replace(",", ""))
+    assert str(path) in text and 500 < line < 1500
+    path.write_bytes(packed[:-8] + b"\x00" * 8)
+    assert "not a complete gzip file" in refusal(InputError, path)
+    path.write_bytes(b'{"messages": []}\n')
+    assert "not a complete gzip file" in refusal(InputError, path)
+
+
+def test_a_very_long_line_is_a_row_like_any_other(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", GOOD, messages({"role": "user", "content": "x " * 10_000_000}, ANSWER), GOOD)
+    assert [type(row) for row in read(path)] == [Record, Record, Record]

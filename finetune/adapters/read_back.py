@@ -57,8 +57,8 @@ class ReadBack:
         """One line for the console and the report."""
         return (
             f"read back by stock PEFT in a fresh process: logits differ by {self.max_difference:.1e} at most on "
-            f"{self.samples} samples (base alone {self.base_difference:.1e}; the adapter itself moves them by "
-            f"{self.effect:.1f})"
+            f"{self.samples} samples, mean KL {self.mean_kl:.1e} (base alone {self.base_difference:.1e}; the adapter "
+            f"itself moves them by {self.effect:.1f})"
         )
 
 

@@ -58,8 +58,8 @@ class AttentionPlan:
             positions=self.positions.to(device),
         )
 
-    def visible(self, block: _Block) -> Tensor:
-        """bool [Q, S]: may this query of the block see this key?"""
+    def hidden(self, block: _Block) -> Tensor:
+        """bool [Q, S]: is this key hidden from this query of the block?"""
         queries, keys = slice(block.first, block.last), slice(block.first_key, block.last)
         index = torch.arange(block.first_key, block.last, device=self.segments.device)
         allowed = index[None, :] <= index[block.first - block.first_key :, None]
@@ -69,7 +69,7 @@ class AttentionPlan:
         if self.window is not None:
             distance = self.positions[queries][:, None] - self.positions[keys][None, :]
             allowed = allowed & (distance < self.window)
-        return allowed
+        return ~allowed
 
 
 def plan_attention(
@@ -134,7 +134,10 @@ def sink_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, plan: Attenti
 
 
 class _SinkAttention(torch.autograd.Function):
-    """Blockwise forward and backward; exact in sinks too, whose gradient is only formed when wanted."""
+    """Blockwise forward and backward; exact in sinks too, whose gradient is only formed when wanted.
+
+    Scores are worked on in place and exponentiated once a pass: on a CPU these passes are most of the cost.
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, plan, scaling):  # type: ignore[no-untyped-def]
@@ -142,11 +145,14 @@ class _SinkAttention(torch.autograd.Function):
         lse = q.new_empty(q.shape[0], q.shape[1], dtype=_accurate(q.dtype))
         for block in plan.blocks:
             scores = _scores(q, k, plan, block, scaling)  # [J, G, Q, S]
-            block_lse = torch.logaddexp(scores.logsumexp(-1), _per_head(sinks, scores).expand(scores.shape[:-1]))
+            sink = sinks.to(scores.dtype).view(*scores.shape[:2], 1)
+            largest = torch.maximum(scores.amax(-1), sink)
+            exponentials = scores.sub_(largest[..., None]).exp_()
+            total = exponentials.sum(-1) + torch.exp(sink - largest)  # [J, G, Q]
             values = v[block.first_key : block.last].transpose(0, 1).to(scores.dtype)  # [J, S, d]
-            mixed = torch.exp(scores - block_lse[..., None]).flatten(1, 2) @ values  # [J, G·Q, d]
+            mixed = exponentials.flatten(1, 2) @ values / total.flatten(1, 2)[..., None]  # [J, G·Q, d]
             out[block.first : block.last] = _heads_last(mixed, scores.shape)
-            lse[block.first : block.last] = block_lse.flatten(0, 1).T
+            lse[block.first : block.last] = (total.log() + largest).flatten(0, 1).T
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.plan, ctx.scaling = plan, scaling
         return out
@@ -162,15 +168,16 @@ class _SinkAttention(torch.autograd.Function):
             queries, keys = slice(block.first, block.last), slice(block.first_key, block.last)
             scores = _scores(q, k, ctx.plan, block, ctx.scaling)
             grouped = scores.shape[:-1]  # [J, G, Q]
-            probabilities = torch.exp(scores - lse[queries].T.reshape(grouped)[..., None]).flatten(1, 2)
+            probabilities = scores.sub_(lse[queries].T.reshape(grouped)[..., None]).exp_().flatten(1, 2)
             grad_block = _heads_first(grad_out[queries].to(exact), k.shape[1])  # [J, G·Q, d]
             grad_v[keys] += (probabilities.transpose(1, 2) @ grad_block).transpose(0, 1)
             grad_probabilities = grad_block @ v[keys].transpose(0, 1).to(exact).transpose(1, 2)
             block_delta = delta[queries].T.reshape(grouped).flatten(1, 2)[..., None]
-            grad_scores = probabilities * (grad_probabilities - block_delta) * ctx.scaling
-            grad_q[queries] = _heads_last(grad_scores @ k[keys].transpose(0, 1).to(exact), scores.shape)
-            queries_first = _heads_first(q[queries].to(exact), k.shape[1])
-            grad_k[keys] += (grad_scores.transpose(1, 2) @ queries_first).transpose(0, 1)
+            grad_scores = grad_probabilities.sub_(block_delta).mul_(probabilities)
+            scaled_queries = _heads_first(q[queries].to(exact) * ctx.scaling, k.shape[1])
+            grad_k[keys] += (grad_scores.transpose(1, 2) @ scaled_queries).transpose(0, 1)
+            scaled_keys = k[keys].transpose(0, 1).to(exact) * ctx.scaling
+            grad_q[queries] = _heads_last(grad_scores @ scaled_keys, scores.shape)
         grad_sinks = None
         if ctx.needs_input_grad[3]:
             grad_sinks = -(torch.exp(sinks.to(exact)[None] - lse) * delta).sum(0).to(sinks.dtype)
@@ -193,15 +200,11 @@ def _heads_last(x: Tensor, grouped: torch.Size) -> Tensor:
     return x.view(key_heads, group, queries, -1).permute(2, 0, 1, 3).reshape(queries, key_heads * group, -1)
 
 
-def _per_head(sinks: Tensor, scores: Tensor) -> Tensor:
-    return sinks.to(scores.dtype).view(*scores.shape[:2], 1)
-
-
 def _scores(q: Tensor, k: Tensor, plan: AttentionPlan, block: _Block, scaling: float) -> Tensor:
     """Scaled scores [J, G, Q, S], -inf where the plan hides the key."""
     exact = _accurate(q.dtype)
     keys = k[block.first_key : block.last].transpose(0, 1)  # [J, S, d]
-    queries = _heads_first(q[block.first : block.last], k.shape[1])
-    scores = (queries.to(exact) @ keys.to(exact).transpose(1, 2)) * scaling
+    queries = _heads_first(q[block.first : block.last].to(exact) * scaling, k.shape[1])
+    scores = queries @ keys.to(exact).transpose(1, 2)
     scores = scores.view(k.shape[1], -1, block.last - block.first, block.last - block.first_key)
-    return scores.masked_fill(~plan.visible(block), float("-inf"))
+    return scores.masked_fill_(plan.hidden(block), float("-inf"))

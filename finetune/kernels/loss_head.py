@@ -43,8 +43,20 @@ def answer_log_likelihood(hidden: Tensor, head: Tensor, rows: Tensor, targets: T
         logits = (hidden[start : start + TOKENS_PER_CHUNK] @ head.T).float()
         here = (rows >= start) & (rows < start + TOKENS_PER_CHUNK)
         picked = rows[here] - start
-        result[here] = logits[picked, targets[here]] - logits.logsumexp(-1)[picked]
+        wanted = logits[picked, targets[here]]
+        _, log_total = _exponentials(logits)
+        result[here] = wanted - log_total[picked]
     return result
+
+
+def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Work out exp(logits - largest) in place, and log sum exp of the logits [N].
+
+    One pass of exp over V, where logsumexp and a softmax after it would take two.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    exponentials = logits.sub_(largest).exp_()
+    return exponentials, (exponentials.sum(-1, keepdim=True).log() + largest)[:, 0]
 
 
 class _TokenNll(torch.autograd.Function):
@@ -61,10 +73,11 @@ class _TokenNll(torch.autograd.Function):
         for start in range(0, len(hidden), tokens_per_chunk):
             span = slice(start, start + tokens_per_chunk)
             logits = (hidden[span] @ head.T).to(exact)
-            log_sum = logits.logsumexp(-1)
-            nll[span] = log_sum - logits.gather(1, targets[span, None])[:, 0]
+            wanted = logits.gather(1, targets[span, None])[:, 0]
+            exponentials, log_total = _exponentials(logits)
+            nll[span] = log_total - wanted
             if unit_grad is not None:
-                probabilities = logits.sub_(log_sum[:, None]).exp_()
+                probabilities = exponentials.div_(exponentials.sum(-1, keepdim=True))
                 probabilities[torch.arange(len(probabilities), device=logits.device), targets[span]] -= 1
                 unit_grad[span] = (probabilities.to(head.dtype) @ head).to(exact)
         ctx.save_for_backward(unit_grad)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from small_run import RECIPE, Train, finetune
 
+from finetune.cli.main import main
+from finetune.config.locate import shipped_dir
 from finetune.model.tiny import write_tiny_base
 
 
@@ -15,3 +23,63 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bases") / "tiny"
     write_tiny_base(directory, seed=0, constructed=False)
     return directory
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A recipe and 40 real rows with three different answers."""
+    directory = tmp_path_factory.mktemp("workplace")
+    with gzip.open(shipped_dir("data") / "legal" / "cuad_clause_type.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = [line for line in file if len(line) < 2200]
+    wanted = ("License Grant", "Audit Rights", "Governing Law")
+    lines = [line for line in lines if json.loads(line)["answer"] in wanted][:40]
+    assert {json.loads(line)["answer"] for line in lines[31:]} == set(wanted)
+    for name, part in (("train", lines[:24]), ("validation", lines[24:30]), ("test", lines[30:])):
+        (directory / f"{name}.jsonl").write_text("".join(part))
+    (directory / "small.yaml").write_text(RECIPE % {"base": tiny_base, "rows": directory})
+    return directory
+
+
+@pytest.fixture
+def train(workplace: Path, tmp_path: Path) -> Train:
+    """Run the command in this process; gives its exit code and run directory."""
+
+    def run(*overrides: str, name: str = "run") -> tuple[int, Path]:
+        recipe = str(workplace / "small.yaml")
+        return main(["train", recipe, f"output_dir={tmp_path}", f"name={name}", *overrides]), tmp_path / name
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(workplace: Path) -> tuple[Path, str]:
+    """A finished run of the real command, read back, and what it printed as its result."""
+    arguments = [
+        "train",
+        workplace / "small.yaml",
+        f"output_dir={workplace}",
+        "name=finished",
+        "export.read_back=always",
+    ]
+    process = finetune(*arguments, "save.every_steps=3")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return workplace / "finished", output
+
+
+@pytest.fixture
+def validation_losses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Validation losses are taken from this list, whatever the model does."""
+    from finetune.train import run as run_module
+
+    losses: list[float] = []
+    monkeypatch.setattr(run_module, "held_out_loss", lambda *_, **__: SimpleNamespace(mean=losses.pop(0)))
+    yield losses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,9 +55,12 @@ def own_recipe(folder: Path, text: str) -> Path:
 def test_every_recipe_composes_and_dry_runs(recipe, tmp_path, capsys):
     composed = compose(recipe)
     assert composed.recipe_name == recipe
-    (tmp_path / "config.json").write_text("{}")
+    size = "120b" if "120b" in recipe else "20b"
+    shutil.copy(shipped_dir("data") / "tokenizer" / f"gpt-oss-{size}" / "config.json", tmp_path)
     assert main(["train", recipe, "--dry-run", f"model.path={tmp_path}"]) == 0
     printed = capsys.readouterr().out
+    assert ("36 layers x 128 experts" if size == "120b" else "24 layers x 32 experts") in printed
+    assert "train: 4,369 rows" in printed
     trainer, data = composed.config.trainer, composed.config.data
     tokens = trainer.rows_per_micro_step * trainer.micro_steps * data.max_length
     assert f"at most {tokens:,}" in printed

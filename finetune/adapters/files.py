@@ -20,7 +20,7 @@ from finetune.adapters.lora import Adapter
 from finetune.adapters.peft_layout import from_peft, peft_config_fields, peft_keys, to_peft
 from finetune.config.schema import AdapterConfig
 from finetune.console import warn
-from finetune.errors import CheckError, InputError
+from finetune.errors import CheckError, InputError, MachineError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -48,6 +48,7 @@ def write_adapter(
     Raises:
         CheckError: a factor is not finite, or every B is zero (nothing was trained).
         InputError: the directory exists.
+        MachineError: the disk is full or read-only; nothing half-written stays.
     """
     if directory.exists():
         raise InputError(f"{directory} exists already", fix="choose another directory or remove it")
@@ -55,24 +56,31 @@ def write_adapter(
     _check_trained(tensors)
     staging = directory.with_name(directory.name + ".partial")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
-    LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-        revision=base_revision,
-        inference_mode=True,
-        **peft_config_fields(config),
-    ).save_pretrained(staging)
-    provenance = {
-        "written_by": f"gpt-oss-finetune {__version__}",
-        "base_name": base_name,
-        "base_revision": base_revision,
-        "base_identity": base_identity,
-        "files": {WEIGHTS: _sha256(staging / WEIGHTS), CONFIG: _sha256(staging / CONFIG)},
-    }
-    (staging / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
-    os.rename(staging, directory)
+    try:
+        staging.mkdir(parents=True)
+        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=base_name,
+            revision=base_revision,
+            inference_mode=True,
+            **peft_config_fields(config),
+        ).save_pretrained(staging)
+        provenance = {
+            "written_by": f"gpt-oss-finetune {__version__}",
+            "base_name": base_name,
+            "base_revision": base_revision,
+            "base_identity": base_identity,
+            "files": {WEIGHTS: _flushed_sha256(staging / WEIGHTS), CONFIG: _flushed_sha256(staging / CONFIG)},
+        }
+        (staging / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+        os.rename(staging, directory)
+    except (OSError, SafetensorError) as error:  # a full disk is either of them
+        shutil.rmtree(staging, ignore_errors=True)
+        raise MachineError(
+            f"cannot write the adapter to {directory}: {error}",
+            fix="free disk space and resume the run; its last checkpoint has the adapter",
+        ) from error
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -173,6 +181,13 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise InputError(f"{directory} lacks {WEIGHTS}", why="adapters are read from safetensors only") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged", why=str(error)) from error
+
+
+def _flushed_sha256(path: Path) -> str:
+    """The file's sha256, once its bytes are on the disk: what the rename makes visible must be there."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from finetune.adapters.lora import Adapter
 from finetune.config.schema import RunConfig
 from finetune.console import Progress, say
 from finetune.data.batches import BatchPlan
-from finetune.errors import CheckError, Interrupted
+from finetune.errors import CheckError, InputError, Interrupted
 from finetune.model.build import Base
 from finetune.model.forward import checkpoint_activations
 from finetune.train.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
@@ -40,6 +40,7 @@ class LoopState:
         seconds: spent training, over all sittings.
         best_loss, best_step: best validation loss and when; None before the first evaluation.
         evaluations_since_best: for early stopping.
+        validated: the last step whose validation is done; a signal may have cut a later one short.
         audited: factors whose audit passed, such as "b" or "ba".
     """
 
@@ -50,6 +51,7 @@ class LoopState:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    validated: int = 0
     audited: str = ""
 
 
@@ -102,7 +104,8 @@ class Trainer:
         epoch_steps: tuple[int, list[Any]] = (-1, [])
         with Progress("training", total, "steps") as progress:
             progress.start_at(self.state.step)
-            while self.state.step < total:
+            stopped_early = self.state.step > 0 and self._evaluate_and_save(total)
+            while self.state.step < total and not stopped_early:
                 epoch, index = self.plan.position(self.state.step)
                 if epoch_steps[0] != epoch:
                     epoch_steps = (epoch, self.plan.steps(epoch))
@@ -111,7 +114,8 @@ class Trainer:
                 batches = [self.plan.batch(micro) for micro in epoch_steps[1][index]]
                 figures = self.step(batches, rate, self.state.step + 1, before_update=self._audit)
                 self._count(figures, rate, epoch, time.monotonic() - started, progress)
-                if self._evaluate_and_save(total) or stop.signal_number is not None:
+                stopped_early = self._evaluate_and_save(total)
+                if stop.signal_number is not None:
                     break
         if stop.signal_number is not None:
             self.save()
@@ -164,7 +168,7 @@ class Trainer:
         step, evaluate, save = self.state.step, self.config.evaluate, self.config.save
         improved = False
         due = evaluate.every_steps is not None and step % evaluate.every_steps == 0
-        if self.validation_loss is not None and (due or step == total):
+        if self.validation_loss is not None and (due or step == total) and self.state.validated != step:
             improved = self._evaluate()
         keeps_best = save.best_metric != "none" and improved
         if keeps_best or step == total or (save.every_steps is not None and step % save.every_steps == 0):
@@ -190,6 +194,7 @@ class Trainer:
             self.state = replace(self.state, best_loss=loss, best_step=self.state.step, evaluations_since_best=0)
         else:
             self.state = replace(self.state, evaluations_since_best=self.state.evaluations_since_best + 1)
+        self.state = replace(self.state, validated=self.state.step)
         say(f"step {self.state.step}: validation loss {loss:.4f}{' (best so far)' if improved else ''}")
         return improved
 
@@ -203,6 +208,7 @@ class Trainer:
         adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in self.parameters.items()}
         facts = {
             "loop": asdict(self.state),
+            "audit": self.audit_lines,
             "data_fingerprint": self.data_fingerprint,
             "base_identity": self.base.identity,
         }
@@ -216,11 +222,11 @@ class Trainer:
         """Continue from a checkpoint.
 
         Raises:
-            CheckError: it belongs to other data or another base.
+            InputError: it belongs to other data or another base.
         """
         for fact, now in (("data_fingerprint", self.data_fingerprint), ("base_identity", self.base.identity)):
             if checkpoint.state[fact] != now:
-                raise CheckError(
+                raise InputError(
                     f"the checkpoint's {fact.replace('_', ' ')} is not this run's",
                     why=f"{checkpoint.state[fact][:12]} was saved, {now[:12]} is here",
                     fix="restore the data and base it was started with, or start a new run",
@@ -238,6 +244,7 @@ class Trainer:
                     key: value.clone() if key == "step" else value.to(parameter.device) for key, value in saved.items()
                 }
         self.state = LoopState(**checkpoint.state["loop"])
+        self.audit_lines = list(checkpoint.state["audit"])
         self.metrics.cut_after(self.state.step)
 
     def load_adapter(self, checkpoint: Checkpoint) -> None:

@@ -1,0 +1,164 @@
+"""What a run holds in memory, opened and checked before anything is written: data, plan, base, adapter, processes."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from finetune import __version__
+from finetune.adapters.files import read_adapter_into
+from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.sites import describe_sites
+from finetune.config.schema import RunConfig
+from finetune.console import Progress, say
+from finetune.data.batches import BatchPlan
+from finetune.data.dataset import Split, describe, load_split
+from finetune.errors import MachineError
+from finetune.model.build import Base, choose_device, choose_dtype, load_base
+from finetune.model.checkpoint import Checkpoint
+from finetune.model.hub import BaseLocation, locate_base
+from finetune.model.selftest import check_packing
+from finetune.model.storage import check_expert_storage, describe_storage, storage_table
+from finetune.train.balance_reach import describe_balance_reach
+from finetune.train.evaluation import TestSet, choose_test_set
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a run holds in memory.
+
+    Attributes:
+        config: the recipe.
+        location: where the base's files are.
+        base: frozen, with `adapter` attached.
+        splits: `train` and, where the recipe has them, `validation` and `test`.
+        plan: which rows each step takes.
+        accelerator: device and processes.
+        test: rows scored before and after; None without a test split.
+    """
+
+    config: RunConfig
+    location: BaseLocation
+    base: Base
+    adapter: Adapter
+    splits: dict[str, Split]
+    plan: BatchPlan
+    accelerator: Accelerator
+    test: TestSet | None
+
+
+def open_session(config: RunConfig) -> Session:
+    """Read data and base, attach the adapter, and check all of it.
+
+    Raises:
+        FinetuneError: whatever is wrong with data, base, adapter or processes; nothing was written yet.
+    """
+    device, accelerator = choose_device(config.model), _accelerator(config)
+    names = [name for name in ("train", "validation", "test") if getattr(config.data, name)]
+    splits = {name: load_split(config.data, name) for name in names}  # type: ignore[arg-type]
+    for split in splits.values():
+        say(describe(split))
+    test = choose_test_set(splits["test"], config) if "test" in splits else None
+    plan = BatchPlan(splits["train"].samples, config.data, config.trainer, config.seed)
+    _describe_plan(plan, splits["train"], config)
+    location = locate_base(config.model.path, config.model.revision)
+    checkpoint = Checkpoint.open(location.directory)
+    _verify_checksums(checkpoint, config)
+    base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
+    say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
+    storage = storage_table(base.model)
+    say(describe_storage(storage))
+    check_expert_storage(storage, config.model.expert_storage)
+    say(f"packing: samples are separate (leak {check_packing(base.model):.1e})")
+    adapter = attach_adapter(base, config.adapter, seed=config.seed)
+    if config.adapter.init_from is not None:
+        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity)
+        say(f"adapter: training on from {config.adapter.init_from}")
+    say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
+    if config.trainer.router_balance_coefficient:
+        say(describe_balance_reach(list(adapter.sites), checkpoint.shape))
+    return Session(config, location, base, adapter, splits, plan, accelerator, test)
+
+
+def session_facts(session: Session) -> dict[str, Any]:
+    """What manifest.json records at the start."""
+    sites = session.adapter.sites
+    return {
+        "finetune_version": __version__,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "base": {
+            "name": session.location.name,
+            "revision": session.location.revision,
+            "identity": session.base.identity,
+            "storage": [asdict(line) for line in storage_table(session.base.model)],
+        },
+        "data": {
+            name: {
+                "rows": len(split.samples),
+                "tokens": split.num_tokens,
+                "trained_tokens": split.num_trained_tokens,
+                "skipped_rows": len(split.bad_rows),
+                "fingerprint": split.fingerprint,
+            }
+            for name, split in session.splits.items()
+        },
+        "adapter_parameters": {
+            kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "experts")
+        },
+        "total_steps": session.plan.total_steps,
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "device": str(session.base.device),
+            "compute_dtype": str(session.base.compute_dtype),
+            "platform": platform.platform(),
+            "command": " ".join(sys.argv),
+        },
+    }
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    """The processes that run, checked against the recipe.
+
+    Raises:
+        MachineError: the launcher started another number of processes than the recipe says.
+    """
+    log_with = None if config.logging.tracker == "none" else config.logging.tracker
+    on_cpu = choose_device(config.model).type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, log_with=log_with)
+    if accelerator.num_processes != config.distributed.num_processes:
+        raise MachineError(
+            f"{accelerator.num_processes} processes run, the recipe says {config.distributed.num_processes}",
+            why="processes that do not know of each other train separate adapters and overwrite one another",
+            fix="start it with `finetune train` and set distributed.num_processes",
+        )
+    return accelerator
+
+
+def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
+    trainer, rows = config.trainer, plan.rows(0)
+    efficiency = split.num_tokens / (len(rows) * config.data.max_length)
+    say(
+        f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
+        f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps = "
+        f"{trainer.rows_per_micro_step * trainer.micro_steps} rows a step => {plan.total_steps:,} steps "
+        f"for {trainer.epochs:g} epochs"
+    )
+
+
+def _verify_checksums(checkpoint: Checkpoint, config: RunConfig) -> None:
+    if not config.model.verify_checksums:
+        say("base files: checksums not compared (model.verify_checksums=false)")
+        return
+    with Progress("checking base files", None, "MiB") as progress:
+        if checkpoint.verify_checksums(progress):
+            say("base files: every sha256 as in checksums.json")
+        else:
+            say("base files: no checksums.json to compare with; the identity below is what was read")

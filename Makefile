@@ -33,11 +33,15 @@ base/tiny: | $(STAMP)
 demo: setup base/tiny ## Fine-tune a tiny gpt-oss on legal clauses: before, after, adapter, report
 	$(BIN)/finetune train quickstart
 
+# One thread a process and one process a core: torch's threads on a busy machine wait for each other far longer than they
+# compute. A file's tests share its fixtures, so they stay in one process.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+
 test: setup ## Run the tests, without the slow ones
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: setup ## Run only the slow tests
-	$(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 check: setup ## Lint, formatting and types
 	$(BIN)/ruff check .

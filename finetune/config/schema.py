@@ -136,7 +136,7 @@ class TrainerConfig(_Strict):
         router_balance_coefficient: weight of the per-layer balance loss. The published config's 0.9 is a
             pre-training value and ruins a fine-tune: above 0.1 is refused unless forced.
         force_router_balance_coefficient: allow a coefficient above 0.1.
-        activation_checkpointing: recompute each layer in the backward pass; less memory, about a third more compute.
+        activation_checkpointing: recompute each layer in the backward pass; less memory, more compute.
         early_stop_patience: stop after this many evaluations without a better best metric. None: never.
     """
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from finetune.errors import CheckError
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class StorageLine:
@@ -36,7 +34,7 @@ def storage_table(model: nn.Module) -> list[StorageLine]:
 
 def describe_storage(lines: list[StorageLine]) -> str:
     """The table as text, one line a part."""
-    return "\n".join(f"  {line.num_bytes / GIB:8.3f} GiB  {line.part:<16} {line.format}" for line in lines)
+    return "\n".join(f"  {_readable(line.num_bytes):>11}  {line.part:<16} {line.format}" for line in lines)
 
 
 def check_expert_storage(lines: list[StorageLine], wanted: str) -> None:
@@ -51,6 +49,13 @@ def check_expert_storage(lines: list[StorageLine], wanted: str) -> None:
             f"expert weights are held as {', '.join(sorted(formats)) or 'nothing'}, the recipe says {wanted}",
             why="a dense copy of the experts takes 38 GB (20b) or 229 GB (120b)",
         )
+
+
+def _readable(num_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size / 10:
+            return f"{num_bytes / size:.2f} {unit}"
+    return f"{num_bytes / 2**10:.2f} KiB"
 
 
 def _part(name: str) -> str:

@@ -13,8 +13,15 @@ REDRAW_SECONDS = 0.2
 PLAIN_LINE_SECONDS = 10.0
 
 
+_open_line = False  # is there a progress line on the terminal that no newline has ended yet?
+
+
 def say(text: str = "", *, result: bool = False) -> None:
     """Print a line: to standard output if it is the command's result, to standard error otherwise."""
+    global _open_line
+    if _open_line:  # take the progress line's place; it is drawn again below when due
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        _open_line = False
     print(text, file=sys.stdout if result else sys.stderr, flush=True)
 
 
@@ -62,8 +69,10 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._printed and self._terminal:
+        global _open_line
+        if _open_line:
             print(file=sys.stderr, flush=True)
+            _open_line = False
 
     def start_at(self, done: int) -> None:
         """Begin in the middle: units done in an earlier sitting do not count for the time left."""
@@ -84,7 +93,9 @@ class Progress:
         self._last_print, self._printed = now, True
         line = self._line(now, details)
         if self._terminal:
+            global _open_line
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            _open_line = True
         else:
             say(line)
 

@@ -1,4 +1,4 @@
-"""The expert block against an own loop over experts in float64, and what it may keep in memory."""
+"""The expert block against an own loop over experts in float64."""
 
 from __future__ import annotations
 
@@ -68,6 +68,7 @@ CASES = {
     "hidden != width": dict(E=6, D=64, F=96, L=4, T=37, K=3),
     "square": dict(E=5, D=64, F=64, L=8, T=50, K=2),
     "empty experts": dict(E=8, D=32, F=64, L=3, T=20, K=2, used=3),
+    "empty experts in a visited chunk": dict(E=8, D=32, F=64, L=4, T=20, K=2, used=3, chunk=4),
     "one token": dict(E=4, D=32, F=32, L=1, T=1, K=2),
     "one chunk": dict(E=6, D=64, F=32, L=5, T=33, K=4, chunk=64),
 }

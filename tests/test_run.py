@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from small_run import ADAPTER_FILES, Train, flip_bit, manifest_of
 
 from finetune.cli.main import main
+from finetune.errors import ConfigError
 from finetune.train.checkpoints import list_checkpoints, load_newest
+from finetune.train.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +32,7 @@ def test_a_finished_run_leaves_these_files(finished: tuple[Path, str]) -> None:
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     checkpoint = ("adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json")
     assert files == {
-        *("config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "report.md"),
+        *(".lock", "config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "report.md"),
         *(f"adapter/{name}" for name in ADAPTER_FILES),
         *(f"checkpoints/step-{step:08d}/{name}" for step in (6, 8) for name in checkpoint),
     }
@@ -256,3 +260,24 @@ def test_a_run_directory_that_cannot_be_made(
 def test_the_base_s_files_are_never_touched(finished: tuple[Path, str], tiny_base: Path) -> None:
     listed = json.loads((tiny_base / "checksums.json").read_text())["files"]
     assert all(hashlib.sha256((tiny_base / name).read_bytes()).hexdigest() == digest for name, digest in listed.items())
+
+
+def test_a_run_that_another_process_holds_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    held = "import sys, time; from pathlib import Path; from finetune.train.run_directory import RunDirectory\n"
+    held += f"with RunDirectory(Path({str(tmp_path)!r})).locked():\n    print('held', flush=True)\n    time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"process {other.pid}"), run.locked():
+            pass
+        other.kill()
+    with run.locked():  # the kernel let go of it
+        pass
+
+
+def test_settings_of_a_foreign_launcher_are_refused(
+    train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert train()[0] == 5
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in capsys.readouterr().err

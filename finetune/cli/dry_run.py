@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from finetune.adapters.sites import describe_sites, plan_sites
 from finetune.config.derive import check_inputs, derived_lines
+from finetune.config.locate import shipped_dir
 from finetune.config.schema import RunConfig
 from finetune.config.validate import dump_yaml
 from finetune.console import say
 from finetune.data.dataset import describe, load_split
+from finetune.errors import ConfigError
+from finetune.model.headers import read_json
 from finetune.model.shapes import ModelShape
 
 
@@ -20,8 +22,15 @@ def dry_run(config: RunConfig) -> None:
     Raises:
         FinetuneError: whatever a run would stop at before it loads a model.
     """
+    if config.name is not None and (Path(config.output_dir) / config.name).exists():
+        raise ConfigError(
+            f"run directory {Path(config.output_dir) / config.name} exists already",
+            why="a run is never overwritten",
+            fix="choose another with name=...",
+        )
+    inputs = check_inputs(config)
     say(dump_yaml(config), result=True)
-    for line in [*derived_lines(config), *check_inputs(config)]:
+    for line in [*derived_lines(config), *inputs]:
         say(line, result=True)
     for split in ("train", "validation", "test"):
         if getattr(config.data, split):
@@ -31,7 +40,10 @@ def dry_run(config: RunConfig) -> None:
 
 def _adapter(config: RunConfig) -> str:
     path = Path(config.model.path).expanduser() / "config.json"
+    published = shipped_dir("data") / "tokenizer" / config.model.path.removeprefix("openai/") / "config.json"
+    if not path.is_file():
+        path = published
     if not path.is_file():
         return "adapter sites: known once the base is here"
-    shape = ModelShape.from_config(json.loads(path.read_text()), str(path))
+    shape = ModelShape.from_config(read_json(path), str(path))
     return "adapter sites:\n" + describe_sites(plan_sites(shape, config.adapter), shape)

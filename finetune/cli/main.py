@@ -27,6 +27,7 @@ COMMANDS = {
     "config": ("finetune.cli.config", "show what a recipe and overrides come to"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }
+_NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 _EXIT_CODES = """exit codes: 0 done, 1 a bug in this tool, 2 configuration, 3 the data, checkpoint or adapter given,
 4 does not fit into memory, 5 this machine (network, disk, packages), 6 a check failed, 130 and 143 signals"""
 
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code (docs/design.md lists them).
     """
+    # Waiting threads that spin made a step 20 times slower on a busy machine (docs/log.md). Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         try:
             _run(list(arguments))
@@ -111,4 +114,8 @@ def _as_known(error: Exception) -> FinetuneError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return MachineError(f"the disk is full{where}", fix="free some space, or set output_dir to another disk")
+    if isinstance(error, OSError) and error.filename and error.errno in _NO_WAY_IN:
+        return MachineError(
+            f"{error.filename}: {error.strerror}", fix="choose a place that you may write to, or mend its permissions"
+        )
     return None

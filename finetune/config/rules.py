@@ -108,7 +108,7 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
 
 def _overlap(one: SourceConfig, other: SourceConfig) -> bool:
     """Whether two sources can give the same record: one file, and no field on which their `where` differ."""
-    if resolve_data_path(one.path) != resolve_data_path(other.path):
+    if resolve_data_path(one.path).resolve() != resolve_data_path(other.path).resolve():
         return False
     return not any(one.where[key] != other.where[key] for key in one.where.keys() & other.where.keys())
 

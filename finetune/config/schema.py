@@ -31,6 +31,8 @@ class ModelConfig(_Strict):
             float32 on a CPU.
         expert_storage: how expert weights are held. Checked against what was loaded.
         experts_per_chunk: how many experts are dequantised at a time; scratch memory grows with it.
+        identity: the base's identity as an earlier run printed it, or its beginning; another base is refused, so that
+            a flipped bit in a checkpoint without `checksums.json` shows. None: not compared.
         verify_checksums: compare shards with the checkpoint's `checksums.json` when it has one.
     """
 
@@ -40,6 +42,7 @@ class ModelConfig(_Strict):
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     expert_storage: Literal["mxfp4"] = "mxfp4"
     experts_per_chunk: int = 16
+    identity: str | None = None
     verify_checksums: bool = True
 
 
@@ -229,7 +232,8 @@ class ExportConfig(_Strict):
 
     Attributes:
         read_back: load it with stock PEFT on transformers' dequantised base in a fresh process and compare logits.
-            `auto`: when the base in float32 fits into half of the free memory; otherwise the run says that it did not.
+            `auto`: when the base in the compute dtype, and half as much again, fits into half of the free memory;
+            otherwise the run says that it did not.
         read_back_rows: test (or training) samples compared.
     """
 

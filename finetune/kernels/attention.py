@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 QUERIES_PER_BLOCK = 256
 
@@ -158,6 +159,7 @@ class _SinkAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         q, k, v, sinks, out, lse = ctx.saved_tensors
         exact = lse.dtype

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from finetune.mxfp4.format import dequantise
 
@@ -153,6 +154,7 @@ class _ExpertBlock(torch.autograd.Function):
         return _combine(rows, order, top_k)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, expert_weights, *factors, order = ctx.saved_tensors
         top_k = expert_weights.shape[1]
@@ -183,7 +185,7 @@ def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, list[
     """Order of the T·K routed rows by expert (stable, so ties keep token order), and rows per expert on the host."""
     flat = expert_ids.reshape(-1)
     order = flat.argsort(stable=True)
-    # The one device-to-host copy of the layer: chunks without rows are then skipped altogether.
+    # A device-to-host copy, so that chunks without rows are skipped altogether.
     return order, torch.bincount(flat, minlength=num_experts).tolist()
 
 

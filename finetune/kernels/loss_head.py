@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 TOKENS_PER_CHUNK = 512  # 512 x 201,088 float32 logits are 0.41 GB
 
@@ -85,6 +86,7 @@ class _TokenNll(torch.autograd.Function):
         return nll
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_nll):  # type: ignore[no-untyped-def]
         (unit_grad,) = ctx.saved_tensors
         return (unit_grad * grad_nll[:, None]).to(ctx.hidden_dtype), None, None, None

@@ -67,6 +67,8 @@ def locate_base(path: str, revision: str | None = None) -> BaseLocation:
 
 
 def _looks_local(path: str) -> bool:
+    if path in PUBLISHED:
+        return False
     if not _HUB_NAME.fullmatch(path) or path.startswith("."):
         return True
     return Path(path).parent.is_dir()

@@ -13,9 +13,9 @@ from transformers import GptOssForCausalLM
 from finetune.errors import CheckError
 from finetune.model.forward import hidden_states
 
-# Relative root-mean-square difference. Rounding gives 1e-6 in float32 and about 1e-2 in bfloat16, where a token now
-# and then takes another expert; a leak gives more than 0.5.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+# Share of what a real leak gives on this very model. Rounding gives about 1e-6 of it in float32; in bfloat16 a token
+# now and then takes another expert, which no GPU has measured on the large models yet, hence the wide margin.
+LARGEST_SHARE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 NUM_PLAIN_TOKENS = 199_998  # the BPE ranks; ids above are control tokens
 
 
@@ -43,19 +43,19 @@ def packing_leak(model: GptOssForCausalLM, *, seed: int = 0, leak: bool = False)
 
 
 def check_packing(model: GptOssForCausalLM) -> float:
-    """Run the check and return the leak measure.
+    """Run the check and return the leak as a share of what joining two samples on purpose gives.
 
     Raises:
         CheckError: packed samples see each other.
     """
     was_training = model.training
     model.eval()
-    leak = packing_leak(model)
+    share = packing_leak(model) / packing_leak(model, leak=True)
     model.train(was_training)
-    if not leak < TOLERANCE[model.model.embed_tokens.weight.dtype]:
+    if not share < LARGEST_SHARE[model.model.embed_tokens.weight.dtype]:
         raise CheckError(
-            f"packed samples are not separate: hidden states change by {leak:.2g} when a sample gets a neighbour",
+            f"packed samples are not separate: a neighbour changes hidden states by {share:.2g} of what a leak would",
             why="training on this would teach the model to read across unrelated documents",
-            fix="set data.pack=false to go on, and report this with your torch and transformers versions",
+            fix="set data.pack=false to train without packing, and report your torch and transformers versions",
         )
-    return leak
+    return share

@@ -73,7 +73,8 @@ def _evaluation(evaluation: dict[str, Any]) -> str:
     shown = [when for when in ("before", "after") if when in evaluation]
     first = evaluation[shown[0]]
     rows = [("test loss (nats per trained token)", "loss"), ("label accuracy", "accuracy")]
-    table = ["| | " + " | ".join(shown) + " |", "|---|" + "---|" * len(shown)]
+    titles = {"before": "before (base alone)", "after": "after"}
+    table = ["| | " + " | ".join(titles[when] for when in shown) + " |", "|---|" + "---|" * len(shown)]
     for title, key in rows:
         if key in first:
             cells = [_with_interval(evaluation[when], key) for when in shown]

@@ -73,6 +73,7 @@ def save_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path:
         files = {path.name: _digest_and_flush(path) for path in sorted(staging.iterdir())}
         (staging / MANIFEST).write_text(json.dumps({"algorithm": "sha256", "files": files}, indent=1) + "\n")
         _digest_and_flush(staging / MANIFEST)
+        _flush_directory(staging)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(staging, target)
         _flush_directory(directory)

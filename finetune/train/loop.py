@@ -159,7 +159,9 @@ class Trainer:
             tokens_per_second=round(speed, 1),
             memory_gib=round(memory, 3),
         )
-        self.tracker.log({"loss": figures.loss, "balance_loss": figures.balance, "learning_rate": rate}, state.step)
+        shown = {"loss": figures.loss, "balance_loss": figures.balance, "gradient_norm": figures.gradient_norm}
+        shown |= {"learning_rate": rate, "tokens_per_second": speed, "memory_gib": memory}
+        self.tracker.log(shown, state.step)
         details = f"loss {figures.loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s, {memory:.2f} GiB"
         progress.show(state.step, details, force=state.step % self.config.logging.every_steps == 0)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def train(composed: ComposedConfig, write_report: WriteReport) -> Path:
     if config.name is not None:
         RunDirectory.refuse_existing(Path(config.output_dir) / config.name)
     session = open_session(config)  # until there is something to save, signals end the command as usual
-    with StopRequest() as stop:
-        run = RunDirectory.create(config, composed.recipe_name)
-        say(f"run directory: {run.path}")
+    run = RunDirectory.create(config, composed.recipe_name)
+    say(f"run directory: {run.path}")
+    with StopRequest() as stop, run.locked():
         run.update_manifest(recipe=composed.recipe_name, overrides=list(composed.overrides), **session_facts(session))
         _execute(session, run, stop, started, write_report, resumed=False)
     return run.path
@@ -59,15 +60,23 @@ def resume(path: Path, write_report: WriteReport) -> Path:
         ConfigError: the run is finished.
     """
     started = time.monotonic()
-    run, config = RunDirectory.open(path)
-    if run.read_json(run.manifest).get("status") == "finished":
+    run, config = RunDirectory.open(path.resolve())
+    manifest = run.read_json(run.manifest)
+    if manifest.get("status") == "finished":
         raise ConfigError(
             f"{path} is finished",
             fix=f"to train on from its adapter, start a new run with adapter.init_from={run.adapter}",
         )
-    session = open_session(config)
-    with StopRequest() as stop:
-        _execute(session, run, stop, started, write_report, resumed=True)
+    # Relative paths of the recipe, and a hub name's moving branch, mean what they meant when the run was started.
+    if (origin := manifest.get("working_directory")) and Path(origin) != Path.cwd() and Path(origin).is_dir():
+        warn(f"working in {origin}, where the run was started")
+        os.chdir(origin)
+    if revision := manifest.get("base", {}).get("revision"):
+        config = replace(config, model=replace(config.model, revision=revision))
+    with run.locked():
+        session = open_session(config, resumed=True)
+        with StopRequest() as stop:
+            _execute(session, run, stop, started, write_report, resumed=True)
     return run.path
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +111,29 @@ class RunDirectory:
         except ValueError as error:
             raise InputError(f"{path} is not valid JSON", why=str(error)) from error
         return content
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run: two processes in one directory would remove each other's checkpoints.
+
+        The lock is the kernel's and ends with the process, however it ends.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise ConfigError(
+                    f"run {self.path} is being worked on by process {file.read().strip() or 'unknown'}",
+                    fix="wait for it, or stop it first",
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
 
     def remove_adapter(self) -> None:
         """Remove an adapter written before the run was resumed."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from finetune import __version__
 from finetune.adapters.files import read_adapter_into
 from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.adapters.sites import describe_sites
+from finetune.config.derive import check_inputs
 from finetune.config.schema import RunConfig
 from finetune.console import Progress, say
 from finetune.data.batches import BatchPlan
 from finetune.data.dataset import Split, describe, load_split
-from finetune.errors import MachineError
+from finetune.errors import ConfigError, InputError, MachineError
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import BaseLocation, locate_base
@@ -28,6 +30,14 @@ from finetune.model.selftest import check_packing
 from finetune.model.storage import check_expert_storage, describe_storage, storage_table
 from finetune.train.balance_reach import describe_balance_reach
 from finetune.train.evaluation import TestSet, choose_test_set
+
+_FOREIGN_SETTINGS = (
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "ACCELERATE_MIXED_PRECISION",
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+)
 
 
 @dataclass(frozen=True)
@@ -54,12 +64,19 @@ class Session:
     test: TestSet | None
 
 
-def open_session(config: RunConfig) -> Session:
+def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     """Read data and base, attach the adapter, and check all of it.
+
+    Args:
+        config: the recipe.
+        resumed: a checkpoint will fill the adapter, so `adapter.init_from` is not read again.
 
     Raises:
         FinetuneError: whatever is wrong with data, base, adapter or processes; nothing was written yet.
     """
+    if resumed:
+        config = replace(config, adapter=replace(config.adapter, init_from=None))
+    check_inputs(config)
     device, accelerator = choose_device(config.model), _accelerator(config)
     names = [name for name in ("train", "validation", "test") if getattr(config.data, name)]
     splits = {name: load_split(config.data, name) for name in names}  # type: ignore[arg-type]
@@ -70,13 +87,16 @@ def open_session(config: RunConfig) -> Session:
     _describe_plan(plan, splits["train"], config)
     location = locate_base(config.model.path, config.model.revision)
     checkpoint = Checkpoint.open(location.directory)
+    _check_length(checkpoint, config)
     _verify_checksums(checkpoint, config)
     base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
+    _check_identity(base, config)
     storage = storage_table(base.model)
     say(describe_storage(storage))
     check_expert_storage(storage, config.model.expert_storage)
-    say(f"packing: samples are separate (leak {check_packing(base.model):.1e})")
+    if config.data.pack:
+        say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
     adapter = attach_adapter(base, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None:
         read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity)
@@ -113,6 +133,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "experts")
         },
         "total_steps": session.plan.total_steps,
+        "working_directory": str(Path.cwd()),
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -127,17 +148,27 @@ def session_facts(session: Session) -> dict[str, Any]:
 def _accelerator(config: RunConfig) -> Accelerator:
     """The processes that run, checked against the recipe.
 
+    Accelerate reads ACCELERATE_* variables, which a launcher or a shell may have left; what would change the training
+    behind the recipe's back is refused.
+
     Raises:
-        MachineError: the launcher started another number of processes than the recipe says.
+        MachineError: another topology than the recipe's.
     """
+    set_here = sorted(name for name in _FOREIGN_SETTINGS if os.environ.get(name, "false") not in ("false", "no", "1"))
+    if set_here:
+        raise MachineError(
+            f"{', '.join(set_here)} would change the run behind the recipe's back",
+            why="accumulation, precision and engine are the recipe's to say",
+            fix=f"unset {' '.join(set_here)}",
+        )
     log_with = None if config.logging.tracker == "none" else config.logging.tracker
     on_cpu = choose_device(config.model).type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, log_with=log_with)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=log_with)
     if accelerator.num_processes != config.distributed.num_processes:
         raise MachineError(
             f"{accelerator.num_processes} processes run, the recipe says {config.distributed.num_processes}",
             why="processes that do not know of each other train separate adapters and overwrite one another",
-            fix="start it with `finetune train` and set distributed.num_processes",
+            fix="start it with `finetune train`, without a launcher",
         )
     return accelerator
 
@@ -151,6 +182,25 @@ def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
         f"{trainer.rows_per_micro_step * trainer.micro_steps} rows a step => {plan.total_steps:,} steps "
         f"for {trainer.epochs:g} epochs"
     )
+
+
+def _check_length(checkpoint: Checkpoint, config: RunConfig) -> None:
+    longest = checkpoint.config.get("max_position_embeddings", config.data.max_length)
+    if config.data.max_length > longest:
+        raise ConfigError(
+            f"data.max_length is {config.data.max_length:,}, the model has {longest:,} positions",
+            fix=f"set data.max_length={longest} or less",
+        )
+
+
+def _check_identity(base: Base, config: RunConfig) -> None:
+    wanted = config.model.identity
+    if wanted is not None and not base.identity.startswith(wanted):
+        raise InputError(
+            f"the base's identity is {base.identity}, model.identity says {wanted}",
+            why="a bit of it differs from the base that was meant",
+            fix="download or copy the checkpoint again, or correct model.identity",
+        )
 
 
 def _verify_checksums(checkpoint: Checkpoint, config: RunConfig) -> None:

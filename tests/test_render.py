@@ -14,7 +14,7 @@ import pytest
 from openai_harmony import Role
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.conversation import Message, parse_messages
+from finetune.data.conversation import Conversation, Message, parse_conversation
 from finetune.data.render import Sample, render_answer, render_prompt, render_sample
 from finetune.data.sources import Record, read_records
 from finetune.data.tokenizer import START_ID, harmony_encoding
@@ -34,7 +34,7 @@ FICTION = SourceConfig(path="shipped://creative/fiction_continuation.jsonl.gz", 
 
 
 def record_of(messages: list[dict[str, Any]]) -> Record:
-    return Record("x", "x:1", tuple(Message(**message) for message in messages))
+    return Record("x", "x:1", Conversation(tuple(Message(**message) for message in messages)))
 
 
 def real_records() -> list[Record]:
@@ -160,7 +160,7 @@ def test_the_date_is_the_recipes() -> None:
 def test_system_and_developer_messages_render_alike() -> None:
     rest = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     system, developer = (
-        render_sample(Record("x", "x:1", parse_messages([{"role": role, "content": "Be brief."}, *rest])), CONFIG)
+        render_sample(Record("x", "x:1", parse_conversation({"messages": [{"role": role, "content": "Be brief."}, *rest]})), CONFIG)
         for role in ("system", "developer")
     )
     assert system.ids.tolist() == developer.ids.tolist()

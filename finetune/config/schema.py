@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 AttentionTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
+DataForm = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+ReasoningEffortName = Literal["low", "medium", "high"]
 
 
 class _Strict:
@@ -52,11 +54,36 @@ class SourceConfig(_Strict):
             relative to the working directory.
         where: keep only records whose fields equal these, such as `{split: train}`.
         limit: keep at most this many records, from the file's start. None: all.
+        form: how a record holds its conversation (docs/guide/harmony.md lists the keys of each form). `auto` tells it
+            from the record's keys, says what it found, and refuses a record that could be two of them.
     """
 
     path: str
     where: dict[str, str] = field(default_factory=dict)
     limit: int | None = None
+    form: DataForm = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(_Strict):
+    """Loss weight of the tokens that the assistant writes, by what they are; 0 makes them context.
+
+    The weight covers a message's header and its end token as well as its text. System, developer, user and tool
+    messages are always context.
+
+    Attributes:
+        analysis: thinking, before an answer or a tool call.
+        commentary: text on the commentary channel that calls no tool, such as a preamble that the user sees.
+        tool_call: calls of functions and of the builtin tools, arguments included.
+        final: answers.
+        turns: `last` trains what follows the last user message, `all` every assistant turn.
+    """
+
+    analysis: float = 1.0
+    commentary: float = 1.0
+    tool_call: float = 1.0
+    final: float = 1.0
+    turns: Literal["last", "all"] = "last"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +96,15 @@ class DataConfig(_Strict):
         test: named sources for evaluation before and after. Empty: none.
         max_length: tokens in a packed row; a longer sample is a bad row.
         conversation_date: the date in harmony's system message, pinned so that tokens do not change from day to day.
-        reasoning_effort: the effort named in harmony's system message.
+            A record's own `conversation_date` wins.
+        reasoning_effort: the effort named in harmony's system message. A record's own `reasoning_effort` wins.
+        model_identity: the first line of harmony's system message. None: the published one ("You are ChatGPT, a large
+            language model trained by OpenAI."). A record's own `model_identity` wins.
+        convention: whose tokens: `harmony` as openai-harmony renders, `template` as the Jinja template renders that is
+            published with the weights. docs/guide/harmony.md lists every difference. Train with what you serve with.
+        loss: what is trained, and how strongly.
+        earlier_thinking: thinking of turns before the last. `drop` as at inference, `keep` it, or `split` a
+            conversation into one sample per assistant turn, each trained in the context that it will see.
         on_bad_row: `stop` when a row cannot be used (the sources are read to their end first, so that all are counted),
             or `skip` and count them.
         max_skipped_share: with `skip`, more than this share of skipped rows stops the run all the same.
@@ -81,7 +116,11 @@ class DataConfig(_Strict):
     test: dict[str, SourceConfig] = field(default_factory=dict)
     max_length: int = 4096
     conversation_date: str = "2025-06-28"
-    reasoning_effort: Literal["low", "medium", "high"] = "medium"
+    reasoning_effort: ReasoningEffortName = "medium"
+    model_identity: str | None = None
+    convention: Literal["harmony", "template"] = "harmony"
+    loss: LossConfig = field(default_factory=LossConfig)
+    earlier_thinking: Literal["drop", "keep", "split"] = "drop"
     on_bad_row: Literal["stop", "skip"] = "stop"
     max_skipped_share: float = 0.05
     pack: bool = True

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from finetune.config.keys import suggest_word
+from finetune.config.schema import DataForm, ReasoningEffortName
 
 Role = Literal["system", "developer", "user", "assistant"]
 
@@ -40,6 +41,50 @@ class Message:
     role: Role
     content: str
     thinking: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a record holds, whichever form it came in.
+
+    Attributes:
+        messages: the messages in order; empty for plain text.
+        text: plain text to be continued, or None for a conversation.
+        form: the form that it was read from.
+        reasoning_effort: overrides the recipe's if not None.
+        model_identity: overrides the recipe's if not None.
+        conversation_date: overrides the recipe's if not None.
+        num_control_spellings: how often its texts spell a control token, such as `<|end|>`; they stay text.
+    """
+
+    messages: tuple[Message, ...]
+    text: str | None = None
+    form: DataForm = "messages"
+    reasoning_effort: ReasoningEffortName | None = None
+    model_identity: str | None = None
+    conversation_date: str | None = None
+    num_control_spellings: int = 0
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of all texts: a bound from below on the work that encoding them is."""
+        return sum(len(message.content) + len(message.thinking or "") for message in self.messages)
+
+
+def parse_conversation(raw: Mapping[str, Any], form: DataForm = "auto") -> Conversation:
+    """Check a record and read the conversation in it.
+
+    Args:
+        raw: the whole record as JSON gave it, columns renamed; keys that belong to no form (`id`, `answer`, fields that
+            `where` looks at) are passed over.
+        form: how the record holds its conversation; `auto` tells it from the keys.
+
+    Raises:
+        BadRowError: it cannot be used.
+    """
+    if "messages" not in raw:
+        raise BadRowError("no messages", f"the record has no `messages`, only {', '.join(raw) or 'nothing'}")
+    return Conversation(parse_messages(raw["messages"]))
 
 
 def parse_messages(raw: object) -> tuple[Message, ...]:

@@ -112,7 +112,7 @@ def count_kinds(bad_rows: tuple[BadRow, ...] | list[BadRow]) -> str:
 
 def _render(record: Record, config: DataConfig) -> Sample | BadRow:
     # Encoding takes quadratic time in a long word (3 s for 100,000 letters), so what can never fit is not encoded.
-    num_characters = sum(len(message.content) for message in record.messages)
+    num_characters = record.conversation.num_characters
     if num_characters > LONGEST_TOKEN_BYTES * config.max_length:
         reason = f"{num_characters:,} characters cannot fit data.max_length ({config.max_length:,} tokens)"
         return BadRow(record.where, "too long", reason)

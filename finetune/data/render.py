@@ -17,9 +17,10 @@ Policies, where renderers differ:
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,27 +42,60 @@ from finetune.data.tokenizer import START_ID, harmony_encoding
 KEEP_ANALYSIS = RenderConversationConfig(auto_drop_analysis=False)
 
 
+class Channel(enum.IntEnum):
+    """What a token is part of: `sample.channels % HEADER`. All but CONTEXT are written by the assistant."""
+
+    CONTEXT = 0
+    ANALYSIS = 1
+    COMMENTARY = 2
+    TOOL_CALL = 3
+    FINAL = 4
+    TEXT = 5  # plain text, without harmony's headers
+
+
+HEADER = 16
+"""Added to a token's channel where it is no content: from `<|start|>` to `<|message|>`, and the end token."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One conversation as tokens.
+    """One conversation, or one turn of it, as tokens.
 
     Attributes:
         ids: int32 [T], token ids.
         weights: float32 [T]; `weights[t]` is the loss weight of predicting `ids[t]` from what precedes it. The first
             is always 0.
-        id: the record's id.
+        id: the record's id; `ID#2` for the second turn of a record that `earlier_thinking: split` made several of.
         where: the record's `file:line`.
+        channels: int8 [T], `Channel` of each token, plus `HEADER` for headers and end tokens. Assistant messages that
+            are not trained have their channel too: what is trained, `weights` says. Empty if not rendered here.
+        num_control_spellings: how often the record's texts spell a control token, such as `<|end|>`; they stay text.
     """
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     id: str
     where: str
+    channels: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
+    num_control_spellings: int = 0
 
     @property
     def num_trained_tokens(self) -> int:
         """How many tokens have a weight above 0."""
         return int(np.count_nonzero(self.weights))
+
+
+def render_samples(record: Record, config: DataConfig) -> list[Sample]:
+    """Render a record for training: one sample, or with `earlier_thinking: split` one for each turn to be trained.
+
+    Args:
+        record: a conversation that ends with the assistant's answer or tool call, or plain text.
+        config: gives date, effort and identity where the record does not, convention, loss weights and policies.
+
+    Returns:
+        At least one sample. All weights are 0 where the loss weights leave nothing to train.
+    """
+    return [render_sample(record, config)]
 
 
 def render_sample(record: Record, config: DataConfig) -> Sample:

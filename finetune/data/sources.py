@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 from finetune.config.keys import suggest_word
 from finetune.config.locate import resolve_data_path
 from finetune.config.schema import SourceConfig
-from finetune.data.conversation import BadRowError, Message, parse_messages
+from finetune.data.conversation import BadRowError, Conversation, Message, parse_conversation
 from finetune.errors import ConfigError, InputError
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -28,16 +28,21 @@ class Record:
     Attributes:
         id: the record's own `id`, or `file:line` if it has none.
         where: `file:line` as the recipe writes the file.
-        messages: at least a user's and a final assistant's message.
+        conversation: the messages, with tools and whatever of the recipe's settings the record overrides.
         answer: the label that evaluation scores, or None.
         fields: the record's other values that are text, numbers or booleans, as text; `id` and `answer` too.
     """
 
     id: str
     where: str
-    messages: tuple[Message, ...]
+    conversation: Conversation
     answer: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation's messages."""
+        return self.conversation.messages
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def read_records(name: str, source: SourceConfig) -> Iterator[Record | BadRow]:
             fields = _fields(raw)
             if not kept_rows.keep(fields):
                 continue
-            yield Record(_id(raw, where), where, parse_messages(raw.get("messages")), _answer(raw), fields)
+            yield Record(_id(raw, where), where, parse_conversation(raw, source.form), _answer(raw), fields)
         except BadRowError as error:
             yield BadRow(where, error.kind, error.reason)
         if kept_rows.num_kept == source.limit:
@@ -206,8 +211,6 @@ def _parse_object(line: bytes) -> dict[str, Any]:
         raise BadRowError("broken JSON", "the line nests JSON too deeply") from None
     if not isinstance(raw, dict):
         raise BadRowError("not an object", f"the line is JSON, but no object: {str(raw)[:40]}")
-    if "messages" not in raw:
-        raise BadRowError("no messages", f"the record has no `messages`, only {', '.join(raw) or 'nothing'}")
     return raw
 
 

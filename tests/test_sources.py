@@ -150,13 +150,6 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
     assert "is empty" in refusal(InputError, path)
 
 
-def test_json_array_is_not_jsonl(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([GOOD, GOOD], indent=1))
-    text = refusal(InputError, path)
-    assert "JSON array" in text and "jq" in text
-
-
 def test_truncated_and_corrupt_gzip(tmp_path: Path) -> None:
     rows = [GOOD | {"id": f"{number:064x}"} for number in range(2000)]
     packed = gzip.compress(write(tmp_path / "rows.jsonl", *rows).read_bytes())

@@ -27,7 +27,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "above 0",
         lambda value: value > 0,
-        "data.mix_temperature adapter.attention.alpha adapter.experts.alpha trainer.epochs trainer.learning_rate trainer.adam_epsilon",
+        "data.mix_temperature adapter.attention.alpha adapter.experts.alpha trainer.epochs trainer.learning_rate "
+        "trainer.adam_epsilon",
     ),
     (
         "0 or more",
@@ -89,7 +90,7 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
             if source.limit is not None and source.limit < 1:
                 yield Problem((*path, "limit"), f"is {source.limit}, must be at least 1")
             if not (math.isfinite(source.weight) and source.weight > 0):
-                yield Problem((*path, "weight"), f"is {source.weight}, must be above 0", "to leave a source out, remove it")
+                yield Problem((*path, "weight"), f"is {source.weight}, must be above 0", "remove the source instead")
             yield from _source_without_effect(path, source)
     if data.validation_split.key is not None and data.validation:
         yield Problem(

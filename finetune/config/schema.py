@@ -50,8 +50,8 @@ class SourceConfig(_Strict):
     """Where records come from, and what to keep of them (docs/guide/data.md has an example of every key).
 
     Attributes:
-        path: a JSONL, JSON, CSV, TSV or Parquet file (text also gzipped), a glob such as `parts/*.jsonl.gz`, a directory
-            that `datasets` saved, or `hub://OWNER/NAME`. `shipped://legal/...` is the toolkit's own `data/` folder;
+        path: a JSONL, JSON, CSV, TSV or Parquet file (text also gzipped), a glob such as `parts/*.jsonl.gz`, a
+            directory that `datasets` saved, or `hub://OWNER/NAME`. `shipped://legal/...` is the toolkit's own `data/` folder;
             anything else is relative to the working directory.
         columns: what the toolkit calls a key -> what the source calls it, such as `{messages: conv, answer: label}`.
         where: keep only records whose fields equal these, such as `{split: train}`.
@@ -123,8 +123,8 @@ class DataConfig(_Strict):
         test: named sources for evaluation before and after. Empty: none.
         validation_split: takes validation records out of the training sources instead of naming sources for them.
         max_length: tokens in a packed row; `too_long` says what becomes of a longer sample.
-        too_long: `error` treats a longer sample as a bad row; `drop` leaves it out and counts it; `truncate` cuts context
-            from the left, never what is trained, and keeps system and developer messages where they fit.
+        too_long: `error` treats a longer sample as a bad row; `drop` leaves it out and counts it; `truncate` cuts
+            context from the left, never what is trained, and keeps system and developer messages where they fit.
         mix_temperature: 1 leaves the sources' shares as sizes and weights make them; above 1 evens them out (shares
             are raised to 1 / temperature), with as many samples in an epoch as before.
         conversation_date: the date in harmony's system message, pinned so that tokens do not change from day to day.
@@ -141,8 +141,8 @@ class DataConfig(_Strict):
             or `skip` and count them.
         max_skipped_share: with `skip`, more than this share of skipped rows stops the run all the same.
         pack: put several samples into one row (none sees another); off: one sample a row.
-        cache: keep the tokens on disk, memory-mapped and used again as long as sources, settings and code stay the same;
-            off: make them anew and hold them in memory.
+        cache: keep the tokens on disk, memory-mapped and used again as long as sources, settings and code stay the
+            same; off: make them anew and hold them in memory.
         cache_dir: where. None: `gpt-oss-finetune` in $XDG_CACHE_HOME or ~/.cache.
     """
 

@@ -1,4 +1,4 @@
-"""One pass over a split's sources: read, check, render, cut, and write tokens down, with a count of everything left out."""
+"""One pass over a split's sources: read, check, render, cut, and write tokens; what is left out is counted."""
 
 from __future__ import annotations
 

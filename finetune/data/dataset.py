@@ -31,7 +31,7 @@ class Split:
         num_truncated: samples that lost context to fit.
         source_sizes: samples of each source, in order.
         num_tokens, num_trained_tokens: of all samples; trained is what has a loss weight above 0.
-        fingerprint: sha256 over the samples' token ids and weights, in order: what is trained on, wherever it came from.
+        fingerprint: sha256 over the samples' token ids and weights, in order: what is trained, wherever it is from.
     """
 
     name: SplitName
@@ -118,7 +118,8 @@ def _check_left_out(config: DataConfig, split: SplitName, facts: Facts) -> None:
     why = "\n       ".join([count_kinds(bad_rows), *shown]) if bad_rows else None
     what = f"data.{split}: {len(bad_rows):,} of {num_rows:,} rows cannot be used"
     if num_good == 0:
-        raise InputError(f"data.{split}: none of {num_rows:,} rows can be used", why=why or _why_none(config, split, facts))
+        why = why or _why_none(config, split, facts)
+        raise InputError(f"data.{split}: none of {num_rows:,} rows can be used", why=why)
     if bad_rows and config.on_bad_row == "stop":
         raise InputError(what, why=why, fix="correct them, or set data.on_bad_row=skip to leave them out")
     if len(bad_rows) > config.max_skipped_share * num_rows:

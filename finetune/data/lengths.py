@@ -50,7 +50,8 @@ def truncate(sample: Sample, max_length: int) -> Sample | None:
             pinned.append(message)
             room -= len(message)
     kept = _cut(sample.ids, messages[num_instructions:], room)
-    where = np.concatenate([np.array([*place], dtype=np.int64) for place in (*pinned, *kept, range(bounds[first], bounds[-1]))])
+    places = [*pinned, *kept, range(bounds[first], bounds[-1])]
+    where = np.concatenate([np.arange(place.start, place.stop) for place in places])
     channels = sample.channels[where] if len(sample.channels) else sample.channels
     weights = sample.weights[where].copy()
     weights[0] = 0.0
@@ -73,7 +74,7 @@ def _cut(ids: NDArray[np.int32], messages: Sequence[range], room: int) -> list[r
 
 
 def _beheaded(ids: NDArray[np.int32], message: range, room: int) -> list[range]:
-    """A message's header and as much of the end of its text as fits, from a whole character on; nothing if too little."""
+    """A message's header and as much of the end of its text as fits, from a whole character on; or nothing."""
     text_start = message.start + int(np.argmax(ids[message.start : message.stop] == _MESSAGE_ID)) + 1
     cut = message.stop - (room - (text_start - message.start))
     if message.stop - cut < _FEWEST_TEXT_TOKENS or text_start > cut:

@@ -1,11 +1,11 @@
-"""Text of unknown origin, made safe to print: what would move a terminal's cursor or turn text around is spelled out."""
+"""Text of unknown origin, made safe to print: what would steer a terminal or turn text around is spelled out."""
 
 from __future__ import annotations
 
 import re
 
-# C0 without newline and tab, DEL and C1 steer terminals; the rest reorders or hides what stands around it (bidirectional
-# marks and overrides, zero-width characters, line separators, tags), as in "Trojan Source" attacks.
+# C0 without newline and tab, DEL and C1 steer terminals; the rest reorders or hides what stands around it
+# (bidirectional marks and overrides, zero-width characters, line separators, tags), as in "Trojan Source" attacks.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )

@@ -34,7 +34,7 @@ def belongs_to(fields: Mapping[str, str], config: DataConfig, split: SplitName) 
     """Whether a record of one of the split's sources is in the split.
 
     `validation_split` decides by a hash of the field's value alone: no seed, so that a record stays where it is when
-    others are added, and records that share the value are never on both sides. A record without the field is trained on.
+    others are added, and records that share the value are never on both sides. A record without the field is trained.
     """
     key = config.validation_split.key
     if key is None or split == "test":

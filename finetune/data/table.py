@@ -1,4 +1,4 @@
-"""Samples and the records they come from as Arrow tables: written batch by batch, read in place, never held as objects."""
+"""Samples and the records they come from as Arrow tables: written batch by batch, read in place, never all in memory."""
 
 from __future__ import annotations
 
@@ -123,7 +123,8 @@ class SampleTable(Sequence[Sample]):
         self._batches = tables.samples.to_batches()
         self._where = _TextColumn(tables.records, "where")
         self._starts = np.cumsum([0] + [len(batch) for batch in self._batches])
-        self._parts = [[_flat(batch.column(name)) for name in ("ids", "weights", "channels")] for batch in self._batches]
+        names = ("ids", "weights", "channels")
+        self._parts = [[_flat(batch.column(name)) for name in names] for batch in self._batches]
         lengths = [np.diff(part[0][0]) for part in self._parts]
         self.lengths: NDArray[np.int64] = np.concatenate([np.zeros(0), *lengths]).astype(np.int64)
 
@@ -149,8 +150,15 @@ class SampleTable(Sequence[Sample]):
         return Sample(ids, weights, name, where, channels, controls)
 
 
+def sample_lengths(samples: Sequence[Sample]) -> list[int]:
+    """Tokens of each sample, without making samples of a table."""
+    if isinstance(samples, SampleTable):
+        return samples.lengths.tolist()
+    return [len(sample.ids) for sample in samples]
+
+
 class RecordTable(Sequence[Record]):
-    """The record of each sample (`records[i]` is what `samples[i]` was made of); each is parsed when it is asked for."""
+    """The record of each sample (`records[i]` is what `samples[i]` was made of), parsed when it is asked for."""
 
     def __init__(self, tables: Tables) -> None:
         self._of_sample = tables.samples.column("record").to_numpy()

@@ -195,7 +195,7 @@ def _rows_of(place: str, label: str, rows: Any, source: SourceConfig) -> Iterato
 
 
 def plain_object(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of a table as JSON would have it: columns give every row every key, so a null is a key that is not there."""
+    """A row of a table as JSON would have it: columns give every row every key, so null means no key."""
     return {str(key): _plain(value) for key, value in raw.items() if not _missing(value)}
 
 

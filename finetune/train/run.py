@@ -24,6 +24,9 @@ from finetune.config.validate import to_plain
 from finetune.console import Progress, say, warn
 from finetune.data.batches import BatchPlan
 from finetune.data.dataset import Split, describe, load_split
+from finetune.data.pack import packing_efficiency
+from finetune.data.splits import split_names
+from finetune.data.table import sample_lengths
 from finetune.errors import ConfigError, InputError, Interrupted, MachineError
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import Base, check_unchanged, choose_device, choose_dtype, load_base
@@ -104,12 +107,19 @@ def resume(path: Path, write_report: WriteReport) -> Path:
 def _open_session(config: RunConfig) -> Session:
     """Read data and base, attach the adapter, and check all of it before anything is written."""
     device, accelerator = choose_device(config.model), _accelerator(config)
-    names = [name for name in ("train", "validation", "test") if getattr(config.data, name)]
-    splits = {name: load_split(config.data, name) for name in names}  # type: ignore[arg-type]
+    splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         say(describe(split))
     test = choose_test_set(splits["test"], config) if "test" in splits else None
-    plan = BatchPlan(splits["train"].samples, config.data, config.trainer, config.seed)
+    plan = BatchPlan(
+        splits["train"].samples,
+        config.data,
+        config.trainer,
+        config.seed,
+        source_sizes=splits["train"].source_sizes,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
     _describe_plan(plan, splits["train"], config)
     location = locate_base(config.model.path, config.model.revision)
     checkpoint = BaseCheckpoint.open(location.directory)
@@ -253,7 +263,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
 
 def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
     trainer, rows = config.trainer, plan.rows(0)
-    efficiency = split.num_tokens / (len(rows) * config.data.max_length)
+    efficiency = packing_efficiency(sample_lengths(split.samples), rows, config.data.max_length)
     say(
         f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
         f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps = "

@@ -50,9 +50,9 @@ class SourceConfig(_Strict):
     """Where records come from, and what to keep of them (docs/guide/data.md has an example of every key).
 
     Attributes:
-        path: a JSONL, JSON, CSV, TSV or Parquet file (text also gzipped), a glob such as `parts/*.jsonl.gz`, a
-            directory that `datasets` saved, or `hub://OWNER/NAME`. `shipped://legal/...` is the toolkit's own `data/` folder;
-            anything else is relative to the working directory.
+        path: a JSONL, JSON, CSV, TSV or Parquet file (text also gzipped), a glob such as `parts/*.jsonl.gz`,
+            a directory that `datasets` saved, or `hub://OWNER/NAME`. `shipped://legal/...` is the toolkit's own
+            `data/` folder; anything else is relative to the working directory.
         columns: what the toolkit calls a key -> what the source calls it, such as `{messages: conv, answer: label}`.
         where: keep only records whose fields equal these, such as `{split: train}`.
         limit: keep at most this many records, from the source's start. None: all.
@@ -95,22 +95,24 @@ class ValidationSplitConfig(_Strict):
 class LossConfig(_Strict):
     """Loss weight of the tokens that the assistant writes, by what they are; 0 makes them context.
 
-    The weight covers a message's header and its end token as well as its text. System, developer, user and tool
-    messages are always context.
+    The weight covers what the model itself writes of a message: header and end token as well as text. System,
+    developer, user and tool messages are always context, and so is a message whose thinking was dropped: the model
+    would learn to answer without thinking. Every token of plain text has weight 1.
 
     Attributes:
         analysis: thinking, before an answer or a tool call.
         commentary: text on the commentary channel that calls no tool, such as a preamble that the user sees.
         tool_call: calls of functions and of the builtin tools, arguments included.
         final: answers.
-        turns: `last` trains what follows the last user message, `all` every assistant turn.
+        turns: `last` trains what follows the last user message, `all` every assistant turn. `auto`: `all` with
+            `earlier_thinking: split`, else `last`.
     """
 
     analysis: float = 1.0
     commentary: float = 1.0
     tool_call: float = 1.0
     final: float = 1.0
-    turns: Literal["last", "all"] = "last"
+    turns: Literal["auto", "last", "all"] = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,8 @@ class DataConfig(_Strict):
             language model trained by OpenAI."). A record's own `model_identity` wins.
         convention: whose tokens: `harmony` as openai-harmony renders, `template` as the Jinja template renders that is
             published with the weights. docs/guide/harmony.md lists every difference. Train with what you serve with.
+        tool_call_type: how a call of a function is marked: `constrain` writes `<|constrain|>json` as the format's
+            documents do, `json` plain ` json` as the template does. `auto`: as the convention's source.
         loss: what is trained, and how strongly.
         earlier_thinking: thinking of turns before the last. `drop` as at inference, `keep` it, or `split` a
             conversation into one sample per assistant turn, each trained in the context that it will see.
@@ -157,6 +161,7 @@ class DataConfig(_Strict):
     reasoning_effort: ReasoningEffortName = "medium"
     model_identity: str | None = None
     convention: Literal["harmony", "template"] = "harmony"
+    tool_call_type: Literal["auto", "constrain", "json"] = "auto"
     loss: LossConfig = field(default_factory=LossConfig)
     earlier_thinking: Literal["drop", "keep", "split"] = "drop"
     on_bad_row: Literal["stop", "skip"] = "stop"

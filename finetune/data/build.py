@@ -14,7 +14,7 @@ from finetune.data.lengths import truncate
 from finetune.data.render import Sample, render_samples
 from finetune.data.sources import BadRow, RawRecord, bad_row, parse_record, read_raw_records
 from finetune.data.splits import SplitName, belongs_to, sources_of
-from finetune.data.table import TableWriter
+from finetune.data.arrow import TableWriter
 from finetune.data.tokenizer import LONGEST_TOKEN_BYTES
 from finetune.errors import ConfigError
 

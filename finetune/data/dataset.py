@@ -12,7 +12,7 @@ from finetune.data.cache import cached
 from finetune.data.render import Sample
 from finetune.data.sources import BadRow, Record
 from finetune.data.splits import SplitName, sources_of
-from finetune.data.table import RecordTable, SampleTable, TableWriter
+from finetune.data.arrow import RecordTable, SampleTable, TableWriter
 from finetune.errors import InputError
 
 _ROWS_SHOWN = 3

@@ -46,7 +46,7 @@ def read_rows(name: str, source: SourceConfig) -> Iterator[Row]:
         InputError: a file is missing, empty, unreadable, or broken beyond the row.
         MachineError: `datasets` is needed and not installed.
     """
-    from finetune.data.tables import read_csv, read_dataset_directory, read_hub, read_parquet
+    from finetune.data.formats import read_csv, read_dataset_directory, read_hub, read_parquet
 
     if source.path.startswith(HUB_PREFIX):
         yield from read_hub(name, source)

@@ -26,7 +26,7 @@ from finetune.data.batches import BatchPlan
 from finetune.data.dataset import Split, describe, load_split
 from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
-from finetune.data.table import sample_lengths
+from finetune.data.arrow import sample_lengths
 from finetune.errors import ConfigError, InputError, Interrupted, MachineError
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import Base, check_unchanged, choose_device, choose_dtype, load_base

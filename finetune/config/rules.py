@@ -11,6 +11,7 @@ from typing import Any
 from finetune.config.keys import KeyPath
 from finetune.config.locate import HUB_PREFIX, matching_files, resolve_data_path
 from finetune.config.problems import Problem
+from finetune.config.rendering_rules import rendering_problems
 from finetune.config.schema import RunConfig, SourceConfig
 
 MAX_BALANCE_COEFFICIENT = 0.1
@@ -34,7 +35,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "0 or more",
         lambda value: value >= 0,
         "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_gradient_norm "
-        "trainer.router_balance_coefficient",
+        "trainer.router_balance_coefficient data.loss.analysis data.loss.commentary data.loss.tool_call "
+        "data.loss.final",
     ),
     (
         "between 0 and 1",
@@ -56,6 +58,7 @@ def broken_rules(config: RunConfig) -> Iterator[Problem]:
     yield from _ranges(config)
     yield from _names(config)
     yield from _sources(config)
+    yield from rendering_problems(config.data)
     yield from _adapter(config)
     yield from _trainer(config)
     yield from _evaluation(config)

@@ -58,7 +58,7 @@ def ours(path: Path) -> dict:
 
 
 def trl(path: Path, processes: int | None) -> dict:
-    """TRL's own `SFTTrainer._prepare_dataset` with its training template for gpt-oss; reading the file is not counted."""
+    """TRL's own `SFTTrainer._prepare_dataset` with its gpt-oss training template; reading the file is not counted."""
     import datasets
     import trl
     from transformers import PreTrainedTokenizerFast

@@ -1,4 +1,4 @@
-"""Samples and the records they come from as Arrow tables: written batch by batch, read in place, never all in memory."""
+"""Samples and the records they come from as Arrow tables: written batch by batch and read in place."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _SAMPLES = pa.schema(
         ("id", pa.string()),
         ("record", pa.int64()),
         ("num_control_spellings", pa.int32()),
+        ("num_without_thinking", pa.int32()),
     ]
 )
 _RECORDS = pa.schema([("where", pa.string()), ("form", pa.string()), ("raw", pa.large_string())])
@@ -85,6 +86,7 @@ class TableWriter:
                 pa.array([sample.id for sample in samples], pa.string()),
                 pa.array([record for _, record in self._samples], pa.int64()),
                 pa.array([sample.num_control_spellings for sample in samples], pa.int32()),
+                pa.array([sample.num_without_thinking for sample in samples], pa.int32()),
             ]
             self._writers[0].write_batch(pa.record_batch(columns, schema=_SAMPLES))
         if self._records:
@@ -145,9 +147,9 @@ class SampleTable(Sequence[Sample]):
         place = number - int(self._starts[chunk])
         batch = self._batches[chunk]
         ids, weights, channels = (values[offsets[place] : offsets[place + 1]] for offsets, values in self._parts[chunk])
-        name, controls = batch.column("id")[place].as_py(), batch.column("num_control_spellings")[place].as_py()
-        where = self._where[batch.column("record")[place].as_py()]
-        return Sample(ids, weights, name, where, channels, controls)
+        names = ("id", "record", "num_control_spellings", "num_without_thinking")
+        name, record, spellings, without_thinking = (batch.column(column)[place].as_py() for column in names)
+        return Sample(ids, weights, name, self._where[record], channels, spellings, without_thinking)
 
 
 def sample_lengths(samples: Sequence[Sample]) -> list[int]:

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from finetune.config.schema import DataConfig, TrainerConfig
+from finetune.data.arrow import sample_lengths
 from finetune.data.mix import Mixture
 from finetune.data.pack import pack
 from finetune.data.render import Sample
-from finetune.data.arrow import sample_lengths
 from finetune.data.tokenizer import PAD_ID
 
 T = TypeVar("T")

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from finetune.config.keys import suggest_word
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.console import Progress
+from finetune.data.arrow import TableWriter
 from finetune.data.conversation import BadRowError
 from finetune.data.lengths import truncate
 from finetune.data.render import Sample, render_samples
 from finetune.data.sources import BadRow, RawRecord, bad_row, parse_record, read_raw_records
 from finetune.data.splits import SplitName, belongs_to, sources_of
-from finetune.data.arrow import TableWriter
 from finetune.data.tokenizer import LONGEST_TOKEN_BYTES
 from finetune.errors import ConfigError
 
@@ -25,6 +25,7 @@ class Facts:
 
     Attributes:
         source_sizes: samples of each source, in order; a source's samples stand together.
+        forms: how many records came in which form.
         num_records: records that gave at least one sample.
         num_tokens, num_trained_tokens: of all samples.
         num_truncated: samples that lost context.
@@ -34,6 +35,7 @@ class Facts:
     """
 
     source_sizes: dict[str, int] = field(default_factory=dict)
+    forms: dict[str, int] = field(default_factory=dict)
     num_records: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
@@ -102,7 +104,11 @@ def _samples(row: RawRecord, source: SourceConfig, config: DataConfig, facts: Fa
         left_out = facts.dropped if error.kind == "too long" and config.too_long != "error" else facts.bad_rows
         left_out.append(bad_row(row.where, error))
         return ()
-    return [short for sample in trained if (short := _shortened(sample, config, facts)) is not None]
+    kept = [short for sample in trained if (short := _shortened(sample, config, facts)) is not None]
+    if kept:
+        form = record.conversation.form
+        facts.forms[form] = facts.forms.get(form, 0) + 1
+    return kept
 
 
 def _shortened(sample: Sample, config: DataConfig, facts: Facts) -> Sample | None:

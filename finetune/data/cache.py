@@ -16,11 +16,11 @@ from typing import Any
 from finetune.config.locate import HUB_PREFIX, cache_dir
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.console import say, warn
+from finetune.data.arrow import RECORDS_FILE, SAMPLES_FILE, Tables, TableWriter, facts_as_json, open_tables
 from finetune.data.build import Facts, build
 from finetune.data.files import find_files
 from finetune.data.sources import BadRow
 from finetune.data.splits import SplitName, sources_of
-from finetune.data.arrow import RECORDS_FILE, SAMPLES_FILE, Tables, TableWriter, facts_as_json, open_tables
 from finetune.data.tokenizer import RANK_FILE_SHA256
 from finetune.errors import MachineError
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune.config.schema import DataConfig
+from finetune.data.arrow import RecordTable, SampleTable, TableWriter
 from finetune.data.build import Facts, build
 from finetune.data.cache import cached
 from finetune.data.render import Sample
 from finetune.data.sources import BadRow, Record
 from finetune.data.splits import SplitName, sources_of
-from finetune.data.arrow import RecordTable, SampleTable, TableWriter
 from finetune.errors import InputError
 
 _ROWS_SHOWN = 3
@@ -30,6 +30,8 @@ class Split:
         dropped: the rows left out because the recipe says so, each with its reason.
         num_truncated: samples that lost context to fit.
         source_sizes: samples of each source, in order.
+        forms: how many records came in which form.
+        num_records: records that the samples were made of.
         num_tokens, num_trained_tokens: of all samples; trained is what has a loss weight above 0.
         fingerprint: sha256 over the samples' token ids and weights, in order: what is trained, wherever it is from.
     """
@@ -41,6 +43,8 @@ class Split:
     dropped: tuple[BadRow, ...] = ()
     num_truncated: int = 0
     source_sizes: Mapping[str, int] = field(default_factory=dict)
+    forms: Mapping[str, int] = field(default_factory=dict)
+    num_records: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
     fingerprint: str = ""
@@ -78,6 +82,8 @@ def load_split(config: DataConfig, split: SplitName) -> Split:
         tuple(facts.dropped),
         facts.num_truncated,
         facts.source_sizes,
+        facts.forms,
+        facts.num_records,
         facts.num_tokens,
         facts.num_trained_tokens,
         facts.fingerprint,

@@ -1,7 +1,7 @@
 """Rows that say the same thing twice, within a split and, worse, on both sides of one: a test row that was trained on.
 
-Exact: the same normalised text, by hash. Near: a Jaccard similarity of at least `NEAR` between sets of `WORDS` words in a
-row, found by MinHash (Broder, 1997) with banding and then computed exactly. Word sequences that stand in more than
+Exact: the same normalised text, by hash. Near: a Jaccard similarity of at least `NEAR` between sets of `WORDS` words in
+a row, found by MinHash (Broder, 1997) with banding and then computed exactly. Word sequences that stand in more than
 `COMMON_SHARE` of all rows, such as a fixed instruction, say nothing about a row and are left out.
 """
 
@@ -72,7 +72,7 @@ class Overlap:
 
 def text_of(where: str, conversation: Conversation) -> Text:
     """Normalise what a conversation says, without its instructions; plain text is all question."""
-    question, answer = [conversation.text or ""], []
+    question, answer = [conversation.text or ""], [""]
     for message in conversation.messages:
         if message.role not in ("system", "developer"):
             said = [message.content, *(call.arguments for call in message.tool_calls)]
@@ -95,7 +95,9 @@ def find_duplicates(splits: Mapping[str, Sequence[Text]]) -> dict[str, Overlap]:
         By name: `train` for repeats within train (each but the first counts), `test in train` for rows of test that are
         in train too, and so on.
     """
-    shingles = {name: [shingle_hashes(f"{text.question} {text.answer}") for text in texts] for name, texts in splits.items()}
+    shingles = {
+        name: [shingle_hashes(f"{text.question} {text.answer}") for text in texts] for name, texts in splits.items()
+    }
     common = _common([found for rows in shingles.values() for found in rows])
     kept = {name: [np.setdiff1d(found, common) for found in rows] for name, rows in shingles.items()}
     indices: dict[str, _Index] = {}
@@ -117,7 +119,9 @@ def shingle_hashes(text: str) -> NDArray[np.uint64]:
     Returns:
         uint64 [n]; empty for a text without words.
     """
-    words = np.array([zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in _WORD.findall(text)], dtype=np.uint64)
+    words = np.array(
+        [zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in _WORD.findall(text)], dtype=np.uint64
+    )
     if not len(words):
         return words
     width = min(WORDS, len(words))
@@ -156,7 +160,9 @@ class _Index:
                 return where
         return None
 
-    def add(self, text: Text, exact: bytes, question: bytes, shingles: NDArray[np.uint64], bands: Sequence[bytes]) -> None:
+    def add(
+        self, text: Text, exact: bytes, question: bytes, shingles: NDArray[np.uint64], bands: Sequence[bytes]
+    ) -> None:
         self.exact.setdefault(exact, text.where)
         self.question.setdefault(question, text.where)
         for key in enumerate(bands):
@@ -187,7 +193,7 @@ def _band_keys(shingles: NDArray[np.uint64]) -> Iterator[bytes]:
 
 
 def _common(rows: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Shingles that stand in more than `COMMON_SHARE` of the rows; counted in buckets first, so that memory stays flat."""
+    """Shingles that stand in more than `COMMON_SHARE` of the rows; counted in buckets first."""
     if len(rows) < _FEWEST_ROWS_FOR_COMMON:
         return np.zeros(0, dtype=np.uint64)
     counts = np.zeros(_BUCKETS, dtype=np.int32)

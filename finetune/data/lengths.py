@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.render import Sample
-from finetune.data.tokenizer import START_ID, harmony_encoding
+from finetune.data.tokenizer import MESSAGE_ID, START_ID, harmony_encoding
 
-_MESSAGE_ID = 200008  # `<|message|>`, which ends a message's header
 _FEWEST_TEXT_TOKENS = 16
 _LONGEST_CHARACTER_TOKENS = 4
 
@@ -52,10 +51,9 @@ def truncate(sample: Sample, max_length: int) -> Sample | None:
     kept = _cut(sample.ids, messages[num_instructions:], room)
     places = [*pinned, *kept, range(bounds[first], bounds[-1])]
     where = np.concatenate([np.arange(place.start, place.stop) for place in places])
-    channels = sample.channels[where] if len(sample.channels) else sample.channels
     weights = sample.weights[where].copy()
     weights[0] = 0.0
-    return dataclasses.replace(sample, ids=sample.ids[where], weights=weights, channels=channels)
+    return dataclasses.replace(sample, ids=sample.ids[where], weights=weights, channels=sample.channels[where])
 
 
 def _cut(ids: NDArray[np.int32], messages: Sequence[range], room: int) -> list[range]:
@@ -75,7 +73,7 @@ def _cut(ids: NDArray[np.int32], messages: Sequence[range], room: int) -> list[r
 
 def _beheaded(ids: NDArray[np.int32], message: range, room: int) -> list[range]:
     """A message's header and as much of the end of its text as fits, from a whole character on; or nothing."""
-    text_start = message.start + int(np.argmax(ids[message.start : message.stop] == _MESSAGE_ID)) + 1
+    text_start = message.start + int(np.argmax(ids[message.start : message.stop] == MESSAGE_ID)) + 1
     cut = message.stop - (room - (text_start - message.start))
     if message.stop - cut < _FEWEST_TEXT_TOKENS or text_start > cut:
         return []

@@ -22,11 +22,11 @@ from finetune.config.compose import ComposedConfig
 from finetune.config.schema import RunConfig
 from finetune.config.validate import to_plain
 from finetune.console import Progress, say, warn
+from finetune.data.arrow import sample_lengths
 from finetune.data.batches import BatchPlan
 from finetune.data.dataset import Split, describe, load_split
 from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
-from finetune.data.arrow import sample_lengths
 from finetune.errors import ConfigError, InputError, Interrupted, MachineError
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import Base, check_unchanged, choose_device, choose_dtype, load_base

@@ -43,7 +43,7 @@ BAD_LINES = {
     "not an object": ("[1, 2]", "no object"),
     "repeated key": ('{"messages": [], "messages": []}', "`messages` stands twice"),
     "no messages": ({"question": "a", "reply": "b"}, "no `messages`", "only question, reply"),
-    "wrong conversation": (messages(USER, {"role": "asistant", "content": "4"}), "message 2", "did you mean assistant?"),
+    "wrong conversation": (messages({"role": "asistant", "content": "4"}), "message 1", "did you mean assistant?"),
     "answer not text": (GOOD | {"answer": 4}, "`answer` must be text"),
     "answer empty": (GOOD | {"answer": ""}, "`answer` must be text"),
     "id not text": (GOOD | {"id": ["x"]}, "`id` must be text or a number"),

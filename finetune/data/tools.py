@@ -49,7 +49,7 @@ def parse_tools(raw: Mapping[str, Any]) -> DeclaredTools:
     """
     tools = raw.get("tools")
     if isinstance(tools, str):
-        tools = parse_json("tools", tools)
+        tools = parse_json("`tools`", tools)
     if tools is not None and not isinstance(tools, list):
         raise BadRowError("bad tools", f"`tools` must be a list of functions, not {shown(tools)}")
     functions = tuple(_parse_function(number, tool) for number, tool in enumerate(tools or (), start=1))

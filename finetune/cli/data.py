@@ -17,23 +17,24 @@ from finetune.errors import ConfigError
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
 
+_PREVIEW_USAGE = "finetune data preview RECIPE [key=value ...] [-n COUNT] [--split NAME] [--html FILE] [--json]"
+_STATS_USAGE = "finetune data stats RECIPE [key=value ...] [--json] [--no-duplicates]"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     preview = actions.add_parser("preview", help="show samples as tokens: what is trained, and what is context")
-    add_recipe(
-        preview,
-        "finetune data preview RECIPE [key=value ...] [-n COUNT] [--split NAME] [--html FILE] [--json]",
-    )
+    add_recipe(preview, _PREVIEW_USAGE)
     preview.add_argument("-n", type=int, default=3, metavar="COUNT", help="how many samples, spread over the split (3)")
     preview.add_argument("--split", choices=["train", "validation", "test"], default="train", help="of which (train)")
     preview.add_argument("--html", metavar="FILE", type=Path, help="write a page instead of printing")
     preview.add_argument("--json", action="store_true", help="as JSON")
     stats = actions.add_parser("stats", help="count rows, tokens, lengths, what is left out, and duplicates")
-    add_recipe(stats, "finetune data stats RECIPE [key=value ...] [--json] [--no-duplicates]")
+    add_recipe(stats, _STATS_USAGE)
     stats.add_argument("--json", action="store_true", help="as JSON")
     stats.add_argument("--no-duplicates", action="store_true", help="do not compare rows with each other")
+    parser.usage = f"{_PREVIEW_USAGE}\n       {_STATS_USAGE}"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,10 +50,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _stats(config: RunConfig, args: argparse.Namespace) -> None:
+    from finetune.data.printable import printable
     from finetune.data.stats import collect, describe_stats
 
     result = collect(config, duplicates=not args.no_duplicates)
-    say(json.dumps(result, indent=2) if args.json else "\n".join(describe_stats(result)).rstrip(), result=True)
+    lines = printable("\n".join(describe_stats(result)).rstrip())
+    say(json.dumps(result, indent=2) if args.json else lines, result=True)
 
 
 def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:

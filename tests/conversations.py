@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
+from collections.abc import Iterator
 from typing import Any
 
 WORDS = [
@@ -128,6 +130,52 @@ class Maker:
             answer = {"role": "assistant", "content": self.text()}
             messages.append(answer | ({"thinking": self.text()} if self.maybe(0.6) else {}))
         return record | {"messages": messages}
+
+
+JUNK: list[Any] = [
+    None, True, 0, -1, 3.5, float("nan"), 10**400, "", " ", "x", "\ud800", "[{", "{}", "functions.f", "python", [], {},
+    [None], [[]], ["x"], {"a": 1}, {"role": "user"}, "assistant", "tool", "final", "analysis", "<|end|>",
+]  # fmt: skip
+KEYS = [
+    "thinking",
+    "content",
+    "role",
+    "channel",
+    "tool_calls",
+    "name",
+    "zzz",
+    "arguments",
+    "tools",
+    "text",
+    "enum",
+    "oneOf",
+]
+
+
+def broken(raw: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """The same record with one value replaced by junk, one left out, one doubled, or a key too many."""
+    raw = copy.deepcopy(raw)
+    path = rng.choice([path for path in _paths(raw, ()) if path])
+    parent: Any = raw
+    for key in path[:-1]:
+        parent = parent[key]
+    how = rng.random()
+    if how < 0.6:
+        parent[path[-1]] = copy.deepcopy(rng.choice(JUNK))
+    elif how < 0.8:
+        del parent[path[-1]]
+    elif isinstance(parent, list):
+        parent.insert(path[-1], copy.deepcopy(rng.choice(parent)))
+    else:
+        parent[rng.choice(KEYS)] = copy.deepcopy(rng.choice(JUNK))
+    return raw
+
+
+def _paths(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    yield path
+    below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in below:
+        yield from _paths(child, (*path, key))
 
 
 def _as_object(arguments: Any) -> Any:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import random
+from typing import Any, Literal
 
 import pytest
+from conversations import SCHEMA_RECORD, Maker, broken
 
+from finetune.config.schema import DataConfig
 from finetune.data.conversation import parse_conversation
 from finetune.data.forms import detect_form
 from finetune.data.message import BadRowError, Message, ToolCall
+from finetune.data.render import render_samples
+from finetune.data.sources import Record
 
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4"}
@@ -339,3 +344,19 @@ def test_spelled_control_tokens_are_counted_wherever_they_stand() -> None:
     )
     assert parse_conversation(record).num_control_spellings == 6 * 2 + 2
     assert parse_conversation(messages(USER, ANSWER)).num_control_spellings == 0
+
+
+@pytest.mark.parametrize("convention", ["harmony", "template"])
+def test_whatever_is_broken_is_a_bad_row_and_never_a_traceback(convention: Literal["harmony", "template"]) -> None:
+    rng, maker = random.Random(0), Maker(10, for_template=convention == "template")
+    config = DataConfig(train={}, convention=convention, earlier_thinking="split")
+    good, bad = 0, set()
+    for number in range(1500):
+        raw = broken(SCHEMA_RECORD if number % 10 == 0 else maker.record(), rng)
+        try:
+            samples = render_samples(Record("x", "x:1", parse_conversation(raw)), config)
+            good += all(sample.num_trained_tokens for sample in samples)
+        except BadRowError as error:
+            bad.add(error.kind)
+            assert error.reason
+    assert good > 200 and len(bad) > 15, (good, bad)

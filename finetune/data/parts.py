@@ -19,7 +19,7 @@ from finetune.config.schema import DataConfig
 from finetune.data import template
 from finetune.data.channels import Channel
 from finetune.data.conversation import Conversation
-from finetune.data.message import Message
+from finetune.data.message import BadRowError, Message
 from finetune.data.tokenizer import (
     CALL_ID,
     CHANNEL_ID,
@@ -184,7 +184,10 @@ def _developer_ids(instructions: str | None, tools: DeclaredTools) -> tuple[int,
                 for tool in tools.functions
             ]
         )
-    return tuple(harmony_encoding().render(HarmonyMessage.from_role_and_content(Role.DEVELOPER, content)))
+    try:
+        return tuple(harmony_encoding().render(HarmonyMessage.from_role_and_content(Role.DEVELOPER, content)))
+    except ValueError as error:  # such as a default of 1e400, which is JSON, and no number that it knows
+        raise BadRowError("bad tools", f"openai-harmony cannot write the record's tools: {error}") from None
 
 
 @functools.lru_cache(maxsize=1024)

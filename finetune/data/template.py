@@ -9,7 +9,7 @@ tests/test_template.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,24 +81,24 @@ def _signature(name: str, schema: dict[str, Any]) -> str:
         return "()"
     if not isinstance(properties, dict):
         raise _cannot(f"tool `{name}`: `properties` of its parameters must be an object")
-    required = schema.get("required") or []
-    lines = [_parameter(name, key, spec, key in required) for key, spec in properties.items()]
+    required = _list(schema, "required")
+    lines = [_parameter(key, spec, key in required) for key, spec in properties.items()]
     return "(_: {\n" + "".join(lines) + "})"
 
 
-def _parameter(tool: str, key: str, raw: object, is_required: bool) -> str:
+def _parameter(key: str, raw: object, is_required: bool) -> str:
     spec = raw if isinstance(raw, dict) else {}
     description = spec.get("description")
     comment = ""
     if description:
-        comment = f"// {_only_text(tool, key, 'description', description)}\n"
+        comment = f"// {_only_text('description', description)}\n"
     text = f"{comment}{key}{'' if is_required else '?'}: {_typescript(spec)}"
     if "default" in spec:
         default = spec["default"]
         if spec.get("enum"):
-            text += f", // default: {_only_text(tool, key, 'default', default)}"
+            text += f", // default: {_only_text('default', default)}"
         elif spec.get("oneOf"):
-            text += f"// default: {_only_text(tool, key, 'default', default)}"
+            text += f"// default: {_only_text('default', default)}"
         else:
             text += f", // default: {json.dumps(default, ensure_ascii=False)}"
     return text + ",\n"
@@ -114,9 +114,9 @@ def _typescript(raw: object) -> str:
     if isinstance(kind, list) and kind:
         return " | ".join(map(str, kind))
     if spec.get("oneOf"):
-        return _one_of(spec["oneOf"])
+        return _one_of(_list(spec, "oneOf"))
     if kind == "string":
-        values = spec.get("enum")
+        values = _list(spec, "enum")
         return '"' + '" | "'.join(map(str, values)) + '"' if values else f"string{null}"
     if isinstance(kind, str) and kind in _PLAIN_TYPES:
         return _PLAIN_TYPES[kind]
@@ -135,9 +135,11 @@ def _array(items: object) -> str:
 
 def _object(spec: Mapping[str, Any]) -> str:
     properties = spec.get("properties")
-    if not isinstance(properties, dict) or not properties:
+    if not properties:
         return "object"
-    required = spec.get("required") or []
+    if not isinstance(properties, dict):
+        raise _cannot("`properties` of a function's parameters must be an object for the template")
+    required = _list(spec, "required")
     members = [
         f"{key}{'' if key in required else '?'}: \n                {_typescript(value)}"
         for key, value in properties.items()
@@ -145,24 +147,29 @@ def _object(spec: Mapping[str, Any]) -> str:
     return "{\n" + ", ".join(members) + "}"
 
 
-def _one_of(variants: object) -> str:
-    if not isinstance(variants, list):
-        raise _cannot("`oneOf` must be a list")
+def _one_of(variants: Sequence[Any]) -> str:
     texts = []
     for variant in variants:
         spec = variant if isinstance(variant, dict) else {}
         text = _typescript(spec)
         if spec.get("description"):
-            text += f"// {spec['description']}"
+            text += f"// {_only_text('description', spec['description'])}"
         if "default" in spec:
             text += f"                    // default: {json.dumps(spec['default'], ensure_ascii=False)}"
         texts.append(text)
     return " | \n".join(texts)
 
 
-def _only_text(tool: str, key: str, what: str, value: object) -> str:
+def _list(spec: Mapping[str, Any], key: str) -> list[Any]:
+    value = spec.get(key) or []
+    if not isinstance(value, list):
+        raise _cannot(f"`{key}` in a function's parameters must be a list for the template")
+    return value
+
+
+def _only_text(key: str, value: object) -> str:
     if not isinstance(value, str):
-        raise _cannot(f"tool `{tool}`: the {what} of `{key}` must be text for the template")
+        raise _cannot(f"`{key}` in a function's parameters must be text for the template")
     return value
 
 

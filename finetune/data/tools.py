@@ -108,13 +108,15 @@ def json_text(what: str, value: object) -> str:
     """Encode a value as the JSON text that both conventions write: no escapes that are not needed.
 
     Raises:
-        BadRowError: it holds half a character, which cannot be encoded.
+        BadRowError: it holds half a character or a number that is none, which cannot be encoded.
     """
-    text = json.dumps(value, ensure_ascii=False)
     try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except UnicodeEncodeError:
         raise BadRowError("broken character", f"{what} holds half a character") from None
+    except (ValueError, TypeError) as error:
+        raise BadRowError("bad JSON inside", f"{what} cannot be written as JSON: {error}") from None
     return text
 
 

@@ -148,7 +148,8 @@ BAD: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     ),
     "no tools declared": (messages(USER, calling(call())), "undeclared tool", ("declares no `tools`",)),
     "python not declared": (with_f(calling(call("python", "1"))), "undeclared tool", ("`python`",)),
-    "tools not a list": (messages(USER, ANSWER, tools={"f": 1}), "bad tools", ("a list of functions",)),
+    "tools not a list": (messages(USER, ANSWER, tools={"f": 1}), "bad tools", ("a list of tools",)),
+    "tools and functions": (messages(USER, ANSWER, tools=[F], functions=[G]), "bad tools", ("keep one",)),
     "tools not JSON": (messages(USER, ANSWER, tools="[{"), "bad JSON inside", ("`tools` is not JSON",)),
     "tool of another type": (messages(USER, ANSWER, tools=[F | {"type": "retrieval"}]), "bad tools", ("retrieval",)),
     "tool with a space": (messages(USER, ANSWER, tools=[{"name": "get it"}]), "bad tools", ("letters, digits",)),
@@ -304,6 +305,16 @@ def test_forms(case: str) -> None:
     conversation = parse_conversation(raw)
     assert (conversation.form, conversation.messages) == (form, expected)
     assert parse_conversation(raw, form) == conversation  # type: ignore[arg-type]
+
+
+def test_lists_as_json_text() -> None:
+    """As CSV, or Parquet made from it, holds them."""
+    row = {"messages": json.dumps([USER, ANSWER]), "functions": json.dumps([F]), "builtin_tools": '["python"]'}
+    assert parse_conversation(row) == parse_conversation(
+        messages(USER, ANSWER, tools=[F["function"]], builtin_tools=["python"])
+    )
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert parse_conversation({"conversations": json.dumps(turns)}).messages == PLAIN
 
 
 def test_sharegpt_tools() -> None:

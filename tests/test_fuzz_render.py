@@ -160,7 +160,7 @@ def expected_weights(messages: list[Message], ids: list[int], loss: LossConfig) 
 
 def test_whole_conversations_equal_openai_harmony() -> None:
     kept = replace(CONFIG, earlier_thinking="keep")
-    for raw in records(seed=1, count=1500):
+    for raw in records(seed=1, count=2000):
         messages = harmony_messages(raw)
         (sample,), (whole,) = render_samples(record_of(raw), CONFIG), render_samples(record_of(raw), kept)
         assert sample.ids.tolist() == render(without_earlier_thinking(messages)), raw

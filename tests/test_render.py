@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -226,8 +226,14 @@ FINAL = "<|channel|>final<|message|>"
 ANALYSIS = "<|channel|>analysis<|message|>"
 
 
-def test_split_trains_every_turn_as_at_inference() -> None:
-    samples = render_samples(parsed(THREE_TURNS), replace(CONFIG, earlier_thinking="split"))
+@pytest.mark.parametrize("turns", ["auto", "all"])
+def test_split_trains_every_turn_as_at_inference(turns: Literal["auto", "all"]) -> None:
+    config = replace(CONFIG, earlier_thinking="split", loss=LossConfig(turns=turns))
+    plain = [{key: value for key, value in message.items() if key != "thinking"} for message in THREE_TURNS]
+    assert [trained_text(sample) for sample in render_samples(parsed(plain), config)] == [
+        f"{FINAL}a{turn}<|return|>" for turn in (1, 2, 3)
+    ]
+    samples = render_samples(parsed(THREE_TURNS), config)
     assert [sample.id for sample in samples] == ["x#1", "x#2", "x#3"]
     for number, sample in enumerate(samples, start=1):
         assert trained_text(sample) == f"{ANALYSIS}t{number}<|end|><|start|>assistant{FINAL}a{number}<|return|>"

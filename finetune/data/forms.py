@@ -69,8 +69,7 @@ def to_messages(raw: Mapping[str, Any], form: DataForm) -> object:
         if raw.get(key) is None:
             raise BadRowError("key of form missing", f"a record of form `{form}` needs `{key}`")
     if form == "messages":
-        messages = raw["messages"]
-        return parse_json("`messages`", messages) if isinstance(messages, str) and messages[:1] == "[" else messages
+        return _decoded("messages", raw)
     if form == "sharegpt":
         return _from_sharegpt(raw)
     if form == "alpaca":
@@ -79,7 +78,7 @@ def to_messages(raw: Mapping[str, Any], form: DataForm) -> object:
 
 
 def _from_sharegpt(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    turns = raw["conversations"]
+    turns = _decoded("conversations", raw)
     if not isinstance(turns, list):
         raise BadRowError("no messages", f"`conversations` must be a list, not {shown(turns)}")
     return _system(raw) + [_sharegpt_turn(number, turn) for number, turn in enumerate(turns, start=1)]
@@ -101,6 +100,12 @@ def _sharegpt_turn(number: int, turn: object) -> dict[str, Any]:
         call = parse_json(f"{place}: the call", turn["value"]) if isinstance(turn.get("value"), str) else None
         return {"role": "assistant", "tool_calls": call if isinstance(call, list) else [call]}
     return {"role": role, "content": turn.get("value")}
+
+
+def _decoded(key: str, raw: Mapping[str, Any]) -> object:
+    """A value, or what it holds if it is a list as JSON text, which is how tables without nested types hold it."""
+    value = raw[key]
+    return parse_json(f"`{key}`", value) if isinstance(value, str) and value[:1] == "[" else value
 
 
 def _from_alpaca(raw: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -42,17 +42,16 @@ NO_TOOLS = DeclaredTools()
 
 
 def parse_tools(raw: Mapping[str, Any]) -> DeclaredTools:
-    """Read a record's `tools` (OpenAI's JSON form, or JSON text of it) and `builtin_tools`.
+    """Read a record's `tools` or `functions` (OpenAI's JSON form, or JSON text of it) and `builtin_tools`.
 
     Raises:
         BadRowError: either is malformed, a name cannot be written in harmony, or one is declared twice.
     """
-    tools = raw.get("tools")
-    if isinstance(tools, str):
-        tools = parse_json("`tools`", tools)
-    if tools is not None and not isinstance(tools, list):
-        raise BadRowError("bad tools", f"`tools` must be a list of functions, not {shown(tools)}")
-    functions = tuple(_parse_function(number, tool) for number, tool in enumerate(tools or (), start=1))
+    keys = [key for key in ("tools", "functions") if raw.get(key) is not None]
+    if len(keys) == 2:
+        raise BadRowError("bad tools", "the record has `tools` and `functions`: keep one")
+    tools = _list(keys[0], raw[keys[0]]) if keys else []
+    functions = tuple(_parse_function(number, tool) for number, tool in enumerate(tools, start=1))
     names = [tool.name for tool in functions]
     for name in names:
         if names.count(name) > 1:
@@ -120,6 +119,15 @@ def json_text(what: str, value: object) -> str:
     return text
 
 
+def _list(key: str, value: object) -> list[Any]:
+    """A list, or JSON text of one, which is how tables without nested types hold it."""
+    if isinstance(value, str):
+        value = parse_json(f"`{key}`", value)
+    if not isinstance(value, list):
+        raise BadRowError("bad tools", f"`{key}` must be a list of tools, not {shown(value)}")
+    return value
+
+
 def _parse_function(number: int, raw: object) -> FunctionTool:
     place = f"tool {number}"
     if not isinstance(raw, Mapping):
@@ -144,8 +152,7 @@ def _parse_function(number: int, raw: object) -> FunctionTool:
 def _parse_builtin(raw: object) -> tuple[BuiltinTool, ...]:
     if raw is None:
         return ()
-    if not isinstance(raw, list):
-        raise BadRowError("bad tools", f"`builtin_tools` must be a list, not {shown(raw)}")
+    raw = _list("builtin_tools", raw)
     for name in raw:
         if name not in get_args(BuiltinTool):
             raise BadRowError("bad tools", f"`builtin_tools` has {unknown('tool', name, get_args(BuiltinTool))}")

@@ -212,3 +212,41 @@ def test_a_killed_builder_leaves_no_lock_and_no_half_entry(rows: Path) -> None:
     assert not [path for path in (rows.parent / "cache").glob("train-*") if path.is_dir() and path.suffix != ".part"]
     assert len(load_split(config_for(rows), "train").samples) == 20
     assert not list((rows.parent / "cache").glob("*.part"))
+
+
+def test_a_source_that_changes_while_it_is_read_is_no_source(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = cache.build
+
+    def appending(*arguments: Any) -> Any:
+        facts = original(*arguments)
+        rows.write_text(rows.read_text() + row(99))
+        return facts
+
+    monkeypatch.setattr(cache, "build", appending)
+    with pytest.raises(InputError, match="changed while it was read"):
+        load_split(config_for(rows), "train")
+    assert not [path for path in (rows.parent / "cache").iterdir() if path.is_dir()]
+
+
+def test_an_unreadable_source_is_not_called_a_cache_fault(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Path.open
+
+    def refusing(path: Path, *arguments: Any, **keywords: Any) -> Any:
+        if path == rows:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *arguments, **keywords)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    for is_cached in (True, False):
+        with pytest.raises(InputError, match=r"`mine`.*rows\.jsonl cannot be read") as caught:
+            load_split(config_for(rows, cache=is_cached), "train")
+        assert "Permission denied" in str(caught.value)
+
+
+def test_half_a_character_outside_the_conversation_does_no_harm(rows: Path) -> None:
+    rows.write_text(row(1, note="\ud83d") + row(2, note="é", id="é"))
+    split = load_split(config_for(rows), "train")
+    assert [record.fields["note"] for record in split.records] == ["\ud83d", "é"]
+    rows.write_text(row(1, id="\ud83d") + row(2))
+    with pytest.raises(InputError, match="1 bad id"):
+        load_split(config_for(rows), "train")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, cast, overload
@@ -54,7 +54,7 @@ class TableWriter:
 
     def add(self, row: RawRecord, form: DataForm, samples: Sequence[Sample]) -> None:
         """Add a record and the samples that were made of it."""
-        self._records.append((row.where, form, json.dumps(row.raw, ensure_ascii=False, default=str)))
+        self._records.append((row.where, form, _as_json(row.raw)))
         self._samples += [(sample, self._num_records) for sample in samples]
         self._num_records += 1
         self._num_tokens += sum(len(sample.ids) for sample in samples)
@@ -202,6 +202,16 @@ class _TextColumn:
 def facts_as_json(rows: Sequence[Any]) -> list[list[str]]:
     """Plain lists for JSON of a sequence of flat dataclasses of text."""
     return [list(astuple(row)) for row in rows]
+
+
+def _as_json(raw: Mapping[str, Any]) -> str:
+    """JSON without escapes, which are three times the size in most scripts, unless half a character needs one."""
+    text = json.dumps(raw, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(raw, default=str)
+    return text
 
 
 def _opened(source: Any) -> pa.Table:

@@ -18,11 +18,11 @@ from finetune.config.schema import DataConfig, SourceConfig
 from finetune.console import say, warn
 from finetune.data.arrow import RECORDS_FILE, SAMPLES_FILE, Tables, TableWriter, facts_as_json, open_tables
 from finetune.data.build import Facts, build
-from finetune.data.files import find_files
+from finetune.data.files import broken_file, find_files
 from finetune.data.sources import BadRow
 from finetune.data.splits import SplitName, sources_of
 from finetune.data.tokenizer import RANK_FILE_SHA256
-from finetune.errors import MachineError
+from finetune.errors import InputError, MachineError
 
 FACTS_FILE = "facts.json"
 
@@ -93,6 +93,11 @@ def _build_into(directory: Path, key: Mapping[str, Any], config: DataConfig, spl
     try:
         facts = build(config, split, writer)
         writer.close()
+        if cache_key(config, split) != key:
+            raise InputError(
+                f"data.{split}: a source changed while it was read",
+                fix="start again when nothing writes to it any more",
+            )
         document = dataclasses.asdict(facts) | {
             "bad_rows": facts_as_json(facts.bad_rows),
             "dropped": facts_as_json(facts.dropped),
@@ -142,10 +147,11 @@ def _content(name: str, source: SourceConfig) -> str:
     if source.path.startswith(HUB_PREFIX):
         return _hub_commit(name, source)
     digest = hashlib.sha256()
-    for found in find_files(name, source.path):
-        files = sorted(file for file in found.rglob("*") if file.is_file()) if found.is_dir() else [found]
-        for file in files:
-            digest.update(f"{file.name}\0{_sha256(file)}\n".encode())
+    with broken_file(f"source `{name}`: {source.path}", lambda: "its beginning"):
+        for found in find_files(name, source.path):
+            files = sorted(file for file in found.rglob("*") if file.is_file()) if found.is_dir() else [found]
+            for file in files:
+                digest.update(file.name.encode("utf-8", "surrogateescape") + f"\0{_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 

@@ -19,6 +19,7 @@ from finetune.config.keys import suggest_word
 from finetune.config.locate import HUB_PREFIX, SHIPPED_PREFIX, is_glob, matching_files, resolve_data_path, shipped_dir
 from finetune.config.schema import SourceConfig
 from finetune.data.conversation import BadRowError
+from finetune.data.printable import printable
 from finetune.errors import ConfigError, InputError
 
 Row = tuple[str, dict[str, Any] | BadRowError]
@@ -147,16 +148,16 @@ def parse_json(text: str) -> Any:
 
 def _label(written: str, path: Path) -> str:
     """How messages and records call a file: as the recipe writes it where that names it alone."""
-    if not is_glob(written):
-        return written
-    if written.startswith(SHIPPED_PREFIX):
-        return f"{SHIPPED_PREFIX}{path.relative_to(shipped_dir('data')).as_posix()}"
-    return str(path)
+    label = written
+    if is_glob(written):
+        is_shipped = written.startswith(SHIPPED_PREFIX)
+        label = f"{SHIPPED_PREFIX}{path.relative_to(shipped_dir('data')).as_posix()}" if is_shipped else str(path)
+    return printable(label)
 
 
 def _read_json(place: str, label: str, path: Path) -> Iterator[Row]:
     """JSON lines, or one JSON array when the content begins with `[` on a line that is no whole array of its own."""
-    with open_bytes(path) as file, broken_file(place, lambda: "its beginning"):
+    with broken_file(place, lambda: "its beginning"), open_bytes(path) as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"["):
         yield from _read_array(place, label, path)

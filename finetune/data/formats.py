@@ -33,7 +33,7 @@ def read_csv(place: str, label: str, path: Path, delimiter: str) -> Iterator[Row
         InputError: no header or an ambiguous one, no row, or quoting that cannot be followed.
     """
     csv.field_size_limit(MAX_LINE_BYTES)  # the standard library stops at 128 KiB a cell
-    with open_bytes(path) as file:
+    with broken_file(place, lambda: "its beginning"), open_bytes(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         try:

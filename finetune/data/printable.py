@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 
 # C0 without newline and tab, DEL and C1 steer terminals; the rest reorders or hides what stands around it
-# (bidirectional marks and overrides, zero-width characters, line separators, tags), as in "Trojan Source" attacks.
+# (bidirectional marks and overrides, zero-width characters, line separators, tags), as in "Trojan Source" attacks, or
+# is half a character, which cannot be printed at all.
 _UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
 
 

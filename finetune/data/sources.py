@@ -230,9 +230,14 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, str]:
 
 def _id(raw: Mapping[str, Any], where: str) -> str:
     value = raw.get("id", where)
-    if not isinstance(value, str | int) or value == "":
+    if not isinstance(value, str | int) or value == "" or not _is_whole(str(value)):
         raise BadRowError("bad id", "`id` must be text or a number")
     return str(value)
+
+
+def _is_whole(text: str) -> bool:
+    """Whether no character is half of a pair, as JSON can spell it."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _answer(raw: Mapping[str, Any]) -> str | None:

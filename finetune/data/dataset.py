@@ -91,7 +91,7 @@ def load_split(config: DataConfig, split: SplitName) -> Split:
 
 
 def describe(split: Split) -> str:
-    """One line on a split: rows, tokens, and what was skipped.
+    """One line on a split: rows, tokens, which forms they came in if not all as `messages`, and what was skipped.
 
     >>> describe(Split("train", (), ()))
     'train: 0 rows, 0 tokens, 0 trained (0.0 %)'
@@ -101,6 +101,8 @@ def describe(split: Split) -> str:
         f"{split.name}: {len(split.samples):,} rows, {split.num_tokens:,} tokens, "
         f"{split.num_trained_tokens:,} trained ({share:.1%})".replace("%", " %")
     )
+    if set(split.forms) - {"messages"}:
+        text += "; read as " + ", ".join(f"{form} ({count:,})" for form, count in split.forms.items())
     if split.num_truncated:
         text += f"; {split.num_truncated:,} truncated"
     if split.dropped:

@@ -153,7 +153,7 @@ def _context(ids: tuple[int, ...], index: int) -> Part:
     return Part(Channel.CONTEXT, ids[:begin], ids[begin:-1], ids[-1], index)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)
 def _system_ids(
     conversation_date: str, effort: str, identity: str, builtin: tuple[str, ...], has_functions: bool
 ) -> tuple[int, ...]:
@@ -172,7 +172,7 @@ def _system_ids(
     return tuple(harmony_encoding().render(message, options))
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)
 def _developer_ids(instructions: str | None, tools: DeclaredTools) -> tuple[int, ...]:
     content = DeveloperContent.new()
     if instructions is not None:
@@ -190,6 +190,6 @@ def _developer_ids(instructions: str | None, tools: DeclaredTools) -> tuple[int,
         raise BadRowError("bad tools", f"openai-harmony cannot write the record's tools: {error}") from None
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)
 def _template_developer_ids(instructions: str | None, tools: DeclaredTools) -> tuple[int, ...]:
     return (*header_ids("developer"), *encode_text(template.developer_text(instructions, tools)), END_ID)

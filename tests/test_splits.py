@@ -14,7 +14,7 @@ from finetune.data.dataset import Split, load_split
 from finetune.data.splits import share_of, split_names
 from finetune.errors import ConfigError, InputError
 
-LEGAL = SourceConfig(path="shipped://legal/cuad_clause_type.jsonl.gz")
+LEGAL = SourceConfig(path="shipped://legal/cuad_clause_type.jsonl.gz", limit=2000)
 BY_CONTRACT = DataConfig(train={"legal": LEGAL}, validation_split=ValidationSplitConfig(key="contract", share=0.1))
 
 
@@ -24,17 +24,17 @@ def contracts(split: Split) -> set[str]:
 
 def test_no_contract_is_on_both_sides() -> None:
     train, validation = load_split(BY_CONTRACT, "train"), load_split(BY_CONTRACT, "validation")
-    assert len(train.samples) + len(validation.samples) == 6272
+    assert len(train.samples) + len(validation.samples) == 2000
     assert not contracts(train) & contracts(validation)
-    share = len(contracts(validation)) / 472
-    assert 0.06 < share < 0.14
+    share = len(contracts(validation)) / len(contracts(train) | contracts(validation))
+    assert 0.05 < share < 0.15
     by_row = dataclasses.replace(BY_CONTRACT, validation_split=ValidationSplitConfig(key="id", share=0.1))
     straddling = contracts(load_split(by_row, "train")) & contracts(load_split(by_row, "validation"))
-    assert len(straddling) > 100, "split by row instead, they do"
+    assert len(straddling) > 50, "split by row instead, they do"
 
 
 def test_a_record_stays_on_its_side_when_others_come() -> None:
-    some = dataclasses.replace(BY_CONTRACT, train={"legal": dataclasses.replace(LEGAL, limit=3000)})
+    some = dataclasses.replace(BY_CONTRACT, train={"legal": dataclasses.replace(LEGAL, limit=1000)})
     few, all_of_them = load_split(some, "validation"), load_split(BY_CONTRACT, "validation")
     assert {record.id for record in few.records} <= {record.id for record in all_of_them.records}
     smaller = dataclasses.replace(BY_CONTRACT, validation_split=ValidationSplitConfig(key="contract", share=0.02))

@@ -93,7 +93,7 @@ def _build_into(directory: Path, key: Mapping[str, Any], config: DataConfig, spl
     try:
         facts = build(config, split, writer)
         writer.close()
-        if cache_key(config, split) != key:
+        if cache_key(config, split)["sources"] != key["sources"]:
             raise InputError(
                 f"data.{split}: a source changed while it was read",
                 fix="start again when nothing writes to it any more",

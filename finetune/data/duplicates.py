@@ -12,7 +12,7 @@ import re
 import unicodedata
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,8 @@ NEAR = 0.8
 COMMON_SHARE = 0.05
 _FEWEST_ROWS_FOR_COMMON = 40
 _BANDS, _ROWS_A_BAND = 25, 5  # a pair at 0.8 is missed with a probability of 5e-5, one at 0.4 is looked at with 0.23
+_MOST_COMPARED = 64
+"""Of many rows that agree in a band (a form letter, say), each is compared with this many before it."""
 _BUCKETS = 2**22
 _PAIRS_SHOWN = 5
 _WORD = re.compile(r"\w+")
@@ -95,18 +97,20 @@ def find_duplicates(splits: Mapping[str, Sequence[Text]]) -> dict[str, Overlap]:
         By name: `train` for repeats within train (each but the first counts), `test in train` for rows of test that are
         in train too, and so on.
     """
-    shingles = {
-        name: [shingle_hashes(f"{text.question} {text.answer}") for text in texts] for name, texts in splits.items()
-    }
-    common = _common([found for rows in shingles.values() for found in rows])
-    kept = {name: [np.setdiff1d(found, common) for found in rows] for name, rows in shingles.items()}
-    indices: dict[str, _Index] = {}
+    texts = [text for rows in splits.values() for text in rows]
+    shingles = [shingle_hashes(f"{text.question} {text.answer}") for text in texts]
+    common = _common(shingles)
+    shingles = [np.setdiff1d(found, common, assume_unique=True) for found in shingles]
+    ends = np.cumsum([0, *map(len, splits.values())]).tolist()
+    ranges = {name: range(start, end) for name, start, end in zip(splits, ends, ends[1:], strict=False)}
+    alike = _candidates(shingles)
     overlaps: dict[str, Overlap] = {}
-    for name, texts in splits.items():
-        for earlier, index in indices.items():
-            overlaps[f"{name} in {earlier}"] = _compare(texts, kept[name], index, grow=False)
-        indices[name] = _Index()
-        overlaps[name] = _compare(texts, kept[name], indices[name], grow=True)
+    for name, rows in ranges.items():
+        for earlier, others in ranges.items():
+            if earlier == name:
+                overlaps[name] = _compare(texts, shingles, rows, rows, alike)
+                break
+            overlaps[f"{name} in {earlier}"] = _compare(texts, shingles, rows, others, alike)
     return overlaps
 
 
@@ -142,54 +146,68 @@ def jaccard(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> float:
     return shared / max(1, len(one) + len(other) - shared)
 
 
-class _Index:
-    """Rows to compare with: by exact text, by question, and by band of their MinHash."""
+def _compare(
+    texts: Sequence[Text],
+    shingles: Sequence[NDArray[np.uint64]],
+    rows: range,
+    others: range,
+    alike: Mapping[int, Sequence[int]],
+) -> Overlap:
+    """Look for each of `rows` among `others`; where both are the same range, among those before it."""
+    overlap = Overlap(rows=len(rows))
+    exact: dict[bytes, int] = {}
+    question: dict[bytes, int] = {}
 
-    def __init__(self) -> None:
-        self.exact: dict[bytes, str] = {}
-        self.question: dict[bytes, str] = {}
-        self.bands: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-        self.rows: list[tuple[str, NDArray[np.uint64]]] = []
+    def remember(row: int) -> None:
+        exact.setdefault(_digest(f"{texts[row].question}\0{texts[row].answer}"), row)
+        question.setdefault(_digest(texts[row].question), row)
 
-    def near(self, shingles: NDArray[np.uint64], bands: Sequence[bytes]) -> str | None:
-        """The place of a row that is similar enough, or None."""
-        candidates = dict.fromkeys(row for key in enumerate(bands) for row in self.bands.get(key, ()))
-        for row in candidates:
-            where, other = self.rows[row]
-            if jaccard(shingles, other) >= NEAR:
-                return where
-        return None
-
-    def add(
-        self, text: Text, exact: bytes, question: bytes, shingles: NDArray[np.uint64], bands: Sequence[bytes]
-    ) -> None:
-        self.exact.setdefault(exact, text.where)
-        self.question.setdefault(question, text.where)
-        for key in enumerate(bands):
-            self.bands[key].append(len(self.rows))
-        self.rows.append((text.where, shingles))
-
-
-def _compare(texts: Sequence[Text], shingles: Sequence[NDArray[np.uint64]], index: _Index, *, grow: bool) -> Overlap:
-    overlap = Overlap(rows=len(texts))
-    for text, found in zip(texts, shingles, strict=True):
-        question, exact = _digest(text.question), _digest(f"{text.question}\0{text.answer}")
-        bands = list(_band_keys(found))
-        if exact in index.exact:
-            overlap.add("exact", text.where, index.exact[exact])
-        elif text.question and question in index.question:
-            overlap.add("other_answer", text.where, index.question[question])
-        elif similar := index.near(found, bands):
-            overlap.add("near", text.where, similar)
-        if grow and exact not in index.exact:
-            index.add(text, exact, question, found, bands)
+    if rows != others:
+        for row in others:
+            remember(row)
+    for row in rows:
+        text = texts[row]
+        same = exact.get(_digest(f"{text.question}\0{text.answer}"))
+        asked = question.get(_digest(text.question)) if text.question else None
+        if same is not None:
+            overlap.add("exact", text.where, texts[same].where)
+        elif asked is not None:
+            overlap.add("other_answer", text.where, texts[asked].where)
+        else:
+            near = (other for other in alike.get(row, ()) if other in others and other < row)
+            found = next((other for other in near if jaccard(shingles[row], shingles[other]) >= NEAR), None)
+            if found is not None:
+                overlap.add("near", text.where, texts[found].where)
+        if rows == others:
+            remember(row)
     return overlap
 
 
-def _band_keys(shingles: NDArray[np.uint64]) -> Iterator[bytes]:
-    if len(shingles):
-        for band in minhash(shingles).reshape(_BANDS, _ROWS_A_BAND):
-            yield band.tobytes()
+def _candidates(shingles: Sequence[NDArray[np.uint64]]) -> dict[int, list[int]]:
+    """For each row the earlier ones that agree with it in a whole band of the MinHash."""
+    rows = np.array([row for row, found in enumerate(shingles) if len(found)], dtype=np.int64)
+    bands = np.zeros((len(rows), _BANDS), dtype=np.uint64)
+    for place, row in enumerate(rows):
+        bands[place] = _band_keys(shingles[row])
+    candidates: dict[int, list[int]] = defaultdict(list)
+    for band in bands.T:
+        order = np.argsort(band, kind="stable")
+        starts = np.flatnonzero(np.diff(band[order], prepend=band[order][:1] + np.uint64(1)))
+        for group in np.split(rows[order], starts):
+            for place in range(1, len(group)):
+                known = candidates[int(group[place])]
+                known += [
+                    other for other in group[max(0, place - _MOST_COMPARED) : place].tolist() if other not in known
+                ]
+    return candidates
+
+
+def _band_keys(shingles: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One number for each band, uint64 [_BANDS]."""
+    keys = np.zeros(_BANDS, dtype=np.uint64)
+    for column in minhash(shingles).reshape(_BANDS, _ROWS_A_BAND).T:
+        keys = _mixed(keys ^ column)
+    return keys
 
 
 def _common(rows: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:

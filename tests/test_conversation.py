@@ -171,6 +171,7 @@ BAD: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
     "empty completion": ({"prompt": "a", "completion": ""}, "empty content", ("message 2",)),
     "prompt is a number": ({"prompt": 3, "completion": "b"}, "prompt is not text", ("`prompt`",)),
     "blank text": ({"text": "  "}, "empty text", ("the record has empty `text`",)),
+    "endless word": ({"text": "so " + "a" * 20_001}, "word too long", ("20,000 letters",)),
     "text with tools": ({"text": "t", "tools": [F]}, "key of another form", ("no place for `tools`",)),
 }
 

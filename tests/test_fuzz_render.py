@@ -160,11 +160,17 @@ def expected_weights(messages: list[Message], ids: list[int], loss: LossConfig) 
 
 def test_whole_conversations_equal_openai_harmony() -> None:
     kept = replace(CONFIG, earlier_thinking="keep")
+    num_kept = 0
     for raw in records(seed=1, count=2000):
         messages = harmony_messages(raw)
-        (sample,), (whole,) = render_samples(record_of(raw), CONFIG), render_samples(record_of(raw), kept)
-        assert sample.ids.tolist() == render(without_earlier_thinking(messages)), raw
-        assert whole.ids.tolist() == render(messages), raw
+        dropped = without_earlier_thinking(messages)
+        (sample,) = render_samples(record_of(raw), CONFIG)
+        assert sample.ids.tolist() == render(dropped), raw
+        if len(dropped) < len(messages):
+            (whole,) = render_samples(record_of(raw), kept)
+            assert whole.ids.tolist() == render(messages), raw
+            num_kept += 1
+    assert num_kept > 500
 
 
 def test_weights_follow_channels() -> None:

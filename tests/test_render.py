@@ -5,6 +5,7 @@ The fixtures come from openai-harmony itself, called elsewhere; they hold both r
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -313,6 +314,20 @@ def test_plain_text_is_trained_whole() -> None:
     assert sample.num_control_spellings == 1
     with pytest.raises(InputError, match="no prompt"):
         render_prompt(Record("x", "x:1", parse_conversation({"text": text})), CONFIG)
+
+
+def test_long_plain_text_becomes_several_samples_and_every_token_is_trained_once() -> None:
+    text = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
+    record = Record("x", "x:1", parse_conversation({"text": text}))
+    (whole,) = render_samples(record, CONFIG)
+    for max_length in (2, 16, 100, len(whole.ids) - 1):
+        samples = render_samples(record, replace(CONFIG, max_length=max_length))
+        assert [sample.id for sample in samples] == [f"x#{number}" for number in range(1, len(samples) + 1)]
+        assert len(samples) > 1 and all(2 <= len(sample.ids) <= max_length for sample in samples)
+        trained = [token for sample in samples for token in sample.ids[sample.weights > 0].tolist()]
+        assert trained == whole.ids[1:].tolist()
+        for before, after in itertools.pairwise(samples):
+            assert after.ids[0] == before.ids[-1] and after.weights[0] == 0
 
 
 def test_a_record_overrides_the_recipe() -> None:

@@ -90,7 +90,7 @@ def _samples(row: RawRecord, source: SourceConfig, config: DataConfig, facts: Fa
         record = parse_record(row, source.form)
         # Encoding takes quadratic time in a long word (3 s for 100,000 letters), so what can never fit is not encoded.
         num_characters = record.conversation.num_characters
-        if num_characters > LONGEST_TOKEN_BYTES * config.max_length:
+        if record.conversation.text is None and num_characters > LONGEST_TOKEN_BYTES * config.max_length:
             reason = f"{num_characters:,} characters cannot fit data.max_length ({config.max_length:,} tokens)"
             raise BadRowError("too long", reason)
         trained = [sample for sample in render_samples(record, config) if sample.num_trained_tokens]

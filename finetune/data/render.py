@@ -42,7 +42,8 @@ class Sample:
         ids: int32 [T], token ids.
         weights: float32 [T]; `weights[t]` is the loss weight of predicting `ids[t]` from what precedes it. The first
             is always 0.
-        id: the record's id; `ID#2` for the second turn of a record that `earlier_thinking: split` made several of.
+        id: the record's id; `ID#2` for the second of several samples that `earlier_thinking: split`, or the length of
+            plain text, made of a record.
         where: the record's `file:line`.
         channels: int8 [T], `Channel` of each token, plus `HEADER` for headers and end tokens. Assistant messages that
             are not trained have their channel too: what is trained, `weights` says. Empty if not rendered here.
@@ -68,9 +69,12 @@ class Sample:
 def render_samples(record: Record, config: DataConfig) -> list[Sample]:
     """Render a record for training: one sample, or with `earlier_thinking: split` one for each turn to be trained.
 
+    Plain text of more than `max_length` tokens makes several, too.
+
     Args:
         record: a conversation that ends with the assistant's answer or tool call, or plain text.
-        config: gives date, effort and identity where the record does not, convention, loss weights and policies.
+        config: gives date, effort and identity where the record does not, convention, loss weights, policies and, for
+            plain text alone, the length.
 
     Returns:
         At least one sample. All weights are 0 where the loss weights leave nothing to train.
@@ -80,15 +84,13 @@ def render_samples(record: Record, config: DataConfig) -> list[Sample]:
     """
     conversation = record.conversation
     if conversation.text is not None:
-        return [_plain_text(record, conversation.text)]
+        return _numbered(_plain_text(record, conversation.text, config.max_length))
     parts = _parts(conversation, config)
     messages = conversation.messages
     if config.earlier_thinking != "split":
         return [_sample(record, parts, messages, config)]
     samples = [_sample(record, parts, messages[: end + 1], config) for end in turn_ends(messages)]
-    if len(samples) == 1:
-        return samples
-    numbered = [replace(sample, id=f"{sample.id}#{number}") for number, sample in enumerate(samples, start=1)]
+    numbered = _numbered(samples)
     return [sample for sample in numbered if sample.num_trained_tokens] or numbered[:1]
 
 
@@ -189,14 +191,28 @@ def _sample(record: Record, parts: Sequence[Part], messages: Sequence[Message], 
     return Sample(tokens, weights, record.id, record.where, channels, spellings, len(without_thinking))
 
 
-def _plain_text(record: Record, text: str) -> Sample:
-    """Every token is trained but the first, which nothing precedes; `<|endoftext|>` ends the text."""
+def _plain_text(record: Record, text: str, max_length: int) -> list[Sample]:
+    """Every token is trained once, but the first, which nothing precedes; `<|endoftext|>` ends the text.
+
+    A longer text than `max_length` becomes several samples, each beginning with the last token of the one before.
+    """
     ids = np.array([*encode_text(text), END_OF_TEXT_ID], dtype=np.int32)
-    weights = np.ones(len(ids), dtype=np.float32)
-    weights[0] = 0.0
-    channels = np.full(len(ids), Channel.TEXT, dtype=np.int8)
-    channels[-1] += HEADER
-    return Sample(ids, weights, record.id, record.where, channels, record.conversation.num_control_spellings)
+    step = max(1, max_length - 1)
+    samples = []
+    for begin in range(0, len(ids) - 1, step):
+        part = ids[begin : begin + step + 1]
+        weights = np.ones(len(part), dtype=np.float32)
+        weights[0] = 0.0
+        channels = np.where(part == END_OF_TEXT_ID, Channel.TEXT + HEADER, Channel.TEXT).astype(np.int8)
+        spellings = record.conversation.num_control_spellings
+        samples.append(Sample(part, weights, record.id, record.where, channels, spellings))
+    return samples
+
+
+def _numbered(samples: list[Sample]) -> list[Sample]:
+    if len(samples) == 1:
+        return samples
+    return [replace(sample, id=f"{sample.id}#{number}") for number, sample in enumerate(samples, start=1)]
 
 
 def _weights_by_channel(config: DataConfig) -> dict[Channel, float]:

@@ -10,8 +10,8 @@ from finetune.config.keys import suggest_word
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.console import Progress
 from finetune.data.arrow import TableWriter
-from finetune.data.conversation import BadRowError
 from finetune.data.lengths import truncate
+from finetune.data.message import BadRowError
 from finetune.data.render import Sample, render_samples
 from finetune.data.sources import BadRow, RawRecord, bad_row, parse_record, read_raw_records
 from finetune.data.splits import SplitName, belongs_to, sources_of

@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 from finetune.config.keys import suggest_word
 from finetune.config.locate import HUB_PREFIX, SHIPPED_PREFIX, is_glob, matching_files, resolve_data_path, shipped_dir
 from finetune.config.schema import SourceConfig
-from finetune.data.conversation import BadRowError
+from finetune.data.message import BadRowError
 from finetune.data.printable import printable
 from finetune.errors import ConfigError, InputError
 

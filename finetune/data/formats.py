@@ -13,8 +13,8 @@ from typing import Any
 from finetune.config.keys import suggest_word
 from finetune.config.locate import HUB_PREFIX
 from finetune.config.schema import SourceConfig
-from finetune.data.conversation import BadRowError
 from finetune.data.files import MAX_LINE_BYTES, Row, broken_file, open_bytes
+from finetune.data.message import BadRowError
 from finetune.errors import ConfigError, InputError, MachineError
 
 _ROWS_AT_A_TIME = 256

@@ -10,8 +10,9 @@ from typing import Any
 
 from finetune.config.keys import suggest_word
 from finetune.config.schema import DataForm, SourceConfig
-from finetune.data.conversation import BadRowError, Conversation, Message, parse_conversation
+from finetune.data.conversation import Conversation, parse_conversation
 from finetune.data.files import parse_json, read_rows
+from finetune.data.message import BadRowError, Message
 from finetune.data.printable import printable
 from finetune.errors import ConfigError, InputError
 

@@ -112,6 +112,14 @@ def test_other_code_or_renderer_builds_anew(rows: Path, builds: list[str], monke
     assert builds == ["train"] * 3
 
 
+def test_the_order_of_sources_counts(rows: Path, builds: list[str]) -> None:
+    one, two = SourceConfig(path=str(rows), limit=2), SourceConfig(path=str(rows), limit=3)
+    for train in ({"a": one, "b": two}, {"b": two, "a": one}):
+        split = load_split(config_for(rows, train=train), "train")
+        assert list(split.source_sizes) == list(train)
+    assert len(builds) == 2
+
+
 def test_every_file_of_a_glob_counts(rows: Path, builds: list[str]) -> None:
     config = config_for(rows.parent / "*.jsonl")
     assert len(load_split(config, "train").samples) == 20
@@ -137,7 +145,7 @@ def test_damage_is_said_and_mended(
         whole[len(whole) // 2] ^= 1
         path.write_bytes(whole)
     else:
-        path.write_bytes(whole.replace(b"sha256", b"sha257"))
+        path.write_bytes(whole.replace(b'"num_records": 20', b'"num_records": 21'))
     capsys.readouterr()
     assert content(load_split(config, "train")) == expected
     assert len(builds) == 2 and "damaged" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -197,11 +197,6 @@ class _TextColumn:
     def __getitem__(self, number: int) -> str:
         chunk = int(np.searchsorted(self._starts, number, side="right")) - 1
         return cast(str, self._chunks[chunk][number - int(self._starts[chunk])].as_py())
-
-
-def facts_as_json(rows: Sequence[Any]) -> list[list[str]]:
-    """Plain lists for JSON of a sequence of flat dataclasses of text."""
-    return [list(astuple(row)) for row in rows]
 
 
 def _as_json(raw: Mapping[str, Any]) -> str:

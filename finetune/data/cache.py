@@ -16,7 +16,7 @@ from typing import Any
 from finetune.config.locate import HUB_PREFIX, cache_dir
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.console import say, warn
-from finetune.data.arrow import RECORDS_FILE, SAMPLES_FILE, Tables, TableWriter, facts_as_json, open_tables
+from finetune.data.arrow import RECORDS_FILE, SAMPLES_FILE, Tables, TableWriter, open_tables
 from finetune.data.build import Facts, build
 from finetune.data.files import broken_file, find_files
 from finetune.data.sources import BadRow
@@ -47,7 +47,7 @@ def cached(config: DataConfig, split: SplitName) -> tuple[Tables, Facts]:
         MachineError: the cache cannot be written.
     """
     key = cache_key(config, split)
-    name = f"{split}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]}"
+    name = f"{split}-{_sha256_of(key)[:24]}"
     root = cache_dir(config.cache_dir)
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the text of the training data
@@ -68,10 +68,10 @@ def cached(config: DataConfig, split: SplitName) -> tuple[Tables, Facts]:
 def cache_key(config: DataConfig, split: SplitName) -> dict[str, Any]:
     """Everything that a split's tokens depend on: contents of sources, settings, code and vocabulary."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IN_KEY}
-    sources = {
-        name: {**dataclasses.asdict(dataclasses.replace(source, weight=1.0)), "content": _content(name, source)}
+    sources = [  # a list, since their order is the samples'
+        {"name": name, "content": _content(name, source)} | dataclasses.asdict(dataclasses.replace(source, weight=1.0))
         for name, source in sources_of(config, split).items()
-    }
+    ]
     return {
         "split": split,
         "settings": settings,
@@ -98,11 +98,9 @@ def _build_into(directory: Path, key: Mapping[str, Any], config: DataConfig, spl
                 f"data.{split}: a source changed while it was read",
                 fix="start again when nothing writes to it any more",
             )
-        document = dataclasses.asdict(facts) | {
-            "bad_rows": facts_as_json(facts.bad_rows),
-            "dropped": facts_as_json(facts.dropped),
-        }
+        document = dataclasses.asdict(facts)
         hashes = {name: _sha256(unfinished / name) for name in (SAMPLES_FILE, RECORDS_FILE)}
+        hashes[FACTS_FILE] = _sha256_of(document)
         (unfinished / FACTS_FILE).write_text(json.dumps({"facts": document, "sha256": hashes, "key": key}))
         unfinished.rename(directory)
     except BaseException:
@@ -121,9 +119,11 @@ def _read_facts(directory: Path) -> Facts | None:
         for name in (SAMPLES_FILE, RECORDS_FILE):
             if _sha256(directory / name) != document["sha256"][name]:
                 raise ValueError(f"{name} is not what was written")
+        if _sha256_of(document["facts"]) != document["sha256"][FACTS_FILE]:
+            raise ValueError(f"{FACTS_FILE} is not what was written")
         facts = Facts(**document["facts"])
-        facts.bad_rows = [BadRow(*row) for row in facts.bad_rows]  # type: ignore[misc]
-        facts.dropped = [BadRow(*row) for row in facts.dropped]  # type: ignore[misc]
+        facts.bad_rows = [BadRow(**row) for row in document["facts"]["bad_rows"]]
+        facts.dropped = [BadRow(**row) for row in document["facts"]["dropped"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         warn(f"the cached tokens in {directory} are damaged ({error}); they are made anew")
         return None
@@ -177,6 +177,10 @@ def _code() -> str:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _sha256_of(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

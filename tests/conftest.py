@@ -83,3 +83,11 @@ def validation_losses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     losses: list[float] = []
     monkeypatch.setattr(run_module, "held_out_loss", lambda *_, **__: SimpleNamespace(mean=losses.pop(0)))
     yield losses
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokens that tests make go to a directory of their own, for child processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

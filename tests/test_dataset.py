@@ -97,3 +97,11 @@ def test_nothing_usable_stops_even_when_skipping(tmp_path: Path) -> None:
 def test_a_split_without_sources_is_a_configuration_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.validation names no source"):
         load_split(config_for(tmp_path, row()), "validation")
+
+
+def test_forms_that_were_told_from_the_keys_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a", "completion": "b"}, {"instruction": "a", "output": "b"}, {"prompt": "c", "completion": "d"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = describe(load_split(DataConfig(train={"mine": SourceConfig(path=str(path))}, cache=False), "train"))
+    assert said.endswith("; read as prompt_completion (2), alpaca (1)")

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
 from finetune.config.schema import DataConfig, SourceConfig
+from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
 from finetune.data.render import render_answer, render_prompt
 from finetune.data.sources import Record
@@ -206,7 +207,7 @@ def test_an_answer_outside_the_labels_is_named(base: Base, split: Split) -> None
 
 
 def records_with(answers: list[str | None]) -> list[Record]:
-    return [Record(str(number), f"rows:{number}", (), answer) for number, answer in enumerate(answers)]
+    return [Record(str(number), f"rows:{number}", Conversation(()), answer) for number, answer in enumerate(answers)]
 
 
 def test_label_set() -> None:

@@ -42,34 +42,8 @@ BAD_LINES = {
     "not UTF-8": ('{"a": "caf\xe9"}'.encode("latin-1"), "not UTF-8", "byte 11"),
     "not an object": ("[1, 2]", "no object"),
     "repeated key": ('{"messages": [], "messages": []}', "`messages` stands twice"),
-    "no messages": ({"prompt": "a", "completion": "b"}, "no `messages`, only prompt, completion"),
-    "messages is text": ({"messages": "hello"}, "must be a list", "'hello'"),
-    "no message": ({"messages": []}, "an empty list"),
-    "message is text": (messages("hello"), "message 1 must be an object"),
-    "unknown role": (messages(USER, {"role": "asistant", "content": "4"}), "message 2", "did you mean assistant?"),
-    "no role": (messages({"content": "4"}), "message 1 has no role"),
-    "tool role": (
-        messages(USER, {"role": "tool", "content": "4"}, ANSWER),
-        "tool messages arrive with a later version",
-    ),
-    "tool call": (messages(USER, ANSWER | {"tool_calls": []}), "tool calls arrive with a later version"),
-    "unknown message key": (messages(USER, ANSWER | {"thinkng": "t"}), "'thinkng'", "did you mean thinking?"),
-    "no content": (messages(USER, {"role": "assistant"}), "message 2 needs text as `content`, not nothing"),
-    "content parts": (messages({"role": "user", "content": [{"type": "text"}]}, ANSWER), "message 1", "not a list"),
-    "empty answer": (messages(USER, {"role": "assistant", "content": ""}), "message 2 has empty `content`"),
-    "blank question": (messages({"role": "user", "content": " \n"}, ANSWER), "message 1 has empty `content`"),
-    "empty thinking": (messages(USER, ANSWER | {"thinking": ""}), "empty `thinking`", "leave the key out"),
-    "null thinking": (messages(USER, ANSWER | {"thinking": None}), "needs text as `thinking`"),
-    "user thinks": (messages(USER | {"thinking": "t"}, ANSWER), "from the user and has `thinking`"),
-    "half a character": ('{"messages": [{"role": "user", "content": "a\\ud83d"}]}', "half a character (\\ud83d)"),
-    "late system": (messages(USER, {"role": "system", "content": "s"}, ANSWER), "message 2 is from the system"),
-    "developer after system": (
-        messages({"role": "system", "content": "s"}, {"role": "developer", "content": "d"}, USER, ANSWER),
-        "message 2 is from the developer",
-    ),
-    "two answers": (messages(USER, ANSWER, ANSWER), "message 3 follows another"),
-    "ends with the user": (messages(USER, ANSWER, USER), "must be from the assistant, not from the user"),
-    "no question": (messages(ANSWER), "no message is from the user"),
+    "no messages": ({"question": "a", "reply": "b"}, "no `messages`", "only question, reply"),
+    "wrong conversation": (messages({"role": "asistant", "content": "4"}), "message 1", "did you mean assistant?"),
     "answer not text": (GOOD | {"answer": 4}, "`answer` must be text"),
     "answer empty": (GOOD | {"answer": ""}, "`answer` must be text"),
     "id not text": (GOOD | {"id": ["x"]}, "`id` must be text or a number"),
@@ -148,13 +122,6 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     assert "is empty" in refusal(InputError, path)
-
-
-def test_json_array_is_not_jsonl(tmp_path: Path) -> None:
-    path = tmp_path / "rows.json"
-    path.write_text(json.dumps([GOOD, GOOD], indent=1))
-    text = refusal(InputError, path)
-    assert "JSON array" in text and "jq" in text
 
 
 def test_truncated_and_corrupt_gzip(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.validate import dump_yaml
 from finetune.console import say
 from finetune.data.dataset import describe, load_split
+from finetune.data.splits import split_names
 from finetune.errors import ConfigError
 from finetune.model.headers import read_json
 from finetune.model.shapes import ModelShape
@@ -32,9 +33,8 @@ def dry_run(config: RunConfig) -> None:
     say(dump_yaml(config), result=True)
     for line in [*derived_lines(config), *inputs]:
         say(line, result=True)
-    for split in ("train", "validation", "test"):
-        if getattr(config.data, split):
-            say(describe(load_split(config.data, split)), result=True)
+    for split in split_names(config.data):
+        say(describe(load_split(config.data, split)), result=True)
     say(_adapter(config), result=True)
 
 

@@ -23,6 +23,7 @@ from finetune.errors import CapacityError, FinetuneError, MachineError
 # Command: the module with its `add_arguments(parser)` and `run(args)`, and a line for the list.
 COMMANDS = {
     "train": ("finetune.cli.train", "fine-tune: RECIPE [key=value ...] [--dry-run], or --resume RUN"),
+    "data": ("finetune.cli.data", "see a recipe's tokens and what is trained, or its figures"),
     "recipes": ("finetune.cli.recipes", "list the recipes, or show one"),
     "config": ("finetune.cli.config", "show what a recipe and overrides come to"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from finetune.config.locate import resolve_data_path
+from finetune.config.locate import HUB_PREFIX, is_glob, matching_files, resolve_data_path
 from finetune.config.schema import RunConfig
 from finetune.errors import InputError
 
@@ -48,14 +48,25 @@ def check_inputs(config: RunConfig) -> list[str]:
     lines = [f"base: {_describe_base(config.model.path)}"]
     for split in ("train", "validation", "test"):
         for name, source in getattr(config.data, split).items():
-            path = resolve_data_path(source.path)
-            if not path.is_file():
-                raise InputError(f"data.{split}.{name}.path: there is no file {path}", fix=_data_fix(source.path))
             only = ", ".join(f"{key} is {value}" for key, value in source.where.items())
-            lines.append(f"data.{split}.{name}: {path}, {path.stat().st_size:,} bytes" + (f", {only}" if only else ""))
+            found = _describe_source(f"data.{split}.{name}.path", source.path)
+            lines.append(f"data.{split}.{name}: {found}" + (f", {only}" if only else ""))
     if config.adapter.init_from is not None and not Path(config.adapter.init_from).expanduser().is_dir():
         raise InputError(f"adapter.init_from: there is no directory {config.adapter.init_from}")
     return lines
+
+
+def _describe_source(key: str, path: str) -> str:
+    if path.startswith(HUB_PREFIX):
+        return f"{path}, read through `datasets`"
+    found = matching_files(path)
+    if not found:
+        what = "no file matches" if is_glob(path) else "there is no file"
+        raise InputError(f"{key}: {what} {resolve_data_path(path)}", fix=_data_fix(path))
+    if len(found) == 1 and found[0].is_dir():
+        return f"{found[0]}, a directory"
+    size = sum(file.stat().st_size for file in found)
+    return f"{found[0] if len(found) == 1 else f'{path}, {len(found):,} files'}, {size:,} bytes"
 
 
 def _describe_base(path: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from pathlib import Path
 from typing import Literal
 
 from finetune.errors import InputError, MachineError
 
 SHIPPED_PREFIX = "shipped://"
+HUB_PREFIX = "hub://"
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -47,3 +50,32 @@ def resolve_data_path(path: str) -> Path:
     if not inside.resolve().is_relative_to(root.resolve()):
         raise InputError(f"{path} points outside the toolkit's data folder", fix="give the file's own path")
     return inside
+
+
+def is_glob(path: str) -> bool:
+    """Whether a recipe's data path names files by a pattern: it holds `*`, `?` or `[` and is no file's own name."""
+    return glob.has_magic(path) and not path.startswith(HUB_PREFIX) and not resolve_data_path(path).exists()
+
+
+def matching_files(path: str) -> list[Path]:
+    """Find the files and directories that a recipe's data path means.
+
+    Args:
+        path: as in `resolve_data_path`; `*`, `?`, `[...]` and `**` match as in a shell.
+
+    Returns:
+        What exists, sorted by name; empty for a hub name and when nothing matches.
+    """
+    if path.startswith(HUB_PREFIX):
+        return []
+    found = resolve_data_path(path)
+    if found.exists():
+        return [found]
+    return sorted(Path(name) for name in glob.glob(str(found), recursive=True)) if is_glob(path) else []
+
+
+def cache_dir(setting: str | None) -> Path:
+    """Where tokens are kept: the recipe's `data.cache_dir`, else below $XDG_CACHE_HOME, else below ~/.cache."""
+    if setting is not None:
+        return Path(setting).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-oss-finetune"

@@ -9,8 +9,9 @@ from functools import reduce
 from typing import Any
 
 from finetune.config.keys import KeyPath
-from finetune.config.locate import resolve_data_path
+from finetune.config.locate import HUB_PREFIX, matching_files, resolve_data_path
 from finetune.config.problems import Problem
+from finetune.config.rendering_rules import rendering_problems
 from finetune.config.schema import RunConfig, SourceConfig
 
 MAX_BALANCE_COEFFICIENT = 0.1
@@ -27,13 +28,15 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "above 0",
         lambda value: value > 0,
-        "adapter.attention.alpha adapter.experts.alpha trainer.epochs trainer.learning_rate trainer.adam_epsilon",
+        "data.mix_temperature adapter.attention.alpha adapter.experts.alpha trainer.epochs trainer.learning_rate "
+        "trainer.adam_epsilon",
     ),
     (
         "0 or more",
         lambda value: value >= 0,
         "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_gradient_norm "
-        "trainer.router_balance_coefficient",
+        "trainer.router_balance_coefficient data.loss.analysis data.loss.commentary data.loss.tool_call "
+        "data.loss.final",
     ),
     (
         "between 0 and 1",
@@ -41,7 +44,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "data.max_skipped_share trainer.final_learning_rate_share trainer.warmup_share",
     ),
     ("0 or more and below 1", lambda value: 0 <= value < 1, "trainer.adam_beta1 trainer.adam_beta2"),
-    ("above 0 and below 1", lambda value: 0 < value < 1, "evaluate.confidence"),
+    ("above 0 and below 1", lambda value: 0 < value < 1, "evaluate.confidence data.validation_split.share"),
     ("between 0 and 4294967295", lambda value: 0 <= value < 2**32, "seed"),
 )
 
@@ -55,6 +58,7 @@ def broken_rules(config: RunConfig) -> Iterator[Problem]:
     yield from _ranges(config)
     yield from _names(config)
     yield from _sources(config)
+    yield from rendering_problems(config.data)
     yield from _adapter(config)
     yield from _trainer(config)
     yield from _evaluation(config)
@@ -88,6 +92,15 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
                 yield Problem((*path, "path"), "is empty")
             if source.limit is not None and source.limit < 1:
                 yield Problem((*path, "limit"), f"is {source.limit}, must be at least 1")
+            if not (math.isfinite(source.weight) and source.weight > 0):
+                yield Problem((*path, "weight"), f"is {source.weight}, must be above 0", "remove the source instead")
+            yield from _source_without_effect(path, source)
+    if data.validation_split.key is not None and data.validation:
+        yield Problem(
+            ("data", "validation_split"),
+            "takes validation records from the training sources, but data.validation names sources too",
+            "keep one of the two",
+        )
     for split in ("validation", "test"):
         for name, held_out in getattr(data, split).items():
             for train_name, trained in data.train.items():
@@ -97,6 +110,21 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
                         f"reads records that data.train.{train_name} trains on",
                         f"give both a `where` on the same field with different values, or other files ({trained.path})",
                     )
+    yield from _date(config)
+
+
+def _source_without_effect(path: KeyPath, source: SourceConfig) -> Iterator[Problem]:
+    """Keys of a source that would do nothing."""
+    if source.weight != 1 and path[1] != "train":
+        yield Problem((*path, "weight"), "does nothing: only sources in data.train are mixed", "remove it")
+    if not source.path.startswith(HUB_PREFIX):
+        for key in ("subset", "revision", "streaming"):
+            if getattr(source, key):
+                yield Problem((*path, key), f"does nothing: {source.path} is not {HUB_PREFIX}OWNER/NAME", "remove it")
+
+
+def _date(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
     try:
         if len(data.conversation_date) != len("2025-06-28"):
             raise ValueError
@@ -107,8 +135,11 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
 
 
 def _overlap(one: SourceConfig, other: SourceConfig) -> bool:
-    """Whether two sources can give the same record: one file, and no field on which their `where` differ."""
-    if resolve_data_path(one.path).resolve() != resolve_data_path(other.path).resolve():
+    """Whether two sources can give the same record: a file in common, and no field on which their `where` differ."""
+    same = resolve_data_path(one.path).resolve() == resolve_data_path(other.path).resolve()
+    if not same and not set(matching_files(one.path)) & set(matching_files(other.path)):
+        return False
+    if same and one.split != other.split and None not in (one.split, other.split):
         return False
     return not any(one.where[key] != other.where[key] for key in one.where.keys() & other.where.keys())
 
@@ -150,17 +181,18 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
 
 def _evaluation(config: RunConfig) -> Iterator[Problem]:
     evaluate, data = config.evaluate, config.data
-    watched = bool(data.validation) and evaluate.every_steps is not None
-    needs = "needs a source in data.validation and evaluate.every_steps"
+    validates = bool(data.validation) or data.validation_split.key is not None
+    watched = validates and evaluate.every_steps is not None
+    needs = "needs a source in data.validation (or data.validation_split.key) and evaluate.every_steps"
     if config.save.best_metric != "none" and not watched:
         yield Problem(("save", "best_metric"), f"is {config.save.best_metric}: it {needs}")
     if config.trainer.early_stop_patience is not None and config.save.best_metric == "none":
         yield Problem(
             ("trainer", "early_stop_patience"), "has no metric to watch", "set save.best_metric=validation_loss"
         )
-    if evaluate.every_steps is not None and not data.validation:
+    if evaluate.every_steps is not None and not validates:
         yield Problem(("evaluate", "every_steps"), "is set, but data.validation names no source")
-    if evaluate.validation_rows is not None and not data.validation:
+    if evaluate.validation_rows is not None and not validates:
         yield Problem(("evaluate", "validation_rows"), "is set, but data.validation names no source")
     if evaluate.test_rows is not None and not data.test:
         yield Problem(("evaluate", "test_rows"), "is set, but data.test names no source")

@@ -1,5 +1,7 @@
 """From samples to the tensors of a micro-step, and the plan of which rows each optimiser step of each epoch takes.
 
+Micro-steps are dealt to processes in turn, so that together they make the same steps however many processes there are.
+
 Shapes: B rows, L tokens in the longest row of the batch, rounded up to `LENGTH_MULTIPLE`.
 """
 
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,6 +17,8 @@ import numpy as np
 import torch
 
 from finetune.config.schema import DataConfig, TrainerConfig
+from finetune.data.arrow import sample_lengths
+from finetune.data.mix import Mixture
 from finetune.data.pack import pack
 from finetune.data.render import Sample
 from finetune.data.tokenizer import PAD_ID
@@ -111,37 +115,72 @@ def collate(rows: Sequence[Sequence[Sample]], pad_id: int = PAD_ID) -> Batch:
 
 
 class BatchPlan:
-    """Which rows every optimiser step takes.
+    """Which rows every optimiser step takes, and which of them are this process's.
 
     It holds no random state: each epoch's rows follow from (seed, epoch) alone, so a resumed run asks for the step at
     which it stopped and gets the same one. Packing shuffles first, so epochs may differ by a row and a step.
 
     Args:
         samples: the training samples, in the order of the sources.
-        config: `max_length` and `pack`.
-        trainer: `rows_per_micro_step`, `micro_steps`, `epochs` and `max_steps`.
+        config: `max_length`, `pack`, and the sources' weights and temperature.
+        trainer: `rows_per_micro_step`, `micro_steps` (of each process), `epochs` and `max_steps`.
         seed: the run's seed.
+        source_sizes: samples of each source (`Split.source_sizes`). None: every sample once an epoch.
+        rank: number of this process, from 0.
+        world_size: how many processes there are.
     """
 
-    def __init__(self, samples: Sequence[Sample], config: DataConfig, trainer: TrainerConfig, seed: int) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        config: DataConfig,
+        trainer: TrainerConfig,
+        seed: int,
+        *,
+        source_sizes: Mapping[str, int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} processes")
         self.samples, self._trainer, self._seed = samples, trainer, seed
+        self._rank, self._world_size = rank, world_size
         self._capacity, self._pack = config.max_length, config.pack
-        self._lengths = [len(sample.ids) for sample in samples]
+        self._lengths: Sequence[int] = sample_lengths(samples)
+        self._mixture = None
+        if source_sizes is not None:
+            self._mixture = Mixture(source_sizes, config.train, config.mix_temperature, seed)
 
     def rows(self, epoch: int) -> list[Row]:
-        """The rows of one epoch (from 0) in training order; every sample stands in one of them."""
+        """The rows of one epoch (from 0) in training order, of all processes; every sample taken stands in one."""
+        numbers = self._mixture.samples(epoch) if self._mixture else np.arange(len(self._lengths))
         rng = np.random.default_rng([self._seed, epoch])
-        if self._pack:
-            return pack(self._lengths, self._capacity, rng)
-        return [[sample] for sample in rng.permutation(len(self._lengths)).tolist()]
+        if not self._pack:
+            return [[int(numbers[place])] for place in rng.permutation(len(numbers))]
+        rows = pack([self._lengths[number] for number in numbers.tolist()], self._capacity, rng)
+        return [[int(numbers[place]) for place in row] for row in rows]
+
+    def global_steps(self, epoch: int) -> list[Step]:
+        """The optimiser steps of one whole epoch, of all processes; the last may be smaller.
+
+        `micro_steps` counts those of each process: 2 processes of 4 make the same steps as 1 of 8.
+        """
+        micro_steps = _chunks(self.rows(epoch), self._trainer.rows_per_micro_step)
+        return _chunks(micro_steps, self._trainer.micro_steps * self._world_size)
 
     def steps(self, epoch: int) -> list[Step]:
-        """The optimiser steps of one whole epoch (from 0); the last may have fewer micro-steps, and rows in its last.
+        """This process's share of each of an epoch's steps: every `world_size`-th micro-step from `rank` on.
+
+        Processes exchange gradients, so all have equally many micro-steps in a step. Where the last step's do not go
+        round, those left without get one that is empty (`batch` makes padding of it).
 
         Packs anew (60 ms for 4,369 samples), so ask once an epoch, not once a step.
         """
-        micro_steps = _chunks(self.rows(epoch), self._trainer.rows_per_micro_step)
-        return _chunks(micro_steps, self._trainer.micro_steps)
+        shares = []
+        for step in self.global_steps(epoch):
+            padded = step + [[]] * (-len(step) % self._world_size)
+            shares.append(padded[self._rank :: self._world_size])
+        return shares
 
     @functools.cached_property
     def steps_per_epoch(self) -> tuple[int, ...]:
@@ -151,7 +190,7 @@ class BatchPlan:
         for epoch in range(math.ceil(self._trainer.epochs)):
             share = min(1.0, self._trainer.epochs - epoch)
             # 0.1 x 30 is 3.0000000000000004 in floats and must not become a fourth step.
-            count = int(min(math.ceil(share * len(self.steps(epoch)) - 1e-9), left_over))
+            count = int(min(math.ceil(share * len(self.global_steps(epoch)) - 1e-9), left_over))
             left_over -= count
             if count:
                 counts.append(count)
@@ -180,8 +219,21 @@ class BatchPlan:
         return len(self.steps_per_epoch), 0
 
     def batch(self, micro_step: MicroStep) -> Batch:
-        """The tensors of one of `steps(epoch)`'s micro-steps."""
+        """The tensors of one of `steps(epoch)`'s micro-steps; an empty one is a row of padding."""
+        if not micro_step:
+            return _padding()
         return collate([[self.samples[number] for number in row] for row in micro_step])
+
+
+def _padding() -> Batch:
+    shape = (1, LENGTH_MULTIPLE)
+    return Batch(
+        torch.full(shape, PAD_ID),
+        torch.zeros(shape),
+        torch.arange(LENGTH_MULTIPLE).reshape(shape),
+        torch.full(shape, PADDING_SEGMENT),
+        ((),),
+    )
 
 
 def _chunks(items: list[T], size: int) -> list[list[T]]:

@@ -1,125 +1,120 @@
-"""What a record's `messages` may hold, checked message by message; each refusal says what is wrong in a few words."""
+"""What a record holds, whichever form it came in: a checked conversation, or plain text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
+import datetime
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
-from finetune.config.keys import suggest_word
+from finetune.config.schema import DataForm, ReasoningEffortName
+from finetune.data.forms import KEYS_OF_FORM, detect_form, to_messages
+from finetune.data.message import BadRowError, Message, checked_text, shown, unknown
+from finetune.data.messages import parse_messages
+from finetune.data.tools import NO_TOOLS, DeclaredTools, parse_tools
 
-Role = Literal["system", "developer", "user", "assistant"]
-
-_MESSAGE_KEYS = ("role", "content", "thinking")
-_LATER = {"tool": "tool messages", "function": "tool messages", "tool_calls": "tool calls", "tools": "tools"}
-
-
-class BadRowError(Exception):
-    """A row that cannot be used. Never reaches the person as such: reading turns it into a counted `BadRow`.
-
-    Args:
-        kind: the group it is counted in, such as "unknown role".
-        reason: what is wrong with this very row.
-    """
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind, self.reason = kind, reason
+_CONTROL_SPELLING = re.compile(
+    r"<\|(?:start|end|message|channel|constrain|return|call|startoftext|endoftext|endofprompt|reserved_\d+)\|>"
+)
+_LONG_WORD = re.compile(r"[^\W\d_]{20001}")  # encoding takes time quadratic in its length: 3 s for 100,000 letters
+_OVERRIDES = ("reasoning_effort", "model_identity", "conversation_date")
 
 
 @dataclass(frozen=True)
-class Message:
-    """One message of a conversation.
+class Conversation:
+    """What a record holds.
 
     Attributes:
-        role: `system` and `developer` both become harmony's developer message.
-        content: plain text; text that looks like a control token stays text.
-        thinking: the reasoning before an assistant's answer (harmony's analysis channel), or None.
+        messages: the messages in order; empty for plain text.
+        text: plain text to be continued, or None for a conversation.
+        form: the form that it was read from.
+        tools: the functions and builtin tools that the assistant may call.
+        reasoning_effort: overrides the recipe's if not None.
+        model_identity: overrides the recipe's if not None.
+        conversation_date: overrides the recipe's if not None.
+        num_control_spellings: how often its texts spell a control token, such as `<|end|>`; they stay text.
     """
 
-    role: Role
-    content: str
-    thinking: str | None = None
+    messages: tuple[Message, ...]
+    text: str | None = None
+    form: DataForm = "messages"
+    tools: DeclaredTools = NO_TOOLS
+    reasoning_effort: ReasoningEffortName | None = None
+    model_identity: str | None = None
+    conversation_date: str | None = None
+    num_control_spellings: int = 0
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of all texts: no token stands for more than `LONGEST_TOKEN_BYTES` bytes of them."""
+        return sum(map(len, self.texts()))
+
+    def texts(self) -> Iterator[str]:
+        """Every text that the record brings into the tokens."""
+        for message in self.messages:
+            yield message.content
+            if message.thinking:
+                yield message.thinking
+            for call in message.tool_calls:
+                yield call.arguments
+        for tool in self.tools.functions:
+            yield tool.description
+            yield tool.schema or ""
+        yield self.model_identity or ""
+        yield self.text or ""
 
 
-def parse_messages(raw: object) -> tuple[Message, ...]:
-    """Check a record's `messages` and return them.
-
-    Accepted is: at most one system or developer message, at the start; then user and assistant messages of which no two
-    assistant messages follow each other; the last from the assistant, after at least one from the user.
+def parse_conversation(raw: Mapping[str, Any], form: DataForm = "auto") -> Conversation:
+    """Check a record and read the conversation in it.
 
     Args:
-        raw: what JSON held under `messages`.
+        raw: the whole record as JSON gave it, columns renamed; keys that belong to no form (`id`, `answer`, fields that
+            `where` looks at) are passed over.
+        form: how the record holds its conversation; `auto` tells it from the keys.
 
     Raises:
-        BadRowError: anything else. openai-harmony would render most of it without complaint, as something the model
-            never sees when it is used.
+        BadRowError: it cannot be used.
     """
-    if not isinstance(raw, list) or not raw:
-        raise BadRowError("no messages", f"`messages` must be a list of at least one message, not {_shown(raw)}")
-    messages = tuple(_parse_message(number, entry) for number, entry in enumerate(raw, start=1))
-    _check_order(messages)
-    return messages
+    if form == "auto":
+        form = detect_form(raw)
+    if form == "text":
+        conversation = _plain_text(raw)
+    else:
+        tools = parse_tools(raw)
+        conversation = Conversation(
+            parse_messages(to_messages(raw, form), tools), form=form, tools=tools, **_parse_overrides(raw)
+        )
+    num_spellings = sum(len(_CONTROL_SPELLING.findall(text)) for text in conversation.texts() if "<|" in text)
+    return replace(conversation, num_control_spellings=num_spellings) if num_spellings else conversation
 
 
-def _parse_message(number: int, raw: object) -> Message:
-    if not isinstance(raw, Mapping):
-        raise BadRowError("not a message", f"message {number} must be an object with a role, not {_shown(raw)}")
-    for key in raw:
-        if key not in _MESSAGE_KEYS:
-            raise BadRowError("unknown message key", f"message {number} has {_unknown('key', key, _MESSAGE_KEYS)}")
-    role = raw.get("role")
-    if role not in get_args(Role):
-        raise BadRowError("unknown role", f"message {number} has {_unknown('role', role, get_args(Role))}")
-    content = _text(number, "content", raw.get("content"))
-    thinking = _text(number, "thinking", raw["thinking"]) if "thinking" in raw else None
-    if thinking is not None and role != "assistant":
-        raise BadRowError("thinking of another role", f"message {number} is from the {role} and has `thinking`")
-    return Message(cast(Role, role), content, thinking)
+def _plain_text(raw: Mapping[str, Any]) -> Conversation:
+    for key in (*KEYS_OF_FORM["text"], "tools", "builtin_tools", *_OVERRIDES):
+        if key != "text" and raw.get(key) is not None:
+            raise BadRowError("key of another form", f"plain text has no place for `{key}`")
+    text = checked_text("the record", "text", raw.get("text"))
+    if _LONG_WORD.search(text):
+        raise BadRowError("word too long", "the record has more than 20,000 letters in a row, which is no text")
+    return Conversation((), text=text, form="text")
 
 
-def _text(number: int, key: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise BadRowError(f"{key} is not text", f"message {number} needs text as `{key}`, not {_shown(value)}")
-    if not value.strip():
-        way_out = "; leave the key out if there is none" if key == "thinking" else ""
-        raise BadRowError(f"empty {key}", f"message {number} has empty `{key}`{way_out}")
+def _parse_overrides(raw: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: raw[key] for key in _OVERRIDES if raw.get(key) is not None}
+    efforts = get_args(ReasoningEffortName)
+    if "reasoning_effort" in given and given["reasoning_effort"] not in efforts:
+        reason = f"the record has {unknown('reasoning effort', given['reasoning_effort'], efforts)}"
+        raise BadRowError("unknown reasoning effort", reason)
+    if "model_identity" in given:
+        checked_text("the record", "model_identity", given["model_identity"])
+    if "conversation_date" in given and not _is_date(given["conversation_date"]):
+        reason = f"`conversation_date` must be a date such as 2025-06-28, not {shown(given['conversation_date'])}"
+        raise BadRowError("bad conversation date", reason)
+    return given
+
+
+def _is_date(value: object) -> bool:
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise BadRowError("broken character", f"message {number} holds half a character ({half}) in `{key}`") from None
-    return value
-
-
-def _check_order(messages: Sequence[Message]) -> None:
-    roles = [message.role for message in messages]
-    for number, role in enumerate(roles, start=1):
-        if role in ("system", "developer") and number > 1:
-            raise BadRowError(
-                "system message not first", f"message {number} is from the {role}: only the first message may be"
-            )
-        if number > 1 and role == "assistant" and roles[number - 2] == "assistant":
-            raise BadRowError("two answers in a row", f"message {number} follows another one from the assistant")
-    if roles[-1] != "assistant":
-        raise BadRowError("no answer", f"the last message must be from the assistant, not from the {roles[-1]}")
-    if "user" not in roles:
-        raise BadRowError("no question", "no message is from the user")
-
-
-def _unknown(what: str, given: object, known: Sequence[str]) -> str:
-    if given in _LATER:
-        return f"the {what} `{given}`: {_LATER[str(given)]} arrive with a later version"
-    if given is None:
-        return f"no {what}"
-    suggestion = suggest_word(str(given).lower(), list(known)) or f"known are {', '.join(known)}"
-    return f"an unknown {what} {_shown(given)}; {suggestion}"
-
-
-def _shown(value: object) -> str:
-    names = {dict: "an object", list: "an empty list" if value == [] else "a list", type(None): "nothing"}
-    return names.get(type(value)) or _shortened(repr(value))
-
-
-def _shortened(text: str, limit: int = 60) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+        return isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False

@@ -1,62 +1,64 @@
-"""Turn a conversation into harmony tokens, each with a loss weight; the official openai-harmony does the rendering.
+"""Turn a conversation into harmony tokens, each with a loss weight.
 
 What is trained: in every render, the model is handed everything up to and including `<|start|>assistant` and writes
-the rest of the last turn itself, so exactly that rest has weight 1:
+the rest of its turn itself, so that rest has its channels' weights (`data.loss`):
 
     <|channel|>analysis<|message|>THINKING<|end|><|start|>assistant<|channel|>final<|message|>ANSWER<|return|>
 
-or, without thinking, `<|channel|>final<|message|>ANSWER<|return|>`. End tokens are trained, or the model would not
-stop. Everything before has weight 0.
-
-Policies, where renderers differ:
-- Earlier turns keep their answers and lose their thinking, as they do when the model is used. openai-harmony's own
-  dropping (`auto_drop_analysis`) is off, since it would also drop the last turn's, which is to be learned.
-- The date in the system message is the recipe's, never today's.
-- Text that looks like a control token is encoded as text.
+or, without thinking, `<|channel|>final<|message|>ANSWER<|return|>`. A tool call ends with `<|call|>`; its result and
+the `<|start|>assistant` after it are handed to the model again, and so are context. End tokens are trained, or the
+model would not stop; but not the `<|end|>` of an answer that is followed by another turn, where the model itself would
+have written `<|return|>`. docs/guide/harmony.md has every policy where renderers differ.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from openai_harmony import (
-    Conversation,
-    DeveloperContent,
-    ReasoningEffort,
-    RenderConversationConfig,
-    Role,
-    SystemContent,
-)
-from openai_harmony import Message as HarmonyMessage
 
 from finetune.config.schema import DataConfig
-from finetune.data.conversation import Message
+from finetune.data.channels import HEADER as HEADER
+from finetune.data.channels import Channel as Channel
+from finetune.data.conversation import Conversation
+from finetune.data.message import Message
+from finetune.data.parts import Part, encode_text, header_ids, message_parts, opening_parts
 from finetune.data.sources import Record
-from finetune.data.tokenizer import START_ID, harmony_encoding
+from finetune.data.tokenizer import END_ID, END_OF_TEXT_ID, RETURN_ID
+from finetune.data.turns import last_user_index, sees_thinking, turn_ends
+from finetune.errors import InputError
 
-KEEP_ANALYSIS = RenderConversationConfig(auto_drop_analysis=False)
+_NUM_GIVEN = 2
+"""Tokens of `<|start|>assistant`, which whoever calls the model writes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One conversation as tokens.
+    """One conversation, or one turn of it, as tokens.
 
     Attributes:
         ids: int32 [T], token ids.
         weights: float32 [T]; `weights[t]` is the loss weight of predicting `ids[t]` from what precedes it. The first
             is always 0.
-        id: the record's id.
+        id: the record's id; `ID#2` for the second of several samples that `earlier_thinking: split`, or the length of
+            plain text, made of a record.
         where: the record's `file:line`.
+        channels: int8 [T], `Channel` of each token, plus `HEADER` for headers and end tokens. Assistant messages that
+            are not trained have their channel too: what is trained, `weights` says. Empty if not rendered here.
+        num_control_spellings: how often the record's texts spell a control token, such as `<|end|>`; they stay text.
+        num_without_thinking: assistant messages that the loss weights would train, but that are context since their
+            thinking was dropped.
     """
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     id: str
     where: str
+    channels: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
+    num_control_spellings: int = 0
+    num_without_thinking: int = 0
 
     @property
     def num_trained_tokens(self) -> int:
@@ -64,39 +66,66 @@ class Sample:
         return int(np.count_nonzero(self.weights))
 
 
-def render_sample(record: Record, config: DataConfig) -> Sample:
-    """Render a record for training.
+def render_samples(record: Record, config: DataConfig) -> list[Sample]:
+    """Render a record for training: one sample, or with `earlier_thinking: split` one for each turn to be trained.
+
+    Plain text of more than `max_length` tokens makes several, too.
 
     Args:
-        record: a conversation that ends with the assistant's answer.
-        config: gives the conversation date and the reasoning effort.
+        record: a conversation that ends with the assistant's answer or tool call, or plain text.
+        config: gives date, effort and identity where the record does not, convention, loss weights, policies and, for
+            plain text alone, the length.
 
     Returns:
-        Its tokens and weights; the module's text says which tokens are trained.
+        At least one sample. All weights are 0 where the loss weights leave nothing to train.
+
+    Raises:
+        BadRowError: the convention is the template's, and it cannot write this conversation.
     """
-    conversation = _conversation(record.messages, config)
-    ids = harmony_encoding().render_conversation_for_training(conversation, KEEP_ANALYSIS)
-    tokens = np.array(ids, dtype=np.int32)
-    weights = np.zeros(len(ids), dtype=np.float32)
-    weights[_prompt_length(tokens, num_trained_messages=2 if record.messages[-1].thinking else 1) :] = 1.0
-    return Sample(tokens, weights, record.id, record.where)
+    conversation = record.conversation
+    if conversation.text is not None:
+        return _numbered(_plain_text(record, conversation.text, config.max_length))
+    parts = _parts(conversation, config)
+    messages = conversation.messages
+    if config.earlier_thinking != "split":
+        return [_sample(record, parts, messages, config)]
+    samples = [_sample(record, parts, messages[: end + 1], config) for end in turn_ends(messages)]
+    numbered = _numbered(samples)
+    return [sample for sample in numbered if sample.num_trained_tokens] or numbered[:1]
+
+
+def render_sample(record: Record, config: DataConfig) -> Sample:
+    """Render a record that makes one sample; of several turns made samples by `split`, the last.
+
+    Raises:
+        BadRowError: as `render_samples`.
+    """
+    return render_samples(record, config)[-1]
 
 
 def render_prompt(record: Record, config: DataConfig) -> list[int]:
     """Render what the model is given before it answers, up to and including `<|start|>assistant`.
 
     Args:
-        record: a conversation; the assistant's message at its end, if there is one, is left out.
-        config: gives the conversation date and the reasoning effort.
+        record: a conversation; the assistant's messages at its end, if there are any, are left out.
+        config: as for `render_samples`.
 
     Returns:
         Token ids. With `render_answer` of the message left out they are `render_sample`'s ids.
+
+    Raises:
+        InputError: the record is plain text, which has no prompt.
+        BadRowError: as `render_samples`.
     """
-    messages = record.messages
-    if messages[-1].role == "assistant":
-        messages = messages[:-1]
-    conversation = _conversation(messages, config)
-    return list(harmony_encoding().render_conversation_for_completion(conversation, Role.ASSISTANT, KEEP_ANALYSIS))
+    conversation = record.conversation
+    if conversation.text is not None:
+        raise InputError(f"{record.where}: plain text has no prompt to answer", fix="evaluate on conversations")
+    messages = list(conversation.messages)
+    while messages and messages[-1].role == "assistant":
+        messages.pop()
+    shown = sees_thinking(messages, config, is_training=False)
+    ids = [token for part in _shown_parts(_parts(conversation, config), shown) for token in _ids(part)]
+    return [*ids, *header_ids("assistant")[:_NUM_GIVEN]]
 
 
 def render_answer(answer: str, thinking: str | None = None) -> list[int]:
@@ -109,43 +138,97 @@ def render_answer(answer: str, thinking: str | None = None) -> list[int]:
     Returns:
         Token ids that continue `render_prompt`'s.
     """
-    conversation = Conversation.from_messages(_harmony_messages(Message("assistant", answer, thinking)))
-    ids = harmony_encoding().render_conversation_for_training(conversation, KEEP_ANALYSIS)
-    return list(ids[2:])  # without `<|start|>assistant`, which ends the prompt
+    ids: list[int] = []
+    if thinking is not None:
+        ids += [*header_ids("assistant", "analysis"), *encode_text(thinking), END_ID]
+    ids += [*header_ids("assistant", "final"), *encode_text(answer), RETURN_ID]
+    return ids[_NUM_GIVEN:]
 
 
-def _prompt_length(tokens: NDArray[np.int32], num_trained_messages: int) -> int:
-    """Where the last turn begins to be the model's own: after `<|start|>assistant` of its first message.
+def _parts(conversation: Conversation, config: DataConfig) -> list[Part]:
+    parts = opening_parts(conversation, config)
+    for index, message in enumerate(conversation.messages):
+        parts.extend(message_parts(index, message, config))
+    return parts
 
-    Text never encodes to `<|start|>`, so counting these from the end finds the message.
+
+def _shown_parts(parts: Sequence[Part], shown: Sequence[bool]) -> list[Part]:
+    """The parts of the first `len(shown)` messages, without the thinking that is not shown."""
+    return [
+        part for part in parts if part.message < len(shown) and (part.kind != Channel.ANALYSIS or shown[part.message])
+    ]
+
+
+def _sample(record: Record, parts: Sequence[Part], messages: Sequence[Message], config: DataConfig) -> Sample:
+    shown = sees_thinking(messages, config, is_training=True)
+    visible = _shown_parts(parts, shown)
+    if visible[-1].kind == Channel.FINAL:
+        visible[-1] = replace(visible[-1], end=RETURN_ID)
+    all_turns = config.loss.turns == "all" and config.earlier_thinking != "split"
+    first_trained = _first_user_index(messages) if all_turns else last_user_index(messages)
+    thought = {part.message for part in parts if part.kind == Channel.ANALYSIS}
+    lost = {index for index in thought if index < len(shown) and not shown[index]}
+    by_channel = _weights_by_channel(config)
+    ids = [token for part in visible for token in _ids(part)]
+    weights = np.zeros(len(ids), dtype=np.float32)
+    channels = np.empty(len(ids), dtype=np.int8)
+    begin, model_goes_on, without_thinking = 0, False, set()
+    for part in visible:
+        text = begin + len(part.header)
+        end = text + len(part.text)
+        channels[begin : end + 1] = part.kind + HEADER
+        channels[text:end] = part.kind
+        weight = by_channel[part.kind] if part.message > first_trained else 0.0
+        if weight and part.message in lost:
+            without_thinking.add(part.message)
+        elif weight:
+            answer_ends_elsewhere = part.kind == Channel.FINAL and part.end == END_ID
+            weights[begin + (0 if model_goes_on else _NUM_GIVEN) : end + (not answer_ends_elsewhere)] = weight
+        model_goes_on = part.kind != Channel.CONTEXT and part.end == END_ID
+        begin = end + 1
+    spellings = record.conversation.num_control_spellings
+    tokens = np.array(ids, dtype=np.int32)
+    return Sample(tokens, weights, record.id, record.where, channels, spellings, len(without_thinking))
+
+
+def _plain_text(record: Record, text: str, max_length: int) -> list[Sample]:
+    """Every token is trained once, but the first, which nothing precedes; `<|endoftext|>` ends the text.
+
+    A longer text than `max_length` becomes several samples, each beginning with the last token of the one before.
     """
-    return int(np.flatnonzero(tokens == START_ID)[-num_trained_messages]) + 2
+    ids = np.array([*encode_text(text), END_OF_TEXT_ID], dtype=np.int32)
+    step = max(1, max_length - 1)
+    samples = []
+    for begin in range(0, len(ids) - 1, step):
+        part = ids[begin : begin + step + 1]
+        weights = np.ones(len(part), dtype=np.float32)
+        weights[0] = 0.0
+        channels = np.where(part == END_OF_TEXT_ID, Channel.TEXT + HEADER, Channel.TEXT).astype(np.int8)
+        spellings = record.conversation.num_control_spellings
+        samples.append(Sample(part, weights, record.id, record.where, channels, spellings))
+    return samples
 
 
-def _conversation(messages: Sequence[Message], config: DataConfig) -> Conversation:
-    last = len(messages) - 1
-    visible = [message if index == last else replace(message, thinking=None) for index, message in enumerate(messages)]
-    rendered = [harmony for message in visible for harmony in _harmony_messages(message)]
-    return Conversation.from_messages([_system_message(config.conversation_date, config.reasoning_effort), *rendered])
+def _numbered(samples: list[Sample]) -> list[Sample]:
+    if len(samples) == 1:
+        return samples
+    return [replace(sample, id=f"{sample.id}#{number}") for number, sample in enumerate(samples, start=1)]
 
 
-@functools.cache
-def _system_message(conversation_date: str, reasoning_effort: str) -> HarmonyMessage:
-    content = (
-        SystemContent.new()
-        .with_conversation_start_date(conversation_date)
-        .with_reasoning_effort(ReasoningEffort[reasoning_effort.upper()])
-    )
-    return HarmonyMessage.from_role_and_content(Role.SYSTEM, content)
+def _weights_by_channel(config: DataConfig) -> dict[Channel, float]:
+    loss = config.loss
+    return {
+        Channel.CONTEXT: 0.0,
+        Channel.ANALYSIS: loss.analysis,
+        Channel.COMMENTARY: loss.commentary,
+        Channel.TOOL_CALL: loss.tool_call,
+        Channel.FINAL: loss.final,
+    }
 
 
-def _harmony_messages(message: Message) -> list[HarmonyMessage]:
-    if message.role == "user":
-        return [HarmonyMessage.from_role_and_content(Role.USER, message.content)]
-    if message.role in ("system", "developer"):
-        instructions = DeveloperContent.new().with_instructions(message.content)
-        return [HarmonyMessage.from_role_and_content(Role.DEVELOPER, instructions)]
-    answer = HarmonyMessage.from_role_and_content(Role.ASSISTANT, message.content).with_channel("final")
-    if message.thinking is None:
-        return [answer]
-    return [HarmonyMessage.from_role_and_content(Role.ASSISTANT, message.thinking).with_channel("analysis"), answer]
+def _first_user_index(messages: Sequence[Message]) -> int:
+    return next((index for index, message in enumerate(messages) if message.role == "user"), -1)
+
+
+def _ids(part: Part) -> list[int]:
+    return [*part.header, *part.text, part.end]

@@ -1,24 +1,23 @@
-"""Read JSONL files of conversations line by line; a row that cannot be used is named with file and line."""
+"""From the rows of a source to checked records; a row that cannot be used is named with file and line."""
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from finetune.config.keys import suggest_word
-from finetune.config.locate import resolve_data_path
-from finetune.config.schema import SourceConfig
-from finetune.data.conversation import BadRowError, Message, parse_messages
+from finetune.config.schema import DataForm, SourceConfig
+from finetune.data.conversation import Conversation, parse_conversation
+from finetune.data.files import parse_json, read_rows
+from finetune.data.message import BadRowError, Message
+from finetune.data.printable import printable
 from finetune.errors import ConfigError, InputError
 
-_GZIP_MAGIC = b"\x1f\x8b"
+_JSON_KEYS = ("messages", "conversations", "tools", "functions")
+"""Keys whose value is never text: where a CSV cell or a table's text column stands there, it holds JSON."""
 
 
 @dataclass(frozen=True)
@@ -27,25 +26,30 @@ class Record:
 
     Attributes:
         id: the record's own `id`, or `file:line` if it has none.
-        where: `file:line` as the recipe writes the file.
-        messages: at least a user's and a final assistant's message.
+        where: `file:line` as the recipe writes the file; `file#n` for the n-th record of a format without lines.
+        conversation: the messages, with tools and whatever of the recipe's settings the record overrides.
         answer: the label that evaluation scores, or None.
         fields: the record's other values that are text, numbers or booleans, as text; `id` and `answer` too.
     """
 
     id: str
     where: str
-    messages: tuple[Message, ...]
+    conversation: Conversation
     answer: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation's messages."""
+        return self.conversation.messages
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A line that cannot be used.
+    """A row that cannot be used.
 
     Attributes:
-        where: `file:line`.
+        where: `file:line`, or `file#n` for the n-th record of a format without lines.
         kind: the group that it is counted in.
         reason: what is wrong with it.
     """
@@ -55,62 +59,121 @@ class BadRow:
     reason: str
 
 
-def read_records(name: str, source: SourceConfig) -> Iterator[Record | BadRow]:
-    """Read one source's records in file order, those that `where` keeps, at most `limit`.
+@dataclass(frozen=True)
+class RawRecord:
+    """A row before its conversation is checked.
 
-    A line that is no JSON object belongs to no value of `where`, so it comes as a BadRow whatever `where` says; a wrong
-    conversation does only in the rows that `where` keeps. Blank lines are passed over.
+    Attributes:
+        where: as in `Record`.
+        raw: what stood there, columns renamed.
+        fields: as in `Record`.
+    """
+
+    where: str
+    raw: Mapping[str, Any]
+    fields: Mapping[str, str]
+
+
+def read_raw_records(name: str, source: SourceConfig) -> Iterator[RawRecord | BadRow]:
+    """Read one source's rows in file order, those that `where` keeps, at most `limit`, with its columns renamed.
+
+    A row that is no JSON object belongs to no value of `where`, so it comes as a BadRow whatever `where` says. Blank
+    lines are passed over.
 
     Args:
         name: the source's name in the recipe, for messages.
-        source: which file, and what to keep of it.
-
-    Yields:
-        A Record or a BadRow for each line.
+        source: which files, and what to keep of them.
 
     Raises:
-        ConfigError: `where` names a field that no record has, or `limit` is below 1.
-        InputError: the file is missing, empty, unreadable, cut short, a JSON array, or `where` keeps none of it.
+        ConfigError: `columns` or `where` names what no record has, or `limit` is below 1.
+        InputError: a file is missing, empty, unreadable or cut short, or `where` keeps none of it.
     """
     if source.limit is not None and source.limit < 1:
         raise ConfigError(f"source `{name}`: limit must be at least 1, not {source.limit}")
-    kept_rows = _Filter(name, source)
-    for number, line in _lines(name, source):
-        where = f"{source.path}:{number}"
-        try:
-            raw = _parse_object(line)
-            fields = _fields(raw)
-            if not kept_rows.keep(fields):
-                continue
-            yield Record(_id(raw, where), where, parse_messages(raw.get("messages")), _answer(raw), fields)
-        except BadRowError as error:
-            yield BadRow(where, error.kind, error.reason)
+    columns, kept_rows = _Columns(name, source), _Filter(name, source)
+    for where, content in read_rows(name, source):
+        if isinstance(content, BadRowError):
+            yield bad_row(where, content)
+            continue
+        raw = columns.rename(content)
+        fields = _fields(raw)
+        if kept_rows.keep(fields):
+            yield RawRecord(where, raw, fields)
         if kept_rows.num_kept == source.limit:
-            return
+            break
+    columns.check()
     kept_rows.check()
 
 
-def find_file(name: str, path: str) -> Path:
-    """Find the file that a source's `path` means.
-
-    Args:
-        name: the source's name in the recipe, for messages.
-        path: `shipped://...` below the toolkit's `data/`, or a path from the working directory.
+def parse_record(row: RawRecord, form: DataForm) -> Record:
+    """Check what a row holds.
 
     Raises:
-        InputError: there is no such file; one beside it with a similar name is suggested.
+        BadRowError: it cannot be used.
     """
-    found = resolve_data_path(path)
-    if found.is_file():
-        return found
-    if found.is_dir():
-        raise InputError(f"source `{name}`: {path} is a directory", fix="name one JSONL file in it")
-    siblings = sorted(file.name for file in found.parent.iterdir()) if found.parent.is_dir() else []
-    raise InputError(
-        f"source `{name}`: there is no file {path}",
-        why=None if found.is_absolute() else f"it was looked for from {Path.cwd()}",
-        fix=suggest_word(found.name, siblings) or "check the source's path in the recipe",
+    return Record(
+        _id(row.raw, row.where), row.where, parse_conversation(row.raw, form), _answer(row.raw), dict(row.fields)
     )
+
+
+def read_records(name: str, source: SourceConfig) -> Iterator[Record | BadRow]:
+    """Read and check one source's records; arguments and errors as in `read_raw_records`.
+
+    Yields:
+        A Record or a BadRow for each row that `where` keeps.
+    """
+    for row in read_raw_records(name, source):
+        try:
+            yield row if isinstance(row, BadRow) else parse_record(row, source.form)
+        except BadRowError as error:
+            yield bad_row(row.where, error)
+
+
+def bad_row(where: str, error: BadRowError) -> BadRow:
+    """Name a row's fault; text quoted from the row is made safe to print."""
+    return BadRow(printable(where), error.kind, printable(error.reason))
+
+
+def raw_record(where: str, raw: Mapping[str, Any]) -> RawRecord:
+    """A row whose columns are renamed already, as the cache keeps it."""
+    return RawRecord(where, raw, _fields(raw))
+
+
+class _Columns:
+    """Renames a source's columns and remembers what it saw, for the message when one is never there."""
+
+    def __init__(self, name: str, source: SourceConfig) -> None:
+        self._name, self._source = name, source
+        self._missing = dict(source.columns)
+        self._seen: set[str] = set()
+
+    def rename(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        columns = self._source.columns
+        if self._missing:
+            self._seen.update(raw)
+            self._missing = {ours: theirs for ours, theirs in self._missing.items() if theirs not in raw}
+        taken = set(columns.values())
+        renamed = {key: value for key, value in raw.items() if key not in taken and key not in columns}
+        renamed |= {ours: raw[theirs] for ours, theirs in columns.items() if theirs in raw}
+        return {key: _json_cell(value) if key in _JSON_KEYS else value for key, value in renamed.items()}
+
+    def check(self) -> None:
+        """Raise if a column that the recipe names stood in no row."""
+        for ours, theirs in self._missing.items():
+            if self._seen:
+                raise ConfigError(
+                    f"source `{self._name}`: columns.{ours}: no record of {self._source.path} has `{theirs}`",
+                    fix=suggest_word(theirs, sorted(self._seen)) or f"it has {', '.join(sorted(self._seen))}",
+                )
+
+
+def _json_cell(value: Any) -> Any:
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return parse_json(value)
+    except BadRowError:
+        return value  # checking the conversation says what is wrong with it
 
 
 class _Filter:
@@ -157,68 +220,6 @@ def _listed(values: Counter[str], most: int = 8) -> str:
     return f"{shown} and {len(values) - most:,} others" if len(values) > most else shown
 
 
-def _lines(name: str, source: SourceConfig) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line) for every line that is not blank."""
-    path = find_file(name, source.path)
-    number, any_content = 0, False
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                if not any_content and line.lstrip(codecs.BOM_UTF8).lstrip().startswith(b"["):
-                    raise InputError(
-                        f"source `{name}`: {source.path} is a JSON array, not JSONL",
-                        fix=f"write one record a line, for instance with: jq -c '.[]' {source.path}",
-                    )
-                any_content = True
-                yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(
-            f"source `{name}`: {source.path} is not a complete gzip file: it breaks off after line {number:,}",
-            why=str(error),
-            fix="copy or download it again",
-        ) from error
-    except OSError as error:
-        place = f"source `{name}`: {source.path}"
-        raise InputError(f"{place} cannot be read after line {number:,}", why=str(error)) from error
-    if not any_content:
-        raise InputError(f"source `{name}`: {source.path} is empty", fix="give a file with one JSON record a line")
-
-
-def _open(path: Path) -> IO[bytes]:
-    """Open for reading bytes; gzip is told by the file's first bytes, or demanded by its name."""
-    with path.open("rb") as file:
-        packed = file.read(2) == _GZIP_MAGIC
-    if packed or path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return path.open("rb")
-
-
-def _parse_object(line: bytes) -> dict[str, Any]:
-    try:
-        raw = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object_without_repeats)
-    except UnicodeDecodeError as error:
-        raise BadRowError("not UTF-8", f"the line is not UTF-8 text (byte {error.start + 1} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise BadRowError("broken JSON", f"the line is not JSON: {error.msg} (column {error.colno})") from None
-    except RecursionError:
-        raise BadRowError("broken JSON", "the line nests JSON too deeply") from None
-    if not isinstance(raw, dict):
-        raise BadRowError("not an object", f"the line is JSON, but no object: {str(raw)[:40]}")
-    if "messages" not in raw:
-        raise BadRowError("no messages", f"the record has no `messages`, only {', '.join(raw) or 'nothing'}")
-    return raw
-
-
-def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise BadRowError("repeated key", f"the key `{repeated}` stands twice in one object")
-    return result
-
-
 def _fields(raw: Mapping[str, Any]) -> dict[str, str]:
     """The record's scalar values as text; booleans as JSON writes them, since recipes say `true`."""
     return {
@@ -230,9 +231,14 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, str]:
 
 def _id(raw: Mapping[str, Any], where: str) -> str:
     value = raw.get("id", where)
-    if not isinstance(value, str | int) or value == "":
+    if not isinstance(value, str | int) or value == "" or not _is_whole(str(value)):
         raise BadRowError("bad id", "`id` must be text or a number")
     return str(value)
+
+
+def _is_whole(text: str) -> bool:
+    """Whether no character is half of a pair, as JSON can spell it."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _answer(raw: Mapping[str, Any]) -> str | None:

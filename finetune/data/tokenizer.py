@@ -20,8 +20,11 @@ from finetune.errors import CheckError, InputError, MachineError
 RANK_FILE_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 TOKENIZER_JSON_SHA256 = "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3"
 
-START_ID = 200006
-PAD_ID = 199999
+START_ID, CHANNEL_ID, CONSTRAIN_ID, MESSAGE_ID = 200006, 200005, 200003, 200008
+END_ID, CALL_ID, RETURN_ID = 200007, 200012, 200002
+END_OF_TEXT_ID = PAD_ID = 199999
+FIRST_CONTROL_ID = 199998
+"""Ids from here on are control tokens; text never encodes to one. Source: data/tokenizer/special_tokens.json."""
 LONGEST_TOKEN_BYTES = 128
 """No token of o200k stands for more; the longest one is 128 spaces."""
 

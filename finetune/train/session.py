@@ -20,8 +20,11 @@ from finetune.adapters.sites import describe_sites
 from finetune.config.derive import check_inputs
 from finetune.config.schema import RunConfig
 from finetune.console import Progress, say
+from finetune.data.arrow import sample_lengths
 from finetune.data.batches import BatchPlan
 from finetune.data.dataset import Split, describe, load_split
+from finetune.data.pack import packing_efficiency
+from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
@@ -78,12 +81,19 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         config = replace(config, adapter=replace(config.adapter, init_from=None))
     check_inputs(config)
     device, accelerator = choose_device(config.model), _accelerator(config)
-    names = [name for name in ("train", "validation", "test") if getattr(config.data, name)]
-    splits = {name: load_split(config.data, name) for name in names}  # type: ignore[arg-type]
+    splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         say(describe(split))
     test = choose_test_set(splits["test"], config) if "test" in splits else None
-    plan = BatchPlan(splits["train"].samples, config.data, config.trainer, config.seed)
+    plan = BatchPlan(
+        splits["train"].samples,
+        config.data,
+        config.trainer,
+        config.seed,
+        source_sizes=splits["train"].source_sizes,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
     _describe_plan(plan, splits["train"], config)
     location = locate_base(config.model.path, config.model.revision)
     checkpoint = Checkpoint.open(location.directory)
@@ -175,7 +185,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
 
 def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
     trainer, rows = config.trainer, plan.rows(0)
-    efficiency = split.num_tokens / (len(rows) * config.data.max_length)
+    efficiency = packing_efficiency(sample_lengths(split.samples), rows, config.data.max_length)
     say(
         f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
         f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps = "

@@ -1,0 +1,80 @@
+"""`finetune data preview` and `finetune data stats`: see the tokens of a recipe before anything is trained on them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.cli.arguments import add_recipe, recipe_and_overrides
+from finetune.console import say
+from finetune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from finetune.config.schema import RunConfig
+
+_PREVIEW_USAGE = "finetune data preview RECIPE [key=value ...] [-n COUNT] [--split NAME] [--html FILE] [--json]"
+_STATS_USAGE = "finetune data stats RECIPE [key=value ...] [--json] [--no-duplicates]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    preview = actions.add_parser("preview", help="show samples as tokens: what is trained, and what is context")
+    add_recipe(preview, _PREVIEW_USAGE)
+    preview.add_argument("-n", type=int, default=3, metavar="COUNT", help="how many samples, spread over the split (3)")
+    preview.add_argument("--split", choices=["train", "validation", "test"], default="train", help="of which (train)")
+    preview.add_argument("--html", metavar="FILE", type=Path, help="write a page instead of printing")
+    preview.add_argument("--json", action="store_true", help="as JSON")
+    stats = actions.add_parser("stats", help="count rows, tokens, lengths, what is left out, and duplicates")
+    add_recipe(stats, _STATS_USAGE)
+    stats.add_argument("--json", action="store_true", help="as JSON")
+    stats.add_argument("--no-duplicates", action="store_true", help="do not compare rows with each other")
+    parser.usage = f"{_PREVIEW_USAGE}\n       {_STATS_USAGE}"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print samples or figures to standard output."""
+    from finetune.config.compose import compose
+
+    recipe, overrides = recipe_and_overrides(args)
+    composed = compose(recipe, overrides)
+    if args.action == "stats":
+        _stats(composed.config, args)
+    else:
+        _preview(composed.config, composed.recipe_name, args)
+
+
+def _stats(config: RunConfig, args: argparse.Namespace) -> None:
+    from finetune.data.printable import printable
+    from finetune.data.stats import collect, describe_stats
+
+    result = collect(config, duplicates=not args.no_duplicates)
+    lines = printable("\n".join(describe_stats(result)).rstrip())
+    say(json.dumps(result, indent=2) if args.json else lines, result=True)
+
+
+def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
+    from finetune.data.dataset import describe, load_split
+    from finetune.data.preview import as_html, as_json, as_text, spread
+
+    if args.n < 1:
+        raise ConfigError(f"-n is {args.n}, must be at least 1")
+    if args.html and args.json:
+        raise ConfigError("--html and --json are two answers", fix="give one of them")
+    lenient = dataclasses.replace(config.data, on_bad_row="skip", max_skipped_share=1.0)
+    split = load_split(lenient, args.split)
+    samples = [split.samples[number] for number in spread(len(split.samples), args.n)]
+    say(describe(split))
+    if args.html:
+        args.html.write_text(as_html(f"{recipe}: {args.split}", samples), encoding="utf-8")
+        say(f"{args.html}: {len(samples)} samples")
+    elif args.json:
+        say(json.dumps([as_json(sample) for sample in samples], indent=2), result=True)
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        say("\n\n".join(as_text(sample, colour=colour) for sample in samples), result=True)

@@ -1,0 +1,153 @@
+"""One pass over a split's sources: read, check, render, cut, and write tokens; what is left out is counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from finetune.config.keys import suggest_word
+from finetune.config.schema import DataConfig, SourceConfig
+from finetune.console import Progress
+from finetune.data.arrow import TableWriter
+from finetune.data.lengths import truncate
+from finetune.data.message import BadRowError
+from finetune.data.render import Sample, render_samples
+from finetune.data.sources import BadRow, RawRecord, bad_row, parse_record, read_raw_records
+from finetune.data.splits import SplitName, belongs_to, sources_of
+from finetune.data.tokenizer import LONGEST_TOKEN_BYTES
+from finetune.errors import ConfigError
+
+
+@dataclass
+class Facts:
+    """What a pass found.
+
+    Attributes:
+        source_sizes: samples of each source, in order; a source's samples stand together.
+        forms: how many records came in which form.
+        num_records: records that gave at least one sample.
+        num_tokens, num_trained_tokens: of all samples.
+        num_truncated: samples that lost context.
+        bad_rows: rows that cannot be used.
+        dropped: rows left out because the recipe says so, such as too long ones.
+        fingerprint: sha256 over the samples' token ids and weights, in order.
+    """
+
+    source_sizes: dict[str, int] = field(default_factory=dict)
+    forms: dict[str, int] = field(default_factory=dict)
+    num_records: int = 0
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+    num_truncated: int = 0
+    bad_rows: list[BadRow] = field(default_factory=list)
+    dropped: list[BadRow] = field(default_factory=list)
+    fingerprint: str = ""
+
+
+def build(config: DataConfig, split: SplitName, writer: TableWriter) -> Facts:
+    """Read a split's sources to their end and write every sample.
+
+    Args:
+        config: sources, rendering and length.
+        split: which of the recipe's splits.
+        writer: where samples go.
+
+    Raises:
+        ConfigError: see `read_raw_records`; or no record has the field of `validation_split.key`.
+        InputError: see `read_raw_records`.
+    """
+    facts, digest = Facts(), hashlib.sha256()
+    with Progress(f"tokenising {split}", None, "rows") as progress:
+        for name, source in sources_of(config, split).items():
+            keys = _SplitKeys(config, name)
+            facts.source_sizes[name] = 0
+            for row in read_raw_records(name, source):
+                progress.advance()
+                if isinstance(row, BadRow):
+                    if split != "validation" or config.validation_split.key is None:
+                        facts.bad_rows.append(row)  # it has no field to split by: the training split counts it
+                    continue
+                keys.see(row.fields)
+                if not belongs_to(row.fields, config, split):
+                    continue
+                samples = _samples(row, source, config, facts)
+                if not samples:
+                    continue
+                writer.add(row, source.form, samples)
+                facts.num_records += 1
+                facts.source_sizes[name] += len(samples)
+                for sample in samples:
+                    _count(sample, facts, digest)
+            keys.check()
+    facts.fingerprint = digest.hexdigest()
+    return facts
+
+
+def _samples(row: RawRecord, source: SourceConfig, config: DataConfig, facts: Facts) -> Sequence[Sample]:
+    """The samples of a row that are to be trained on; what is left out is counted."""
+    try:
+        record = parse_record(row, source.form)
+        # Encoding takes quadratic time in a long word (3 s for 100,000 letters), so what can never fit is not encoded.
+        num_characters = record.conversation.num_characters
+        if record.conversation.text is None and num_characters > LONGEST_TOKEN_BYTES * config.max_length:
+            reason = f"{num_characters:,} characters cannot fit data.max_length ({config.max_length:,} tokens)"
+            raise BadRowError("too long", reason)
+        trained = [sample for sample in render_samples(record, config) if sample.num_trained_tokens]
+        if not trained:
+            raise BadRowError("nothing to train", "no token of it would be trained")
+        longest = max(len(sample.ids) for sample in trained)
+        if longest > config.max_length and config.too_long == "error":
+            reason = f"{longest:,} tokens are more than data.max_length ({config.max_length:,})"
+            raise BadRowError("too long", reason)
+    except BadRowError as error:
+        left_out = facts.dropped if error.kind == "too long" and config.too_long != "error" else facts.bad_rows
+        left_out.append(bad_row(row.where, error))
+        return ()
+    kept = [short for sample in trained if (short := _shortened(sample, config, facts)) is not None]
+    if kept:
+        form = record.conversation.form
+        facts.forms[form] = facts.forms.get(form, 0) + 1
+    return kept
+
+
+def _shortened(sample: Sample, config: DataConfig, facts: Facts) -> Sample | None:
+    if len(sample.ids) <= config.max_length:
+        return sample
+    short = truncate(sample, config.max_length) if config.too_long == "truncate" else None
+    if short is not None:
+        facts.num_truncated += 1
+        return short
+    reason = f"{len(sample.ids):,} tokens are more than data.max_length ({config.max_length:,})"
+    if config.too_long == "truncate":
+        reason += ", and what is trained alone does not fit"
+    facts.dropped.append(bad_row(sample.where, BadRowError("too long", reason)))
+    return None
+
+
+def _count(sample: Sample, facts: Facts, digest: hashlib._Hash) -> None:
+    facts.num_tokens += len(sample.ids)
+    facts.num_trained_tokens += sample.num_trained_tokens
+    digest.update(len(sample.ids).to_bytes(8, "little"))
+    digest.update(sample.ids.astype("<i4").tobytes())
+    digest.update(sample.weights.astype("<f4").tobytes())
+
+
+class _SplitKeys:
+    """Sees whether the field that `validation_split` goes by is there at all."""
+
+    def __init__(self, config: DataConfig, source: str) -> None:
+        self._key, self._source = config.validation_split.key, source
+        self._seen: set[str] = set()
+
+    def see(self, fields: Mapping[str, str]) -> None:
+        if self._key is not None and self._key not in self._seen:
+            self._seen.update(fields)
+
+    def check(self) -> None:
+        if self._key is not None and self._seen and self._key not in self._seen:
+            known = sorted(self._seen)
+            raise ConfigError(
+                f"data.validation_split.key: no record of source `{self._source}` has a field `{self._key}`",
+                fix=suggest_word(self._key, known) or f"fields are {', '.join(known)}",
+            )

@@ -1,0 +1,155 @@
+r"""Samples to look at: what is trained, by channel, what is context, and where the control tokens are.
+
+Everything from the data is made safe first (`printable`). A control token is shown as it is spelt; text that only
+spells one is shown with a backslash in it, `<\|end|>`, so that the two cannot be confused.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+from finetune.data.channels import HEADER, Channel
+from finetune.data.printable import printable
+from finetune.data.render import Sample
+from finetune.data.tokenizer import FIRST_CONTROL_ID, harmony_encoding
+
+_COLOURS = {
+    Channel.ANALYSIS: ("33", "#8a5a00"),
+    Channel.COMMENTARY: ("35", "#8b1a8b"),
+    Channel.TOOL_CALL: ("36", "#00707a"),
+    Channel.FINAL: ("32", "#176b1d"),
+    Channel.TEXT: ("34", "#1a4fa0"),
+}
+"""For the terminal and for HTML. Trained tokens have their channel's; context has none."""
+_DIM, _INVERSE, _RESET = "2", "7", "\x1b[0m"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens in a row that are alike.
+
+    Attributes:
+        text: what they stand for, safe to print.
+        channel: `context`, `analysis`, `commentary`, `tool_call`, `final` or `text`.
+        weight: their loss weight; 0 is context.
+        is_control: they are control tokens.
+        num_tokens: how many they are.
+    """
+
+    text: str
+    channel: str
+    weight: float
+    is_control: bool
+    num_tokens: int
+
+
+def pieces(sample: Sample) -> list[Piece]:
+    """Cut a sample into runs of tokens of one channel and weight, control tokens apart."""
+    channels = (sample.channels % HEADER).tolist() or [int(Channel.CONTEXT)] * len(sample.ids)
+    tokens = zip(sample.ids.tolist(), channels, sample.weights.tolist(), strict=True)
+    found = []
+    for (channel, weight, is_control), run in groupby(
+        tokens, lambda token: (token[1], token[2], token[0] >= FIRST_CONTROL_ID)
+    ):
+        ids = [token for token, _, _ in run]
+        text = harmony_encoding().decode(ids)
+        text = printable(text if is_control else text.replace("<|", "<\\|"))
+        found.append(Piece(text, Channel(channel).name.lower(), weight, is_control, len(ids)))
+    return found
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Numbers of `wanted` of `count` things, evenly spread from the first on; all of them if there are no more."""
+    return [number * count // wanted for number in range(wanted)] if wanted < count else list(range(count))
+
+
+def as_text(sample: Sample, *, colour: bool) -> str:
+    """A sample for the terminal.
+
+    Args:
+        sample: as rendered.
+        colour: trained tokens in their channel's colour and context dim; otherwise trained tokens stand in brackets
+            with the channel's name, and with the weight if it is not 1.
+    """
+    body = "".join(_coloured(piece) for piece in pieces(sample)) if colour else _bracketed(pieces(sample))
+    return f"{_title(sample)}\n{body}"
+
+
+def as_json(sample: Sample) -> dict[str, Any]:
+    """A sample as plain data; texts are those that the terminal would show."""
+    return {
+        "id": printable(sample.id),
+        "where": printable(sample.where),
+        "tokens": len(sample.ids),
+        "trained_tokens": sample.num_trained_tokens,
+        "pieces": [asdict(piece) for piece in pieces(sample)],
+    }
+
+
+def as_html(title: str, samples: Sequence[Sample]) -> str:
+    """A page of samples: no script, nothing loaded, and every text from the data escaped."""
+    style = "".join(
+        f".{channel.name.lower()}{{color:{colour};font-weight:600}}" for channel, (_, colour) in _COLOURS.items()
+    )
+    legend = " ".join(f'<span class="{channel.name.lower()}">{channel.name.lower()}</span>' for channel in _COLOURS)
+    sections = "\n".join(
+        f"<h2>{html.escape(_title(sample))}</h2>\n<pre>{''.join(map(_span, pieces(sample)))}</pre>"
+        for sample in samples
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>{html.escape(printable(title))}</title>
+<style>
+body{{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}
+h2{{font-size:1em}}
+pre{{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:1em}}
+.context{{color:#767676;font-weight:400}}
+.control{{background:#eee}}
+{style}
+</style>
+</head>
+<body>
+<h1>{html.escape(printable(title))}</h1>
+<p>Trained: {legend}. <span class="context">Context: not trained.</span>
+<span class="control">Control tokens</span> have a background; text that only spells one has a backslash in it.</p>
+{sections}
+</body>
+</html>
+"""
+
+
+def _title(sample: Sample) -> str:
+    share = sample.num_trained_tokens / max(1, len(sample.ids))
+    return printable(
+        f"{sample.id} ({sample.where}): {len(sample.ids):,} tokens, {sample.num_trained_tokens:,} trained ({share:.1%})"
+    ).replace("\n", "\\n")
+
+
+def _coloured(piece: Piece) -> str:
+    codes = [_COLOURS[Channel[piece.channel.upper()]][0] if piece.weight else _DIM]
+    if piece.is_control:
+        codes.append(_INVERSE)
+    return f"\x1b[{';'.join(codes)}m{piece.text}{_RESET}"
+
+
+def _bracketed(all_pieces: Sequence[Piece]) -> str:
+    def parts() -> Iterator[str]:
+        for (channel, weight), run in groupby(all_pieces, lambda piece: (piece.weight and piece.channel, piece.weight)):
+            text = "".join(piece.text for piece in run)
+            named = f"{channel} x{weight:g}" if weight != 1 else channel
+            yield f"[{named}: {text}]" if weight else text
+
+    return "".join(parts())
+
+
+def _span(piece: Piece) -> str:
+    names = [piece.channel if piece.weight else "context", *(["control"] if piece.is_control else [])]
+    weight = f' title="loss weight {piece.weight:g}"' if piece.weight not in (0, 1) else ""
+    return f'<span class="{" ".join(names)}"{weight}>{html.escape(piece.text)}</span>'

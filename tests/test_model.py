@@ -98,7 +98,7 @@ def test_packed_samples_are_separate_and_the_check_can_fail(base: Base) -> None:
 
 def test_start_up_refuses_a_leaking_model(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    monkeypatch.setattr("finetune.model.selftest.packing_leak", lambda _model: 0.5)
+    monkeypatch.setattr("finetune.model.selftest.packing_leak", lambda _model, **_how: 0.5)
     with pytest.raises(CheckError, match="packed samples are not separate"):
         check_packing(base.model)
 

@@ -281,3 +281,13 @@ def test_settings_of_a_foreign_launcher_are_refused(
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert train()[0] == 5
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in capsys.readouterr().err
+
+
+def test_skipped_rows_are_named_one_by_one(train: Train, workplace: Path, tmp_path: Path) -> None:
+    rows = (workplace / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join([*rows[:4], "{broken", *rows[4:]]) + "\n")
+    source = f"data.train.mine.path={tmp_path / 'train.jsonl'}"
+    code, run = train(source, "data.on_bad_row=skip", "trainer.max_steps=1", "evaluate.every_steps=null")
+    assert code == 0
+    (named,) = [json.loads(line) for line in (run / "skipped_rows.jsonl").read_text().splitlines()]
+    assert named["split"] == "train" and named["where"].endswith("train.jsonl:5")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -48,6 +49,7 @@ def train(composed: ComposedConfig, write_report: WriteReport) -> Path:
     say(f"run directory: {run.path}")
     with StopRequest() as stop, run.locked():
         run.update_manifest(recipe=composed.recipe_name, overrides=list(composed.overrides), **session_facts(session))
+        _name_skipped_rows(session, run)
         _execute(session, run, stop, started, write_report, resumed=False)
     return run.path
 
@@ -110,6 +112,20 @@ def _execute(
             write_report(run.path)
         except Exception as error:  # what ended the run matters more than a report that cannot be written
             warn(f"no report: {type(error).__name__}: {error}")
+
+
+def _name_skipped_rows(session: Session, run: RunDirectory) -> None:
+    """Write what was left out, row by row with the reason, to skipped_rows.jsonl."""
+    skipped = [
+        {"split": name, "where": row.where, "kind": row.kind, "reason": row.reason}
+        for name, split in session.splits.items()
+        for row in (*split.bad_rows, *split.dropped)
+    ]
+    if skipped:
+        path = run.path / "skipped_rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in skipped))
+        first = "; ".join(f"{row['where']}: {row['reason']}" for row in skipped[:3])
+        warn(f"{len(skipped):,} rows are left out, all named in {path}: {first}")
 
 
 def _restore(trainer: Trainer, session: Session, run: RunDirectory) -> None:

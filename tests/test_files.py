@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from finetune.config.schema import SourceConfig
 from finetune.data import files
-from finetune.data.sources import BadRow, Record, read_records
+from finetune.data.sources import BadRow, RawRecord, Record, read_raw_records, read_records
 from finetune.errors import ConfigError, FinetuneError, InputError
 
 ROWS = [
@@ -319,3 +319,10 @@ def test_text_quoted_from_a_row_cannot_steer_the_terminal(tmp_path: Path) -> Non
     reasons = " ".join(row.reason for row in read(path) if isinstance(row, BadRow))
     assert "red" in reasons
     assert not any(character in reasons for character in "\x1b\x07\x9b\u202e")
+
+
+def test_nulls_of_tables_are_no_keys(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "rows.parquet")
+    first = next(read_raw_records("mine", SourceConfig(path=str(tmp_path / "rows.parquet"))))
+    assert isinstance(first, RawRecord)
+    assert first.raw == ROWS[0], "`note`, and the user's `thinking`, are null in the file"

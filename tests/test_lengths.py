@@ -167,3 +167,14 @@ def test_the_three_policies(tmp_path: Path) -> None:
     assert all(np.count_nonzero(sample.weights) for sample in cut.samples)
     with pytest.raises(InputError, match=r"data\.too_long=drop drops them all"):
         split_of(tmp_path, max_length=20, too_long="drop")
+
+
+def test_a_cut_right_before_a_trained_header_leaves_it_untrained() -> None:
+    """With analysis as context, the final message's own `<|start|>` is trained; nothing may precede it after a cut."""
+    config = dataclasses.replace(CONFIG, loss=LossConfig(analysis=0.0))
+    whole = sample_of([TURNS[1], {"role": "assistant", "thinking": "Hm. " * 50, "content": "Answer."}], config)
+    final = len(trained(whole))
+    assert trained(whole)[0] == whole.ids[0], "`<|start|>` is the first trained token"
+    short = truncate(whole, final + 5)
+    assert short is not None and short.ids.tolist() == trained(whole)
+    assert short.weights.tolist() == [0.0] + [1.0] * (final - 1)

@@ -167,3 +167,13 @@ def test_packed_rows_of_several_sources_leak_nothing() -> None:
                 )
                 assert batch.input_ids[row, where].tolist() == targets.tolist(), "each from its own sample"
     assert mixed_rows > 10, "sources do share rows"
+
+
+def test_every_pass_has_an_order_of_its_own() -> None:
+    mixture = Mixture({"a": 50}, sources(a=2), 1.0, 0)
+    taken = mixture.samples(0).tolist()
+    assert sorted(taken[:50]) == sorted(taken[50:]) == list(range(50))
+    assert taken[:50] != taken[50:]
+    assert Mixture({"a": 50, "b": 50}, sources(a=2, b=2), 1.0, 0).samples(0).tolist()[100:150] != [
+        n + 50 for n in taken[:50]
+    ]

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -124,16 +125,24 @@ def _check_trained(tensors: Mapping[str, Tensor]) -> None:
         raise CheckError("the adapter is empty: every lora_B is zero", why="no update reached it")
 
 
-def _check_provenance(directory: Path, base_identity: str) -> None:
+def read_provenance(directory: Path) -> dict[str, Any] | None:
+    """What `finetune.json` says of an adapter, after comparing the files with it.
+
+    Returns:
+        `base_name`, `base_revision`, `base_identity`, `files` and `written_by`; None without the file.
+
+    Raises:
+        InputError: no directory, the file cannot be read, or another file is missing or not the one that was written.
+    """
     if not directory.is_dir():
         raise InputError(f"no adapter directory {directory}")
     path = directory / PROVENANCE
     if not path.exists():
-        warn(f"{directory} has no {PROVENANCE}: whether it belongs to this base cannot be checked")
-        return
+        return None
     try:
-        provenance = json.loads(path.read_text())
-        files, written_for = provenance["files"], provenance["base_identity"]
+        provenance: dict[str, Any] = json.loads(path.read_text())
+        files = dict(provenance["files"])
+        str(provenance["base_identity"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from error
     for name, digest in files.items():
@@ -141,12 +150,26 @@ def _check_provenance(directory: Path, base_identity: str) -> None:
             raise InputError(f"{directory} lacks {name}")
         if _sha256(directory / name) != digest:
             raise InputError(f"{directory / name} is not the file that was written", why="its sha256 differs")
+    return provenance
+
+
+def refuse_other_base(provenance: Mapping[str, Any], base_identity: str, where: Path) -> None:
+    """Raise InputError if an adapter was trained on another base than `base_identity`."""
+    written_for = provenance["base_identity"]
     if written_for != base_identity:
         raise InputError(
-            f"{directory} was trained on another base",
+            f"{where} was trained on another base",
             why=f"it belongs to {provenance.get('base_name')} ({written_for[:12]}), this one is {base_identity[:12]}",
             fix="set model.path (and model.revision) to the base it was trained on",
         )
+
+
+def _check_provenance(directory: Path, base_identity: str) -> None:
+    provenance = read_provenance(directory)
+    if provenance is None:
+        warn(f"{directory} has no {PROVENANCE}: whether it belongs to this base cannot be checked")
+        return
+    refuse_other_base(provenance, base_identity, directory)
 
 
 def _check_config(directory: Path, config: AdapterConfig) -> None:

@@ -25,6 +25,10 @@ COMMANDS = {
     "train": ("finetune.cli.train", "fine-tune: RECIPE [key=value ...] [--dry-run], or --resume RUN"),
     "recipes": ("finetune.cli.recipes", "list the recipes, or show one"),
     "config": ("finetune.cli.config", "show what a recipe and overrides come to"),
+    "export": (
+        "finetune.cli.export",
+        "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
+    ),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }
 _EXIT_CODES = """exit codes: 0 done, 1 a bug in this tool, 2 configuration, 3 the data, checkpoint or adapter given,

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     """
     target = args.to
     if target not in SUMMARIES:
-        fix = suggest_word(target, SUMMARIES) or f"one of {', '.join(SUMMARIES)}"
+        fix = suggest_word(target, list(SUMMARIES)) or f"one of {', '.join(SUMMARIES)}"
         raise ConfigError(f"cannot export to {target!r}", fix=fix)
     from finetune.export.source import open_adapter, resolve_run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -25,7 +26,11 @@ def derived_lines(config: RunConfig) -> list[str]:
     ]
     for name, lora in (("attention", adapter.attention), ("experts", adapter.experts)):
         if lora.rank > 0:
-            lines.append(f"LoRA scale on {name} = alpha {lora.alpha:g} / rank {lora.rank} = {lora.alpha / lora.rank:g}")
+            divisor, words = (math.sqrt(lora.rank), "sqrt(rank") if adapter.rslora else (lora.rank, "rank")
+            closed = ")" if adapter.rslora else ""
+            lines.append(
+                f"LoRA scale on {name} = alpha {lora.alpha:g} / {words} {lora.rank}{closed} = {lora.alpha / divisor:g}"
+            )
         else:
             lines.append(f"{name}: not adapted (rank 0)")
     last = trainer.learning_rate * (1.0 if trainer.schedule == "constant" else trainer.final_learning_rate_share)

@@ -1,6 +1,6 @@
 """An adapter as every exporter sees it: sites with factors in our shapes, read from a PEFT directory when asked for.
 
-Shape legend: E experts, r rank. Attention (and the router): a [r, in], b [out, r]. Experts: a [E, r, in], b [E, out, r].
+Shape legend: E experts, r rank. Attention and router: a [r, in], b [out, r]. Experts: a [E, r, in], b [E, out, r].
 The update of a weight [out, in] (of one expert) is scale · b @ a; gate and up interleave along out, even is gate.
 """
 
@@ -55,10 +55,8 @@ class SourceSite:
     @property
     def module(self) -> str:
         """Path of the weight in the model without `.weight`: `model.layers.0.mlp.experts.gate_up_proj`."""
-        inside = (
-            {ROUTER: "mlp.router"} | {n: f"self_attn.{n}" for n in ATTENTION} | {n: f"mlp.experts.{n}" for n in EXPERTS}
-        )
-        return f"model.layers.{self.layer}.{inside[self.name]}"
+        part = "self_attn" if self.name in ATTENTION else "mlp" if self.name == ROUTER else "mlp.experts"
+        return f"model.layers.{self.layer}.{part}.{self.name}"
 
 
 @dataclass(frozen=True)

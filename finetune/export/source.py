@@ -41,6 +41,7 @@ class SourceSite:
         rank: r.
         scale: what b @ a is multiplied by: alpha / r, or alpha / sqrt(r) with rsLoRA.
         num_experts: E; 0 for attention and the router.
+        inputs, out: sizes of the weight (of one expert's).
         key_a, key_b: names in the file.
     """
 
@@ -49,14 +50,15 @@ class SourceSite:
     rank: int
     scale: float
     num_experts: int
+    inputs: int
+    out: int
     key_a: str
     key_b: str
 
     @property
     def module(self) -> str:
         """Path of the weight in the model without `.weight`: `model.layers.0.mlp.experts.gate_up_proj`."""
-        part = "self_attn" if self.name in ATTENTION else "mlp" if self.name == ROUTER else "mlp.experts"
-        return f"model.layers.{self.layer}.{part}.{self.name}"
+        return module_path(self.layer, self.name)
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,16 @@ def resolve_run(path: Path) -> tuple[Path, Path | None]:
     raise InputError(f"{path} {found}", fix="give a run directory, or one that holds adapter_config.json")
 
 
+def module_path(layer: int, name: str) -> str:
+    """Path of a site's weight in the model, without `.weight`.
+
+    >>> module_path(3, "down_proj")
+    'model.layers.3.mlp.experts.down_proj'
+    """
+    part = "self_attn" if name in ATTENTION else "mlp" if name == ROUTER else "mlp.experts"
+    return f"model.layers.{layer}.{part}.{name}"
+
+
 def _refuse_unsupported(config: Mapping[str, Any], directory: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise InputError(f"{directory}: peft_type is {config.get('peft_type')!r}, only LORA can be exported")
@@ -224,19 +236,22 @@ def _site(
     config: Mapping[str, Any],
     where: Path,
 ) -> SourceSite:
-    probe = SourceSite(layer, name, 0, 0.0, 0, key_a, key_b)
-    path = probe.module + (".weight" if name == ROUTER and _targets_parameter(config, "router.weight") else "")
+    path = module_path(layer, name)
+    if name == ROUTER and _targets_parameter(config, "router.weight"):
+        path += ".weight"
     rank = int(_patterned(config, "rank_pattern", "r", path))
     alpha = float(_patterned(config, "alpha_pattern", "lora_alpha", path))
-    rows, columns = shapes[key_a][0], shapes[key_b][-1]
-    flat = len(shapes[key_a]) == 2 and len(shapes[key_b]) == 2
-    if not flat or rows != columns or rank < 1 or (rows % rank if name in EXPERTS else rows != rank):
+    shape_a, shape_b = shapes[key_a], shapes[key_b]
+    flat = len(shape_a) == 2 and len(shape_b) == 2
+    rows = shape_a[0]
+    if not flat or rows != shape_b[1] or rank < 1 or (rows % rank if name in EXPERTS else rows != rank):
         raise InputError(
-            f"{where}: {key_a} {list(shapes[key_a])} and {key_b} {list(shapes[key_b])} are no pair of rank {rank}",
+            f"{where}: {key_a} {list(shape_a)} and {key_b} {list(shape_b)} are no pair of rank {rank}",
             fix="use the adapter_config.json that was written with the tensors",
         )
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return SourceSite(layer, name, rank, scale, rows // rank if name in EXPERTS else 0, key_a, key_b)
+    num_experts = rows // rank if name in EXPERTS else 0
+    return SourceSite(layer, name, rank, scale, num_experts, shape_a[1], shape_b[0], key_a, key_b)
 
 
 def _targets_parameter(config: Mapping[str, Any], suffix: str) -> bool:

@@ -22,6 +22,7 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CHECKSUMS_FILE = "checksums.json"
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8}
 _FETCH_AGAIN = "download or copy the checkpoint again"
 
 
@@ -99,6 +100,33 @@ class Checkpoint:
             self._files[file] = safe_open(self.directory / file, framework="pt")
         tensor: torch.Tensor = self._files[file].get_tensor(name)
         return tensor
+
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Read part of a tensor into memory of its own: unlike `read`, nothing stays mapped behind it.
+
+        Args:
+            name: one of `names()`.
+            first, last: rows along the first axis, `last` not included.
+
+        Returns:
+            [last - first, ...] in the stored dtype.
+
+        Raises:
+            InputError: the file ends before the tensor does.
+        """
+        entry = self.entries[name]
+        row_bytes = entry.num_bytes // entry.shape[0]
+        data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
+        path = self.directory / entry.file
+        with path.open("rb", buffering=0) as file:
+            file.seek(entry.offset + first * row_bytes)
+            view, done = memoryview(data.numpy()), 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{path} was cut short while {name} was read", fix=_FETCH_AGAIN)
+                done += count
+        return data.view(_TORCH_DTYPES[entry.dtype]).reshape(last - first, *entry.shape[1:])
 
     def verify_checksums(self, progress: Progress | None = None) -> bool:
         """Compare the files with `checksums.json`, if the directory has one.

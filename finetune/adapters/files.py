@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from finetune.adapters.lora import Adapter
 from finetune.adapters.peft_layout import from_peft, peft_config_fields, peft_keys, to_peft
 from finetune.config.schema import AdapterConfig
 from finetune.console import warn
-from finetune.errors import CheckError, InputError
+from finetune.errors import CheckError, InputError, MachineError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -49,31 +50,77 @@ def write_adapter(
     Raises:
         CheckError: a factor is not finite, or every B is zero (nothing was trained).
         InputError: the directory exists.
+        MachineError: it cannot be written.
+    """
+    tensors = peft_tensors(adapter)
+    _check_trained(tensors)
+    write_peft_directory(
+        directory,
+        tensors,
+        peft_config_fields(config),
+        {"base_name": base_name, "base_revision": base_revision, "base_identity": base_identity},
+    )
+
+
+def write_peft_directory(
+    directory: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Write tensors, adapter_config.json and finetune.json, whole or not at all; equal inputs give equal bytes.
+
+    Args:
+        directory: must not exist.
+        tensors: by PEFT's keys.
+        fields: of PEFT's `LoraConfig`, as `peft_config_fields` makes them.
+        facts: `base_name`, `base_revision`, `base_identity` (None if not known), and whatever else should be kept.
+
+    Raises:
+        InputError: the directory exists.
+        MachineError: it cannot be written.
+    """
+    with staged_directory(directory) as staging:
+        save_file(dict(tensors), staging / WEIGHTS, metadata={"format": "pt"})
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=facts.get("base_name"),
+            revision=facts.get("base_revision"),
+            inference_mode=True,
+            **fields,
+        ).to_dict()
+        # PEFT holds targets as a set, whose order changes from process to process.
+        config |= {key: value for key, value in fields.items() if isinstance(value, list)}
+        write_facts(staging / CONFIG, dict(sorted(config.items())))
+        files = {name: _sha256(staging / name) for name in (WEIGHTS, CONFIG)}
+        write_facts(staging / PROVENANCE, {"written_by": f"gpt-oss-finetune {__version__}", **facts, "files": files})
+
+
+@contextmanager
+def staged_directory(directory: Path) -> Iterator[Path]:
+    """Give a directory to write into that gets its final name at the end of the block, and is removed if that fails.
+
+    Raises:
+        InputError: the directory exists.
+        MachineError: it cannot be written, the disk is full.
     """
     if directory.exists():
         raise InputError(f"{directory} exists already", fix="choose another directory or remove it")
-    tensors = peft_tensors(adapter)
-    _check_trained(tensors)
     staging = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
-    LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
-        revision=base_revision,
-        inference_mode=True,
-        **peft_config_fields(config),
-    ).save_pretrained(staging)
-    provenance = {
-        "written_by": f"gpt-oss-finetune {__version__}",
-        "base_name": base_name,
-        "base_revision": base_revision,
-        "base_identity": base_identity,
-        "files": {WEIGHTS: _sha256(staging / WEIGHTS), CONFIG: _sha256(staging / CONFIG)},
-    }
-    (staging / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
-    os.rename(staging, directory)
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        for path in staging.iterdir():
+            path.chmod(0o644)  # safetensors writes for the owner only
+        os.rename(staging, directory)
+    except (OSError, SafetensorError) as error:  # a full disk reaches us as either
+        fix = "free disk space or choose another place"
+        raise MachineError(f"cannot write {directory}: {error}", fix=fix) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_facts(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON as every file beside an adapter has it."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -154,9 +201,11 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
 
 
 def refuse_other_base(provenance: Mapping[str, Any], base_identity: str, where: Path) -> None:
-    """Raise InputError if an adapter was trained on another base than `base_identity`."""
+    """Raise InputError if an adapter was trained on another base than `base_identity`; warn if that is not known."""
     written_for = provenance["base_identity"]
-    if written_for != base_identity:
+    if written_for is None:
+        warn(f"{where} was imported without its base: whether it belongs to this one cannot be checked")
+    elif written_for != base_identity:
         raise InputError(
             f"{where} was trained on another base",
             why=f"it belongs to {provenance.get('base_name')} ({written_for[:12]}), this one is {base_identity[:12]}",
@@ -178,9 +227,11 @@ def _check_config(directory: Path, config: AdapterConfig) -> None:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from error
-    for field, wanted in peft_config_fields(config).items():
-        found = stored.get(field)
-        same = set(found or []) == set(wanted) if isinstance(wanted, list) else found == wanted
+    # What a recipe does not set must not be set there either.
+    unset: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
+    for field, wanted in {**unset, **peft_config_fields(config)}.items():
+        found = stored.get(field) or type(wanted)()
+        same = set(found) == set(wanted) if isinstance(wanted, list) else found == wanted
         if not same:
             raise InputError(
                 f"{path}: {field} is {found!r}, the recipe's adapter has {wanted!r}",

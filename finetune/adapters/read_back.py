@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -33,6 +34,7 @@ NUM_POSITIONS = 16  # compared in each sample: 201,088 logits each
 MAX_DIFFERENCE = 1e-4  # float32; measured about 1e-5
 MAX_MEAN_KL = 1e-2  # bfloat16, where rounding now and then takes another expert
 FREE_MEMORY_SHARE = 0.5
+CHILD = Path(__file__).with_name("read_back_child.py")
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,7 @@ def read_back(base: Base, adapter: Adapter, directory: Path, samples: Sequence[S
             "tensors": str(Path(scratch) / "live.safetensors"),
             "dtype": str(base.compute_dtype).removeprefix("torch."),
         }
-        (Path(scratch) / "request.json").write_text(json.dumps(request))
-        answer = _run_child(Path(scratch) / "request.json", directory)
+        answer = run_child(CHILD, request, f"stock PEFT could not read {directory} back")
     adapted, disabled = answer["adapted"], answer["disabled"]
     result = ReadBack(
         adapted["max_difference"],
@@ -119,16 +120,29 @@ def read_back(base: Base, adapter: Adapter, directory: Path, samples: Sequence[S
 
 @torch.no_grad()
 def _live_logits(base: Base, adapter: Adapter, samples: Sequence[Sample]) -> dict[str, Tensor]:
-    base.model.eval()
+    tensors = sample_positions(samples)
+    tensors |= sample_logits(base, tensors, "adapted")
+    with adapter.disabled():
+        tensors |= sample_logits(base, tensors, "base")
+    return tensors
+
+
+def sample_positions(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What is compared: `ids.N`, the first MAX_TOKENS tokens of a sample, and `where.N`, positions spread over them."""
     tensors: dict[str, Tensor] = {}
     for number, sample in enumerate(samples):
         ids = torch.from_numpy(sample.ids[:MAX_TOKENS]).long()
         where = torch.linspace(0, len(ids) - 1, min(NUM_POSITIONS, len(ids))).long()
         tensors |= {f"ids.{number}": ids, f"where.{number}": where}
-        tensors[f"adapted.{number}"] = _logits(base, ids, where)
-        with adapter.disabled():
-            tensors[f"base.{number}"] = _logits(base, ids, where)
     return tensors
+
+
+@torch.no_grad()
+def sample_logits(base: Base, tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The live model's logits at the positions of `sample_positions`: `KIND.N`, float32 [positions, vocabulary]."""
+    base.model.eval()
+    count = sum(name.startswith("ids.") for name in tensors)
+    return {f"{kind}.{n}": _logits(base, tensors[f"ids.{n}"], tensors[f"where.{n}"]) for n in range(count)}
 
 
 def _logits(base: Base, ids: Tensor, where: Tensor) -> Tensor:
@@ -138,21 +152,33 @@ def _logits(base: Base, ids: Tensor, where: Tensor) -> Tensor:
     return logits.float().cpu().contiguous()
 
 
-def _run_child(request: Path, directory: Path) -> dict[str, dict[str, float]]:
-    script = Path(__file__).with_name("read_back_child.py")
+def run_child(script: Path, request: Mapping[str, Any], failure: str) -> dict[str, Any]:
+    """Run a script of others' code alone in a fresh process.
+
+    Args:
+        script: reads the request's path from its command line and prints `RESULT ` and JSON.
+        request: what it is told.
+        failure: the first line of the error if it does not answer.
+
+    Raises:
+        CheckError: it failed.
+    """
     # Nothing may come from a hub: everything the other process needs is on this disk.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(request)], capture_output=True, text=True, env=environment, check=False
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "request.json"
+        path.write_text(json.dumps(request))
+        done = subprocess.run(
+            [sys.executable, str(script), str(path)], capture_output=True, text=True, env=environment, check=False
+        )
     results = [line.removeprefix("RESULT ") for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not results:
         raise CheckError(
-            f"stock PEFT could not read {directory} back",
+            failure,
             why=" / ".join(done.stderr.strip().splitlines()[-3:]) or f"exit code {done.returncode}",
             fix="the adapter stays on disk; export.read_back=never skips this check",
         )
-    answer: dict[str, dict[str, float]] = json.loads(results[-1])
+    answer: dict[str, Any] = json.loads(results[-1])
     return answer
 
 

@@ -29,6 +29,7 @@ COMMANDS = {
         "finetune.cli.export",
         "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
     ),
+    "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }
 _EXIT_CODES = """exit codes: 0 done, 1 a bug in this tool, 2 configuration, 3 the data, checkpoint or adapter given,

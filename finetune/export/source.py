@@ -133,7 +133,7 @@ def open_adapter(directory: Path) -> AdapterSource:
     if provenance is None:
         warn(f"{directory} has no {PROVENANCE}: whether it belongs to a base can be checked by shapes only")
     config = read_json(directory / CONFIG)
-    _refuse_unsupported(config, directory)
+    refuse_unsupported(config, directory)
     if not (directory / WEIGHTS).is_file():
         raise InputError(f"{directory} lacks {WEIGHTS}", why="adapters are read from safetensors only")
     shapes = {name: entry.shape for name, entry in read_header(directory / WEIGHTS).items()}
@@ -181,7 +181,8 @@ def module_path(layer: int, name: str) -> str:
     return f"model.layers.{layer}.{part}.{name}"
 
 
-def _refuse_unsupported(config: Mapping[str, Any], directory: Path) -> None:
+def refuse_unsupported(config: Mapping[str, Any], directory: Path) -> None:
+    """Raise InputError for what an adapter_config.json asks for and no export here carries."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"{directory}: peft_type is {config.get('peft_type')!r}, only LORA can be exported")
     for field, harmless in (
@@ -239,11 +240,11 @@ def _site(
     path = module_path(layer, name)
     if name == ROUTER and _targets_parameter(config, "router.weight"):
         path += ".weight"
-    rank = int(_patterned(config, "rank_pattern", "r", path))
-    alpha = float(_patterned(config, "alpha_pattern", "lora_alpha", path))
+    rank = int(patterned(config, "rank_pattern", "r", path))
+    alpha = float(patterned(config, "alpha_pattern", "lora_alpha", path))
     shape_a, shape_b = shapes[key_a], shapes[key_b]
     flat = len(shape_a) == 2 and len(shape_b) == 2
-    rows = shape_a[0]
+    rows = shape_a[0] if flat else 0
     if not flat or rows != shape_b[1] or rank < 1 or (rows % rank if name in EXPERTS else rows != rank):
         raise InputError(
             f"{where}: {key_a} {list(shape_a)} and {key_b} {list(shape_b)} are no pair of rank {rank}",
@@ -258,9 +259,11 @@ def _targets_parameter(config: Mapping[str, Any], suffix: str) -> bool:
     return any(str(target).endswith(suffix) for target in config.get("target_parameters") or ())
 
 
-def _patterned(config: Mapping[str, Any], patterns: str, default: str, path: str) -> Any:
+def patterned(config: Mapping[str, Any], patterns: str, default: str, path: str) -> Any:
     """A setting of one site: the first pattern whose regular expression ends the path (as in PEFT), or the default."""
     for pattern, value in (config.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
+    if not isinstance(config.get(default), int | float) or isinstance(config[default], bool):
+        raise InputError(f"adapter_config.json: {default} is {config.get(default)!r}, not a number")
     return config[default]

@@ -205,7 +205,7 @@ def _sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], whe
                 f"{where} holds {key}, which is not a key of PEFT's gpt-oss layout",
                 fix="`finetune adapter import` reads other layouts",
             )
-        name = _name(match["module"], config)
+        name = _name(int(match["layer"]), match["module"], config)
         pairs.setdefault((int(match["layer"]), name), {})[match["factor"]] = key
     if not pairs:
         raise InputError(f"{where} holds no tensor")
@@ -218,14 +218,20 @@ def _sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], whe
     return tuple(sites)
 
 
-def _name(module: str, config: Mapping[str, Any]) -> str:
+def _name(layer: int, module: str, config: Mapping[str, Any]) -> str:
     """Our name of a module; with one expert parameter alone, PEFT calls it `experts.lora_*` whichever it is."""
     if module == "mlp.experts.base_layer":
         return "gate_up_proj"
     if module == "mlp.experts":
-        targets = [str(target).rpartition(".")[2] for target in config.get("target_parameters") or ()]
-        return "gate_up_proj" if "gate_up_proj" in targets and "down_proj" not in targets else "down_proj"
+        alone = _targets(config, layer, "gate_up_proj") and not _targets(config, layer, "down_proj")
+        return "gate_up_proj" if alone else "down_proj"
     return module.rpartition(".")[2]
+
+
+def _targets(config: Mapping[str, Any], layer: int, name: str) -> bool:
+    """Whether a layer's expert parameter is targeted, by its full name or by the end of it (as PEFT matches)."""
+    path = module_path(layer, name)
+    return any(f".{path}".endswith(f".{target}") for target in config.get("target_parameters") or ())
 
 
 def _site(

@@ -27,6 +27,7 @@ from finetune.console import say
 from finetune.data.render import Sample
 from finetune.errors import CheckError
 from finetune.model.build import Base
+from finetune.model.dense import DenseCheckpoint, write_native
 from finetune.model.forward import hidden_states
 
 MAX_TOKENS = 1024  # of a sample; transformers' eager attention holds T x T scores
@@ -100,7 +101,7 @@ def read_back(base: Base, adapter: Adapter, directory: Path, samples: Sequence[S
         tensors = _live_logits(base, adapter, samples)
         save_file(tensors, Path(scratch) / "live.safetensors")
         request = {
-            "base": str(base.checkpoint.directory),
+            "base": str(_trained_base(base, Path(scratch) / "base")),
             "adapter": str(directory),
             "tensors": str(Path(scratch) / "live.safetensors"),
             "dtype": str(base.compute_dtype).removeprefix("torch."),
@@ -116,6 +117,15 @@ def read_back(base: Base, adapter: Adapter, directory: Path, samples: Sequence[S
     )
     _judge(result, answer["problems"], directory, exact=base.compute_dtype == torch.float32)
     return result
+
+
+def _trained_base(base: Base, scratch: Path) -> Path:
+    """The weights that were trained over, for others to load: a bfloat16 base's experts were rounded while reading."""
+    if not isinstance(base.checkpoint, DenseCheckpoint):
+        return base.checkpoint.directory
+    scratch.mkdir()
+    write_native(base.checkpoint, scratch)
+    return scratch
 
 
 @torch.no_grad()

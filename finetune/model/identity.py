@@ -12,6 +12,8 @@ import torch
 from finetune.console import Progress
 from finetune.model.checkpoint import Checkpoint
 
+_PIECE_BYTES = 16 << 20
+
 
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Hash a tensor's bytes: row-major, little-endian, as safetensors stores them.
@@ -40,6 +42,17 @@ def identity(entries: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _stored_digest(checkpoint: Checkpoint, name: str) -> str:
+    """`tensor_digest` of a tensor on disk, a piece at a time."""
+    entry, digest = checkpoint.entries[name], hashlib.sha256()
+    rows = entry.shape[0]
+    step = max(1, _PIECE_BYTES * rows // max(1, entry.num_bytes))
+    for first in range(0, rows, step):
+        piece = checkpoint.read_rows(name, first, min(rows, first + step))
+        digest.update(piece.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def checkpoint_identity(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     """Hash a checkpoint on disk.
 
@@ -50,15 +63,15 @@ def checkpoint_identity(checkpoint: Checkpoint, progress: Progress | None = None
     Returns:
         The `identity` of its tensors: equal for two checkpoints that differ only in how they are split into files.
     """
-    names = checkpoint.names()
+    stored = checkpoint.stored
     if progress is not None:
-        progress.total = checkpoint.num_bytes >> 20
+        progress.total = sum(entry.num_bytes for entry in stored.values()) >> 20
     entries, done = [], 0
     # hashlib lets go of the interpreter lock; reading is a memory map, so tensors that wait take no memory.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for name, digest in zip(names, pool.map(tensor_digest, map(checkpoint.read, names)), strict=True):
-            entries.append((name, checkpoint.dtype(name), checkpoint.tensor_shape(name), digest))
-            done += checkpoint.entries[name].num_bytes
+        for name, digest in zip(stored, pool.map(tensor_digest, map(checkpoint.read_stored, stored)), strict=True):
+            entries.append((name, stored[name].dtype, stored[name].shape, digest))
+            done += stored[name].num_bytes
             if progress is not None:
                 progress.show(done >> 20)
     return identity(entries)

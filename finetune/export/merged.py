@@ -18,6 +18,7 @@ from finetune.export.card import write_card
 from finetune.export.execute import write_shards
 from finetune.export.gguf_file import gguf_bytes, gguf_name, write_gguf
 from finetune.export.merge import Tally
+from finetune.export.native_base import native_base
 from finetune.export.plan import MergePlan, describe_plan, plan_merge
 from finetune.export.source import AdapterSource
 from finetune.export.staging import Staging, refuse_existing, sha256
@@ -62,12 +63,25 @@ def export_merged(
             say(line, result=True)
         return
     identity = check_base(checkpoint, source)
+    with native_base(checkpoint, out) as native:
+        _write(plan_merge(native, source, layout), target, out, options, run, location, identity)
+
+
+def _write(
+    plan: MergePlan,
+    target: MergedTarget,
+    out: Path,
+    options: ExportOptions,
+    run: Path | None,
+    location: BaseLocation,
+    identity: str,
+) -> None:
     staging = Staging(out, _key(plan, target, identity))
     staging.require_space(_bytes_needed(plan, target))
     tallies = write_gguf(plan, staging) if target == "gguf" else write_shards(plan, staging)
     facts = _facts(plan, target, location, identity, tallies)
     if target == "gguf":  # configuration and tokenizer are inside; the terms are not
-        _copy([path for path in _companions(checkpoint) if path.name in _TERMS], staging)
+        _copy([path for path in _companions(plan.checkpoint) if path.name in _TERMS], staging)
     else:
         _write_companions(plan, staging)
     _verify(plan, target, staging, facts, options, run, tallies)

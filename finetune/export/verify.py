@@ -71,10 +71,10 @@ def verify_merged(
     return result | {"logits": {"skipped": reason}}
 
 
-def _check_weights(
+def compare_weights(
     plan: MergePlan, target: MergedTarget, directory: Path, tallies: Mapping[str, Tally]
 ) -> dict[str, Any]:
-    say(f"comparing every weight of {directory} with base + update in a fresh process ...")
+    """Ask the fresh process about every weight; its answer (`problems` by tensor, `compared`, `updates`)."""
     request = {
         "base": str(plan.checkpoint.directory),
         "adapter": str(plan.source.directory / WEIGHTS),
@@ -86,7 +86,14 @@ def _check_weights(
             for site in plan.source.sites
         ],
     }
-    answer = run_child(WEIGHTS_CHILD, request, f"{directory} could not be read back")
+    return run_child(WEIGHTS_CHILD, request, f"{directory} could not be read back")
+
+
+def _check_weights(
+    plan: MergePlan, target: MergedTarget, directory: Path, tallies: Mapping[str, Tally]
+) -> dict[str, Any]:
+    say("comparing every weight with base + update in a fresh process ...")
+    answer = compare_weights(plan, target, directory, tallies)
     if answer["problems"]:
         name, problem = next(iter(answer["problems"].items()))
         raise CheckError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from test_adapters import new_base, randomised, sample, write
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from finetune.adapters.files import CONFIG, read_adapter_into
+from finetune.adapters.files import CONFIG, WEIGHTS, read_adapter_into
 from finetune.adapters.lora import attach_adapter
 from finetune.adapters.peft_layout import Strength, lora_config_fields, peft_config_fields
 from finetune.adapters.read_back import read_back
@@ -181,3 +182,47 @@ class TestDropout:
         ids = torch.from_numpy(sample().ids).long()
         base.model.eval()
         assert torch.equal(logits(base.model, ids), logits(base.model, ids))
+
+
+def test_a_stopped_run_with_dropout_resumes_bit_for_bit(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole job: four steps at once, and two, a checkpoint, then two more."""
+    from finetune.train.run import resume, train
+
+    lines = [
+        {"messages": [{"role": "user", "content": f"word {n} " * 20}, {"role": "assistant", "content": f"answer {n}"}]}
+        for n in range(8)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    settings = [
+        "data=own", f"data.train.mine.path={tmp_path / 'data.jsonl'}", "data.max_length=256", f"model.path={tiny_base}",
+        "adapter.attention.dropout=0.3", "adapter.rslora=true", "adapter.layers=[1,1]", "trainer.max_steps=4",
+        "trainer.epochs=9", "trainer.activation_checkpointing=true", "save.every_steps=2", "save.keep=9",
+        "evaluate.every_steps=null", "evaluate.validation_rows=null", "evaluate.test_rows=null",
+        "export.read_back=never", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    whole = train(compose("quickstart", [*settings, "name=whole"]), lambda path: None)
+    resumed, unseeded = (stopped_after_two_steps(whole, tmp_path / name) for name in ("resumed", "unseeded"))
+    torch.rand(100)  # another process has drawn other numbers
+    resume(resumed, lambda path: None)
+    monkeypatch.setattr("finetune.train.loop.seed_step", lambda *_: None)
+    resume(unseeded, lambda path: None)
+    weights = [(run / "adapter" / WEIGHTS).read_bytes() for run in (whole, resumed, unseeded)]
+    assert weights[0] == weights[1] != weights[2], "without seeding by step the comparison fails"
+    losses = [[line["loss"] for line in metrics(run)] for run in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def stopped_after_two_steps(whole: Path, run: Path) -> Path:
+    """A copy of a finished run as a kill after its second step would have left it."""
+    shutil.copytree(whole, run)
+    for path in (run / "adapter", run / "checkpoints" / "step-00000004"):
+        shutil.rmtree(path)
+    facts = json.loads((run / "manifest.json").read_text()) | {"status": "stopped"}
+    (run / "manifest.json").write_text(json.dumps(facts))
+    return run
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

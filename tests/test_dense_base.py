@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from finetune.adapters import read_back as read_back_module
 from finetune.adapters.read_back import read_back
+from finetune.cli.main import main
 from finetune.errors import CheckError, InputError
+from finetune.export.native_base import native_base
 from finetune.model.build import check_unchanged
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.dense import DenseCheckpoint
@@ -121,3 +123,24 @@ def test_broken_ones_are_refused(noisy: Path, tmp_path: Path) -> None:
     save_file(tensors | {name: tensors[name].float()}, bad / "model.safetensors")
     with pytest.raises(InputError, match="down_proj is F32"):
         Checkpoint.open(bad)
+
+
+def test_merges_see_a_native_copy_that_goes_away(noisy: Path, tmp_path: Path) -> None:
+    dense = Checkpoint.open(noisy)
+    with native_base(dense, tmp_path / "out") as native:
+        assert (
+            not isinstance(native, DenseCheckpoint) and native.config["quantization_config"]["quant_method"] == "mxfp4"
+        )
+        assert all(torch.equal(native.read(name), dense.read(name)) for name in dense.names())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["bf16", "mxfp4"])
+def test_an_adapter_of_it_is_merged_and_verified(target: str, noisy: Path, tmp_path: Path) -> None:
+    base = new_base(noisy)
+    directory = write(tmp_path / "adapter", randomised(base, BOTH), BOTH, base)
+    words = ["export", directory, "--to", target, "--base", noisy, "--out", tmp_path / "out"]
+    assert main([str(word) for word in words]) == 0
+    merged = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("quantization_config" in merged) == (target == "mxfp4")

@@ -223,6 +223,11 @@ class TestShow:
         assert "1 of 3 experts have none" in capfd.readouterr().out
 
 
+    def test_a_swapped_file_is_pointed_out(self, capfd: pytest.CaptureFixture[str]) -> None:
+        assert run("adapter", "show", SWAPPED) == 0
+        assert "wrong way round, as PEFT 0.19.0" in capfd.readouterr().err
+
+
 class TestMerge:
     A = {(0, "q_proj"): (2, 4.0), (0, "gate_up_proj"): (2, 3.0), (0, "down_proj"): (1, 3.0)}  # noqa: RUF012
     B = {(0, "q_proj"): (3, 1.0), (0, "down_proj"): (2, 3.0), (1, "v_proj"): (2, 2.0)}  # noqa: RUF012

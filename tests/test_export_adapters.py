@@ -359,7 +359,9 @@ def test_dry_run_and_serving_lines(
     assert "model.layers.0.mlp.experts.gate_proj.lora_a 3x3x8" in printed and "num_layers: -1" in printed
     assert not (tmp_path / "out").exists()
     export(live[0], "peft", tmp_path / "peft")
+    export(live[0], "peft", tmp_path / "runs" / "my-run" / "export" / "peft")
     export(live[0], "sglang", tmp_path / "sglang")
     lines = capfd.readouterr().err
     assert "--enable-lora --max-lora-rank 8 --lora-modules peft=" in lines
+    assert "--lora-modules my-run=" in lines
     assert "--moe-runner-backend triton" in lines and "bfloat16 experts only" in lines

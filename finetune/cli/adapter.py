@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from finetune.console import say
+from finetune.console import say, warn
 
 USAGE = {
     "show": "finetune adapter show DIR [--json]",
@@ -58,9 +58,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _show(directory: Path, *, as_json: bool) -> None:
     from finetune.export import show
+    from finetune.export.adapters import known_shape
+    from finetune.export.orientation import SWAPPING_RELEASE, is_swapped
     from finetune.export.source import open_adapter, resolve_run
 
     source = open_adapter(resolve_run(directory)[0])
+    if is_swapped(source, known_shape(source)):
+        warn(f"expert factors are the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them: finetune adapter import")
     sites = show.measure(source)
     if as_json:
         say(json.dumps(show.as_json(source, sites), indent=2), result=True)

@@ -13,6 +13,7 @@ from finetune.adapters.peft_layout import PREFIX, Strength, lora_config_fields, 
 from finetune.errors import InputError
 from finetune.export.factors import largest_rank, layers_of, padded, with_both_projections
 from finetune.export.source import ATTENTION, EXPERTS, ROUTER, AdapterSource, Factors
+from finetune.export.targets import ADAPTER_TARGETS
 from finetune.model.shapes import ModelShape
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank takes these (0.33)
@@ -91,7 +92,13 @@ def adapts_every_layer(source: AdapterSource, shape: ModelShape | None) -> bool:
 def vllm_line(source: AdapterSource, out: Path) -> str:
     """The command that serves an exported directory with vLLM."""
     base, rank = source.base_name or "BASE", served_rank(largest_rank(source))
-    return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {out.name}={out.resolve()}"
+    return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {serving_name(out)}={out.resolve()}"
+
+
+def serving_name(out: Path) -> str:
+    """What a server may call an exported adapter: the run's name where the directory lies in a run, else its own."""
+    in_run = out.parent.name == "export" and out.name in ADAPTER_TARGETS
+    return out.resolve().parent.parent.name if in_run else out.name
 
 
 def _listed(targets: object) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from finetune.adapters.peft_layout import PREFIX
 from finetune.errors import InputError
 from finetune.export.factors import gate_and_up, largest_rank, layers_of, padded, rescaled, with_both_projections
+from finetune.export.peft import serving_name
 from finetune.export.source import ATTENTION, EXPERTS, ROUTER, AdapterSource, Factors
 from finetune.model.shapes import ModelShape
 
@@ -81,10 +82,8 @@ def sglang_lines(source: AdapterSource, out: Path) -> list[str]:
     experts = any(site.name in EXPERTS for site in source.sites)
     base = "BF16_BASE" if experts else source.base_name or "BASE"
     backend = " --moe-runner-backend triton" if experts else ""
-    lines = [
-        f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {out.name}={out.resolve()}"
-        + backend
-    ]
+    adapter = f"--enable-lora --lora-paths {serving_name(out)}={out.resolve()}"
+    lines = [f"python -m sglang.launch_server --model-path {base} {adapter}{backend}"]
     if experts:
         lines.append(
             "BF16_BASE: SGLang takes LoRA on experts over bfloat16 experts only; give it the base in bfloat16 (same "

@@ -32,19 +32,19 @@ from finetune.export import merged
 seconds = {}
 def timed(name, function):
     def call(*args, **named):
-        started = time.perf_counter()
+        started, spent = time.perf_counter(), time.process_time()
         try: return function(*args, **named)
-        finally: seconds[name] = seconds.get(name, 0) + time.perf_counter() - started
+        finally:
+            seconds[name] = time.perf_counter() - started
+            seconds[name + "_cpu"] = time.process_time() - spent
     return call
 merged.check_base = timed("check", merged.check_base)
 merged.write_shards = timed("write", merged.write_shards)
 merged.write_gguf = timed("write", merged.write_gguf)
 def peak_kib():  # not getrusage: its figure starts at the parent's
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-idle = peak_kib()
 code = main(sys.argv[1:])
-peak = peak_kib()
-print("MEASURED " + json.dumps({"code": code, "idle_kib": idle, "peak_kib": peak} | seconds))
+print("MEASURED " + json.dumps({"code": code, "peak_kib": peak_kib()} | seconds))
 """
 
 
@@ -138,8 +138,10 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
         f"gpt-oss-{args.size} layer shapes, rank {args.rank}, load {os.getloadavg()[0]:.1f}\n"
     )
-    print("| layers | target | GB written | merge MB/s | cp MB/s | merge / cp | base check s | peak RSS GiB (idle) |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| layers | target | GB | merge MB/s | cp MB/s | merge / cp | merge CPU s | base check s | peak RSS GiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     args.scratch.mkdir()
     try:
         for layers in args.layers:
@@ -164,7 +166,7 @@ def _row(scratch: Path, base: Path, adapter: Path, layers: int, target: str) -> 
     merge, plain = size / found["write"] / 1e6, size / copied / 1e6
     print(
         f"| {layers} | {target} | {size / 1e9:.2f} | {merge:.0f} | {plain:.0f} | {merge / plain:.2f} | "
-        f"{found['check']:.1f} | {found['peak_kib'] / 2**20:.2f} ({found['idle_kib'] / 2**20:.2f}) |",
+        f"{found['write_cpu']:.1f} | {found['check']:.1f} | {found['peak_kib'] / 2**20:.2f} |",
         flush=True,
     )
 

@@ -15,24 +15,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from finetune.adapters.files import PROVENANCE, WEIGHTS, write_adapter
 from finetune.adapters.lora import attach_adapter
 from finetune.cli.main import main
+from finetune.config.compose import compose
 from finetune.config.locate import shipped_dir
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig
-from finetune.errors import InputError
+from finetune.config.validate import dump_yaml
+from finetune.data.dataset import load_split
+from finetune.data.render import Sample
+from finetune.errors import CheckError, InputError
 from finetune.export import execute, staging
+from finetune.export.card import write_card
 from finetune.export.merge import Tally, round_experts
 from finetune.export.merged import export_merged
 from finetune.export.plan import plan_merge
 from finetune.export.source import AdapterSource, Factors, open_adapter
 from finetune.export.staging import Staging
 from finetune.export.targets import ExportOptions
-from finetune.export.verify import compare_weights
+from finetune.export.verify import compare_logits, compare_weights
 from finetune.model.build import load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.shapes import ModelShape
@@ -171,21 +176,60 @@ def test_planned_bytes_of_the_published_models(size: str, total: int, adapter: P
 # --- files
 
 
-def test_bf16_is_what_peft_merges(exported: Callable[..., Path], adapter: Path, small_base: Path) -> None:
-    """Oracle: transformers' dequantised base in float32, PEFT's own merge, one cast."""
+def dequantised(base: Path) -> torch.nn.Module:
     packed = Mxfp4Config(dequantize=True)
-    dense = AutoModelForCausalLM.from_pretrained(
-        small_base, dtype=torch.bfloat16, quantization_config=packed, attn_implementation="eager"
+    return AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.bfloat16, quantization_config=packed, attn_implementation="eager"
+    ).float()
+
+
+def made_by_peft(base: Path, to: Path) -> Path:
+    """What our own training never makes: rsLoRA with patterns, single projections, some layers, the router."""
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules=r".*layers\.1\.self_attn\.(q|v)_proj",
+        target_parameters=[
+            "layers.0.mlp.experts.gate_up_proj",
+            "layers.1.mlp.experts.down_proj",
+            "0.mlp.router.weight",
+        ],
+        rank_pattern={"layers.1.mlp.experts.down_proj": 2},
+        alpha_pattern={"layers.0.mlp.experts.gate_up_proj": 9},
+        init_lora_weights=False,
     )
-    merged = PeftModel.from_pretrained(dense.float(), adapter).merge_and_unload()
-    out = exported("bf16")
+    torch.manual_seed(5)
+    model = get_peft_model(dequantised(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(to, save_embedding_layers=False)
+    return to
+
+
+@pytest.mark.parametrize("maker", ["this toolkit", "peft"])
+def test_bf16_is_what_peft_merges(
+    maker: str, exported: Callable[..., Path], adapter: Path, small_base: Path, tmp_path: Path
+) -> None:
+    """Oracle: transformers' dequantised base in float32, PEFT's own merge, one cast."""
+    if maker == "peft":
+        adapter, out = made_by_peft(small_base, tmp_path / "peft"), tmp_path / "out"
+        command = ["export", str(adapter), "--to", "bf16", "--out", str(out), "--base", str(small_base)]
+        assert main(command) == 0
+        assert json.loads((out / "export.json").read_text())["verification"]["weights"]["tensors_changed"] == 5
+    else:
+        out = exported("bf16")
+    merged = PeftModel.from_pretrained(dequantised(small_base), adapter).merge_and_unload()
     ours, info = AutoModelForCausalLM.from_pretrained(
         out, dtype=torch.bfloat16, attn_implementation="eager", output_loading_info=True
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     theirs = merged.state_dict()
     for name, tensor in ours.state_dict().items():
-        apart = (tensor.view(torch.int16).int() - theirs[name].to(torch.bfloat16).view(torch.int16).int()).abs()
+        expected = theirs[name].to(torch.bfloat16)
+        apart = (tensor.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
         assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3, name  # a sum in another order, at a tie
     with torch.no_grad():
         ids = torch.tensor([IDS])
@@ -278,7 +322,7 @@ def transformers_log_probabilities(directory: Path) -> np.ndarray:
         return model(input_ids=torch.tensor([IDS])).logits[0].double().log_softmax(-1).numpy()
 
 
-@pytest.mark.skipif(find_spec("mlx_lm") is None, reason="needs mlx[cpu] and mlx-lm (extra `readers`)")
+@pytest.mark.skipif(find_spec("mlx_lm") is None, reason="needs mlx[cpu] and mlx-lm (extra `dev`)")
 def test_mlx_lm_reads_the_native_directory(exported: Callable[..., Path], tmp_path: Path) -> None:
     out = exported("mxfp4")
     theirs = foreign("mlx", out, tmp_path / "mlx.npy")
@@ -286,7 +330,7 @@ def test_mlx_lm_reads_the_native_directory(exported: Callable[..., Path], tmp_pa
 
 
 @pytest.mark.skipif(
-    find_spec("xllamacpp") is None or find_spec("gguf") is None, reason="needs gguf and xllamacpp (extra `readers`)"
+    find_spec("xllamacpp") is None or find_spec("gguf") is None, reason="needs gguf and xllamacpp (extra `dev`)"
 )
 @pytest.mark.parametrize("experts", ["bf16", "mxfp4"])
 def test_llama_cpp_reads_the_gguf_file(experts: str, exported: Callable[..., Path], tmp_path: Path) -> None:
@@ -352,6 +396,49 @@ def test_verification_finds_every_wrong_tensor(
         GATE_UP: problems[GATE_UP],
     }
     assert "places are not base + update" in problems[GATE_UP]
+
+
+def test_logits_are_compared_and_a_lost_rope_setting_is_found(
+    exported: Callable[..., Path], adapter: Path, small_base: Path, tmp_path: Path
+) -> None:
+    """Every weight may be right and the model wrong: transformers 5 alone knows `rope_parameters`, others lose YaRN."""
+    samples = [Sample(np.array(IDS, dtype=np.int32), np.ones(len(IDS)), "random", "nowhere:1")]
+    native = plan_merge(Checkpoint.open(small_base), open_adapter(adapter), "mxfp4")
+    found = compare_logits(native, exported("mxfp4"), samples)
+    assert found["merged"]["max_difference"] < 1e-4 < found["adapted"]["max_difference"]
+    assert found["base"]["mean_kl"] > found["adapted"]["mean_kl"] > 0
+    shutil.copytree(exported("bf16"), tmp_path / "bad")
+    config = json.loads((tmp_path / "bad" / "config.json").read_text())
+    del config["rope_scaling"], config["rope_theta"]
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default"}}))
+    dense = plan_merge(Checkpoint.open(small_base), open_adapter(adapter), "bf16")
+    right = compare_logits(dense, exported("bf16"), samples)
+    assert right["adapted"]["mean_kl"] < 0.05 * right["base"]["mean_kl"]  # bfloat16 sends some tokens elsewhere
+    with pytest.raises(CheckError, match="is not the model that was merged"):
+        compare_logits(dense, tmp_path / "bad", samples)
+
+
+def test_the_card_says_where_it_comes_from_and_shows_no_row(exported: Callable[..., Path], tmp_path: Path) -> None:
+    composed = compose("quickstart", [])
+    (tmp_path / "config.yaml").write_text(dump_yaml(composed.config))
+    figures = {"rows": 48, "loss": 2.0, "loss_interval": [1.5, 2.5], "confidence": 0.95}
+    evaluation = {"before": figures | {"loss": 9.0, "loss_interval": [8.0, 10.0]}, "after": figures}
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    facts = json.loads((exported("mxfp4") / "export.json").read_text())
+    write_card(tmp_path / "README.md", facts, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert facts["base"]["identity"] in card and "CC BY 4.0" in card
+    assert "5a298e9e5bf933728b54577b5a8e43e6c05bf1c8230343022cad75d4542c716a" in card  # data/LICENSES.md lists it
+    assert "9.000 [8.000, 10.000] | 2.000 [1.500, 2.500]" in card
+    assert "no legal advice" in card and "no medical advice" in card
+    assert f"{facts['survival']['overall']['survival']:.1%} of the fine-tune's update" in card
+    clause = load_split(composed.config.data, "validation").records[0].messages[-2].content
+    assert clause[:60] not in card and str(small_path(exported)) not in card
+
+
+def small_path(exported: Callable[..., Path]) -> Path:
+    """Where the base lies on this machine, which is nobody's business."""
+    return Path(json.loads((exported("mxfp4") / "export.json").read_text())["base"]["name"]).parent
 
 
 def test_a_failed_verification_exits_6_and_keeps_the_unfinished_name(

@@ -66,7 +66,7 @@ def verify_merged(
     if target == "gguf":
         reason = "the file's own runtime is llama.cpp; its weights were compared"
     if samples and reason is None:
-        return result | {"logits": _check_logits(plan, directory, samples)}
+        return result | {"logits": compare_logits(plan, directory, samples)}
     say(f"logits were not compared: {reason}")
     return result | {"logits": {"skipped": reason}}
 
@@ -119,7 +119,16 @@ def _prompts(run: Path | None) -> tuple[list[Sample], str | None]:
     return list(split.samples[:NUM_SAMPLES]), None
 
 
-def _check_logits(plan: MergePlan, directory: Path, samples: Sequence[Sample]) -> dict[str, Any]:
+def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Compare transformers' logits of the merged directory with those of the live base + adapter.
+
+    Returns:
+        Largest difference, mean KL and share of equal likeliest tokens against the live base + adapter (`adapted`),
+        the plain `base`, and for MXFP4 what our own reader makes of the files (`merged`); or why it was `skipped`.
+
+    Raises:
+        CheckError: the directory does not load cleanly, or is another model.
+    """
     device = choose_device(ModelConfig(path=str(plan.checkpoint.directory)))
     dtype = choose_dtype(ModelConfig(path=str(plan.checkpoint.directory)), device)
     base = load_base(plan.checkpoint, device, dtype, experts_per_chunk=4)

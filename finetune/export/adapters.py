@@ -122,7 +122,7 @@ def _contents(
         case "peft":
             rank = served_rank(largest_rank(source)) if options.pad_rank else None
             tensors, fields = peft_contents(
-                {number: source.layer(number) for number in layers_of(source)},
+                ((number, source.layer(number)) for number in layers_of(source)),
                 rslora=bool(source.config.get("use_rslora")),
                 every_layer=adapts_every_layer(source, shape),
                 rank=rank,

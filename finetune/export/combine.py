@@ -96,7 +96,7 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | N
                     costs.append(cost)
                 layers[number][name] = factors
             progress.advance()
-    tensors, fields = peft_contents(layers, every_layer=_every_layer(sources, layers))
+    tensors, fields = peft_contents(layers.items(), every_layer=_every_layer(sources, layers))
     write_peft_directory(out, tensors, fields, _facts(adapters, rank))
     return costs
 

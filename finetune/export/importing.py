@@ -85,7 +85,9 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
     elif facts["base_identity"] is None:
         warn("which base it belongs to is not recorded; --base BASE checks it and records it")
     tensors, fields = peft_contents(
-        adapter.layers, rslora=adapter.rslora, every_layer=adapts_every_layer(adapter.source, adapter.shape)
+        sorted(adapter.layers.items()),
+        rslora=adapter.rslora,
+        every_layer=adapts_every_layer(adapter.source, adapter.shape),
     )
     write_peft_directory(out, tensors, fields, facts | {"imported_from": sha256(directory / WEIGHTS)})
     say(f"read {adapter.layout}: {len(adapter.source.sites)} sites in {len(adapter.layers)} layers")

@@ -17,7 +17,7 @@ from finetune.export.targets import ADAPTER_TARGETS
 from finetune.model.shapes import ModelShape
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank takes these (0.33)
-Layers = Mapping[int, Mapping[str, Factors]]
+Layers = Iterable[tuple[int, Mapping[str, Factors]]]
 _ALPHA_DIGITS = 12  # alpha is recovered as scale x rank, and 5 / 3 x 3 is not 5
 
 
@@ -42,7 +42,7 @@ def peft_contents(
     """Any set of updates as PEFT and vLLM read it.
 
     Args:
-        layers: layer number -> site name -> factors; a lone expert projection gets zeros beside it.
+        layers: layer numbers in order, each with its factors by site name; zeros go beside a lone expert projection.
         rslora: write scales as alpha / sqrt(rank).
         every_layer: these are all layers of the model, each with the same sites (see `lora_config_fields`).
         rank: fill up with zeros to this rank; None: leave ranks as they are.
@@ -52,7 +52,7 @@ def peft_contents(
     """
     tensors: dict[str, Tensor] = {}
     weights: dict[str, Strength] = {}
-    for number, layer in sorted(layers.items()):
+    for number, layer in layers:
         for name, factors in ordered(with_both_projections(dict(layer))):
             factors = padded(factors, rank) if rank else factors
             path = f"model.layers.{number}.{inner_path(name)}"

@@ -398,6 +398,7 @@ def test_verification_finds_every_wrong_tensor(
     assert "places are not base + update" in problems[GATE_UP]
 
 
+@pytest.mark.slow
 def test_logits_are_compared_and_a_lost_rope_setting_is_found(
     exported: Callable[..., Path], adapter: Path, small_base: Path, tmp_path: Path
 ) -> None:

@@ -137,7 +137,7 @@ class TestImport:
         ("damage", "words"),
         [
             ("truncated", "truncated"),
-            ("pickle", "a pickle, which can run code"),
+            ("pickle", "a format that can run code"),
             ("dora", "use_dora is True"),
             ("modules", "modules_to_save"),
             ("no config", "has no adapter_config.json"),

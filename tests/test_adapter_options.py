@@ -84,7 +84,7 @@ def test_layers_outside_the_model_are_refused_and_named_in_the_counts(tiny_base:
     shape = new_base(tiny_base).checkpoint.shape
     with pytest.raises(ConfigError, match="the base has 2 layers"):
         plan_sites(shape, replace(BOTH, layers=(1, 2)))
-    assert "in layers 1 to 1" in describe_sites(plan_sites(shape, replace(BOTH, layers=(1, 1))), shape)
+    assert "projections in layer 1, rank 6" in describe_sites(plan_sites(shape, replace(BOTH, layers=(1, 1))), shape)
 
 
 @pytest.mark.parametrize(

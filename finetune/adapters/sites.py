@@ -77,7 +77,8 @@ def describe_sites(sites: list[Site], shape: ModelShape) -> str:
 
 
 def _layer_range(sites: list[Site]) -> str:
-    return f" in layers {sites[0].layer} to {sites[-1].layer}"
+    first, last = sites[0].layer, sites[-1].layer
+    return f" in layer {first}" if first == last else f" in layers {first} to {last}"
 
 
 def _attention_site(shape: ModelShape, config: AdapterConfig, layer: int, target: str) -> Site:

@@ -24,7 +24,7 @@ from finetune.model.headers import join, read_header, read_json
 from finetune.model.hub import BaseLocation
 from finetune.model.shapes import ModelShape
 
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_NOT_SAFETENSORS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template)\..*")
 
 
@@ -100,11 +100,11 @@ def _read(directory: Path, options: ExportOptions) -> Imported:
     if not directory.is_dir():
         raise InputError(f"no adapter directory {directory}")
     if not (directory / WEIGHTS).is_file():
-        pickles = [name for name in _PICKLES if (directory / name).is_file()]
+        others = [name for name in _NOT_SAFETENSORS if (directory / name).is_file()]
         raise InputError(
             f"{directory} lacks {WEIGHTS}",
-            why=f"it has {pickles[0]}, a pickle, which can run code when it is read" if pickles else None,
-            fix="save it as safetensors with the PEFT that wrote it" if pickles else "give an adapter's own directory",
+            why=f"it has {others[0]}, a format that can run code when it is read" if others else None,
+            fix="save it as safetensors with the PEFT that wrote it" if others else "give an adapter's own directory",
         )
     if holds_per_expert_keys(read_header(directory / WEIGHTS)):
         return _read_per_expert(directory, options)

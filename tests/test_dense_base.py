@@ -88,7 +88,7 @@ def test_the_rounding_is_measured_and_said(noisy: Path, capfd: pytest.CaptureFix
             total += tensor.float().square().sum().item()
     error = (lost / total) ** 0.5
     assert 0.01 < error < 0.2
-    assert base.checkpoint.rounding_error() == pytest.approx(error, rel=1e-4)
+    assert base.expert_rounding_error == pytest.approx(error, rel=1e-4)
     assert f"rounding changed them by {error:.1%}" in capfd.readouterr().err
 
 

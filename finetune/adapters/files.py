@@ -110,10 +110,13 @@ def staged_directory(directory: Path) -> Iterator[Path]:
         yield staging
         for path in staging.iterdir():
             path.chmod(0o644)  # safetensors writes for the owner only
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # what the rename makes visible must be on the disk
         os.rename(staging, directory)
     except (OSError, SafetensorError) as error:  # a full disk reaches us as either
-        fix = "free disk space or choose another place"
-        raise MachineError(f"cannot write {directory}: {error}", fix=fix) from error
+        raise MachineError(
+            f"cannot write the adapter to {directory}: {error}", fix="free disk space or choose another place"
+        ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

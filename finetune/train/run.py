@@ -28,7 +28,6 @@ from finetune.errors import ConfigError, InputError, Interrupted, MachineError
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import Base, check_unchanged, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint as BaseCheckpoint
-from finetune.model.dense import DenseCheckpoint
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
 from finetune.model.storage import check_expert_storage, describe_storage, storage_table
@@ -334,11 +333,6 @@ def _read_back(session: Session, run: RunDirectory) -> dict[str, Any]:
     return asdict(result)
 
 
-def _expert_rounding(base: Base) -> float:
-    """Relative RMS of what rounding changed in a bfloat16 base's experts; 0 for a native one."""
-    return base.checkpoint.rounding_error() if isinstance(base.checkpoint, DenseCheckpoint) else 0.0
-
-
 def _facts(session: Session) -> dict[str, Any]:
     """What manifest.json records at the start."""
     sites = session.adapter.sites
@@ -350,7 +344,6 @@ def _facts(session: Session) -> dict[str, Any]:
             "revision": session.location.revision,
             "identity": session.base.identity,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
-            "expert_rounding_error": _expert_rounding(session.base),
         },
         "data": {
             name: {

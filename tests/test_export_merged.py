@@ -229,8 +229,8 @@ def test_bf16_is_what_peft_merges(
     theirs = merged.state_dict()
     for name, tensor in ours.state_dict().items():
         expected = theirs[name].to(torch.bfloat16)
-        apart = (tensor.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
-        assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3, name  # a sum in another order, at a tie
+        apart = (tensor.float() - expected.float()).abs()  # sums in another order: a step of bfloat16 at a tie
+        assert (apart <= expected.float().abs() * 2**-7 + 1e-6).all() and (apart > 0).float().mean() < 1e-3, name
     with torch.no_grad():
         ids = torch.tensor([IDS])
         merged.load_state_dict(ours.state_dict())  # what is left to differ is how config.json is read

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finetune.export.factors import squared_norm
 from finetune.export.source import Factors
 from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK, SCALE_BIAS
 from finetune.mxfp4.format import dequantise, pack, quantise, unpack
@@ -99,15 +100,14 @@ def add_to_experts(
     dense = torch.empty(
         (num_experts, in_size, out_size) if transposed else (num_experts, out_size, in_size), dtype=torch.bfloat16
     )
-    tally = Tally()
+    tally = Tally() if factors is None else Tally(wanted=float(squared_norm(factors).sum()))
     for expert in range(num_experts):
         for rows in _slices(out_size, in_size):
             dtype = torch.bfloat16 if factors is None else torch.float32
             values = dequantise(blocks[expert, rows], scales[expert, rows], dtype)
             if factors is not None:
-                update = (factors.b[expert, rows] @ factors.a[expert]).mul_(factors.scale)
-                tally.wanted += _squares(update)
-                values = values.add_(update).to(torch.bfloat16)
+                values.addmm_(factors.b[expert, rows], factors.a[expert], alpha=factors.scale)
+                values = values.to(torch.bfloat16)
             if transposed:
                 dense[expert, :, rows].copy_(values.t())  # torch transposes fast in two dimensions only
             else:

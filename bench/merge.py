@@ -138,9 +138,7 @@ def main() -> None:
         f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}, "
         f"gpt-oss-{args.size} layer shapes, rank {args.rank}, load {os.getloadavg()[0]:.1f}\n"
     )
-    print(
-        "| layers | target | GB | merge MB/s | cp MB/s | merge / cp | merge CPU s | base check s | peak RSS GiB |"
-    )
+    print("| layers | target | GB | merge MB/s | cp MB/s | merge / cp | merge CPU s | base check s | peak RSS GiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     args.scratch.mkdir()
     try:

@@ -101,13 +101,14 @@ def _write_shard(
     digest = hashlib.sha256()
     tallies: dict[str, Tally] = {}
     scales: dict[str, Tensor] = {}  # of rounded experts, until their turn comes
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
 
         def write(data: memoryview | bytes) -> None:
-            digest.update(data)
+            hashed = hasher.submit(digest.update, data)  # beside the writing, which waits for the disk
             view = memoryview(data)
             while view:
                 view = view[file.write(view) :]
+            hashed.result()
 
         write(_header(plan.checkpoint, shard))
         for operation in shard.operations:

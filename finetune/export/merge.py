@@ -19,7 +19,7 @@ from finetune.mxfp4.format import dequantise, pack, quantise, unpack
 # Scratch is a few float32 copies of this many values, so that it stays in cache. One core made 1.3 GB of bf16 experts
 # a second from slices of 2^20 (2026-11-22, AMD EPYC, [5760, 2880] rank 16).
 _SLICE_VALUES = 1 << 20
-_LARGEST_CODE = 6.0
+_LARGEST_FITTING = 7.0  # steps of a block's scale: up to there `quantise` would choose the same one
 
 
 @dataclass
@@ -148,7 +148,7 @@ def _nearest(target: Tensor, old_blocks: Tensor, old_scales: Tensor) -> tuple[Te
     both_zero = ((codes | old_codes) & 7) == 0
     blocks = pack(torch.where(both_zero, old_codes, codes))
     grouped = target.view(-1, BLOCK)
-    limit = torch.exp2(old_scales.view(-1).float() - SCALE_BIAS) * _LARGEST_CODE
+    limit = torch.exp2(old_scales.view(-1).float() - SCALE_BIAS) * _LARGEST_FITTING
     outgrown = (grouped.abs().amax(dim=1) > limit).nonzero().squeeze(1)
     if len(outgrown):
         values = grouped[outgrown]

@@ -16,11 +16,11 @@ from finetune.adapters.audit import audit_gradients
 from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, peft_tensors, read_adapter_into, write_adapter
 from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.adapters.peft_layout import from_peft, peft_config_fields, to_peft
-from finetune.adapters.read_back import read_back
+from finetune.adapters.read_back import _result, read_back, run_child
 from finetune.adapters.sites import describe_sites, plan_sites
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig
 from finetune.data.render import Sample
-from finetune.errors import CheckError, InputError
+from finetune.errors import CheckError, InputError, MachineError
 from finetune.model.build import Base, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import hidden_states, logits
@@ -325,3 +325,21 @@ class TestAudit:
         weight.grad = torch.ones_like(weight)
         with pytest.raises(CheckError, match=r"model\.norm\.weight"):
             audit_gradients(base.model, adapter, "b")
+
+
+def test_an_adapter_whose_effect_would_not_show_is_inconclusive() -> None:
+    def answer(found: float, effect: float) -> dict[str, dict[str, float]]:
+        figures = {"adapted": found, "disabled": found, "effect": effect}
+        return {name: {"max_difference": value, "mean_kl": value} for name, value in figures.items()}
+
+    assert _result(answer(1e-5, 1e-2), 1, exact=True).conclusive
+    for exact in (True, False):
+        small = _result(answer(1e-5, 2e-5), 1, exact=exact)
+        assert not small.conclusive and "inconclusive" in small.describe()
+
+
+def test_a_killed_reader_is_not_called_a_wrong_adapter(tmp_path: Path) -> None:
+    script = tmp_path / "dies.py"
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(MachineError, match="killed by signal 9"):
+        run_child(script, {}, "no answer")

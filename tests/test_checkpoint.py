@@ -209,7 +209,7 @@ def test_an_index_that_disagrees_with_the_shards_is_refused(base: Path) -> None:
 def test_other_models_and_other_storage_are_refused(base: Path) -> None:
     config = (base / "config.json").read_text()
     edit_json(base / "config.json", lambda content: content.pop("quantization_config"))
-    assert "not a native MXFP4 checkpoint" in refusal(base)
+    assert "holds MXFP4 experts, and its config.json has no quantization_config" in refusal(base)
     edit_json(base / "config.json", lambda content: content.update(quantization_config={"quant_method": "fp8"}))
     assert "quant_method 'fp8'" in refusal(base)
     (base / "config.json").write_text(config)

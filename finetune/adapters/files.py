@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -48,39 +50,80 @@ def write_adapter(
     Raises:
         CheckError: a factor is not finite, or every B is zero (nothing was trained).
         InputError: the directory exists.
-        MachineError: the disk is full or read-only; nothing half-written stays.
+        MachineError: it cannot be written.
+    """
+    tensors = peft_tensors(adapter)
+    _check_trained(tensors)
+    write_peft_directory(
+        directory,
+        tensors,
+        peft_config_fields(config),
+        {"base_name": base_name, "base_revision": base_revision, "base_identity": base_identity},
+    )
+
+
+def write_peft_directory(
+    directory: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Write tensors, adapter_config.json and finetune.json, whole or not at all; equal inputs give equal bytes.
+
+    Args:
+        directory: must not exist.
+        tensors: by PEFT's keys.
+        fields: of PEFT's `LoraConfig`, as `peft_config_fields` makes them.
+        facts: `base_name`, `base_revision`, `base_identity` (None if not known), and whatever else should be kept.
+
+    Raises:
+        InputError: the directory exists.
+        MachineError: it cannot be written.
+    """
+    with staged_directory(directory) as staging:
+        save_file(dict(tensors), staging / WEIGHTS, metadata={"format": "pt"})
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=facts.get("base_name"),
+            revision=facts.get("base_revision"),
+            inference_mode=True,
+            **fields,
+        ).to_dict()
+        # PEFT holds targets as a set, whose order changes from process to process.
+        config |= {key: value for key, value in fields.items() if isinstance(value, list)}
+        write_facts(staging / CONFIG, dict(sorted(config.items())))
+        files = {name: _sha256(staging / name) for name in (WEIGHTS, CONFIG)}
+        write_facts(staging / PROVENANCE, {"written_by": f"gpt-oss-finetune {__version__}", **facts, "files": files})
+
+
+@contextmanager
+def staged_directory(directory: Path) -> Iterator[Path]:
+    """Give a directory to write into that gets its final name at the end of the block, and is removed if that fails.
+
+    Raises:
+        InputError: the directory exists.
+        MachineError: it cannot be written, the disk is full.
     """
     if directory.exists():
         raise InputError(f"{directory} exists already", fix="choose another directory or remove it")
-    tensors = peft_tensors(adapter)
-    _check_trained(tensors)
     staging = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
-        save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=base_name,
-            revision=base_revision,
-            inference_mode=True,
-            **peft_config_fields(config),
-        ).save_pretrained(staging)
-        provenance = {
-            "written_by": f"gpt-oss-finetune {__version__}",
-            "base_name": base_name,
-            "base_revision": base_revision,
-            "base_identity": base_identity,
-            "files": {WEIGHTS: _flushed_sha256(staging / WEIGHTS), CONFIG: _flushed_sha256(staging / CONFIG)},
-        }
-        (staging / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
-        os.rename(staging, directory)
-    except (OSError, SafetensorError) as error:  # a full disk is either of them
         shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        yield staging
+        for path in staging.iterdir():
+            path.chmod(0o644)  # safetensors writes for the owner only
+            with path.open("rb") as file:
+                os.fsync(file.fileno())  # what the rename makes visible must be on the disk
+        os.rename(staging, directory)
+    except (OSError, SafetensorError) as error:  # a full disk reaches us as either
         raise MachineError(
-            f"cannot write the adapter to {directory}: {error}",
-            fix="free disk space and resume the run; its last checkpoint has the adapter",
+            f"cannot write the adapter to {directory}: {error}", fix="free disk space or choose another place"
         ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_facts(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON as every file beside an adapter has it."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -132,16 +175,24 @@ def _check_trained(tensors: Mapping[str, Tensor]) -> None:
         raise CheckError("the adapter is empty: every lora_B is zero", why="no update reached it")
 
 
-def _check_provenance(directory: Path, base_identity: str) -> None:
+def read_provenance(directory: Path) -> dict[str, Any] | None:
+    """What `finetune.json` says of an adapter, after comparing the files with it.
+
+    Returns:
+        `base_name`, `base_revision`, `base_identity`, `files` and `written_by`; None without the file.
+
+    Raises:
+        InputError: no directory, the file cannot be read, or another file is missing or not the one that was written.
+    """
     if not directory.is_dir():
         raise InputError(f"no adapter directory {directory}")
     path = directory / PROVENANCE
     if not path.exists():
-        warn(f"{directory} has no {PROVENANCE}: whether it belongs to this base cannot be checked")
-        return
+        return None
     try:
-        provenance = json.loads(path.read_text())
-        files, written_for = provenance["files"], provenance["base_identity"]
+        provenance: dict[str, Any] = json.loads(path.read_text())
+        files = dict(provenance["files"])
+        str(provenance["base_identity"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from error
     for name, digest in files.items():
@@ -149,12 +200,28 @@ def _check_provenance(directory: Path, base_identity: str) -> None:
             raise InputError(f"{directory} lacks {name}")
         if _sha256(directory / name) != digest:
             raise InputError(f"{directory / name} is not the file that was written", why="its sha256 differs")
-    if written_for != base_identity:
+    return provenance
+
+
+def refuse_other_base(provenance: Mapping[str, Any], base_identity: str, where: Path) -> None:
+    """Raise InputError if an adapter was trained on another base than `base_identity`; warn if that is not known."""
+    written_for = provenance["base_identity"]
+    if written_for is None:
+        warn(f"{where} was imported without its base: whether it belongs to this one cannot be checked")
+    elif written_for != base_identity:
         raise InputError(
-            f"{directory} was trained on another base",
+            f"{where} was trained on another base",
             why=f"it belongs to {provenance.get('base_name')} ({written_for[:12]}), this one is {base_identity[:12]}",
             fix="set model.path (and model.revision) to the base it was trained on",
         )
+
+
+def _check_provenance(directory: Path, base_identity: str) -> None:
+    provenance = read_provenance(directory)
+    if provenance is None:
+        warn(f"{directory} has no {PROVENANCE}: whether it belongs to this base cannot be checked")
+        return
+    refuse_other_base(provenance, base_identity, directory)
 
 
 def _check_config(directory: Path, config: AdapterConfig) -> None:
@@ -163,9 +230,11 @@ def _check_config(directory: Path, config: AdapterConfig) -> None:
         stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from error
-    for field, wanted in peft_config_fields(config).items():
-        found = stored.get(field)
-        same = set(found or []) == set(wanted) if isinstance(wanted, list) else found == wanted
+    # What a recipe does not set must not be set there either.
+    unset: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
+    for field, wanted in {**unset, **peft_config_fields(config)}.items():
+        found = stored.get(field) or type(wanted)()
+        same = set(found) == set(wanted) if isinstance(wanted, list) else found == wanted
         if not same:
             raise InputError(
                 f"{path}: {field} is {found!r}, the recipe's adapter has {wanted!r}",
@@ -181,13 +250,6 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise InputError(f"{directory} lacks {WEIGHTS}", why="adapters are read from safetensors only") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged", why=str(error)) from error
-
-
-def _flushed_sha256(path: Path) -> str:
-    """The file's sha256, once its bytes are on the disk: what the rename makes visible must be there."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

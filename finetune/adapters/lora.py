@@ -26,18 +26,19 @@ from finetune.model.experts import PackedExperts
 
 
 class LoraLinear(nn.Linear):
-    """A frozen linear map plus scale · B A x.
+    """A frozen linear map plus scale · B A dropout(x).
 
     Args:
         base: the projection it replaces; its weight [out, in] and bias [out] are shared, not copied.
-        rank, alpha: of the update.
+        rank, scale: of the update.
+        dropout: share of x's elements that the update does not see in training mode.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        self.scale, self.enabled = alpha / rank, True
+        self.weight, self.bias, self.training = base.weight, base.bias, base.training
+        self.scale, self.dropout, self.enabled = scale, dropout, True
         device = base.weight.device
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
@@ -47,16 +48,17 @@ class LoraLinear(nn.Linear):
         out = F.linear(x, self.weight, self.bias)
         if not self.enabled:
             return out
-        inner = F.linear(x, self.lora_a.to(x.dtype)) * self.scale
+        seen = F.dropout(x, self.dropout, self.training)
+        inner = F.linear(seen, self.lora_a.to(x.dtype)) * self.scale
         return out + F.linear(inner, self.lora_b.to(x.dtype))
 
 
 class ExpertLora(nn.Module):
     """Updates of one layer's experts: gate_up a [E, L, D], b [E, 2F, L]; down a [E, L, F], b [E, D, L]."""
 
-    def __init__(self, experts: PackedExperts, rank: int, alpha: float) -> None:
+    def __init__(self, experts: PackedExperts, rank: int, scale: float) -> None:
         super().__init__()
-        self.scale, self.enabled = alpha / rank, True
+        self.scale, self.enabled = scale, True
         self.gate_up_a, self.gate_up_b = self._factors(experts.get_buffer("gate_up_proj_blocks"), rank)
         self.down_a, self.down_b = self._factors(experts.get_buffer("down_proj_blocks"), rank)
 
@@ -124,7 +126,7 @@ def attach_adapter(base: Base, config: AdapterConfig, *, seed: int) -> Adapter:
     sites = plan_sites(base.checkpoint.shape, config)
     modules = []
     for site in sites:
-        module = _attach_site(base.model, site)
+        module = _attach_site(base.model, site, config.attention.dropout)
         for name, parameter in lora_parameters(module).items():
             if name.endswith("a"):
                 _initialise(parameter, f"{site.module}.{name}", seed)
@@ -134,19 +136,19 @@ def attach_adapter(base: Base, config: AdapterConfig, *, seed: int) -> Adapter:
     return adapter
 
 
-def _attach_site(model: GptOssForCausalLM, site: Site) -> LoraLinear | ExpertLora:
+def _attach_site(model: GptOssForCausalLM, site: Site, dropout: float) -> LoraLinear | ExpertLora:
     try:
         target = model.get_submodule(site.module)
     except AttributeError as error:
         raise CheckError(f"no module {site.module} to adapt", why="the model is not laid out as expected") from error
     if isinstance(target, PackedExperts):
-        lora = ExpertLora(target, site.rank, site.alpha)
+        lora = ExpertLora(target, site.rank, site.scale)
         target.attach(lora)
         return lora
     if not isinstance(target, nn.Linear) or isinstance(target, LoraLinear):
         raise CheckError(f"{site.module} is a {type(target).__name__}, not a plain linear map")
     parent, _, name = site.module.rpartition(".")
-    adapted = LoraLinear(target, site.rank, site.alpha)
+    adapted = LoraLinear(target, site.rank, site.scale, dropout)
     setattr(model.get_submodule(parent), name, adapted)
     return adapted
 

@@ -11,6 +11,10 @@ Shape legend: E experts, L rank, D hidden, F expert width.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -19,6 +23,8 @@ from finetune.config.schema import AdapterConfig
 
 PREFIX = "base_model.model."
 EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+Number = int | float
+_LAYER = re.compile(r"^model\.layers\.\d+\.")
 
 
 def peft_keys(site: Site) -> dict[str, str]:
@@ -63,30 +69,82 @@ def from_peft(name: str, stored: Tensor, like: torch.Size) -> Tensor:
     return stored.reshape(out, rank, experts).permute(2, 0, 1).contiguous()
 
 
-def peft_config_fields(config: AdapterConfig) -> dict[str, object]:
-    """The fields of PEFT's `LoraConfig` that say what is adapted and how strongly.
+@dataclass(frozen=True)
+class Strength:
+    """Rank and alpha of one adapted weight."""
 
-    One rank is the default `r`; where experts differ from attention, patterns name them.
-    """
+    rank: int
+    alpha: float
+
+
+def peft_config_fields(config: AdapterConfig) -> dict[str, object]:
+    """The fields of PEFT's `LoraConfig` that say what a recipe adapts and how strongly."""
     attention, experts = config.attention, config.experts
-    rank, alpha = (attention.rank, attention.alpha) if attention.rank else (experts.rank, experts.alpha)
+    weights: dict[str, Strength] = {}
+    # With every layer adapted names lose their layer, so one layer stands for all.
+    first, last = config.layers or (0, 0)
+    for layer in range(first, last + 1):
+        path = f"model.layers.{layer}."
+        if attention.rank:
+            for target in attention.targets:
+                weights[f"{path}self_attn.{target}"] = Strength(attention.rank, attention.alpha)
+        if experts.rank:
+            for parameter in EXPERT_PARAMETERS:
+                weights[path + parameter] = Strength(experts.rank, experts.alpha)
+    return lora_config_fields(weights, every_layer=config.layers is None, rslora=config.rslora)
+
+
+def lora_config_fields(weights: Mapping[str, Strength], *, every_layer: bool, rslora: bool) -> dict[str, object]:
+    """The fields of PEFT's `LoraConfig` for any set of adapted weights.
+
+    PEFT's own `layers_to_transform` limits modules but not parameters (PEFT 0.21.2 adapts the experts of all layers),
+    so a subset of layers is written as full names. `use_rslora` goes with patterns when loading: the scale is
+    alpha / sqrt(rank) with the site's own numbers (PEFT 0.21.2; it refuses the two together only when converting PiSSA
+    and the like on saving).
+
+    Args:
+        weights: full name -> strength, such as `model.layers.0.self_attn.q_proj`, `model.layers.0.mlp.router.weight`
+            or `model.layers.0.mlp.experts.down_proj`; both projections of a layer's experts or neither.
+        every_layer: the same weights are adapted in every layer of the model.
+        rslora: scales are alpha / sqrt(rank).
+    """
+    names = {name: _LAYER.sub("", name) if every_layer else name for name in weights}
+    parameters = [full for full in names if ".mlp." in full]  # PEFT calls a weight outside an nn.Linear a parameter
+    modules = [full for full in names if full not in parameters]
+    default = weights[(modules or parameters)[0]]
     fields: dict[str, object] = {
-        "r": rank,
-        "lora_alpha": _plain_number(alpha),
+        "r": default.rank,
+        "lora_alpha": _plain_number(default.alpha),
         # vLLM requires the key, and PEFT takes an empty list when parameters are targeted.
-        "target_modules": list(attention.targets) if attention.rank else [],
+        "target_modules": list(dict.fromkeys(names[full].removeprefix("self_attn.") for full in modules)),
         "lora_dropout": 0.0,
         "bias": "none",
     }
-    if experts.rank:
-        fields["target_parameters"] = list(EXPERT_PARAMETERS)
-        if experts.rank != rank:
-            fields["rank_pattern"] = dict.fromkeys(EXPERT_PARAMETERS, experts.rank)
-        if experts.alpha != alpha:
-            fields["alpha_pattern"] = dict.fromkeys(EXPERT_PARAMETERS, _plain_number(experts.alpha))
+    if rslora:
+        fields["use_rslora"] = True
+    if parameters:
+        fields["target_parameters"] = list(dict.fromkeys(names[full] for full in parameters))
+    if ranks := _pattern({name: strength.rank for name, strength in weights.items()}, default.rank):
+        fields["rank_pattern"] = ranks
+    if alphas := _pattern({name: _plain_number(s.alpha) for name, s in weights.items()}, _plain_number(default.alpha)):
+        fields["alpha_pattern"] = alphas
     return fields
 
 
-def _plain_number(value: float) -> float | int:
+def _pattern(values: Mapping[str, Number], default: Number) -> dict[str, Number]:
+    """Where values differ from the default: by the name without its layer if all layers agree, else by full name."""
+    by_name: dict[str, set[Number]] = {}
+    for full, value in values.items():
+        by_name.setdefault(_LAYER.sub("", full), set()).add(value)
+    pattern: dict[str, Number] = {}
+    for full, value in values.items():
+        name = _LAYER.sub("", full)
+        agree = len(by_name[name]) == 1
+        if value != default:
+            pattern[name if agree else full] = value
+    return pattern
+
+
+def _plain_number(value: float) -> Number:
     """32.0 as 32: PEFT's own files hold integers where they can."""
     return int(value) if value == int(value) else value

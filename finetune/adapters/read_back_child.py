@@ -2,10 +2,12 @@
 
 Deliberately imports nothing of this package. Called as `python read_back_child.py REQUEST.json`; writes the result as
 JSON to standard output. The request names the base and adapter directories, a safetensors file with the sequences and
-the live model's logits, and the dtype to compute in.
+the live model's logits, and the dtype to compute in. Without an adapter the "base" is a merged checkpoint, which is
+compared with what the live model computed with the adapter on.
 """
 
 import json
+import os
 import sys
 
 import torch
@@ -19,25 +21,32 @@ def main(request_path: str) -> None:
     with open(request_path) as file:
         request = json.load(file)
     dtype = getattr(torch, request["dtype"])
+    with open(os.path.join(request["base"], "config.json")) as file:
+        packed = "quantization_config" in json.load(file)
     base, info = AutoModelForCausalLM.from_pretrained(
         request["base"],
         # MXFP4 values are exact in bfloat16, so dequantising there and widening loses nothing.
         dtype=torch.bfloat16,
-        quantization_config=Mxfp4Config(dequantize=True),
+        **({"quantization_config": Mxfp4Config(dequantize=True)} if packed else {}),
         attn_implementation="eager",
         output_loading_info=True,
     )
     problems = {f"base {kind}": sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     base = base.to(dtype).eval()
     result: dict[str, object] = {}
-    before = _logits(base, load_file(request["tensors"]))
+    live = load_file(request["tensors"])
+    before = _logits(base, live)
+    if request.get("adapter") is None:
+        result["problems"] = {kind: keys for kind, keys in problems.items() if keys}
+        result |= {kind: _compare(before, live, kind) for kind in ("adapted", "base", "merged") if f"{kind}.0" in live}
+        print("RESULT " + json.dumps(result))
+        return
     model = PeftModel.from_pretrained(base, request["adapter"], adapter_name="checked").eval()
     loaded = model.load_adapter(request["adapter"], adapter_name="checked")
     problems["adapter missing"] = [key for key in loaded.missing_keys if "lora_" in key]
     problems["adapter unexpected"] = list(loaded.unexpected_keys)
-    after = _logits(model, load_file(request["tensors"]))
+    after = _logits(model, live)
     result["problems"] = {kind: keys for kind, keys in problems.items() if keys}
-    live = load_file(request["tensors"])
     result["adapted"] = _compare(after, live, "adapted")
     result["disabled"] = _compare(before, live, "base")
     # What the comparison says about an adapter that does nothing: the difference it would have to notice.

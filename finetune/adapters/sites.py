@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.config.derive import lora_scale
 from finetune.config.schema import AdapterConfig
+from finetune.errors import ConfigError
 from finetune.model.shapes import ModelShape
 
 SiteKind = Literal["attention", "experts"]
@@ -19,7 +21,8 @@ class Site:
         kind: an attention projection, or a layer's routed experts (both projections).
         layer: layer number from 0.
         module: path in the model, such as `model.layers.0.self_attn.q_proj`.
-        rank, alpha: of the update; its scale is alpha / rank.
+        rank, alpha: of the update.
+        scale: what b @ a is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
         num_parameters: trained parameters here.
     """
 
@@ -28,13 +31,24 @@ class Site:
     module: str
     rank: int
     alpha: float
+    scale: float
     num_parameters: int
 
 
 def plan_sites(shape: ModelShape, config: AdapterConfig) -> list[Site]:
-    """All sites of a recipe, layer by layer."""
+    """All sites of a recipe, layer by layer.
+
+    Raises:
+        ConfigError: the recipe's layers are not the model's.
+    """
+    first, last = config.layers or (0, shape.num_layers - 1)
+    if last >= shape.num_layers:
+        raise ConfigError(
+            f"adapter.layers is [{first}, {last}], and the base has {shape.num_layers} layers",
+            fix=f"layers count from 0; the last is {shape.num_layers - 1}",
+        )
     sites: list[Site] = []
-    for layer in range(shape.num_layers):
+    for layer in range(first, last + 1):
         if config.attention.rank:
             sites += [_attention_site(shape, config, layer, target) for target in config.attention.targets]
         if config.experts.rank:
@@ -54,10 +68,17 @@ def describe_sites(sites: list[Site], shape: ModelShape) -> str:
             lines.append(f"  {kind:<10} none")
             continue
         total = sum(site.num_parameters for site in here)
+        layers = "" if len({site.layer for site in here}) == shape.num_layers else _layer_range(here)
         lines.append(
-            f"  {kind:<10} {len(here)} {each}, rank {here[0].rank}, alpha {here[0].alpha:g}: {total:,} parameters"
+            f"  {kind:<10} {len(here)} {each}{layers}, rank {here[0].rank}, scale {here[0].scale:g}: "
+            f"{total:,} parameters"
         )
     return "\n".join(lines)
+
+
+def _layer_range(sites: list[Site]) -> str:
+    first, last = sites[0].layer, sites[-1].layer
+    return f" in layer {first}" if first == last else f" in layers {first} to {last}"
 
 
 def _attention_site(shape: ModelShape, config: AdapterConfig, layer: int, target: str) -> Site:
@@ -70,7 +91,9 @@ def _attention_site(shape: ModelShape, config: AdapterConfig, layer: int, target
     }[target]
     rank = config.attention.rank
     module = f"model.layers.{layer}.self_attn.{target}"
-    return Site("attention", layer, module, rank, config.attention.alpha, rank * (inputs + out))
+    alpha = config.attention.alpha
+    scale = lora_scale(alpha, rank, rslora=config.rslora)
+    return Site("attention", layer, module, rank, alpha, scale, rank * (inputs + out))
 
 
 def _expert_site(shape: ModelShape, config: AdapterConfig, layer: int) -> Site:
@@ -78,4 +101,6 @@ def _expert_site(shape: ModelShape, config: AdapterConfig, layer: int) -> Site:
     # gate_up reads D and writes 2F, down reads F and writes D.
     per_expert = rank * (2 * shape.hidden + 3 * shape.expert_width)
     module = f"model.layers.{layer}.mlp.experts"
-    return Site("experts", layer, module, rank, config.experts.alpha, per_expert * shape.num_experts)
+    alpha = config.experts.alpha
+    scale = lora_scale(alpha, rank, rslora=config.rslora)
+    return Site("experts", layer, module, rank, alpha, scale, per_expert * shape.num_experts)

@@ -26,6 +26,11 @@ COMMANDS = {
     "data": ("finetune.cli.data", "see a recipe's tokens and what is trained, or its figures"),
     "recipes": ("finetune.cli.recipes", "list the recipes, or show one"),
     "config": ("finetune.cli.config", "show what a recipe and overrides come to"),
+    "export": (
+        "finetune.cli.export",
+        "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
+    ),
+    "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }
 _NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from finetune.errors import InputError
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _BASE_FIX = "give a checkpoint directory or a hub name; `finetune base tiny DIR` makes a tiny base"
+
+
+def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:
+    """What an update b @ a is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def derived_lines(config: RunConfig) -> list[str]:
@@ -25,7 +31,9 @@ def derived_lines(config: RunConfig) -> list[str]:
     ]
     for name, lora in (("attention", adapter.attention), ("experts", adapter.experts)):
         if lora.rank > 0:
-            lines.append(f"LoRA scale on {name} = alpha {lora.alpha:g} / rank {lora.rank} = {lora.alpha / lora.rank:g}")
+            divisor = f"sqrt(rank {lora.rank})" if adapter.rslora else f"rank {lora.rank}"
+            scale = lora_scale(lora.alpha, lora.rank, rslora=adapter.rslora)
+            lines.append(f"LoRA scale on {name} = alpha {lora.alpha:g} / {divisor} = {scale:g}")
         else:
             lines.append(f"{name}: not adapted (rank 0)")
     last = trainer.learning_rate * (1.0 if trainer.schedule == "constant" else trainer.final_learning_rate_share)

@@ -41,6 +41,8 @@ def type_at(path: KeyPath) -> Any | None:
     """
     kind: Any = RunConfig
     for key in path:
+        if get_origin(kind) is types.UnionType and key.isdigit():  # a list or null: its items are the list's
+            kind = next(part for part in get_args(kind) if part is not types.NoneType)
         if get_origin(kind) is dict:
             kind = get_args(kind)[1]
         elif get_origin(kind) is tuple and key.isdigit():
@@ -72,7 +74,8 @@ def describe(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join("null" if part is types.NoneType else describe(part) for part in parts)
     if origin is tuple:
-        return f"a list, each {describe(parts[0])}"
+        items = "a list" if parts[-1] is Ellipsis else f"a list of {len(parts)}"
+        return f"{items}, each {describe(parts[0])}"
     if origin is dict:
         return f"a mapping from names to {describe(parts[1])}"
     if children(kind):

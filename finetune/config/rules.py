@@ -43,7 +43,11 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: 0 <= value <= 1,
         "data.max_skipped_share trainer.final_learning_rate_share trainer.warmup_share",
     ),
-    ("0 or more and below 1", lambda value: 0 <= value < 1, "trainer.adam_beta1 trainer.adam_beta2"),
+    (
+        "0 or more and below 1",
+        lambda value: 0 <= value < 1,
+        "trainer.adam_beta1 trainer.adam_beta2 adapter.attention.dropout",
+    ),
     ("above 0 and below 1", lambda value: 0 < value < 1, "evaluate.confidence data.validation_split.share"),
     ("between 0 and 4294967295", lambda value: 0 <= value < 2**32, "seed"),
 )
@@ -157,6 +161,22 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
         yield Problem(targets, "is empty", "to leave attention alone write adapter.attention.rank=0")
     if len(set(attention.targets)) != len(attention.targets):
         yield Problem(targets, f"names a projection twice: {', '.join(attention.targets)}")
+    if attention.rank == 0 and attention.dropout:
+        yield Problem(("adapter", "attention", "dropout"), "is set, but adapter.attention.rank is 0")
+    if experts.dropout:
+        yield Problem(
+            ("adapter", "experts", "dropout"),
+            f"is {experts.dropout}, must be 0: PEFT's format adapts expert weights as W + BA, in which inputs of BA "
+            "alone cannot be dropped, and PEFT refuses such a file",
+            "use adapter.attention.dropout, fewer epochs or a lower adapter.experts.rank against overfitting",
+        )
+    layers = config.adapter.layers
+    if layers is not None and not 0 <= layers[0] <= layers[1]:
+        yield Problem(
+            ("adapter", "layers"),
+            f"is {list(layers)}, must be [first, last] with 0 <= first <= last",
+            "layers count from 0 and both ends are included: [12, 23] is the upper half of 20b",
+        )
 
 
 def _trainer(config: RunConfig) -> Iterator[Problem]:

@@ -176,19 +176,30 @@ class DataConfig(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionAdapterConfig(_Strict):
-    """LoRA on the attention projections. `rank: 0` leaves attention alone."""
+    """LoRA on the attention projections. `rank: 0` leaves attention alone.
+
+    Attributes:
+        dropout: share of a projection's inputs that the update does not see in a training step; nothing at inference.
+    """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[AttentionTarget, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertAdapterConfig(_Strict):
-    """LoRA on both projections of every routed expert. `rank: 0` leaves the experts alone."""
+    """LoRA on both projections of every routed expert. `rank: 0` leaves the experts alone.
+
+    Attributes:
+        dropout: only 0; the key is there to say why (an expert's update in PEFT's format is a weight W + BA, in which
+            dropping inputs of BA alone cannot be written).
+    """
 
     rank: int = 4
     alpha: float = 8.0
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,12 +207,16 @@ class AdapterConfig(_Strict):
     """What is trained.
 
     Attributes:
+        rslora: scale updates by alpha / sqrt(rank) instead of alpha / rank, so that a higher rank does not act weaker.
+        layers: the first and the last layer adapted, both included, counted from 0. None: every layer.
         dtype: dtype in which LoRA parameters are kept and updated.
         init_from: directory of an adapter to train on from; ranks, alphas and base must match. None: A random, B zero.
     """
 
     attention: AttentionAdapterConfig = field(default_factory=AttentionAdapterConfig)
     experts: ExpertAdapterConfig = field(default_factory=ExpertAdapterConfig)
+    rslora: bool = False
+    layers: tuple[int, int] | None = None
     dtype: Literal["float32"] = "float32"
     init_from: str | None = None
 

@@ -14,12 +14,13 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from finetune.config.schema import ModelConfig
-from finetune.console import Progress
+from finetune.console import Progress, say
 from finetune.errors import CheckError, ConfigError, MachineError
 from finetune.model.attention import register_attention
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.dense import DenseCheckpoint
 from finetune.model.experts import PackedExperts
-from finetune.model.identity import identity, tensor_digest
+from finetune.model.identity import checkpoint_identity, identity, tensor_digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STORED_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8}
@@ -33,7 +34,7 @@ class Base:
         model: transformers' module tree, every parameter frozen, in evaluation mode.
         checkpoint: the files it came from.
         identity: hash of every tensor's name, dtype, shape and bytes (see `finetune.model.identity`).
-        digests: sha256 of each tensor's bytes by name, so that a changed one can be named.
+        digests: sha256 of each held tensor's bytes by name, so that a changed one can be named.
     """
 
     model: GptOssForCausalLM
@@ -50,6 +51,11 @@ class Base:
     def compute_dtype(self) -> torch.dtype:
         """Dtype of activations and of everything that is not packed."""
         return self.model.model.embed_tokens.weight.dtype
+
+    @property
+    def expert_rounding_error(self) -> float:
+        """Relative RMS of what rounding changed in a bfloat16 base's experts; 0 for a native one."""
+        return self.checkpoint.rounding_error() if isinstance(self.checkpoint, DenseCheckpoint) else 0.0
 
 
 def choose_device(config: ModelConfig) -> torch.device:
@@ -87,7 +93,7 @@ def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
 
 
 def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, experts_per_chunk: int) -> Base:
-    """Read a native MXFP4 checkpoint into a frozen model.
+    """Read a checkpoint into a frozen model; experts of a bfloat16 one are rounded to MXFP4, and that is said.
 
     Args:
         checkpoint: opened and validated.
@@ -137,6 +143,10 @@ def _refuse_unfilled(model: nn.Module) -> None:
 
 
 def _identity(checkpoint: Checkpoint, digests: dict[str, str]) -> str:
+    """The files' identity. What was held is what was read, except for experts that were rounded on the way."""
+    if isinstance(checkpoint, DenseCheckpoint):
+        say(checkpoint.describe_rounding())
+        return checkpoint_identity(checkpoint)
     return identity(
         (name, checkpoint.dtype(name), checkpoint.tensor_shape(name), digest) for name, digest in digests.items()
     )

@@ -22,6 +22,7 @@ CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CHECKSUMS_FILE = "checksums.json"
+_TORCH_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8}
 _FETCH_AGAIN = "download or copy the checkpoint again"
 
 
@@ -51,7 +52,11 @@ class Checkpoint:
 
         Raises:
             InputError: not a directory, a file missing, broken or truncated, another architecture, a checkpoint that
-                is not in native MXFP4, or tensors that are missing, unexpected or of another dtype or shape.
+                is neither in native MXFP4 nor in bfloat16, or tensors that are missing, unexpected or of another dtype
+                or shape.
+
+        Returns:
+            The checkpoint. One in bfloat16 is a `DenseCheckpoint`, which looks like a native one.
         """
         if not directory.is_dir():
             raise InputError(
@@ -60,10 +65,19 @@ class Checkpoint:
             )
         config = read_json(directory / CONFIG_FILE)
         shape = ModelShape.from_config(config, str(directory / CONFIG_FILE))
-        _require_mxfp4(config, directory)
+        packed = _is_packed(config, directory)
         entries = _read_headers(directory)
-        _require_expected(directory, entries, shape)
+        if not packed:
+            from finetune.model.dense import DenseCheckpoint
+
+            return DenseCheckpoint.of(directory, config, shape, entries)
+        require_tensors(directory, entries, shape.expected_tensors(), "in native MXFP4")
         return cls(directory, config, shape, entries)
+
+    @property
+    def stored(self) -> dict[str, TensorEntry]:
+        """Tensors as they lie in the files; what the identity covers."""
+        return self.entries
 
     def names(self) -> list[str]:
         """Names of all tensors, in the order of the files."""
@@ -94,11 +108,42 @@ class Checkpoint:
         Returns:
             The tensor, in its stored dtype and shape.
         """
-        file = self.entries[name].file
+        return self.read_stored(name)
+
+    def read_stored(self, name: str) -> torch.Tensor:
+        """Read one tensor as it lies in the files; see `read`."""
+        file = self.stored[name].file
         if file not in self._files:
             self._files[file] = safe_open(self.directory / file, framework="pt")
         tensor: torch.Tensor = self._files[file].get_tensor(name)
         return tensor
+
+    def read_rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Read part of a tensor into memory of its own: unlike `read`, nothing stays mapped behind it.
+
+        Args:
+            name: one of `names()`.
+            first, last: rows along the first axis, `last` not included.
+
+        Returns:
+            [last - first, ...] in the stored dtype.
+
+        Raises:
+            InputError: the file ends before the tensor does.
+        """
+        entry = self.entries[name]
+        row_bytes = entry.num_bytes // entry.shape[0]
+        data = torch.empty((last - first) * row_bytes, dtype=torch.uint8)
+        path = self.directory / entry.file
+        with path.open("rb", buffering=0) as file:
+            file.seek(entry.offset + first * row_bytes)
+            view, done = data.numpy().data, 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{path} was cut short while {name} was read", fix=_FETCH_AGAIN)
+                done += count
+        return data.view(_TORCH_DTYPES[entry.dtype]).reshape(last - first, *entry.shape[1:])
 
     def verify_checksums(self, progress: Progress | None = None) -> bool:
         """Compare the files with `checksums.json`, if the directory has one.
@@ -157,17 +202,19 @@ def _read_checksums(path: Path) -> dict[str, str]:
     return {plain_file_name(name, path): str(digest) for name, digest in files.items()}
 
 
-def _require_mxfp4(config: dict[str, Any], directory: Path) -> None:
+def _is_packed(config: dict[str, Any], directory: Path) -> bool:
+    """Whether experts are in MXFP4; False: in bfloat16."""
     quantisation = config.get("quantization_config")
+    if quantisation is None:
+        return False
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    if method == "mxfp4":
-        return
-    found = "no quantization_config (a bfloat16 checkpoint?)" if quantisation is None else f"quant_method {method!r}"
-    raise InputError(
-        f"{directory} is not a native MXFP4 checkpoint: its {CONFIG_FILE} has {found}",
-        why="experts are trained over the published 4-bit weights; other storage is not supported yet",
-        fix="use the MXFP4 release that it was made from, such as openai/gpt-oss-20b",
-    )
+    if method != "mxfp4":
+        raise InputError(
+            f"{directory} is neither in native MXFP4 nor in bfloat16: its {CONFIG_FILE} has quant_method {method!r}",
+            why="experts are trained over MXFP4 weights, the published ones or ones rounded from bfloat16",
+            fix="use the release that it was made from, such as openai/gpt-oss-20b",
+        )
+    return True
 
 
 def _read_headers(directory: Path) -> dict[str, TensorEntry]:
@@ -199,8 +246,22 @@ def _read_headers(directory: Path) -> dict[str, TensorEntry]:
     return entries
 
 
-def _require_expected(directory: Path, entries: dict[str, TensorEntry], shape: ModelShape) -> None:
-    expected = shape.expected_tensors()
+def require_tensors(
+    directory: Path,
+    entries: dict[str, TensorEntry],
+    expected: dict[str, tuple[str, tuple[int, ...]]],
+    layout: str,
+) -> None:
+    """Compare the tensors of a checkpoint with those it should hold.
+
+    Args:
+        directory, entries: the checkpoint and what it holds.
+        expected: name -> dtype and shape.
+        layout: what the expected ones are, such as "in native MXFP4".
+
+    Raises:
+        InputError: names what differs.
+    """
     problems = [*_named("missing", expected.keys() - entries.keys()), *_named("unexpected", entries.keys() - expected)]
     for name in expected:
         if name in entries and (entries[name].dtype, entries[name].shape) != expected[name]:
@@ -210,7 +271,7 @@ def _require_expected(directory: Path, entries: dict[str, TensorEntry], shape: M
         raise InputError(
             f"{directory} does not hold the tensors that its {CONFIG_FILE} describes: {join(problems, limit=4)}",
             why="a tensor that is missing would be random, one that is unexpected would be left out",
-            fix="use the config.json and shards of one and the same release in native MXFP4",
+            fix=f"use the config.json and shards of one and the same release {layout}",
         )
 
 

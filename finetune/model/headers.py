@@ -31,12 +31,14 @@ class TensorEntry:
         dtype: as safetensors writes it, such as `BF16`.
         shape: its sizes.
         num_bytes: bytes in the file.
+        offset: where they begin, counted from the file's first byte.
     """
 
     file: str
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    offset: int
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _entries(path: Path, header: bytes, data_bytes: int) -> dict[str, TensorEntr
         entries = {}
         for begin, end, name in spans:
             dtype, shape = str(listed[name]["dtype"]), tuple(map(int, listed[name]["shape"]))
-            entries[name] = TensorEntry(path.name, dtype, shape, end - begin)
+            entries[name] = TensorEntry(path.name, dtype, shape, end - begin, _LENGTH_BYTES + len(header) + begin)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} has a broken safetensors header ({error})", fix=_FETCH_AGAIN) from error
     needed = 0

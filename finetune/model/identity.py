@@ -6,11 +6,16 @@ import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
 from finetune.console import Progress
+from finetune.errors import InputError
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.headers import TensorEntry
+
+_PIECE_BYTES = 16 << 20
 
 
 def tensor_digest(tensor: torch.Tensor) -> str:
@@ -40,6 +45,21 @@ def identity(entries: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _stored_digest(directory: Path, entry: TensorEntry) -> str:
+    """`tensor_digest` of a tensor on disk. Not mapped: mapped pages would count as memory, the whole base of them."""
+    digest, left = hashlib.sha256(), entry.num_bytes
+    piece = memoryview(bytearray(min(_PIECE_BYTES, left)))
+    with (directory / entry.file).open("rb", buffering=0) as file:
+        file.seek(entry.offset)
+        while left:
+            count = file.readinto(piece[: min(len(piece), left)])
+            if not count:
+                raise InputError(f"{directory / entry.file} was cut short while it was read")
+            digest.update(piece[:count])
+            left -= count
+    return digest.hexdigest()
+
+
 def checkpoint_identity(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     """Hash a checkpoint on disk.
 
@@ -50,15 +70,16 @@ def checkpoint_identity(checkpoint: Checkpoint, progress: Progress | None = None
     Returns:
         The `identity` of its tensors: equal for two checkpoints that differ only in how they are split into files.
     """
-    names = checkpoint.names()
+    stored = checkpoint.stored
     if progress is not None:
-        progress.total = checkpoint.num_bytes >> 20
+        progress.total = sum(entry.num_bytes for entry in stored.values()) >> 20
     entries, done = [], 0
-    # hashlib lets go of the interpreter lock; reading is a memory map, so tensors that wait take no memory.
+    # hashlib lets go of the interpreter lock.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for name, digest in zip(names, pool.map(tensor_digest, map(checkpoint.read, names)), strict=True):
-            entries.append((name, checkpoint.dtype(name), checkpoint.tensor_shape(name), digest))
-            done += checkpoint.entries[name].num_bytes
+        digests = pool.map(lambda entry: _stored_digest(checkpoint.directory, entry), stored.values())
+        for name, digest in zip(stored, digests, strict=True):
+            entries.append((name, stored[name].dtype, stored[name].shape, digest))
+            done += stored[name].num_bytes
             if progress is not None:
                 progress.show(done >> 20)
     return identity(entries)

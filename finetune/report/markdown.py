@@ -122,6 +122,11 @@ def _checks(manifest: dict[str, Any]) -> str:
     match manifest.get("read_back"):
         case {"skipped": reason}:
             lines.append(f"- **not read back** with stock PEFT: {reason}")
+        case {"conclusive": False, "effect_kl": effect, "mean_kl": found}:
+            lines.append(
+                f"- read back by stock PEFT, **inconclusive**: the adapter changes so little (KL {effect:.1e}) that "
+                f"ignoring it would hardly show (KL {found:.1e} found)"
+            )
         case {"max_difference": difference, "effect": effect, "samples": samples}:
             lines.append(
                 f"- read back by stock PEFT in a fresh process: logits differ by {difference:.1e} at most on {samples} "

@@ -15,7 +15,7 @@ from finetune.adapters.read_back import fits_in_memory, memory_needed_bytes, rea
 from finetune.config.compose import ComposedConfig
 from finetune.config.validate import to_plain
 from finetune.console import say, warn
-from finetune.errors import ConfigError, InputError, Interrupted
+from finetune.errors import ConfigError, InputError, Interrupted, MachineError
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import check_unchanged
 from finetune.train.checkpoints import checkpoint_path, load_checkpoint, load_newest, remove_after
@@ -262,6 +262,12 @@ def _read_back(session: Session, run: RunDirectory) -> dict[str, Any]:
         warn(f"the adapter was not read back with stock PEFT: {skipped}")
         return {"skipped": skipped}
     split = session.splits.get("test", session.splits["train"])
-    result = read_back(base, session.adapter, run.adapter, split.samples[: export.read_back_rows])
-    say(result.describe())
+    try:
+        result = read_back(base, session.adapter, run.adapter, split.samples[: export.read_back_rows])
+    except MachineError as error:
+        if export.read_back == "always":
+            raise
+        warn(f"the adapter was not read back with stock PEFT: {error.what}")
+        return {"skipped": error.what}
+    (say if result.conclusive else warn)(result.describe())
     return asdict(result)

@@ -127,6 +127,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "name": session.location.name,
             "revision": session.location.revision,
             "identity": session.base.identity,
+            "expert_rounding_error": session.base.expert_rounding_error,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
         "data": {

@@ -1,0 +1,73 @@
+"""`finetune adapter`: look at an adapter, read someone else's, combine several."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from finetune.console import say, warn
+
+USAGE = {
+    "show": "finetune adapter show DIR [--json]",
+    "import": "finetune adapter import DIR --out DIR [--base BASE]",
+    "merge": "finetune adapter merge DIR:WEIGHT [DIR:WEIGHT ...] --out DIR [--rank R]",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    show = actions.add_parser("show", help="its sites, ranks, scales and norms", usage=USAGE["show"])
+    show.add_argument("directory", metavar="DIR", type=Path, help="a run, or an adapter directory")
+    show.add_argument("--json", action="store_true", help="every site, as JSON")
+    read = actions.add_parser("import", help="bring an adapter of another tool into our layout", usage=USAGE["import"])
+    read.add_argument(
+        "directory", metavar="DIR", type=Path, help="as PEFT of any version writes it, or factors expert by expert"
+    )
+    read.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")
+    read.add_argument("--base", metavar="BASE", help="directory or hub name of its base: checked and recorded")
+    read.add_argument("--revision", help="branch, tag or commit of a hub name")
+    merge = actions.add_parser("merge", help="combine adapters of one base", usage=USAGE["merge"])
+    merge.add_argument("parts", metavar="DIR:WEIGHT", nargs="+", help="an adapter and how much of it; alone: 1")
+    merge.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")
+    merge.add_argument(
+        "--rank", type=int, help="highest rank of the result, by SVD, with the error printed (default: exact)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what was asked."""
+    match args.action:
+        case "show":
+            _show(args.directory, as_json=args.json)
+        case "import":
+            from finetune.export.importing import import_adapter
+            from finetune.export.targets import ExportOptions
+
+            import_adapter(args.directory, args.out, ExportOptions(base=args.base, revision=args.revision))
+            say(str(args.out), result=True)
+        case "merge":
+            from finetune.export.combine import describe_costs, merge_adapters, parse_weighted
+
+            costs = merge_adapters([parse_weighted(part) for part in args.parts], args.out, args.rank)
+            for line in describe_costs(costs):
+                say(line)
+            say(str(args.out), result=True)
+
+
+def _show(directory: Path, *, as_json: bool) -> None:
+    from finetune.export import show
+    from finetune.export.adapters import known_shape
+    from finetune.export.orientation import SWAPPING_RELEASE, is_swapped
+    from finetune.export.source import open_adapter, resolve_run
+
+    source = open_adapter(resolve_run(directory)[0])
+    if is_swapped(source, known_shape(source)):
+        warn(f"expert factors are the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them: finetune adapter import")
+    sites = show.measure(source)
+    if as_json:
+        say(json.dumps(show.as_json(source, sites), indent=2), result=True)
+        return
+    for line in show.as_lines(source, sites):
+        say(line, result=True)

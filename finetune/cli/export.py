@@ -1,0 +1,71 @@
+"""`finetune export RUN --to TARGET`: an adapter, or its base with the adapter merged in, for a serving stack."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from finetune.config.keys import suggest_word
+from finetune.console import say
+from finetune.errors import ConfigError
+from finetune.export.targets import ADAPTER_TARGETS, MERGED_TARGETS, SUMMARIES, ExportOptions
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    width = max(map(len, SUMMARIES))
+    parser.epilog = "targets:\n" + "\n".join(f"  {name:{width}}  {line}" for name, line in SUMMARIES.items())
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
+    parser.add_argument("--to", metavar="TARGET", required=True, help="what to write (see below)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where; must not exist (default: RUN/export/TARGET)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be written, tensor by tensor")
+    parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub name")
+    parser.add_argument("--no-verify", action="store_true", help="do not open the result in a fresh process")
+    parser.add_argument(
+        "--gguf-experts", choices=("bf16", "mxfp4"), default="bf16", help="how a merged GGUF stores experts"
+    )
+    parser.add_argument("--pad-rank", action="store_true", help="peft: pad the rank to one that vLLM serves")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export, and say where the result is.
+
+    Raises:
+        ConfigError: no such target.
+    """
+    target = args.to
+    if target not in SUMMARIES:
+        fix = suggest_word(target, list(SUMMARIES)) or f"one of {', '.join(SUMMARIES)}"
+        raise ConfigError(f"cannot export to {target!r}", fix=fix)
+    from finetune.export.source import open_adapter, resolve_run
+
+    directory, run_directory = resolve_run(args.run)
+    source = open_adapter(directory)
+    out = args.out or _default_out(directory, run_directory, target)
+    options = ExportOptions(
+        base=args.base,
+        revision=args.revision,
+        dry_run=args.dry_run,
+        verify=not args.no_verify,
+        gguf_experts=args.gguf_experts,
+        pad_rank=args.pad_rank,
+    )
+    match target:
+        case _ if target in MERGED_TARGETS:
+            from finetune.export.merged import export_merged
+
+            export_merged(source, target, out, options, run_directory)
+        case _ if target in ADAPTER_TARGETS:
+            from finetune.export.adapters import export_adapter
+
+            export_adapter(source, target, out, options)
+    if not args.dry_run:
+        say(str(out), result=True)
+
+
+def _default_out(directory: Path, run_directory: Path | None, target: str) -> Path:
+    if run_directory is not None:
+        return run_directory / "export" / target
+    return directory.with_name(f"{directory.name}-{target}")

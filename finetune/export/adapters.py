@@ -1,0 +1,161 @@
+"""Export an adapter as a serving stack reads it: no base weights, no tokenizer, and the command that serves it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetune import __version__
+from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, staged_directory, write_facts, write_peft_directory
+from finetune.config.locate import shipped_dir
+from finetune.console import say, warn
+from finetune.export.factors import largest_rank, layers_of
+from finetune.export.gguf_lora import FILE, gguf_lora_lines, gguf_lora_tensors, write_gguf_lora
+from finetune.export.mlx import MLX_WEIGHTS, mlx_config, mlx_lines, mlx_tensors
+from finetune.export.orientation import refuse_swapped
+from finetune.export.peft import adapts_every_layer, peft_contents, served_rank, vllm_line
+from finetune.export.plan import check_fits
+from finetune.export.sglang import sglang_config, sglang_lines, sglang_tensors
+from finetune.export.source import AdapterSource
+from finetune.export.staging import refuse_existing, sha256
+from finetune.export.targets import AdapterTarget, ExportOptions
+from finetune.model.checkpoint import CONFIG_FILE, Checkpoint
+from finetune.model.headers import read_json
+from finetune.model.shapes import ModelShape
+
+_PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an exported directory will hold.
+
+    Attributes:
+        file: name of the file with the tensors.
+        tensors: by the target's names.
+        config: fields of adapter_config.json (for `peft` those of PEFT's LoraConfig); for `gguf-lora` its alpha.
+        lines: how to serve it.
+    """
+
+    file: str
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    lines: list[str]
+
+
+def export_adapter(source: AdapterSource, target: AdapterTarget, out: Path, options: ExportOptions) -> None:
+    """Write an adapter for a serving stack, or print what would be written.
+
+    Args:
+        source: the adapter.
+        target: `peft`, `sglang`, `gguf-lora` or `mlx`.
+        out: must not exist.
+        options: what the command line asked for. With a base, its identity and shapes are compared.
+
+    Raises:
+        ConfigError: `out` exists.
+        InputError: the adapter is not the base's, or the target cannot carry it.
+        MachineError: it cannot be written, or a package is missing.
+    """
+    refuse_existing(out)
+    shape = _check_base(source, options)
+    contents = _contents(source, target, out, shape, options)
+    if options.dry_run:
+        for line in _describe(contents, target):
+            say(line, result=True)
+        return
+    facts = {
+        "base_name": source.base_name,
+        "base_revision": source.base_revision,
+        "base_identity": source.base_identity,
+    }
+    if target == "peft":
+        write_peft_directory(out, contents.tensors, contents.config, facts)
+    else:
+        _write(out, target, contents, facts | {"exported_from": sha256(source.directory / WEIGHTS)})
+    for line in contents.lines:
+        say(line)
+
+
+def known_shape(source: AdapterSource) -> ModelShape | None:
+    """The sizes of the base an adapter names, if its config.json is on this disk or is one of the published two."""
+    name = source.base_name
+    directory = Path(name).expanduser() if name else None
+    if name in _PUBLISHED:
+        directory = shipped_dir("data") / "tokenizer" / name.rpartition("/")[2]
+    if directory is None or not (directory / CONFIG_FILE).is_file():
+        return None
+    return ModelShape.from_config(read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+
+
+def _check_base(source: AdapterSource, options: ExportOptions) -> ModelShape | None:
+    """Compare the adapter with its base as far as that is here: wholly if one was given, else by shapes.
+
+    Returns:
+        The base's sizes; None if they are not known here.
+    """
+    if options.base is None:
+        shape = known_shape(source)
+        refuse_swapped(source, shape)
+        if shape is None:
+            warn(f"no base here to compare {source.directory} with; --base BASE does")
+        else:
+            check_fits(shape, source)
+        return shape
+    from finetune.export.merged import check_base, find_base
+
+    checkpoint = Checkpoint.open(find_base(source, options).directory)
+    refuse_swapped(source, checkpoint.shape)
+    check_fits(checkpoint.shape, source)
+    check_base(checkpoint, source)
+    return checkpoint.shape
+
+
+def _contents(
+    source: AdapterSource, target: AdapterTarget, out: Path, shape: ModelShape | None, options: ExportOptions
+) -> Contents:
+    match target:
+        case "peft":
+            rank = served_rank(largest_rank(source)) if options.pad_rank else None
+            tensors, fields = peft_contents(
+                ((number, source.layer(number)) for number in layers_of(source)),
+                rslora=bool(source.config.get("use_rslora")),
+                every_layer=adapts_every_layer(source, shape),
+                rank=rank,
+            )
+            return Contents(WEIGHTS, tensors, fields, [vllm_line(source, out)])
+        case "sglang":
+            return Contents(WEIGHTS, sglang_tensors(source, shape), sglang_config(source), sglang_lines(source, out))
+        case "mlx":
+            return Contents(MLX_WEIGHTS, mlx_tensors(source), mlx_config(source), mlx_lines(source, out))
+        case "gguf-lora":
+            tensors, alpha = gguf_lora_tensors(source)
+            return Contents(FILE, tensors, {"adapter.lora.alpha": alpha}, gguf_lora_lines(out))
+
+
+def _write(out: Path, target: AdapterTarget, contents: Contents, facts: dict[str, Any]) -> None:
+    with staged_directory(out) as staging:
+        if target == "gguf-lora":
+            write_gguf_lora(staging / contents.file, contents.tensors, contents.config["adapter.lora.alpha"])
+        else:
+            save_file(contents.tensors, staging / contents.file, metadata={"format": "pt"})
+            write_facts(staging / CONFIG, contents.config)
+        files = {path.name: sha256(path) for path in sorted(staging.iterdir())}
+        written_by = f"gpt-oss-finetune {__version__}"
+        write_facts(staging / PROVENANCE, {"written_by": written_by, "target": target, **facts, "files": files})
+
+
+def _describe(contents: Contents, target: AdapterTarget) -> list[str]:
+    """One line a tensor, the settings, and the total."""
+    lines = [
+        f"  {tensor.numel() * tensor.element_size():>13,}  {name} {'x'.join(map(str, tensor.shape))}"
+        for name, tensor in contents.tensors.items()
+    ]
+    total = sum(tensor.numel() * tensor.element_size() for tensor in contents.tensors.values())
+    settings = [f"  {key}: {value}" for key, value in contents.config.items()]
+    return [contents.file, *lines, "settings" if target == "gguf-lora" else CONFIG, *settings,
+            f"{len(contents.tensors)} tensors, {total:,} bytes"]  # fmt: skip

@@ -1,0 +1,198 @@
+"""The model card beside a merged model: origin, data, recipe, figures, limits of use. No data rows."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.config.locate import resolve_data_path, shipped_dir
+from finetune.config.schema import RunConfig
+from finetune.config.validate import load_run_config
+from finetune.errors import FinetuneError
+
+_SHIPPED = "shipped://"
+_SERVING = {
+    "bf16": "vllm serve .\npython -m sglang.launch_server --model-path .",
+    "mxfp4": "vllm serve .\nmlx_lm.server --model .",
+    "gguf": "llama-server -m {file} --jinja",
+}
+_KINDS = {
+    "bf16": "a merged checkpoint in bfloat16",
+    "mxfp4": "a merged checkpoint in gpt-oss's native MXFP4 layout",
+    "gguf": "a merged GGUF file",
+}
+_LIMITS = """## Limits of use
+
+- It is a language model: it can be wrong, invent sources, and repeat errors and biases of the base and of the data.
+  The base's licence and usage policy go with it.
+- **Legal texts**: what it writes is no legal advice. Names of clauses and readings of contracts must be checked by a
+  person qualified in the jurisdiction concerned; the law it saw may be outdated or another country's.
+- **Medical texts**: what it writes is no medical advice, and it is no medical device. It must not decide on diagnosis,
+  treatment or triage, and must not be shown to patients without review by a qualified person.
+- Figures above hold for the test rows they were measured on. Measure on your own before you rely on it."""
+
+
+def write_card(path: Path, facts: Mapping[str, Any], run: Path | None) -> None:
+    """Write the card.
+
+    Args:
+        path: of the README.md.
+        facts: what export.json says.
+        run: the run directory, for recipe, data and evaluation; None: without those parts.
+    """
+    manifest, evaluation = _read(run, "manifest.json"), _read(run, "evaluation.json")
+    config = _config(run)
+    sections = [
+        _front(facts),
+        f"# {_title(facts, manifest)}\n\nThis is {_KINDS[facts['target']]}: {_base(facts)} with a LoRA adapter folded "
+        f"in, made by {facts['written_by']} on {facts['written'][:10]}. `export.json` has every check and file hash.",
+        _survival(facts),
+        _data(config, manifest),
+        _recipe(config, manifest),
+        _evaluation(evaluation),
+        _checks(facts),
+        _LIMITS,
+        f"## Serving\n\n```\n{_SERVING[facts['target']].format(file=facts.get('file', 'model.gguf'))}\n```",
+    ]
+    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+
+
+def licence_of(source_path: str) -> str | None:
+    """What data/LICENSES.md says of a shipped file, None if it is not one."""
+    listing = shipped_dir("data") / "LICENSES.md"
+    if not source_path.startswith(_SHIPPED) or not listing.is_file():
+        return None
+    name = re.escape(source_path.removeprefix(_SHIPPED))
+    section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", listing.read_text(encoding="utf-8"), re.M | re.S)
+    entry = section and re.search(r"- \*\*Licence\*\*: (.*?)(?=\n- \*\*|\Z)", section[1], re.S)
+    return " ".join(entry[1].split()) if entry else None
+
+
+def _front(facts: Mapping[str, Any]) -> str:
+    lines = ["---", "library_name: transformers" if facts["target"] != "gguf" else "library_name: gguf"]
+    if facts["base"]["revision"]:  # a hub name: the hub links the card to it
+        lines.append(f"base_model: {facts['base']['name']}")
+    return "\n".join([*lines, "tags: [gpt-oss, lora, merged]", "---"])
+
+
+def _title(facts: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+    base = Path(facts["base"]["name"]).name
+    return f"{base}, fine-tuned with {manifest['recipe']}" if "recipe" in manifest else f"{base}, fine-tuned"
+
+
+def _base(facts: Mapping[str, Any]) -> str:
+    base = facts["base"]
+    name = base["name"] if base["revision"] else Path(base["name"]).name
+    revision = f" at `{base['revision']}`" if base["revision"] else ""
+    return f"`{name}`{revision} (identity `{base['identity']}`)"
+
+
+def _survival(facts: Mapping[str, Any]) -> str:
+    if "survival" not in facts:
+        return ""
+    left = facts["survival"]["overall"]["survival"]
+    return (
+        f"**The experts were rounded back to 4 bits, and {left:.1%} of the fine-tune's update of them is left** "
+        "(projection; attention is exact). Prefer the bfloat16 merge or the adapter where that matters."
+    )
+
+
+def _data(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
+    if config is None:
+        return "## Data\n\nNot recorded: the adapter was exported without its run."
+    lines = []
+    sources = {
+        source.path for split in ("train", "validation", "test") for source in getattr(config.data, split).values()
+    }
+    for path in sorted(sources):
+        licence = licence_of(path) or "licence not recorded; establish it before you publish this model"
+        shown = path.removeprefix(_SHIPPED) if path.startswith(_SHIPPED) else Path(path).name
+        lines.append(f"- `{shown}`, sha256 of its content `{_content_hash(path)}`: {licence}")
+    for split, figures in manifest.get("data", {}).items():
+        lines.append(
+            f"- {split}: {figures['rows']:,} rows, {figures['trained_tokens']:,} of {figures['tokens']:,} tokens "
+            f"trained or scored, fingerprint `{figures['fingerprint']}`"
+        )
+    return "## Data\n\n" + "\n".join(lines) + "\n\nNo rows of it are shown here."
+
+
+def _content_hash(path: str) -> str:
+    """sha256 of a data file, decompressed, as data/LICENSES.md lists it."""
+    try:
+        content = resolve_data_path(path).read_bytes()
+    except (OSError, FinetuneError):
+        return "not available: the file is not here any more"
+    return hashlib.sha256(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).hexdigest()
+
+
+def _recipe(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
+    if config is None:
+        return ""
+    adapter, trainer = config.adapter, config.trainer
+    lines = [
+        f"- attention rank {adapter.attention.rank}, alpha {adapter.attention.alpha:g}; "
+        f"experts rank {adapter.experts.rank}, alpha {adapter.experts.alpha:g}",
+        f"- {manifest.get('total_steps', '?')} steps, {trainer.epochs:g} epochs, learning rate "
+        f"{trainer.learning_rate:g}, seed {config.seed}, rows of {config.data.max_length:,} tokens",
+    ]
+    return f"## Recipe\n\n`{manifest.get('recipe', '?')}`\n\n" + "\n".join(lines)
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> str:
+    if "after" not in evaluation:
+        return "## Evaluation\n\nNone recorded."
+    before, after = evaluation["before"], evaluation["after"]
+    rows = ["| | before | after |", "|---|---|---|"]
+    for title, key in (("test loss, nats per trained token", "loss"), ("label accuracy", "accuracy")):
+        if key in after:
+            rows.append(f"| {title} | {_interval(before, key)} | {_interval(after, key)} |")
+    note = f"{after['rows']} test rows, {after['confidence']:.0%} intervals, measured with the adapter before merging."
+    return "## Evaluation\n\n" + "\n".join(rows) + f"\n\n{note}"
+
+
+def _interval(figures: Mapping[str, Any], key: str) -> str:
+    low, high = figures[f"{key}_interval"]
+    return f"{figures[key]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _checks(facts: Mapping[str, Any]) -> str:
+    found = facts["verification"]
+    if "skipped" in found:
+        return f"## Checks\n\nNot verified ({found['skipped']})."
+    lines = [
+        f"- every weight was compared with base + update by others' code in a fresh process: "
+        f"{found['weights']['tensors_changed']} changed, all others as in the base"
+    ]
+    logits = found["logits"]
+    if "skipped" in logits:
+        lines.append(f"- logits were not compared: {logits['skipped']}")
+    else:
+        adapted = logits["adapted"]
+        lines.append(
+            f"- logits by transformers against base + adapter on {logits['samples']} samples: mean KL "
+            f"{adapted['mean_kl']:.2e}, same likeliest token at {adapted['argmax_agreement']:.1%} of positions"
+        )
+    return "## Checks\n\n" + "\n".join(lines)
+
+
+def _config(run: Path | None) -> RunConfig | None:
+    if run is None:
+        return None
+    try:
+        return load_run_config(run / "config.yaml")
+    except FinetuneError:
+        return None
+
+
+def _read(run: Path | None, name: str) -> dict[str, Any]:
+    """One of the run's JSON files; {} if it is not there or broken: a card says less then."""
+    try:
+        content = json.loads((run / name).read_text(encoding="utf-8")) if run else {}
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,56 @@
+"""Put an adapter read from disk on a live base, whatever its layers, ranks and scales: what merges are held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from finetune.adapters.lora import LoraLinear
+from finetune.export.source import ATTENTION, ROUTER, AdapterSource, Factors
+from finetune.kernels.experts import LoraFactors
+from finetune.model.build import Base
+
+
+class _Experts(nn.Module):
+    """Updates of one layer's experts; either projection may be missing."""
+
+    def __init__(self, factors: dict[str, Factors]) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def gate_up(self) -> LoraFactors | None:
+        return self._of("gate_up_proj")
+
+    def down(self) -> LoraFactors | None:
+        return self._of("down_proj")
+
+    def _of(self, name: str) -> LoraFactors | None:
+        found = self.factors.get(name)
+        return None if found is None else LoraFactors(found.a, found.b, found.scale)
+
+
+@torch.no_grad()
+def attach_source(base: Base, source: AdapterSource) -> None:
+    """Attach every site of an adapter to a base that has none.
+
+    The router has no update beside its weight here: its weight is changed.
+    """
+    device = base.device
+    for number, layer in enumerate(base.model.model.layers):
+        factors = {
+            name: Factors(found.a.to(device), found.b.to(device), found.scale)
+            for name, found in source.layer(number).items()
+        }
+        for name in ATTENTION:
+            if name in factors:
+                rank = len(factors[name].a)
+                adapted = LoraLinear(getattr(layer.self_attn, name), rank, factors[name].scale, 0.0)
+                adapted.lora_a.copy_(factors[name].a)
+                adapted.lora_b.copy_(factors[name].b)
+                setattr(layer.self_attn, name, adapted)
+        if ROUTER in factors:
+            weight = layer.mlp.router.weight
+            weight.copy_((weight.float() + factors[ROUTER].delta()).to(weight.dtype))
+        experts = {name: found for name, found in factors.items() if name.endswith(("gate_up_proj", "down_proj"))}
+        if experts:
+            layer.mlp.experts.attach(_Experts(experts))

@@ -1,0 +1,118 @@
+"""What is in an adapter directory: its sites, their ranks and scales, and how large the updates are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from finetune.export.factors import squared_norm
+from finetune.export.source import AdapterSource
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """One site, measured.
+
+    Attributes:
+        layer, name: where.
+        rank, scale: of its update.
+        num_experts: 0 for attention and the router.
+        norm: Frobenius norm of the update scale · b @ a, over all experts.
+        largest_expert_norm: of a single expert; None without experts.
+        untouched_experts: experts whose update is exactly zero; None without experts.
+        num_parameters: in both factors.
+    """
+
+    layer: int
+    name: str
+    rank: int
+    scale: float
+    num_experts: int
+    norm: float
+    largest_expert_norm: float | None
+    untouched_experts: int | None
+    num_parameters: int
+
+
+def measure(source: AdapterSource) -> list[SiteFacts]:
+    """Read every site, one at a time.
+
+    Raises:
+        InputError: a value is not finite.
+    """
+    measured = []
+    for site in source.sites:
+        factors = source.read(site)
+        squared = squared_norm(factors)
+        per_expert = squared.sqrt() if site.num_experts else None
+        measured.append(
+            SiteFacts(
+                site.layer,
+                site.name,
+                site.rank,
+                site.scale,
+                site.num_experts,
+                float(squared.sum().sqrt()),
+                None if per_expert is None else float(per_expert.max()),
+                None if per_expert is None else int((per_expert == 0).sum()),
+                factors.a.numel() + factors.b.numel(),
+            )
+        )
+    return measured
+
+
+def as_json(source: AdapterSource, sites: list[SiteFacts]) -> dict[str, Any]:
+    """All of it as plain data."""
+    return {
+        "directory": str(source.directory),
+        "base_name": source.base_name,
+        "base_revision": source.base_revision,
+        "base_identity": source.base_identity,
+        "peft_version": source.config.get("peft_version"),
+        "use_rslora": bool(source.config.get("use_rslora")),
+        "num_parameters": sum(site.num_parameters for site in sites),
+        "norm": math.hypot(*(site.norm for site in sites)),
+        "sites": [asdict(site) for site in sites],
+    }
+
+
+def as_lines(source: AdapterSource, sites: list[SiteFacts]) -> list[str]:
+    """A few lines and a table with one row for each kind of site."""
+    identity = (source.base_identity or "not recorded")[:12]
+    revision = f" at {source.base_revision}" if source.base_revision else ""
+    parameters = sum(site.num_parameters for site in sites)
+    scale = "alpha / sqrt(rank), rsLoRA" if source.config.get("use_rslora") else "alpha / rank"
+    lines = [
+        f"{source.directory}: {parameters:,} parameters in {len(sites)} sites, scale = {scale}",
+        f"base: {source.base_name or 'not named'}{revision}, identity {identity}",
+        f"{'site':<13} {'layers':<12} {'rank':>5} {'scale':>8} {'norm':>10}  largest",
+    ]
+    for name in dict.fromkeys(site.name for site in sites):
+        here = [site for site in sites if site.name == name]
+        norm = math.hypot(*(site.norm for site in here))
+        largest = max(here, key=lambda site: site.norm)
+        row = f"{name:<13} {_ranges(site.layer for site in here):<12} {_span(s.rank for s in here):>5} "
+        row += f"{_span(s.scale for s in here):>8} {norm:>10.4g}  {largest.norm:.4g} in layer {largest.layer}"
+        if here[0].num_experts:
+            untouched = sum(site.untouched_experts or 0 for site in here)
+            row += f"; {untouched} of {sum(site.num_experts for site in here)} experts have none"
+        lines.append(row)
+    return lines
+
+
+def _span(values: Iterable[float]) -> str:
+    low, *others = sorted(set(values))
+    return f"{low:.4g}-{others[-1]:.4g}" if others else f"{low:.4g}"
+
+
+def _ranges(layers: Iterable[int]) -> str:
+    """Layer numbers as `0-3,7`."""
+    parts: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if parts and parts[-1][-1] == layer - 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ",".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)

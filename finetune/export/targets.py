@@ -1,0 +1,42 @@
+"""What an adapter can be exported to, and what the command line may ask of it (no torch: `--help` reads this)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+MergedTarget = Literal["bf16", "mxfp4", "gguf"]
+AdapterTarget = Literal["peft", "sglang", "gguf-lora", "mlx"]
+MERGED_TARGETS: tuple[MergedTarget, ...] = get_args(MergedTarget)
+ADAPTER_TARGETS: tuple[AdapterTarget, ...] = get_args(AdapterTarget)
+
+SUMMARIES: dict[str, str] = {
+    "peft": "adapter for PEFT and vLLM",
+    "sglang": "adapter for SGLang",
+    "gguf-lora": "adapter for llama.cpp",
+    "mlx": "adapter for mlx-lm",
+    "bf16": "merged checkpoint in bfloat16: vLLM, SGLang, TensorRT-LLM, llama.cpp's converter",
+    "mxfp4": "merged checkpoint in the published 4-bit layout; see how much of the update survives",
+    "gguf": "merged file for llama.cpp, Ollama, LM Studio",
+}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the command line asked for beside the target.
+
+    Attributes:
+        base: directory or hub name of the base; None: the one the adapter names.
+        revision: of a hub name.
+        dry_run: print the plan and write nothing.
+        verify: open the result in a fresh process and compare logits (merged targets).
+        gguf_experts: how a merged GGUF stores experts.
+        pad_rank: pad the rank to one that vLLM serves (`peft`).
+    """
+
+    base: str | None = None
+    revision: str | None = None
+    dry_run: bool = False
+    verify: bool = True
+    gguf_experts: Literal["mxfp4", "bf16"] = "bf16"
+    pad_rank: bool = False

@@ -1,0 +1,176 @@
+"""Is the merged checkpoint base + adapter? Asked of others' code in fresh processes, before the result gets its name.
+
+First every weight (`weights_child.py`): keys, shapes, finite values, and each number against base + update, whatever
+the model's size. Then, where a dequantised model fits into memory, logits on prompts of the run's data
+(`adapters/read_back_child.py`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from finetune.adapters.files import WEIGHTS
+from finetune.adapters.read_back import (
+    CHILD,
+    MAX_DIFFERENCE,
+    MAX_MEAN_KL,
+    fits_in_memory,
+    run_child,
+    sample_logits,
+    sample_positions,
+)
+from finetune.config.schema import ModelConfig
+from finetune.config.validate import load_run_config
+from finetune.console import say, warn
+from finetune.data.dataset import load_split
+from finetune.data.render import Sample
+from finetune.errors import CheckError, FinetuneError
+from finetune.export.gguf_file import gguf_name
+from finetune.export.live import attach_source
+from finetune.export.merge import Tally
+from finetune.export.plan import MergePlan
+from finetune.export.targets import MergedTarget
+from finetune.model.build import choose_device, choose_dtype, load_base
+from finetune.model.checkpoint import Checkpoint
+
+WEIGHTS_CHILD = Path(__file__).with_name("weights_child.py")
+NUM_SAMPLES = 4
+MAX_KL_SHARE = 0.05  # of the KL between plain base and adapter; measured 0.0007
+
+
+def verify_merged(
+    plan: MergePlan, target: MergedTarget, directory: Path, run: Path | None, tallies: Mapping[str, Tally]
+) -> dict[str, Any]:
+    """Check a merged checkpoint.
+
+    Args:
+        plan: what was written.
+        target: `gguf` has its file compared weight by weight; its logits need llama.cpp.
+        directory: where it lies, complete.
+        run: whose data give the prompts; None: logits are not compared.
+        tallies: what the exporter counted.
+
+    Returns:
+        What was found, for export.json.
+
+    Raises:
+        CheckError: names the tensor that is wrong, or says how far logits are apart.
+    """
+    result: dict[str, Any] = {"weights": _check_weights(plan, target, directory, tallies)}
+    samples, reason = _prompts(run)
+    if target == "gguf":
+        reason = "the file's own runtime is llama.cpp; its weights were compared"
+    if samples and reason is None:
+        return result | {"logits": compare_logits(plan, directory, samples)}
+    say(f"logits were not compared: {reason}")
+    return result | {"logits": {"skipped": reason}}
+
+
+def compare_weights(
+    plan: MergePlan, target: MergedTarget, directory: Path, tallies: Mapping[str, Tally]
+) -> dict[str, Any]:
+    """Ask the fresh process about every weight; its answer (`problems` by tensor, `compared`, `updates`)."""
+    request = {
+        "base": str(plan.checkpoint.directory),
+        "adapter": str(plan.source.directory / WEIGHTS),
+        "merged": str(directory / gguf_name(plan) if target == "gguf" else directory),
+        "experts": plan.target,
+        "updates": {name: tally.wanted**0.5 for name, tally in tallies.items()},
+        "sites": [
+            {"module": site.module, "a": site.key_a, "b": site.key_b, "rank": site.rank, "scale": site.scale}
+            for site in plan.source.sites
+        ],
+    }
+    return run_child(WEIGHTS_CHILD, request, f"{directory} could not be read back")
+
+
+def _check_weights(
+    plan: MergePlan, target: MergedTarget, directory: Path, tallies: Mapping[str, Tally]
+) -> dict[str, Any]:
+    say("comparing every weight with base + update in a fresh process ...")
+    answer = compare_weights(plan, target, directory, tallies)
+    if answer["problems"]:
+        name, problem = next(iter(answer["problems"].items()))
+        raise CheckError(
+            f"{name} is wrong in the merged checkpoint: {problem}",
+            why=f"{len(answer['problems'])} tensors are wrong, {answer['compared']} comparisons were made",
+        )
+    changed = len(answer["updates"])
+    rule = "no block further from it than the base" if plan.target == "mxfp4" else "to the last bit of bfloat16"
+    say(f"weights: {changed} changed tensors are base + update ({rule}), all others are the base's")
+    return {"tensors_changed": changed, "comparisons": answer["compared"], "updates": answer["updates"]}
+
+
+def _prompts(run: Path | None) -> tuple[list[Sample], str | None]:
+    """Samples of the run's data, and why there are none."""
+    if run is None:
+        return [], "the adapter belongs to no run, so there are no prompts"
+    try:
+        config = load_run_config(run / "config.yaml")
+        split = load_split(config.data, "test" if config.data.test else "train")
+    except FinetuneError as error:
+        warn(f"the run's data cannot be read: {error.what}")
+        return [], f"the run's data cannot be read: {error.what}"
+    return list(split.samples[:NUM_SAMPLES]), None
+
+
+def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Compare transformers' logits of the merged directory with those of the live base + adapter.
+
+    Returns:
+        Largest difference, mean KL and share of equal likeliest tokens against the live base + adapter (`adapted`),
+        the plain `base`, and for MXFP4 what our own reader makes of the files (`merged`); or why it was `skipped`.
+
+    Raises:
+        CheckError: the directory does not load cleanly, or is another model.
+    """
+    device = choose_device(ModelConfig(path=str(plan.checkpoint.directory)))
+    dtype = choose_dtype(ModelConfig(path=str(plan.checkpoint.directory)), device)
+    base = load_base(plan.checkpoint, device, dtype, experts_per_chunk=4)
+    if not fits_in_memory(base):
+        reason = "a dequantised model needs more than half of the memory that is free"
+        warn(f"logits were not compared: {reason}")
+        return {"skipped": reason}
+    tensors = sample_positions(samples)
+    tensors |= sample_logits(base, tensors, "base")
+    attach_source(base, plan.source)
+    tensors |= sample_logits(base, tensors, "adapted")
+    if plan.target == "mxfp4":  # what was written, by our own reader: rounding may have lost the adapter
+        merged = load_base(Checkpoint.open(directory), device, dtype, experts_per_chunk=4)
+        tensors |= sample_logits(merged, tensors, "merged")
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "live.safetensors"
+        save_file(tensors, path)
+        request = {"base": str(directory), "tensors": str(path), "dtype": str(dtype).removeprefix("torch.")}
+        answer = run_child(CHILD, request, f"transformers could not load {directory}")
+    _judge(answer, directory, exact=str(dtype) == "torch.float32")
+    adapted, plain = answer["adapted"], answer["base"]
+    say(
+        f"logits by transformers in a fresh process against base + adapter on {len(samples)} samples: "
+        f"KL {adapted['mean_kl']:.1e}, same likeliest token {adapted['argmax_agreement']:.1%}, largest difference "
+        f"{adapted['max_difference']:.2g} (the plain base: KL {plain['mean_kl']:.1e})"
+    )
+    return {"samples": len(samples), "dtype": request["dtype"]} | answer
+
+
+def _judge(answer: Mapping[str, Any], directory: Path, *, exact: bool) -> None:
+    if answer["problems"]:
+        raise CheckError(f"{directory} did not load cleanly with transformers: {answer['problems']}")
+    written = answer.get("merged")
+    if written is None:  # bfloat16 rounds every weight, and a token near a tie then takes another expert
+        worst, limit = answer["adapted"]["mean_kl"], max(MAX_MEAN_KL, answer["base"]["mean_kl"] * MAX_KL_SHARE)
+    elif exact:  # MXFP4: is it what we wrote? How near that is to the adapter is reported, not judged.
+        worst, limit = written["max_difference"], MAX_DIFFERENCE
+    else:
+        worst, limit = written["mean_kl"], MAX_MEAN_KL
+    if not worst <= limit:
+        raise CheckError(
+            f"{directory} is not the model that was merged: logits of model.layers.0 to lm_head differ, "
+            f"{'largest difference' if written and exact else 'KL'} {worst:.2g} where {limit:.2g} is allowed",
+            why="every weight agrees with base + update, so what differs is how the directory is read: config.json",
+        )

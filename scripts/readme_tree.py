@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LAYERS = ["config", "mxfp4", "kernels", "data", "model", "adapters", "train", "evaluate", "report", "cli"]
+LAYERS = ["config", "mxfp4", "kernels", "data", "model", "adapters", "evaluate", "train", "export", "report", "cli"]
 LAST_FIXED_LINE = "  console.py            Plain lines and a progress line.\n"
 
 

@@ -161,7 +161,7 @@ def sample_positions(samples: Sequence[Sample]) -> dict[str, Tensor]:
     """What is compared: `ids.N`, the first MAX_TOKENS tokens of a sample, and `where.N`, positions spread over them."""
     tensors: dict[str, Tensor] = {}
     for number, sample in enumerate(samples):
-        ids = torch.from_numpy(sample.ids[:MAX_TOKENS]).long()
+        ids = torch.tensor(sample.ids[:MAX_TOKENS], dtype=torch.long)
         where = torch.linspace(0, len(ids) - 1, min(NUM_POSITIONS, len(ids))).long()
         tensors |= {f"ids.{number}": ids, f"where.{number}": where}
     return tensors

@@ -224,3 +224,25 @@ def test_other_models_and_other_storage_are_refused(base: Path) -> None:
 def test_what_is_no_directory_is_refused(base: Path) -> None:
     assert "is not a directory" in refusal(base / "config.json")
     assert "there is no directory" in refusal(base / "nowhere")
+
+
+def test_a_flipped_bit_in_the_hubs_cache_is_found(tiny_base: Path, tmp_path: Path) -> None:
+    """The cache keeps large files as blobs named by their sha256; published checkpoints list no checksums."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "commit"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for path in tiny_base.iterdir():
+        if path.name == "checksums.json":
+            continue
+        content = path.read_bytes()
+        large = path.suffix == ".safetensors"
+        blob = blobs / (hashlib.sha256(content).hexdigest() if large else f"git-{path.name}")
+        blob.write_bytes(content)
+        (snapshot / path.name).symlink_to(blob)
+    assert Checkpoint.open(snapshot).verify_checksums()
+    damaged = next(path for path in snapshot.glob("*.safetensors"))
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.resolve().write_bytes(content)
+    with pytest.raises(InputError, match=damaged.name):
+        Checkpoint.open(snapshot).verify_checksums()

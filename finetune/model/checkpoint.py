@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 CHECKSUMS_FILE = "checksums.json"
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _FETCH_AGAIN = "download or copy the checkpoint again"
 
 
@@ -146,22 +148,25 @@ class Checkpoint:
         return data.view(_TORCH_DTYPES[entry.dtype]).reshape(last - first, *entry.shape[1:])
 
     def verify_checksums(self, progress: Progress | None = None) -> bool:
-        """Compare the files with `checksums.json`, if the directory has one.
+        """Compare the files with `checksums.json`, or with the names that the hub's cache gives them.
+
+        The cache keeps a large file as a blob named by its sha256, and the snapshot links to it.
 
         Args:
             progress: moved on in MiB; its total is set here.
 
         Returns:
-            Whether there was something to compare with. Published checkpoints carry no such file.
+            Whether there was something to compare with. Published checkpoints carry no checksums.json, so a copy of
+            one outside the hub's cache has nothing.
 
         Raises:
             InputError: a file differs or is missing, or checksums.json is not readable.
         """
         path = self.directory / CHECKSUMS_FILE
-        if not path.exists():
+        shards = {entry.file for entry in self.stored.values()}
+        listed = _read_checksums(path) if path.exists() else _cached_digests(self.directory, shards)
+        if not listed:
             return False
-        listed = _read_checksums(path)
-        shards = {entry.file for entry in self.entries.values()}
         if unlisted := sorted(shards - listed.keys()):
             raise InputError(f"{path} does not list {join(unlisted)}", fix=_FETCH_AGAIN)
         if missing := sorted(name for name in listed if not (self.directory / name).is_file()):
@@ -181,10 +186,13 @@ class Checkpoint:
                 if progress is not None:
                     progress.show(done >> 20, name)
         if wrong:
+            source, fix = f"{CHECKSUMS_FILE} lists", f"{_FETCH_AGAIN}; if the change was meant, remove {CHECKSUMS_FILE}"
+            if not path.exists():
+                source, fix = "the hub's cache names it by", f"remove {self.directory} and download it again"
             raise InputError(
-                f"{self.directory}: {join(sorted(wrong))} does not have the sha256 that {CHECKSUMS_FILE} lists",
+                f"{self.directory}: {join(sorted(wrong))} does not have the sha256 that {source}",
                 why="it was bit-flipped or replaced since the checkpoint was written",
-                fix=f"{_FETCH_AGAIN}; if the change was meant, remove {CHECKSUMS_FILE}",
+                fix=fix,
             )
         return True
 
@@ -192,6 +200,13 @@ class Checkpoint:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _cached_digests(directory: Path, files: Iterable[str]) -> dict[str, str]:
+    """sha256 of the files that are links to blobs of the hub's cache, which are named by it; {} unless all are."""
+    digests = {file: (directory / file).resolve().name for file in files if (directory / file).is_symlink()}
+    named = len(digests) == len(set(files)) and all(_SHA256.fullmatch(digest) for digest in digests.values())
+    return digests if named else {}
 
 
 def _read_checksums(path: Path) -> dict[str, str]:

@@ -220,6 +220,6 @@ def _verify_checksums(checkpoint: Checkpoint, config: RunConfig) -> None:
         return
     with Progress("checking base files", None, "MiB") as progress:
         if checkpoint.verify_checksums(progress):
-            say("base files: every sha256 as in checksums.json")
+            say("base files: every sha256 is as it was written or downloaded")
         else:
-            say("base files: no checksums.json to compare with; the identity below is what was read")
+            say("base files: nothing to compare their sha256 with; the identity below is what was read")

@@ -185,6 +185,36 @@ def test_settings_and_hashes_are_part_of_it(source: Path, tmp_path: Path) -> Non
         assert name in found and "sha256" in found["adapter_config.json"], (target, change, found)
 
 
+@pytest.mark.parametrize("target", ["peft", "mlx", "gguf-lora"])
+def test_the_router_and_a_lone_gate_up_are_read_as_what_they_are(target: str, tmp_path: Path) -> None:
+    """PEFT calls a lone gate_up_proj `experts.lora_*`, and a router's weight by the name of its parameter."""
+    directory = write_synthetic(tmp_path / "adapter", {(1, "gate_up_proj"): (2, 3.0)}).directory
+    tensors = load_file(directory / "adapter_model.safetensors")
+    router = "base_model.model.model.layers.1.mlp.router"
+    tensors |= {f"{router}.lora_A.weight": torch.randn(5, 8), f"{router}.lora_B.weight": torch.randn(EXPERTS, 5)}
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    name = "model.layers.1.mlp.router.weight"
+    config["target_parameters"] = [*config["target_parameters"], name]
+    config["rank_pattern"] = (config.get("rank_pattern") or {}) | {name: 5}
+    config["alpha_pattern"] = (config.get("alpha_pattern") or {}) | {name: 11.0}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    found = verify_adapter(open_adapter(directory), target, export(directory, target, tmp_path / "out"))
+    zeros = {"peft": 1, "mlx": 1, "gguf-lora": 0}[target]
+    kinds = {"router": 1, "gate_proj": EXPERTS, "up_proj": EXPERTS} | ({"down_proj": 0} if zeros else {})
+    assert found["kinds"] == kinds and found["zeros"] == zeros
+
+
+def test_an_alpha_that_is_not_the_adapters_is_found(source: Path, tmp_path: Path) -> None:
+    from finetune.export.gguf_lora import write_gguf_lora
+
+    out = export(source, "gguf-lora", tmp_path / "out")
+    tensors, alpha = gguf_tensors(source)
+    write_gguf_lora(out / "adapter.gguf", tensors, alpha * 1.01)
+    found = problems(source, "gguf-lora", out)
+    assert "relative difference 0.01" in found["blk.0.attn_q.weight"] and "sha256" in found["adapter.gguf"]
+
+
 def test_a_failure_exits_6_and_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +243,12 @@ def test_the_card_has_the_runs_data_and_recipe(source: Path, tmp_path: Path) -> 
     (run / "manifest.json").write_text(json.dumps({"recipe": "quickstart", "total_steps": 12}))
     figures = {"rows": 48, "loss": 2.0, "loss_interval": [1.5, 2.5], "confidence": 0.95}
     (run / "evaluation.json").write_text(json.dumps({"before": figures, "after": figures}))
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "my-base")
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["export", str(run), "--to", "mlx"]) == 0
+    card = (run / "export" / "mlx" / "README.md").read_text()
+    assert "mlx_lm.generate --model my-base --adapter-path ." in card and str(tmp_path) not in card
     assert main(["export", str(run), "--to", "sglang"]) == 0
     card = (run / "export" / "sglang" / "README.md").read_text()
     assert "CC BY 4.0" in card and "12 steps" in card and "2.000 [1.500, 2.500]" in card

@@ -101,7 +101,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
 def _serving(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
     command, *notes = lines or [_SERVING[facts["target"]].format(file=facts.get("file", "model.gguf"))]
     name = facts["base"]["name"]
-    if name and not facts["base"]["revision"]:
+    if name and (Path(name).is_absolute() or Path(name).exists()):
         command = command.replace(name, Path(name).name)  # where it lies on this machine is nobody's business
     return "\n\n".join([f"## Serving\n\n```\n{command}\n```", *notes])
 

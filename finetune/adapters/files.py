@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,11 @@ def write_adapter(
 
 
 def write_peft_directory(
-    directory: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], facts: Mapping[str, Any]
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    fields: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write tensors, adapter_config.json and finetune.json, whole or not at all; equal inputs give equal bytes.
 
@@ -72,6 +76,7 @@ def write_peft_directory(
         tensors: by PEFT's keys.
         fields: of PEFT's `LoraConfig`, as `peft_config_fields` makes them.
         facts: `base_name`, `base_revision`, `base_identity` (None if not known), and whatever else should be kept.
+        finish: called with the unfinished directory before it gets its name; what it raises leaves nothing behind.
 
     Raises:
         InputError: the directory exists.
@@ -91,6 +96,8 @@ def write_peft_directory(
         write_facts(staging / CONFIG, dict(sorted(config.items())))
         files = {name: _sha256(staging / name) for name in (WEIGHTS, CONFIG)}
         write_facts(staging / PROVENANCE, {"written_by": f"gpt-oss-finetune {__version__}", **facts, "files": files})
+        if finish is not None:
+            finish(staging)
 
 
 @contextmanager

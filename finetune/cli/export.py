@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         case _ if target in ADAPTER_TARGETS:
             from finetune.export.adapters import export_adapter
 
-            export_adapter(source, target, out, options)
+            export_adapter(source, target, out, options, run_directory)
     if not args.dry_run:
         say(str(out), result=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from finetune import __version__
 from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, staged_directory, write_facts, write_peft_directory
 from finetune.config.locate import shipped_dir
 from finetune.console import say, warn
+from finetune.export.card import write_card
 from finetune.export.factors import largest_rank, layers_of
 from finetune.export.gguf_lora import FILE, gguf_lora_lines, gguf_lora_tensors, write_gguf_lora
 from finetune.export.mlx import MLX_WEIGHTS, mlx_config, mlx_lines, mlx_tensors
@@ -22,7 +25,8 @@ from finetune.export.plan import check_fits
 from finetune.export.sglang import sglang_config, sglang_lines, sglang_tensors
 from finetune.export.source import AdapterSource
 from finetune.export.staging import refuse_existing, sha256
-from finetune.export.targets import AdapterTarget, ExportOptions
+from finetune.export.targets import CARD, FACTS, AdapterTarget, ExportOptions
+from finetune.export.verify_adapter import verify_adapter
 from finetune.model.checkpoint import CONFIG_FILE, Checkpoint
 from finetune.model.headers import read_json
 from finetune.model.shapes import ModelShape
@@ -47,7 +51,9 @@ class Contents:
     lines: list[str]
 
 
-def export_adapter(source: AdapterSource, target: AdapterTarget, out: Path, options: ExportOptions) -> None:
+def export_adapter(
+    source: AdapterSource, target: AdapterTarget, out: Path, options: ExportOptions, run: Path | None = None
+) -> None:
     """Write an adapter for a serving stack, or print what would be written.
 
     Args:
@@ -55,11 +61,13 @@ def export_adapter(source: AdapterSource, target: AdapterTarget, out: Path, opti
         target: `peft`, `sglang`, `gguf-lora` or `mlx`.
         out: must not exist.
         options: what the command line asked for. With a base, its identity and shapes are compared.
+        run: the run directory, for the model card; None: a card without recipe, data and evaluation.
 
     Raises:
         ConfigError: `out` exists.
         InputError: the adapter is not the base's, or the target cannot carry it.
         MachineError: it cannot be written, or a package is missing.
+        CheckError: what was written does not do what the adapter does; nothing is kept.
     """
     refuse_existing(out)
     shape = _check_base(source, options)
@@ -73,10 +81,16 @@ def export_adapter(source: AdapterSource, target: AdapterTarget, out: Path, opti
         "base_revision": source.base_revision,
         "base_identity": source.base_identity,
     }
+
+    def finish(staging: Path) -> None:
+        _finish(
+            staging, source, target, [line.replace(str(out.resolve()), ".") for line in contents.lines], options, run
+        )
+
     if target == "peft":
-        write_peft_directory(out, contents.tensors, contents.config, facts)
+        write_peft_directory(out, contents.tensors, contents.config, facts, finish)
     else:
-        _write(out, target, contents, facts | {"exported_from": sha256(source.directory / WEIGHTS)})
+        _write(out, target, contents, facts | {"exported_from": sha256(source.directory / WEIGHTS)}, finish)
     for line in contents.lines:
         say(line)
 
@@ -137,7 +151,9 @@ def _contents(
             return Contents(FILE, tensors, {"adapter.lora.alpha": alpha}, gguf_lora_lines(out))
 
 
-def _write(out: Path, target: AdapterTarget, contents: Contents, facts: dict[str, Any]) -> None:
+def _write(
+    out: Path, target: AdapterTarget, contents: Contents, facts: dict[str, Any], finish: Callable[[Path], None]
+) -> None:
     with staged_directory(out) as staging:
         if target == "gguf-lora":
             write_gguf_lora(staging / contents.file, contents.tensors, contents.config["adapter.lora.alpha"])
@@ -147,6 +163,37 @@ def _write(out: Path, target: AdapterTarget, contents: Contents, facts: dict[str
         files = {path.name: sha256(path) for path in sorted(staging.iterdir())}
         written_by = f"gpt-oss-finetune {__version__}"
         write_facts(staging / PROVENANCE, {"written_by": written_by, "target": target, **facts, "files": files})
+        finish(staging)
+
+
+def _finish(
+    staging: Path,
+    source: AdapterSource,
+    target: AdapterTarget,
+    lines: list[str],
+    options: ExportOptions,
+    run: Path | None,
+) -> None:
+    """Verify what was written, and say beside it what was found: export.json and the model card."""
+    facts: dict[str, Any] = {
+        "written_by": f"gpt-oss-finetune {__version__}",
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "target": target,
+        "base": {"name": source.base_name, "revision": source.base_revision, "identity": source.base_identity},
+        "adapter": {
+            "directory": str(source.directory.resolve()),
+            "sha256": sha256(source.directory / WEIGHTS),
+            "sites": len(source.sites),
+        },
+    }
+    if options.verify:
+        facts["verification"] = verify_adapter(source, target, staging)
+    else:
+        warn("the result was not verified (--no-verify)")
+        facts["verification"] = {"skipped": "--no-verify"}
+    write_card(staging / CARD, facts, run, lines)
+    files = {path.name: sha256(path) for path in sorted(staging.iterdir())}
+    write_facts(staging / FACTS, facts | {"files": files})
 
 
 def _describe(contents: Contents, target: AdapterTarget) -> list[str]:

@@ -1,4 +1,4 @@
-"""The model card beside a merged model: origin, data, recipe, figures, limits of use. No data rows."""
+"""The model card beside an export: origin, data, recipe, figures, limits of use. No data rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from finetune.config.locate import resolve_data_path, shipped_dir
 from finetune.config.schema import RunConfig
 from finetune.config.validate import load_run_config
 from finetune.errors import FinetuneError
+from finetune.export.targets import MERGED_TARGETS
 
 _SHIPPED = "shipped://"
 _SERVING = {
@@ -25,7 +26,12 @@ _KINDS = {
     "bf16": "a merged checkpoint in bfloat16",
     "mxfp4": "a merged checkpoint in gpt-oss's native MXFP4 layout",
     "gguf": "a merged GGUF file",
+    "peft": "a LoRA adapter for PEFT and vLLM",
+    "sglang": "a LoRA adapter for SGLang",
+    "gguf-lora": "a LoRA adapter for llama.cpp",
+    "mlx": "a LoRA adapter for mlx-lm",
 }
+_LIBRARIES = {"gguf": "gguf", "peft": "peft", "sglang": "peft", "gguf-lora": "gguf", "mlx": "mlx"}
 _LIMITS = """## Limits of use
 
 - It is a language model: it can be wrong, invent sources, and repeat errors and biases of the base and of the data.
@@ -37,27 +43,28 @@ _LIMITS = """## Limits of use
 - Figures above hold for the test rows they were measured on. Measure on your own before you rely on it."""
 
 
-def write_card(path: Path, facts: Mapping[str, Any], run: Path | None) -> None:
+def write_card(path: Path, facts: Mapping[str, Any], run: Path | None, serving: Sequence[str] = ()) -> None:
     """Write the card.
 
     Args:
         path: of the README.md.
         facts: what export.json says.
         run: the run directory, for recipe, data and evaluation; None: without those parts.
+        serving: of an adapter: the command that serves it, and what to know about it.
     """
     manifest, evaluation = _read(run, "manifest.json"), _read(run, "evaluation.json")
     config = _config(run)
     sections = [
         _front(facts),
-        f"# {_title(facts, manifest)}\n\nThis is {_KINDS[facts['target']]}: {_base(facts)} with a LoRA adapter folded "
-        f"in, made by {facts['written_by']} on {facts['written'][:10]}. `export.json` has every check and file hash.",
+        f"# {_title(facts, manifest)}\n\n{_origin(facts)}, made by {facts['written_by']} on {facts['written'][:10]}. "
+        "`export.json` has every check and file hash.",
         _survival(facts),
         _data(config, manifest),
         _recipe(config, manifest),
-        _evaluation(evaluation),
-        _checks(facts),
+        _evaluation(evaluation, "before merging" if _is_merged(facts) else "as it was trained"),
+        _checks(facts) if _is_merged(facts) else _adapter_checks(facts),
         _LIMITS,
-        f"## Serving\n\n```\n{_SERVING[facts['target']].format(file=facts.get('file', 'model.gguf'))}\n```",
+        _serving(facts, serving),
     ]
     path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
 
@@ -74,22 +81,44 @@ def licence_of(source_path: str) -> str | None:
 
 
 def _front(facts: Mapping[str, Any]) -> str:
-    lines = ["---", "library_name: transformers" if facts["target"] != "gguf" else "library_name: gguf"]
+    lines = ["---", f"library_name: {_LIBRARIES.get(facts['target'], 'transformers')}"]
     if facts["base"]["revision"]:  # a hub name: the hub links the card to it
         lines.append(f"base_model: {facts['base']['name']}")
-    return "\n".join([*lines, "tags: [gpt-oss, lora, merged]", "---"])
+    return "\n".join([*lines, f"tags: [gpt-oss, lora{', merged' if _is_merged(facts) else ''}]", "---"])
+
+
+def _is_merged(facts: Mapping[str, Any]) -> bool:
+    return facts["target"] in MERGED_TARGETS
+
+
+def _origin(facts: Mapping[str, Any]) -> str:
+    what = f"This is {_KINDS[facts['target']]}"
+    if _is_merged(facts):
+        return f"{what}: {_base(facts)} with a LoRA adapter folded in"
+    return f"{what}, to be put over its base {_base(facts)}, whose weights are not here"
+
+
+def _serving(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
+    command, *notes = lines or [_SERVING[facts["target"]].format(file=facts.get("file", "model.gguf"))]
+    name = facts["base"]["name"]
+    if name and (Path(name).is_absolute() or Path(name).exists()):
+        command = command.replace(name, Path(name).name)  # where it lies on this machine is nobody's business
+    return "\n\n".join([f"## Serving\n\n```\n{command}\n```", *notes])
 
 
 def _title(facts: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    base = Path(facts["base"]["name"]).name
+    base = Path(facts["base"]["name"] or "gpt-oss").name
     return f"{base}, fine-tuned with {manifest['recipe']}" if "recipe" in manifest else f"{base}, fine-tuned"
 
 
 def _base(facts: Mapping[str, Any]) -> str:
     base = facts["base"]
+    if not base["name"]:
+        return "(not named by the adapter)"
     name = base["name"] if base["revision"] else Path(base["name"]).name
     revision = f" at `{base['revision']}`" if base["revision"] else ""
-    return f"`{name}`{revision} (identity `{base['identity']}`)"
+    identity = f"identity `{base['identity']}`" if base["identity"] else "identity not recorded"
+    return f"`{name}`{revision} ({identity})"
 
 
 def _survival(facts: Mapping[str, Any]) -> str:
@@ -143,7 +172,7 @@ def _recipe(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
     return f"## Recipe\n\n`{manifest.get('recipe', '?')}`\n\n" + "\n".join(lines)
 
 
-def _evaluation(evaluation: Mapping[str, Any]) -> str:
+def _evaluation(evaluation: Mapping[str, Any], when: str) -> str:
     if "after" not in evaluation:
         return "## Evaluation\n\nNone recorded."
     before, after = evaluation["before"], evaluation["after"]
@@ -151,7 +180,7 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
     for title, key in (("test loss, nats per trained token", "loss"), ("label accuracy", "accuracy")):
         if key in after:
             rows.append(f"| {title} | {_interval(before, key)} | {_interval(after, key)} |")
-    note = f"{after['rows']} test rows, {after['confidence']:.0%} intervals, measured with the adapter before merging."
+    note = f"{after['rows']} test rows, {after['confidence']:.0%} intervals, measured with the adapter {when}."
     return "## Evaluation\n\n" + "\n".join(rows) + f"\n\n{note}"
 
 
@@ -178,6 +207,17 @@ def _checks(facts: Mapping[str, Any]) -> str:
             f"{adapted['mean_kl']:.2e}, same likeliest token at {adapted['argmax_agreement']:.1%} of positions"
         )
     return "## Checks\n\n" + "\n".join(lines)
+
+
+def _adapter_checks(facts: Mapping[str, Any]) -> str:
+    found = facts["verification"]
+    if "skipped" in found:
+        return f"## Checks\n\nNot verified ({found['skipped']})."
+    return (
+        "## Checks\n\nThe files were read back in a fresh process, by the layout that the target publishes: all "
+        f"{found['sites']:,} sites (projections of layers and experts) act on random vectors as the trained adapter's, "
+        f"to a relative difference of {found['max_relative_difference']:.1e}. No server was run for this."
+    )
 
 
 def _config(run: Path | None) -> RunConfig | None:

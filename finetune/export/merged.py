@@ -23,14 +23,12 @@ from finetune.export.plan import MergePlan, describe_plan, plan_merge
 from finetune.export.source import AdapterSource
 from finetune.export.staging import Staging, refuse_existing, sha256
 from finetune.export.survival import describe_survival, survival_facts
-from finetune.export.targets import ExportOptions, MergedTarget
+from finetune.export.targets import CARD, FACTS, ExportOptions, MergedTarget
 from finetune.export.verify import verify_merged
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.identity import checkpoint_identity
 
-FACTS = "export.json"
-CARD = "README.md"
 _TERMS = ("LICENSE", "USAGE_POLICY", "NOTICE")
 _BASE_CARD = "BASE_README.md"  # the base's own README.md makes room for the model card
 

@@ -9,6 +9,8 @@ MergedTarget = Literal["bf16", "mxfp4", "gguf"]
 AdapterTarget = Literal["peft", "sglang", "gguf-lora", "mlx"]
 MERGED_TARGETS: tuple[MergedTarget, ...] = get_args(MergedTarget)
 ADAPTER_TARGETS: tuple[AdapterTarget, ...] = get_args(AdapterTarget)
+FACTS = "export.json"
+CARD = "README.md"
 
 SUMMARIES: dict[str, str] = {
     "peft": "adapter for PEFT and vLLM",
@@ -29,7 +31,7 @@ class ExportOptions:
         base: directory or hub name of the base; None: the one the adapter names.
         revision: of a hub name.
         dry_run: print the plan and write nothing.
-        verify: open the result in a fresh process and compare logits (merged targets).
+        verify: open the result in a fresh process and compare it with what it was made from.
         gguf_experts: how a merged GGUF stores experts.
         pad_rank: pad the rank to one that vLLM serves (`peft`).
     """

@@ -334,10 +334,12 @@ class ExportConfig(_Strict):
             `auto`: when the base in the compute dtype, and half as much again, fits into half of the free memory;
             otherwise the run says that it did not.
         read_back_rows: test (or training) samples compared.
+        share_examples: put the first few rows of the test data into the model cards that `finetune export` writes.
     """
 
     read_back: Literal["auto", "always", "never"] = "auto"
     read_back_rows: int = 4
+    share_examples: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The model card beside an export: origin, data, recipe, figures, limits of use. No data rows."""
+"""The model card beside an export: origin, data, recipe, figures, limits of use; data rows only if allowed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from finetune.config.locate import resolve_data_path, shipped_dir
 from finetune.config.schema import RunConfig
 from finetune.config.validate import load_run_config
 from finetune.errors import FinetuneError
+from finetune.export.examples import examples_section
 from finetune.export.targets import MERGED_TARGETS
 
 _SHIPPED = "shipped://"
@@ -61,6 +62,7 @@ def write_card(path: Path, facts: Mapping[str, Any], run: Path | None, serving: 
         _survival(facts),
         _data(config, manifest),
         _recipe(config, manifest),
+        examples_section(config),
         _evaluation(evaluation, "before merging" if _is_merged(facts) else "as it was trained"),
         _checks(facts) if _is_merged(facts) else _adapter_checks(facts),
         _LIMITS,

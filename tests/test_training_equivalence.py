@@ -194,6 +194,13 @@ class TestBalanceLoss:
         assert loss.item() == pytest.approx(1.0)
         assert torch.autograd.grad(loss, router_logits)[0].abs().max() < 1e-7
 
+    def test_padding_alone_is_neither_nan_nor_felt(self) -> None:
+        router_logits = torch.randn(5, 4, requires_grad=True)
+        layers = [SimpleNamespace(logits=router_logits, expert_ids=router_logits.topk(2).indices)]
+        loss = balance_loss(layers, torch.zeros(5, dtype=torch.bool))
+        assert loss.item() == 1.0
+        assert torch.autograd.grad(loss, router_logits)[0].count_nonzero() == 0
+
     def test_opposite_imbalances_in_two_layers_do_not_cancel(self) -> None:
         """transformers pools layers first, so there they do."""
         sharp = torch.tensor([[8.0, 8.0, 0, 0]]).expand(10, 4)

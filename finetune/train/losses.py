@@ -35,8 +35,10 @@ def balance_loss(layers: list[Routing], real_tokens: Tensor) -> Tensor:
 
     Args:
         layers: routing of each layer (logits [T, E], expert_ids [T, K]).
-        real_tokens: bool [T], False on padding.
+        real_tokens: bool [T], False on padding. With none at all the loss is 1 and has no gradient.
     """
+    if not real_tokens.any():  # a row of padding alone is balanced: it routes nothing
+        return layers[0].logits.sum() * 0.0 + 1.0
     per_layer = []
     for routing in layers:
         logits, expert_ids = routing.logits[real_tokens], routing.expert_ids[real_tokens]

@@ -160,7 +160,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _similar_runs(path: Path) -> str | None:
-    here = (
-        sorted(p.name for p in path.parent.glob("*/") if (p / "config.yaml").is_file()) if path.parent.is_dir() else []
-    )
-    return f"runs in {path.parent}: {', '.join(here[-5:])}" if here else None
+    """Name the newest runs in the directory given, or beside it."""
+    for directory in (path, path.parent):
+        runs = (
+            sorted(directory.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime) if directory.is_dir() else []
+        )
+        if runs:
+            return f"runs in {directory}: {', '.join(file.parent.name for file in runs[-5:])}"
+    return None

@@ -99,7 +99,10 @@ def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
             fix = """write key=value; a value with spaces, commas or brackets in quotes: key='"a, b"'"""
             raise ConfigError(f"{COMMAND_LINE}: {text!r} cannot be read as an override", fix=fix) from error
         if override.is_delete():
-            raise ConfigError(f"{COMMAND_LINE}: {text!r} deletes a key", fix="set it instead: key=value or key=null")
+            raise ConfigError(
+                f"{COMMAND_LINE}: {text!r} deletes a key",
+                fix="set it to another value, or leave it out in a recipe of your own",
+            )
         if override.is_sweep_override():
             raise ConfigError(f"{COMMAND_LINE}: {text!r} gives several values", fix="a list is written key=[a,b]")
         key = override.key_or_group

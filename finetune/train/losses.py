@@ -37,13 +37,15 @@ def balance_loss(layers: list[Routing], real_tokens: Tensor) -> Tensor:
         layers: routing of each layer (logits [T, E], expert_ids [T, K]).
         real_tokens: bool [T], False on padding. With none at all the loss is 1 and has no gradient.
     """
-    if not real_tokens.any():  # a row of padding alone is balanced: it routes nothing
+    rows = real_tokens.nonzero()[:, 0]  # once for all layers: on a GPU this waits for the device
+    if not len(rows):  # padding alone is balanced: it routes nothing
         return layers[0].logits.sum() * 0.0 + 1.0
     per_layer = []
     for routing in layers:
-        logits, expert_ids = routing.logits[real_tokens], routing.expert_ids[real_tokens]
+        logits, chosen = routing.logits[rows], routing.expert_ids[rows].reshape(-1)
         num_experts = logits.shape[1]
-        share = torch.bincount(expert_ids.reshape(-1), minlength=num_experts).float() / expert_ids.numel()
+        ones = torch.ones(len(chosen), device=chosen.device)
+        share = torch.zeros(num_experts, device=chosen.device).scatter_add_(0, chosen, ones) / len(chosen)
         probability = logits.float().softmax(-1).mean(0)
         per_layer.append(num_experts * (share * probability).sum())
     return torch.stack(per_layer).mean()

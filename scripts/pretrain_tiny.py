@@ -4,8 +4,8 @@ python scripts/pretrain_tiny.py OUT                     about an hour of process
 python scripts/pretrain_tiny.py OUT --cpu-minutes 10    a smaller one
 python scripts/pretrain_tiny.py OUT --ship              also puts it into data/base
 
-What is trained on is said in pretraining/corpus.py, how in pretraining/training.py. The schedule follows processor time,
-so two runs of the same seed are alike and not equal. Measured with scripts/measure_tiny.py.
+What is trained on is said in pretraining/corpus.py, how in pretraining/training.py. The schedule follows processor
+time, so two runs of the same seed are alike and not equal. scripts/measure_tiny.py measures the result.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from finetune.config.locate import shipped_dir
+from finetune.data.tokenizer import harmony_encoding
 from finetune.mxfp4.format import dequantise, quantise
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -83,7 +84,7 @@ def test_a_training_text_that_is_also_held_out_is_left_out(monkeypatch: pytest.M
 def test_answers_come_from_the_text(texts: list[Text]) -> None:
     some = [text for text in texts if text.domain != "creative"][::20]
     conversations = Conversations(some)
-    encoding = __import__("finetune.data.tokenizer", fromlist=["x"]).harmony_encoding()
+    encoding = harmony_encoding()
     piece_of = {piece.id: piece.text.lower() for piece in conversations.pieces}
     for kind in ("keywords", "missing", "options"):
         samples = list(conversations.samples(np.random.default_rng(0), kind))

@@ -1,9 +1,9 @@
 """The pretrained tiny base in a few megabytes: written by `scripts/pretrain_tiny.py`, expanded by `finetune base tiny`.
 
-Of the 201,088 rows of the embedding and of the head only those of tokens that the corpus holds were trained. The compact
-file has them as int8 with one scale a row; every other token, the *rest*, gets one common row plus noise of its own, so
-that fine-tuning can tell such tokens apart. The head is the embedding times one number (both were trained as one).
-Experts are the checkpoint's own MXFP4 bytes, everything else is bfloat16.
+Of the 201,088 rows of the embedding and of the head only those of tokens that the corpus holds were trained. The
+compact file has them as int8 with one scale a row; every other token, the *rest*, gets one common row plus noise of its
+own, so that fine-tuning can tell such tokens apart. The head is the embedding times one number: both were trained as
+one. Experts are the checkpoint's own MXFP4 bytes, everything else is bfloat16.
 
 Expanding uses elementwise float32 arithmetic and the raw output of numpy's PCG64 (which never changes), so that the
 same file and seed give the same bytes on any machine.
@@ -129,4 +129,3 @@ def _uniform_noise(count: int, seed: int) -> Tensor:
     words = np.random.PCG64(seed).random_raw((count + 7) // 8)
     numbers = torch.from_numpy(np.asarray(words, dtype="<u8").view(np.int8)[:count])
     return numbers.float() / _UNIFORM_STEPS
-

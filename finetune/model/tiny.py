@@ -186,12 +186,14 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 _ORIGINS: dict[Kind, str] = {
-    "pretrained": """Pretrained for about an hour on two CPU cores, on small texts: contract clauses of CUAD v1 (The Atticus Project,
-CC BY 4.0; training split, labels unused), PubMed abstracts of PubMedQA (MIT; training split, labels unused), and fiction
-by Jane Austen and Arthur Conan Doyle (public domain). Its card, with figures and attributions, is data/base/README.md
-in the toolkit. It is no medical or legal advice.""",
-    "constructed": """Constructed, not pretrained: token embeddings come from latent semantic analysis of the contract clauses of
-CUAD v1 (The Atticus Project, CC BY 4.0; training split, labels unused), everything else from a random seed.""",
+    "pretrained": """\
+Pretrained on small texts within about an hour of processor time: contract clauses of CUAD v1 (The Atticus Project,
+CC BY 4.0; training split, labels unused), PubMed abstracts of PubMedQA (MIT; training split, labels unused), and
+fiction by Jane Austen and Arthur Conan Doyle (public domain). Its card, with figures, attributions and limits, is
+data/base/README.md in the toolkit. What it writes is no medical or legal advice.""",
+    "constructed": """\
+Constructed, not pretrained: token embeddings come from latent semantic analysis of the contract clauses of CUAD v1
+(The Atticus Project, CC BY 4.0; training split, labels unused), everything else from a random seed.""",
     "random": "Random, not pretrained: every weight comes from a random seed.",
 }
 

@@ -63,7 +63,7 @@ class Text:
 
 
 def read_texts(splits: Sequence[str] = ("train",)) -> list[Text]:
-    """Texts of the shipped rows of these splits, in file order; training texts that are held-out ones too are absent."""
+    """Texts of the shipped rows of these splits, in file order, without training texts that are held-out ones too."""
     texts, held_out = [], set()
     for domain, name in FILES.items():
         with gzip.open(shipped_dir("data") / name, "rt", encoding="utf-8") as file:

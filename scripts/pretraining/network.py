@@ -95,9 +95,7 @@ def build(config: dict[str, Any], vocabulary: int, seed: int) -> GptOssForCausal
     return model
 
 
-def corpus_nll(
-    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, num_rest: int, noise: float
-) -> Tensor:
+def corpus_nll(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, num_rest: int, noise: float) -> Tensor:
     """Sum of weight x NLL in nats of targets among all 201,088 tokens.
 
     The rest's `num_rest` tokens have logits r + noise of variance noise^2 |hidden|^2; their expected share of the

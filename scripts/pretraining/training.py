@@ -1,4 +1,4 @@
-"""The training loop of `scripts/pretrain_tiny.py`: a budget of processor time, checkpoints, and what is kept at the end.
+"""The training loop of `scripts/pretrain_tiny.py`: a budget of processor time, checkpoints, and what is kept.
 
 The learning rate rises over `WARMUP_STEPS`, stays, and falls to zero over the last `TAIL` of the budget, in which the
 experts are rounded to MXFP4 in every forward pass (gradients pass straight through), so that rounding them in the end
@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from pretraining.corpus import Conversations, Text, documents
+from pretraining.network import build, corpus_nll
+from pretraining.vocabulary import Vocabulary
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GptOssForCausalLM
@@ -32,9 +35,6 @@ from finetune.model.router import record_routing
 from finetune.model.semantics import semantic_embeddings
 from finetune.mxfp4.format import quantise
 from finetune.train.losses import balance_loss
-from pretraining.corpus import Conversations, Text, documents
-from pretraining.network import build, corpus_nll
-from pretraining.vocabulary import Vocabulary
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from finetune.data.render import Sample
 from pretraining.corpus import Conversations
 from pretraining.network import VOCABULARY
+
+from finetune.data.render import Sample
 
 LEAST_OCCURRENCES = 5  # tokens of the training documents that stand less often become the rest
 _SMOOTHING = 0.1  # added to every token's count in the unigram model, the best of 0.01, 0.1 and 1 on validation texts

@@ -81,12 +81,13 @@ class Pretraining:
         published = shipped_dir("data") / "tokenizer" / "gpt-oss-20b" / "config.json"
         config = {**json.loads(published.read_text(encoding="utf-8")), **SIZES}
         self.model: GptOssForCausalLM = build(config, self.vocabulary.size, seed)
-        self._start_from_company()
         # One matrix serves as embedding and, times this, as head.
         self.head_gain = torch.nn.Parameter(torch.tensor(0.5 * SIZES["hidden_size"] ** -0.5))
         self.optimizer = self._make_optimizer()
         if (directory / _PROGRESS).exists():
             self._load()
+        else:
+            self._start_from_company()
 
     @property
     def head(self) -> Tensor:

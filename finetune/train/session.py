@@ -26,6 +26,7 @@ from finetune.data.dataset import Split, describe, load_split
 from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
+from finetune.model.attention import attention_kernel, select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import BaseLocation, locate_base
@@ -102,6 +103,7 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
     _check_identity(base, config)
+    say(select_attention(base.model, config.model.attention_kernel).describe())
     storage = storage_table(base.model)
     say(describe_storage(storage))
     check_expert_storage(storage, config.model.expert_storage)
@@ -150,6 +152,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "torch": torch.__version__,
             "device": str(session.base.device),
             "compute_dtype": str(session.base.compute_dtype),
+            "attention_kernel": attention_kernel(session.base.model),
             "platform": platform.platform(),
             "command": " ".join(sys.argv),
         },

@@ -13,7 +13,7 @@ from finetune.errors import MachineError
 from finetune.kernels import attention_choice, flash
 from finetune.kernels.attention import AttentionPlan, plan_attention, sink_attention
 from finetune.kernels.attention_choice import AttentionShape, choose_attention, flash_difference
-from finetune.kernels.flash import CudaFlash, Seen, flash_sink_attention
+from finetune.kernels.flash import CudaFlash, Seen, _FlashSinkAttention, flash_sink_attention
 
 SHAPE = AttentionShape(heads=4, key_heads=2, width=16, window=24)
 CPU = torch.device("cpu")
@@ -125,18 +125,26 @@ def test_shared_prefixes_copy_no_more_keys_than_are_seen() -> None:
 
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("lengths", [(1, 60, 39), (1, 1, 1)])
-def test_the_gpu_operators_take_what_we_give_them(lengths: tuple[int, ...], window: int | None) -> None:
-    """Their declared arguments and shapes, on tensors without storage; numbers need a GPU (tests/test_gpu.py)."""
+def test_the_gpu_operators_take_what_we_give_them_and_nothing_waits(
+    lengths: tuple[int, int, int], window: int | None
+) -> None:
+    """Their declared arguments and shapes, on tensors without storage, where whatever waits for a value raises.
+
+    Numbers need a GPU (tests/test_gpu.py). The third segment continues the second.
+    """
     segments = torch.repeat_interleave(torch.tensor(lengths))[None]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    plan = plan_attention(segments, positions, window).to(torch.device("meta"))
+    positions[segments == 2] += lengths[1]
+    plan = plan_attention(segments, positions, window, prefixes=torch.where(segments == 2, 1, segments))
     count = sum(lengths)
-    q, k, v = (torch.empty(count, heads, 16, device="meta", dtype=torch.bfloat16) for heads in (4, 2, 2))
-    seen = Seen(plan.packed, window, 0.25)
-    out, lse = CudaFlash().forward(q, k, v, seen)
-    assert out.shape == q.shape and lse.shape == (4, count) and lse.dtype == torch.float32
-    grads = CudaFlash().backward(out, q, k, v, out, lse, seen)
-    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+    shapes = [(count, 4, 16), (count, 2, 16), (count, 2, 16), (4,)]
+    leaves = [torch.empty(shape, device="meta", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
+    seen = Seen(plan.to(torch.device("meta")).packed, window, 0.25)
+    out = _FlashSinkAttention.apply(*leaves, seen, CudaFlash())
+    grads = torch.autograd.grad(out, leaves, torch.empty_like(out))
+    assert out.shape == leaves[0].shape and [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+    with pytest.raises(RuntimeError):
+        out.sum().item()  # the control: waiting for a value does raise here
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 0.015), (torch.float64, 1e-13)])

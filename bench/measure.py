@@ -70,7 +70,11 @@ def _cpu_name() -> str:
 def interleaved(
     functions: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each call: one warm-up each, then `repeats` rounds in turn, so that a busy moment hits all alike."""
+    """Seconds of each call: one warm-up each, then `repeats` rounds in turn, so that a busy moment hits all alike.
+
+    On a CPU they are processor seconds: on a shared machine those say what the work costs, a clock says who else ran.
+    """
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -78,10 +82,10 @@ def interleaved(
         names = list(functions) if number % 2 == 0 else list(functions)[::-1]
         for name in names:
             _wait(device)
-            started = time.perf_counter()
+            started = clock()
             functions[name]()
             _wait(device)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return seconds
 
 
@@ -141,7 +145,8 @@ def _table(title: str, facts: dict[str, Any], rows: list[dict[str, Any]], note: 
         f"{hardware}; load {facts['load']} at the start; {versions}; commit {facts['commit']}.",
         f"`{facts['command']}`",
         "",
-        *([note, ""] if note else []),
+        note + ("" if "gpu" in facts else " Times are processor seconds, the variants in turn, on a shared machine."),
+        "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
         *("| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows),

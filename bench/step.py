@@ -159,12 +159,12 @@ def measure_alone(name: str, config: dict[str, Any], batch: Batch, args: argpars
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Add what every-expert steps cost against attention alone, of the same kind."""
+    """Add what every step costs against both steps that adapt attention alone."""
     medians = {row["step"]: row.get("median_ms") for row in rows}
-    for row in rows:
-        alone = medians.get(row["step"] + ", attention")
-        if alone and row.get("median_ms"):
-            row["times its attention-only"] = round(row["median_ms"] / alone, 2)
+    for column, other in (("/ ours, attention", "ours, attention"), ("/ PEFT, attention", "PEFT, attention")):
+        for row in rows:
+            if medians.get(other) and row.get("median_ms"):
+                row[column] = round(row["median_ms"] / medians[other], 2)
 
 
 def main() -> None:
@@ -200,7 +200,7 @@ def main() -> None:
         f"rank {args.rank}, trainer {' '.join(args.trainer) or 'defaults'}; median of {args.repeats}."
     )
     if device.type == "cpu":
-        note += " Steps in turn; step memory is what resident memory grew by, and counts what the allocator kept too."
+        note += " Step memory is what resident memory grew by beyond what earlier steps left."
     publish(args.save or "step", "Training step", facts, rows, save=bool(args.save), note=note)
 
 

@@ -44,6 +44,8 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     on_token: OnToken = lambda number, token: None,
+    *,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continue prompts until each stops by itself or has `max_tokens` new ones.
 
@@ -52,12 +54,14 @@ def generate(
         prompts: token ids; all are read in one forward pass.
         sampling: how tokens are chosen.
         on_token: for streaming.
+        numbers: which random draws each prompt uses; equal numbers draw alike in any batch. None: 0, 1, ...
 
     Returns:
         The new tokens of each prompt, the one that stopped it included.
     """
     decoder = Decoder(model, prompts, sampling.max_tokens)
-    generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + number) for number in range(len(prompts))]
+    draws = range(len(prompts)) if numbers is None else numbers
+    generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + number) for number in draws]
     written: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))  # prompt numbers, in the decoder's order
     hidden = decoder.read_prompts()

@@ -52,7 +52,10 @@ def _commit() -> str:
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", ":/"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "-uno", ":/", ":(top,exclude)bench/results"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

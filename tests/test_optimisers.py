@@ -29,14 +29,10 @@ SIZES = {"a": (8, 700), "b": (64, 65), "c": (3, 5)}  # 5600 and 4160 elements ta
 
 def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return {
-        name: nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for name, size in SIZES.items()
-    }
+    return {name: nn.Parameter(torch.randn(size, generator=generator).to(dtype)) for name, size in SIZES.items()}
 
 
-def train(
-    trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: range, rate: float = 1e-2
-) -> None:
+def train(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: range, rate: float = 1e-2) -> None:
     """Steps with gradients that follow from the step's number."""
     for step in steps:
         generator = torch.Generator().manual_seed(100 + step)

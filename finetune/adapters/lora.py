@@ -63,18 +63,14 @@ class LoraLinear(nn.Linear):
 class ExpertLora(nn.Module):
     """Updates of one layer's experts: gate_up a [E, L, D], b [E, 2F, L]; down a [E, L, F], b [E, D, L]."""
 
-    def __init__(
-        self, experts: PackedExperts, rank: int, scale: float, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, experts: PackedExperts, rank: int, scale: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.scale, self.enabled = scale, True
         self.gate_up_a, self.gate_up_b = self._factors(experts, "gate_up_proj", rank, dtype)
         self.down_a, self.down_b = self._factors(experts, "down_proj", rank, dtype)
 
     @staticmethod
-    def _factors(
-        experts: PackedExperts, name: str, rank: int, dtype: torch.dtype
-    ) -> tuple[nn.Parameter, nn.Parameter]:
+    def _factors(experts: PackedExperts, name: str, rank: int, dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter]:
         (num_experts, out, inputs), device = experts.shapes[name], experts.get_buffer(f"{name}_bias").device
         a = torch.empty(num_experts, rank, inputs, device=device, dtype=dtype)
         return nn.Parameter(a), nn.Parameter(torch.zeros(num_experts, out, rank, device=device, dtype=dtype))

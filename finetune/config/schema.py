@@ -34,7 +34,7 @@ class ModelConfig(_Strict):
         expert_storage: how expert weights are held; checked against what was loaded. `mxfp4` as published, 4.25 bits a
             weight; `nf4` rounded once more to bitsandbytes' NF4, 4.5 bits; `bfloat16` the same values as `mxfp4` in 16.
         attention_storage: how the frozen q, k, v and o weights are held: `compute` in the compute dtype, `nf4` rounded
-            to bitsandbytes' NF4. Like expert_storage, `nf4` is another base than the checkpoint, and the adapter says so.
+            to bitsandbytes' NF4. `nf4` in either is another base than the checkpoint, and the adapter records it.
         embedding_on_cpu: keep the input embedding in host memory; the rows of a micro-step's tokens are copied.
         experts_per_chunk: how many experts are dequantised at a time; scratch memory grows with it.
         identity: the base's identity as an earlier run printed it, or its beginning; another base is refused, so that

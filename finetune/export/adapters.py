@@ -76,11 +76,14 @@ def export_adapter(
         for line in _describe(contents, target):
             say(line, result=True)
         return
-    facts = {
+    facts: dict[str, Any] = {
         "base_name": source.base_name,
         "base_revision": source.base_revision,
         "base_identity": source.base_identity,
     }
+
+    if source.base_held_as:
+        facts["base_held_as"] = source.base_held_as
 
     def finish(staging: Path) -> None:
         _finish(

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
-from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, read_provenance
+from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, read_provenance, warn_held_as
 from finetune.console import warn
 from finetune.errors import InputError
 from finetune.model.headers import read_header, read_json
@@ -83,6 +83,7 @@ class AdapterSource:
         config: its adapter_config.json.
         base_name, base_revision, base_identity: the base it was trained on; identity is None without finetune.json.
         sites: what it changes, by layer.
+        base_held_as: parts of the base that were rounded further while it was trained, see `Base.held_as`.
     """
 
     directory: Path
@@ -91,6 +92,7 @@ class AdapterSource:
     base_revision: str | None
     base_identity: str | None
     sites: tuple[SourceSite, ...]
+    base_held_as: dict[str, Any] = field(default_factory=dict)
 
     def site(self, layer: int, name: str) -> SourceSite | None:
         """The site of a layer's weight, None if the adapter leaves it alone."""
@@ -139,6 +141,7 @@ def open_adapter(directory: Path) -> AdapterSource:
     shapes = {name: entry.shape for name, entry in read_header(directory / WEIGHTS).items()}
     sites = _sites(shapes, config, directory / WEIGHTS)
     facts = provenance or {}
+    warn_held_as(facts, {}, directory)
     return AdapterSource(
         directory,
         config,
@@ -146,6 +149,7 @@ def open_adapter(directory: Path) -> AdapterSource:
         facts.get("base_revision") or config.get("revision"),
         facts.get("base_identity"),
         sites,
+        facts.get("base_held_as") or {},
     )
 
 
@@ -185,15 +189,15 @@ def refuse_unsupported(config: Mapping[str, Any], directory: Path) -> None:
     """Raise InputError for what an adapter_config.json asks for and no export here carries."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"{directory}: peft_type is {config.get('peft_type')!r}, only LORA can be exported")
-    for field, harmless in (
+    for key, harmless in (
         ("use_dora", (None, False)),
         ("bias", (None, "none")),
         ("lora_bias", (None, False)),
         ("modules_to_save", (None, [])),
         ("fan_in_fan_out", (None, False)),
     ):
-        if config.get(field) not in harmless:
-            raise InputError(f"{directory}: {field} is {config[field]!r}, which no export here carries")
+        if config.get(key) not in harmless:
+            raise InputError(f"{directory}: {key} is {config[key]!r}, which no export here carries")
 
 
 def _sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: Path) -> tuple[SourceSite, ...]:

@@ -62,6 +62,15 @@ class Base:
         return self.model.lm_head.weight.dtype
 
     @property
+    def held_as(self) -> dict[str, dict[str, str | float]]:
+        """Parts held in a format that changed their values: `{"experts": {"format": "nf4", "relative_rms": 0.1}}`.
+
+        Empty: the base computes what its checkpoint does.
+        """
+        rounded = self.storage.rounded
+        return {part: {"format": form, "relative_rms": self.storage_errors[part]} for part, form in rounded.items()}
+
+    @property
     def expert_rounding_error(self) -> float:
         """Relative RMS of what rounding changed in a bfloat16 base's experts; 0 for a native one."""
         return self.checkpoint.rounding_error() if isinstance(self.checkpoint, DenseCheckpoint) else 0.0

@@ -216,9 +216,7 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """
     # The bits of a float32 count up with its magnitude, so adding a random number below one bfloat16 step and cutting
     # off what is below it rounds up exactly as often as it should.
-    bits = torch.randint(
-        1 << _DROPPED_BITS, values.shape, generator=generator, device=values.device, dtype=torch.int32
-    )
+    bits = torch.randint(1 << _DROPPED_BITS, values.shape, generator=generator, device=values.device, dtype=torch.int32)
     bits += values.contiguous().view(torch.int32)
     bits &= -(1 << _DROPPED_BITS)
     return bits.view(torch.float32).bfloat16()
@@ -273,9 +271,7 @@ def load_optimizer_tensors(
             }
 
 
-def _states(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Mapping[str, Any]]:
+def _states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Mapping[str, Any]]:
     if not isinstance(optimizer, OneByOne):
         return {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
     if optimizer.states_on_cpu and torch.cuda.is_available():

@@ -112,7 +112,7 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
     adapter = attach_adapter(base, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None:
-        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity)
+        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
         say(f"adapter: training on from {config.adapter.init_from}")
     say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
     say(describe_optimizer(config, adapter.parameters()))
@@ -132,7 +132,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "revision": session.location.revision,
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
-            "storage_rounding_errors": session.base.storage_errors,
+            "held_as": session.base.held_as,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
         "data": {

@@ -148,6 +148,7 @@ def session_facts(session: Session) -> dict[str, Any]:
         "adapter_parameters": {
             kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "experts")
         },
+        "optimizer": describe_optimizer(session.config, session.adapter.parameters()),
         "total_steps": session.plan.total_steps,
         "working_directory": str(Path.cwd()),
         "environment": {

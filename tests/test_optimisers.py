@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +65,6 @@ class TestAgainstOthersOwn:
         assert not equal(trained, self.reference(torch.optim.AdamW, eps=1e-5)), "another epsilon would be seen"
 
     def test_8_bit_is_bitsandbytes(self) -> None:
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         from bitsandbytes.optim import AdamW8bit
 
         trained = parameters()

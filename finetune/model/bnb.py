@@ -1,15 +1,14 @@
-"""bitsandbytes, imported when first needed: importing it takes seconds, and most runs do not use it."""
+"""bitsandbytes, which most runs do not need: imported when an option asks for it."""
 
 from __future__ import annotations
 
-import logging
 from types import ModuleType
 
 from finetune.errors import MachineError
 
 
 def import_bitsandbytes(wanted_by: str, instead: str) -> ModuleType:
-    """Import it without its warning about a hub package that it could have used on CPUs with AVX-512.
+    """Import it, or say what wants it.
 
     Args:
         wanted_by: the recipe's key and value, for the message.
@@ -18,7 +17,6 @@ def import_bitsandbytes(wanted_by: str, instead: str) -> ModuleType:
     Raises:
         MachineError: it is not installed.
     """
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:

@@ -59,7 +59,7 @@ def _dense(base: Base, state: dict[str, Tensor], name: str) -> Tensor:
     """One tensor of the bfloat16 layout, on the CPU; experts [E, in, out]."""
     layer, _, projection = name.rpartition(".mlp.experts.")
     if layer and not name.endswith("_bias"):
-        experts = base.model.get_submodule(f"{layer}.mlp.experts").projection(projection)  # type: ignore[operator]
+        experts = base.model.get_submodule(f"{layer}.mlp.experts").projection(projection)
         held: Tensor = experts.dequantised(0, base.checkpoint.shape.num_experts, torch.bfloat16)
         return held.mT.cpu()
     tensor = state[name]

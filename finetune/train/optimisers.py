@@ -67,7 +67,7 @@ def make_optimizer(
     for parameter in parameters.values():
         # Wider gradients than the parameter are torch's to sum; the same dtype is what it does anyway.
         if parameter.dtype == torch.bfloat16 and config.gradient_dtype == "float32":
-            parameter.grad_dtype = torch.float32  # type: ignore[attr-defined]
+            parameter.grad_dtype = torch.float32
     make = _maker(config)
     narrow = any(parameter.dtype != torch.float32 for parameter in parameters.values())
     if config.optimizer == "adamw" and not narrow and not config.optimizer_states_on_cpu:
@@ -190,7 +190,7 @@ class OneByOne(torch.optim.Optimizer):
         paged = bool(getattr(slot.inner, "is_paged", False))
         if paged:  # its memory must come from bitsandbytes
             slot.stand_in.data = slot.parameter.detach().float()
-            slot.inner.init_state(slot.inner.param_groups[0], slot.stand_in, 0, 0)  # type: ignore[operator]
+            slot.inner.init_state(slot.inner.param_groups[0], slot.stand_in, 0, 0)  # type: ignore[attr-defined]
             slot.stand_in.data = torch.empty(0, device=device)
         for key, value in saved.items():
             if key == "step":
@@ -282,7 +282,7 @@ def _states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
 def describe_optimizer(config: RunConfig, parameters: Mapping[str, nn.Parameter]) -> str:
     """One line: which optimiser, where its states are, in which dtypes, and the bytes that follow."""
     trainer, device = config.trainer, next(iter(parameters.values())).device
-    name = trainer.optimizer
+    name: str = trainer.optimizer
     if name != "adamw":
         name += f" (bitsandbytes {version('bitsandbytes')})"
     where = ""

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from finetune.adapters.files import write_adapter
 from finetune.adapters.read_back import read_back
+from finetune.cli.main import main
 from finetune.errors import CheckError
+from finetune.export.show import as_lines, measure
 from finetune.export.source import open_adapter
 from finetune.kernels.experts import ExpertWeights, PackedLinear, expert_block
 from finetune.model.build import Base, check_unchanged, load_base
@@ -282,6 +284,10 @@ def test_an_adapter_over_nf4_is_read_back_over_nf4_and_says_so(
     facts = json.loads((tmp_path / "adapter" / "finetune.json").read_text())
     assert facts["base_identity"] == base.identity and facts["base_held_as"] == base.held_as
     capfd.readouterr()
-    open_adapter(tmp_path / "adapter")
+    source = open_adapter(tmp_path / "adapter")
+    assert "another function" not in capfd.readouterr().err, "looking at it is no use of it"
+    assert any("trained over experts in nf4" in line for line in as_lines(source, measure(source)))
+    assert main(["export", str(tmp_path / "adapter"), "--to", "peft", "--out", str(tmp_path / "peft")]) == 0
     warning = capfd.readouterr().err
-    assert "trained over experts in nf4" in warning and "another function" in warning
+    assert "was trained over experts in nf4" in warning and "another function" in warning
+    assert json.loads((tmp_path / "peft" / "finetune.json").read_text())["base_held_as"] == base.held_as

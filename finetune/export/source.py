@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, read_provenance, warn_held_as
+from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, read_provenance
 from finetune.console import warn
 from finetune.errors import InputError
 from finetune.model.headers import read_header, read_json
@@ -94,6 +94,16 @@ class AdapterSource:
     sites: tuple[SourceSite, ...]
     base_held_as: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def base_facts(self) -> dict[str, Any]:
+        """What a finetune.json says of the base."""
+        facts: dict[str, Any] = {
+            "base_name": self.base_name,
+            "base_revision": self.base_revision,
+            "base_identity": self.base_identity,
+        }
+        return facts | ({"base_held_as": self.base_held_as} if self.base_held_as else {})
+
     def site(self, layer: int, name: str) -> SourceSite | None:
         """The site of a layer's weight, None if the adapter leaves it alone."""
         return next((site for site in self.sites if (site.layer, site.name) == (layer, name)), None)
@@ -141,7 +151,6 @@ def open_adapter(directory: Path) -> AdapterSource:
     shapes = {name: entry.shape for name, entry in read_header(directory / WEIGHTS).items()}
     sites = _sites(shapes, config, directory / WEIGHTS)
     facts = provenance or {}
-    warn_held_as(facts, {}, directory)
     return AdapterSource(
         directory,
         config,

@@ -19,6 +19,7 @@ from finetune.adapters.files import write_adapter
 from finetune.adapters.read_back import read_back
 from finetune.cli.main import main
 from finetune.errors import CheckError
+from finetune.evaluate.opening import open_model
 from finetune.export.show import as_lines, measure
 from finetune.export.source import open_adapter
 from finetune.kernels.experts import ExpertWeights, PackedLinear, expert_block
@@ -285,7 +286,11 @@ def test_an_adapter_over_nf4_is_read_back_over_nf4_and_says_so(
     assert facts["base_identity"] == base.identity and facts["base_held_as"] == base.held_as
     capfd.readouterr()
     source = open_adapter(tmp_path / "adapter")
-    assert "another function" not in capfd.readouterr().err, "looking at it is no use of it"
+    opened = open_model(tmp_path / "adapter", base=str(tiny_base), device="cpu")
+    assert "another function" not in capfd.readouterr().err, "looked at, and opened over the same values"
+    assert opened.base.held_as == base.held_as
+    with torch.no_grad():
+        assert torch.equal(logits(opened.base.model, tokens()), logits(base.model, tokens()))
     assert any("trained over experts in nf4" in line for line in as_lines(source, measure(source)))
     assert main(["export", str(tmp_path / "adapter"), "--to", "peft", "--out", str(tmp_path / "peft")]) == 0
     warning = capfd.readouterr().err

@@ -17,6 +17,7 @@ from finetune.model.attention import register_attention
 from finetune.model.build import Base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import PackedExperts
+from finetune.model.hold import HostEmbedding
 from finetune.model.shapes import ModelShape
 from finetune.model.tiny import SIZES
 from finetune.mxfp4.format import dequantise
@@ -49,7 +50,14 @@ def config_of(name: str) -> dict[str, Any]:
     return {**json.loads(text), **changes}
 
 
-def random_base(config: dict[str, Any], device: torch.device, dtype: torch.dtype, experts_per_chunk: int) -> Base:
+def random_base(
+    config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    experts_per_chunk: int,
+    *,
+    embedding_on_cpu: bool = False,
+) -> Base:
     """A frozen base with packed experts, every tensor drawn on `device`; nothing touches a disk."""
     shape = ModelShape.from_config(config, "config.json")
     model = _empty(config)
@@ -62,6 +70,9 @@ def random_base(config: dict[str, Any], device: torch.device, dtype: torch.dtype
     state = {
         name: _random(name, sizes, shape, generator, dtype) for name, (_, sizes) in shape.expected_tensors().items()
     }
+    if embedding_on_cpu:
+        model.model.embed_tokens = HostEmbedding(model.model.embed_tokens, device, dtype)
+        state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].cpu()
     checkpoint = cast(Checkpoint, SimpleNamespace(shape=shape, config=config))
     return Base(_filled(model, state, device), checkpoint, "random", {})
 

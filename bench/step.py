@@ -36,7 +36,8 @@ from finetune.model.attention import select_attention
 from finetune.model.build import Base
 from finetune.model.forward import checkpoint_activations
 from finetune.model.shapes import ModelShape
-from finetune.train.step import OptimiserStep, make_optimizer
+from finetune.train.optimisers import make_optimizer
+from finetune.train.step import OptimiserStep
 
 VARIANTS = ("ours", "ours, attention", "PEFT", "PEFT, attention")
 
@@ -64,12 +65,13 @@ def make_variant(name: str, config: dict[str, Any], batch: Batch, args: argparse
     """Build a base of its own, attach an adapter and wrap one optimiser step."""
     device = torch.device(args.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    base = random_base(config, device, dtype, args.experts_per_chunk)
+    base = random_base(config, device, dtype, args.experts_per_chunk, embedding_on_cpu=args.embedding_on_cpu)
     expert_rank = 0 if name.endswith("attention") else args.rank
     if name.startswith("ours"):
         adapter = AdapterConfig(
             attention=AttentionAdapterConfig(rank=args.rank, alpha=2.0 * args.rank),
             experts=ExpertAdapterConfig(rank=expert_rank, alpha=2.0 * args.rank),
+            dtype=args.adapter_dtype,
         )
         parameters = dict(attach_adapter(base, adapter, seed=0).parameters())
     else:
@@ -177,6 +179,8 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--experts-per-chunk", type=int, default=16)
     parser.add_argument("--attention-kernel", choices=["auto", "flash", "reference"], default="auto")
+    parser.add_argument("--adapter-dtype", choices=["float32", "bfloat16"], default="float32", help="of ours")
+    parser.add_argument("--embedding-on-cpu", action="store_true", help="model.embedding_on_cpu; of ours")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--trainer", nargs="*", default=[], metavar="KEY=VALUE", help="keys of the recipe's trainer")
     parser.add_argument("--cap-gb", type=float, help="GPU: 1e9 bytes for context and allocator together")
@@ -197,7 +201,8 @@ def main() -> None:
     compare(rows)
     note = (
         f"{args.shape} shape, random weights; {args.rows} x {args.length:,} tokens, {args.trained_share:.0%} trained, "
-        f"rank {args.rank}, trainer {' '.join(args.trainer) or 'defaults'}; median of {args.repeats}."
+        f"rank {args.rank} in {args.adapter_dtype}, trainer {' '.join(args.trainer) or 'defaults'}; "
+        f"median of {args.repeats}."
     )
     if device.type == "cpu":
         note += " Step memory is what resident memory grew by beyond what earlier steps left."

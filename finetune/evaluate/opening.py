@@ -23,6 +23,7 @@ from finetune.config.schema import (
 from finetune.config.validate import load_run_config
 from finetune.console import say
 from finetune.errors import InputError
+from finetune.model.attention import select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import locate_base
@@ -92,6 +93,7 @@ def open_model(
         BaseStorage.of(settings),
     )
     say(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
+    say(select_attention(loaded.model, settings.attention_kernel).describe())
     check_packing(loaded.model)
     adapter = attach_adapter(loaded, replace(adapter_config, init_from=None), seed=0)
     read_adapter_into(directory, adapter, adapter_config, loaded.identity, loaded.held_as)

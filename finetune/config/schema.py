@@ -240,6 +240,7 @@ class TrainerConfig(_Strict):
         force_router_balance_coefficient: allow a coefficient above 0.1.
         activation_checkpointing: recompute each layer in the backward pass; less memory, more compute.
         early_stop_patience: stop after this many evaluations without a better best metric. None: never.
+        ignore_memory_estimate: start although the estimate says that the run does not fit into memory.
     """
 
     epochs: float = 1.0
@@ -259,6 +260,7 @@ class TrainerConfig(_Strict):
     force_router_balance_coefficient: bool = False
     activation_checkpointing: bool = True
     early_stop_patience: int | None = None
+    ignore_memory_estimate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

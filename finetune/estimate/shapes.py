@@ -169,9 +169,9 @@ def read_shape(file: Path) -> BaseShape:
 
 def _shape(config: Mapping[str, Any], file: Path) -> BaseShape:
     values = {"num_experts_per_tok": config.get("experts_per_token")} | dict(config)
-    sizes = {field: values.get(key) for field, key in _KEYS.items()}
+    sizes: dict[str, Any] = {field: values.get(key) for field, key in _KEYS.items()}
     wrong = [_KEYS[field] for field, size in sizes.items() if type(size) is not int or size < 1]
-    layer_types = values.get("layer_types")
+    layer_types: Any = values.get("layer_types")
     if not isinstance(layer_types, list) or len(layer_types) != sizes["num_layers"]:
         wrong.append("layer_types")
     if wrong:
@@ -179,4 +179,4 @@ def _shape(config: Mapping[str, Any], file: Path) -> BaseShape:
             f"{file} lacks {', '.join(wrong)} or has no usable size there",
             fix="use the config.json that was published with the checkpoint",
         )
-    return BaseShape(**sizes, full_layers=values["layer_types"].count("full_attention"))
+    return BaseShape(**sizes, full_layers=layer_types.count("full_attention"))

@@ -30,13 +30,13 @@ def check_memory(config: RunConfig) -> None:
     budget = device_budget(config)
     result = fit(config, facts.shape, budget)
     if result.fits:
-        say(f"memory: {verdict(result)} (estimated; `finetune estimate` has the parts)")
+        say(f"memory, estimated: {verdict(result)}")
     elif config.trainer.ignore_memory_estimate:
-        warn(f"{verdict(result)}; going on, as trainer.ignore_memory_estimate says")
+        warn(f"memory, estimated: {verdict(result)}; going on, as trainer.ignore_memory_estimate says")
     else:
         estimate = make_estimate(config, "", facts, budget)
         raise CapacityError(
-            f"by the estimate the run does not fit: {verdict(result)}",
+            f"memory, estimated: {verdict(result)}",
             why=_indented(memory_lines(result.memory)),
             fix=_indented(
                 [
@@ -76,7 +76,7 @@ def explained_out_of_memory(config: RunConfig | None) -> Iterator[None]:
         raise _explanation(config, facts, error) from error
 
 
-def resumed_config(run: Path) -> RunConfig | None:
+def config_of_run(run: Path) -> RunConfig | None:
     """The configuration of a run directory, None if there is none to read (resuming then says what is wrong)."""
     from finetune.config.validate import load_run_config
 
@@ -92,7 +92,7 @@ def _explanation(config: RunConfig, facts: BaseFacts, error: Exception) -> Capac
     return CapacityError(
         f"out of memory: {first}",
         why=_indented(["the estimated parts of a step are:", *memory_lines(result.memory)]),
-        fix=_indented(change_lines(changes, {}) or ["a device with more memory"]),
+        fix=_indented(change_lines(changes, {})),
     )
 
 

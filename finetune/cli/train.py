@@ -29,11 +29,11 @@ def run(args: argparse.Namespace) -> None:
             why = "a resumed run keeps the configuration it was started with (its config.yaml)"
             fix = f"finetune train --resume {args.resume}"
             raise ConfigError(f"--resume does not go with {given}", why=why, fix=fix)
-        from finetune.cli.memory import explained_out_of_memory, resumed_config
+        from finetune.cli.memory import config_of_run, explained_out_of_memory
         from finetune.report.markdown import write_report
         from finetune.train.run import resume
 
-        with explained_out_of_memory(resumed_config(args.resume)):
+        with explained_out_of_memory(config_of_run(args.resume)):
             run_directory = resume(args.resume, write_report)
         _print_outcome(run_directory)
         return

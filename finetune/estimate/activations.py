@@ -12,6 +12,7 @@ from finetune.estimate.parts import Part, layer_gradient_bytes
 from finetune.estimate.shapes import BaseShape
 
 HEAD_TOKENS = 512  # finetune.kernels.loss_head.TOKENS_PER_CHUNK
+HEAD_SLICE = 16_384  # words, finetune.kernels.loss_head
 QUERIES_PER_BLOCK = 256  # finetune.kernels.attention.QUERIES_PER_BLOCK
 PAD_ALIGNMENT = 32  # finetune.kernels.experts_launch.PAD_ALIGNMENT
 INDEX_BYTES = 8
@@ -115,13 +116,18 @@ def score_block(base: BaseShape, step: StepShape) -> tuple[int, int]:
 
 
 def loss_head(base: BaseShape, step: StepShape) -> Part:
-    """Logits of a chunk of trained tokens in float32 and, below float32, once more in the compute dtype."""
-    c = step.compute_bytes
-    trained = step.tokens * step.trained_share
-    logits = min(HEAD_TOKENS, trained) * base.vocab_size * (4 + (c if c < 4 else 0))
+    """Logits of a chunk of trained tokens in float32 and, below float32, their gradient in the compute dtype.
+
+    On a CPU slices of the head's weight are widened for a product that a GPU can form from bfloat16.
+    """
+    c, trained = step.compute_bytes, step.tokens * step.trained_share
+    tokens = min(HEAD_TOKENS, trained)
+    narrow = c * tokens * base.vocab_size if c < 4 else 0.0
+    widened = 4 * min(HEAD_SLICE, base.vocab_size) * (base.hidden + tokens) if c < 4 and not step.on_gpu else 0.0
     final_norm = step.tokens * base.hidden * (4 + c)
     picked = trained * base.hidden * (c + 4)
-    return Part(HEAD_CHUNK, logits + final_norm + picked, f"{min(HEAD_TOKENS, trained):,.0f} tokens of {trained:,.0f}")
+    chunk = 4 * tokens * base.vocab_size + max(narrow, widened)
+    return Part(HEAD_CHUNK, chunk + final_norm + picked, f"{tokens:,.0f} tokens of {trained:,.0f}")
 
 
 def layer_gradients(base: BaseShape, step: StepShape) -> float:

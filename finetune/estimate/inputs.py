@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
@@ -10,9 +11,9 @@ from finetune.config.keys import type_at
 from finetune.config.schema import RunConfig
 from finetune.estimate.shapes import BaseShape
 
-# A chunk's experts may be the popular ones: rows of the busiest chunk over the average chunk's. A guess until a run
-# on a real base measures it; at 16k tokens of 120b it moves the total by about 0.3 GiB.
-BUSIEST_CHUNK = 2.0
+# Rows of the busiest chunk over the average chunk's: 1 + this / sqrt(experts in a chunk), since popular experts even
+# out among many. A guess until a run on a real base measures it; bench/estimate.py prints what it finds.
+CROWDING = 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class StepShape:
     longest_sample: int
     micro_steps: int
     trained_share: float = 1.0
-    busiest_chunk: float = BUSIEST_CHUNK
+    busiest_chunk: float
     compute_bytes: Literal[2, 4]
     expert_storage: str
     attention_storage: str
@@ -91,6 +92,7 @@ def step_shape(config: RunConfig, base: BaseShape, *, on_gpu: bool) -> StepShape
         row_tokens=config.data.max_length,
         longest_sample=config.data.max_length,
         micro_steps=config.trainer.micro_steps,
+        busiest_chunk=1 + CROWDING / math.sqrt(config.model.experts_per_chunk),
         compute_bytes=4 if dtype == "float32" or (dtype == "auto" and not on_gpu) else 2,
         expert_storage=config.model.expert_storage,
         attention_storage=_value(config, "model.attention_storage", "compute"),

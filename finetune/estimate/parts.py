@@ -17,6 +17,7 @@ PACKED_EXPERTS = "packed experts"
 ATTENTION = "attention, norms, router"
 EMBEDDING = "input embedding"
 HEAD = "output head"
+GATHERED = "gathered layers"
 LORA = "LoRA parameters"
 GRADIENTS = "LoRA gradients"
 STATES = "optimiser states"
@@ -32,21 +33,24 @@ class Part:
 
 
 def base_parts(base: BaseShape, step: StepShape) -> list[Part]:
-    """The frozen base on the device, one process's share."""
-    split = step.processes if step.kind in SHARDED_PARAMETERS else 1
-    c = step.compute_bytes
-    weights, biases = (base.num_layers * base.num_experts * n for n in (base.expert_weights, base.expert_biases))
-    bits = {"mxfp4": MXFP4_BITS, "nf4": NF4_BITS}.get(step.expert_storage, 8 * c)
-    attention = base.num_layers * base.attention_weights
-    attention_bytes = attention * (NF4_BITS / 8 if step.attention_storage == "nf4" else c)
-    small = base.num_layers * (base.attention_vectors + base.router) + base.hidden
+    """The frozen base on the device, one process's share; dealt-out layers are gathered into two whole buffers."""
+    c, split = step.compute_bytes, step.processes if step.kind in SHARDED_PARAMETERS else 1
+    bits = {"mxfp4": MXFP4_BITS, "nf4": NF4_BITS}.get(step.expert_storage, 16)
+    experts = base.num_experts * (base.expert_weights * bits / 8 + base.expert_biases * c)
+    wide = base.attention_weights * (NF4_BITS / 8 if step.attention_storage == "nf4" else c)
+    attention = wide + (base.attention_vectors + base.router) * c
     table = base.vocab_size * base.hidden * c
-    return [
-        Part(PACKED_EXPERTS, (weights * bits / 8 + biases * c) / split, f"{step.expert_storage}, with their biases"),
-        Part(ATTENTION, (attention_bytes + small * c) / split, f"attention in {step.attention_storage} storage"),
-        Part(EMBEDDING, 0 if step.embedding_on_cpu else table / split, "on CPU" if step.embedding_on_cpu else ""),
-        Part(HEAD, table / split),
+    parts = [
+        Part(PACKED_EXPERTS, base.num_layers * experts / split, f"{step.expert_storage}, with their biases"),
+        Part(ATTENTION, base.num_layers * attention / split + base.hidden * c, _held_as(step.attention_storage)),
+        Part(EMBEDDING, 0 if step.embedding_on_cpu else table, "in host memory" if step.embedding_on_cpu else ""),
+        Part(HEAD, table),
     ]
+    return [*parts, Part(GATHERED, 2 * (experts + attention), "two layers whole")] if split > 1 else parts
+
+
+def _held_as(storage: str) -> str:
+    return f"attention weights in {storage}" if storage != "compute" else ""
 
 
 def lora_parameters(base: BaseShape, step: StepShape) -> tuple[int, int]:
@@ -69,7 +73,9 @@ def lora_parameters(base: BaseShape, step: StepShape) -> tuple[int, int]:
 def adapter_parts(base: BaseShape, step: StepShape) -> list[Part]:
     """The adapter and its optimiser on the device, one process's share; gradients come and go (`gradients`)."""
     count = sum(lora_parameters(base, step))
-    parameters = count / (step.processes if step.kind in SHARDED_PARAMETERS else 1)
+    parameters: float = count
+    if step.kind in SHARDED_PARAMETERS:  # two layers' factors are whole at a time
+        parameters = count / step.processes + 2 * count / max(1, step.adapted_layers)
     states = count / (step.processes if step.kind in SHARDED_STATES else 1)
     on_device = not step.states_on_cpu and not step.optimizer.startswith("paged")
     return [

@@ -92,7 +92,7 @@ def verdict(fit: Fit) -> str:
 
 def change_lines(changes: Sequence[Change], enough: Overrides | None) -> list[str]:
     """The cheapest changes with what each saves, and a set of them that is enough ({}: none to be named)."""
-    lines = ["the cheapest changes, each alone:"] if changes else []
+    lines = ["the cheapest changes, each alone:" if changes else "no single change known here saves much"]
     for change in changes:
         ending = ", and then it fits" if change.fits else ""
         lines.append(

@@ -33,7 +33,6 @@ from finetune.estimate.inputs import step_shape  # noqa: E402
 from finetune.estimate.memory import CONTEXT, PROCESS, SLACK, estimate_memory  # noqa: E402
 from finetune.estimate.shapes import find_base  # noqa: E402
 from finetune.model.build import load_base  # noqa: E402
-from finetune.model.checkpoint import Checkpoint  # noqa: E402
 from finetune.model.forward import checkpoint_activations  # noqa: E402
 from finetune.model.shapes import ModelShape  # noqa: E402
 from finetune.train.step import OptimiserStep, make_optimizer  # noqa: E402
@@ -43,15 +42,15 @@ OVERHEAD = (CONTEXT, PROCESS, SLACK)
 ROW = "{:42} {:>10} {:>10} {:>8}  {}"
 
 
-class RandomCheckpoint(Checkpoint):
-    """A checkpoint of a published shape whose tensors are random and made when they are read."""
+class RandomCheckpoint:
+    """Stands for a `Checkpoint` of a published shape; tensors are random and made when they are read."""
 
     def __init__(self, name: str) -> None:
         file = shipped_dir("data") / "tokenizer" / f"gpt-oss-{name}" / "config.json"
         self.config: dict[str, Any] = json.loads(file.read_text())
         self.shape = ModelShape.from_config(self.config, str(file))
         self.directory = file.parent
-        self.tensors = self.shape.expected_tensors()
+        self.tensors = self.entries = self.shape.expected_tensors()
 
     def names(self) -> list[str]:
         return list(self.tensors)

@@ -54,7 +54,7 @@ def make_estimate(
 def _kinds(config: RunConfig, facts: BaseFacts, budget: Budget, gpus: int) -> dict[str, float]:
     """Peak of each GPU, in bytes, by kind of distributed training that this version has."""
     peaks = {}
-    for kind in ("single", *KINDS):
+    for kind in ("single", *KINDS, "zero3"):
         processes = 1 if kind == "single" else gpus
         changed = with_overrides(config, {"distributed.kind": kind, "distributed.num_processes": processes})
         if kind == config.distributed.kind or changed is not None:

@@ -16,6 +16,8 @@ from finetune.estimate.shapes import find_base
 TOLERANCE = 0.05
 
 EXPERTS, ATTENTION, HEAD = "backward of a layer's experts", "backward of a layer's attention", "loss head"
+NARROW = {"adapter.dtype": "bfloat16", "trainer.gradient_dtype": "bfloat16", "trainer.optimizer": "adamw_8bit"}
+STORAGES = {"model.attention_storage": "nf4", "model.expert_storage": "nf4"}
 CASES = {
     "checkpointed": ("experts", EXPERTS, {}),
     "one expert at a time": ("experts", EXPERTS, {"chunk": 1, "tokens": 768}),
@@ -25,6 +27,12 @@ CASES = {
     "high ranks": ("experts", EXPERTS, {"tokens": 64, "ranks": (32, 32), "chunk": 1}),
     "several rows, attention only": ("experts", EXPERTS, {"tokens": 256, "rows": 2, "ranks": (4, 0)}),
     "several rows, experts only": ("experts", EXPERTS, {"tokens": 256, "rows": 2, "ranks": (0, 4)}),
+    "narrow adapter": (
+        "experts",
+        EXPERTS,
+        {"ranks": (16, 16), "dtype": "bfloat16", "options": NARROW},
+    ),
+    "other storages": ("experts", EXPERTS, {"dtype": "bfloat16", "options": STORAGES}),
     "many heads": ("attention", ATTENTION, {"tokens": 1024}),
     "many heads in bfloat16": ("attention", ATTENTION, {"tokens": 1024, "dtype": "bfloat16"}),
     "large vocabulary": ("vocabulary", HEAD, {}),

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ from finetune.config.schema import (
     TrainerConfig,
 )
 from finetune.data.batches import Batch
+from finetune.estimate.changes import with_overrides
 from finetune.model.build import DTYPES, Base, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations, hidden_states
 from finetune.model.router import record_routing
 from finetune.model.shapes import ModelShape
-from finetune.train.step import OptimiserStep, make_optimizer
+from finetune.model.storage import BaseStorage
+from finetune.train.optimisers import OneByOne, make_optimizer
+from finetune.train.step import OptimiserStep
 
 # Small vocabularies but one: with the published one the loss head is all that a small base's peak shows.
 SIZES: dict[str, dict[str, Any]] = {
@@ -105,10 +109,11 @@ def recipe(
     dtype: Any = "float32",
     ranks: tuple[int, int] = (4, 4),
     checkpointing: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """A recipe without data: ranks are of attention and of experts."""
+    """A recipe without data: ranks are of attention and of experts, options any other keys."""
     attention, experts = ranks
-    return RunConfig(
+    config = RunConfig(
         model=ModelConfig(path=str(directory), experts_per_chunk=chunk, compute_dtype=dtype, device="cpu"),
         data=DataConfig(train={}, max_length=tokens),
         adapter=AdapterConfig(
@@ -118,6 +123,9 @@ def recipe(
             rows_per_micro_step=rows, micro_steps=micro_steps, activation_checkpointing=checkpointing
         ),
     )
+    changed = with_overrides(config, options) if options else config
+    assert changed is not None, options
+    return changed
 
 
 def full_batch(config: RunConfig, vocabulary: int, trained_share: float) -> Batch:
@@ -141,7 +149,8 @@ def full_batch(config: RunConfig, vocabulary: int, trained_share: float) -> Batc
 def measure(directory: Path, config: RunConfig, trained_share: float = 1.0) -> Measured:
     """Peak of an optimiser step: weights and optimiser states held, everything else as it comes."""
     dtype = DTYPES[config.model.compute_dtype]
-    base = load_base(Checkpoint.open(directory), torch.device("cpu"), dtype, config.model.experts_per_chunk)
+    storage = BaseStorage.of(config.model)
+    base = load_base(Checkpoint.open(directory), torch.device("cpu"), dtype, config.model.experts_per_chunk, storage)
     adapter = attach_adapter(base, config.adapter, seed=0)
     if config.trainer.activation_checkpointing:
         checkpoint_activations(base.model)
@@ -150,13 +159,17 @@ def measure(directory: Path, config: RunConfig, trained_share: float = 1.0) -> M
     step = OptimiserStep(config.trainer, base, parameters, optimizer, Accelerator(cpu=True))
     batches = [full_batch(config, base.model.config.vocab_size, trained_share)] * config.trainer.micro_steps
     for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter, dtype=DTYPES[config.trainer.gradient_dtype])
     optimizer.step()  # makes the optimiser's states
     optimizer.zero_grad(set_to_none=True)
-    states = [value for parameter in parameters.values() for value in optimizer.state[parameter].values()]
+    inner = [slot.inner for slot in optimizer.slots] if isinstance(optimizer, OneByOne) else [optimizer]
+    states = [value for one in inner for state in one.state.values() for value in state.values()]
+    held = [*base.model.parameters(), *base.model.buffers(), *filter(torch.is_tensor, states)]
     # Without checkpointing the last layer's backward is the peak: activations are dropped from there on.
     busiest = busiest_chunks(base, batches[0])[0 if config.trainer.activation_checkpointing else -1 :]
-    with AllocationTracker([*base.model.parameters(), *base.model.buffers(), *states]) as tracker:
+    with AllocationTracker(
+        [*base.model.parameters(), *base.model.buffers(), *filter(torch.is_tensor, states)]
+    ) as tracker:
         step(batches, 1e-4, 1)
     return Measured(tracker.peak_bytes, max(busiest))
 

@@ -167,9 +167,7 @@ def measure(directory: Path, config: RunConfig, trained_share: float = 1.0) -> M
     held = [*base.model.parameters(), *base.model.buffers(), *filter(torch.is_tensor, states)]
     # Without checkpointing the last layer's backward is the peak: activations are dropped from there on.
     busiest = busiest_chunks(base, batches[0])[0 if config.trainer.activation_checkpointing else -1 :]
-    with AllocationTracker(
-        [*base.model.parameters(), *base.model.buffers(), *filter(torch.is_tensor, states)]
-    ) as tracker:
+    with AllocationTracker(held) as tracker:
         step(batches, 1e-4, 1)
     return Measured(tracker.peak_bytes, max(busiest))
 

@@ -258,6 +258,7 @@ class TrainerConfig(_Strict):
         activation_offload: keep what activation checkpointing saves (each layer's input) in the CPU's memory, copied
             beside the computation; less GPU memory for long rows. Only on a GPU.
         early_stop_patience: stop after this many evaluations without a better best metric. None: never.
+        ignore_memory_estimate: start although the estimate says that the run does not fit into memory.
     """
 
     epochs: float = 1.0
@@ -281,6 +282,7 @@ class TrainerConfig(_Strict):
     activation_checkpointing: bool = True
     activation_offload: bool = False
     early_stop_patience: int | None = None
+    ignore_memory_estimate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

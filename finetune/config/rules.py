@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.config.keys import KeyPath
 from finetune.config.locate import HUB_PREFIX, matching_files, resolve_data_path
+from finetune.config.memory_rules import memory_problems
 from finetune.config.problems import Problem
 from finetune.config.rendering_rules import rendering_problems
 from finetune.config.schema import RunConfig, SourceConfig
@@ -65,6 +66,7 @@ def broken_rules(config: RunConfig) -> Iterator[Problem]:
     yield from rendering_problems(config.data)
     yield from _adapter(config)
     yield from _trainer(config)
+    yield from memory_problems(config)
     yield from _evaluation(config)
 
 
@@ -188,6 +190,12 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
             f"is {coefficient}, above {MAX_BALANCE_COEFFICIENT}: the published config.json says 0.9, but that is a "
             "pre-training value and ruins a fine-tune",
             "write 0.001, or set trainer.force_router_balance_coefficient=true if you mean it",
+        )
+    if trainer.activation_offload and not trainer.activation_checkpointing:
+        yield Problem(
+            ("trainer", "activation_offload"),
+            "does nothing without trainer.activation_checkpointing: what it moves is what checkpointing keeps",
+            "set trainer.activation_checkpointing=true",
         )
     if distributed.kind == "single" and distributed.num_processes != 1:
         yield Problem(

@@ -35,6 +35,7 @@ HEAD_NOISE = 20.0
 EMBEDDING_NOISE = 0.5
 """Of the rest's embedding rows, as a share of the RMS of all trained ones."""
 _TOKENS, _ROWS, _SCALES, _REST, _NOISE = "tokens", "embedding.rows", "embedding.scales", "embedding.rest", "noise"
+_FACTS = "base"
 _UNIFORM_STEPS = 127 / 3**0.5  # int8 noise divided by this has a standard deviation of about 1
 
 
@@ -68,7 +69,8 @@ class CompactBase:
             _REST: self.rest.float(),
             **self.others,
         }
-        metadata = {"sizes": json.dumps(self.sizes), "head_gain": repr(self.head_gain)}
+        # One entry: safetensors writes several in an order that changes from run to run.
+        metadata = {_FACTS: json.dumps({"sizes": self.sizes, "head_gain": self.head_gain})}
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
         return gzip.compress(save(plain, metadata), compresslevel=9, mtime=0)
 
@@ -83,7 +85,8 @@ class CompactBase:
             plain = gzip.decompress(content)
             header = json.loads(plain[8 : 8 + int.from_bytes(plain[:8], "little")])["__metadata__"]
             tensors = load(plain)
-            sizes, head_gain = json.loads(header["sizes"]), float(header["head_gain"])
+            facts = json.loads(header[_FACTS])
+            sizes, head_gain = facts["sizes"], float(facts["head_gain"])
             tokens, rows = tensors.pop(_TOKENS), tensors.pop(_ROWS)
             scales, rest = tensors.pop(_SCALES), tensors.pop(_REST)
         except (OSError, EOFError, KeyError, SafetensorError) as error:

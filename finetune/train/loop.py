@@ -98,7 +98,7 @@ class Trainer:
         self.metrics = MetricsLog(run.metrics)
         self.parameters = adapter.parameters()
         self.optimizer = make_optimizer(self.parameters, config.trainer)
-        self.step = OptimiserStep(config.trainer, base, self.parameters, self.optimizer, accelerator)
+        self.step = OptimiserStep(config.trainer, base, self.parameters, self.optimizer, accelerator, adapter)
         self.state = LoopState()
         self.audit_lines: list[str] = []
         if config.trainer.activation_checkpointing:
@@ -164,6 +164,7 @@ class Trainer:
             epoch=epoch,
             loss=figures.loss,
             balance_loss=figures.balance,
+            router_z_loss=figures.router_z,
             learning_rate=rate,
             gradient_norm=figures.gradient_norm,
             tokens=figures.tokens,
@@ -171,8 +172,9 @@ class Trainer:
             tokens_per_second=round(speed, 1),
             memory_gib=round(memory, 3),
         )
-        shown = {"loss": figures.loss, "balance_loss": figures.balance, "gradient_norm": figures.gradient_norm}
-        shown |= {"learning_rate": rate, "tokens_per_second": speed, "memory_gib": memory}
+        shown = {"loss": figures.loss, "balance_loss": figures.balance, "router_z_loss": figures.router_z}
+        shown |= {"gradient_norm": figures.gradient_norm, "learning_rate": rate}
+        shown |= {"tokens_per_second": speed, "memory_gib": memory}
         self.tracker.log(shown, state.step)
         details = f"loss {figures.loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s, {memory:.2f} GiB"
         progress.show(state.step, details, force=state.step % self.config.logging.every_steps == 0)

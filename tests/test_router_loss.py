@@ -11,7 +11,6 @@ import torch
 from router_runs import SMALL, Run, Together, difference, samples
 from torch import Tensor
 
-from finetune.adapters.lora import attach_adapter
 from finetune.config.schema import RouterAdapterConfig
 from finetune.data.batches import _padding, collate
 from finetune.model.router import Routing, record_routing
@@ -52,7 +51,7 @@ def oracle(layers: list[Routing], base: list[Routing] | None, rows: np.ndarray) 
 @pytest.mark.parametrize("target", ["uniform", "base"])
 @pytest.mark.parametrize("scope", ["microbatch", "step"])
 def test_both_scopes_are_the_definition(scope: str, target: str) -> None:
-    """Four ragged micro-steps: `step` is the definition on all of them at once, `microbatch` their token-weighted mean."""
+    """Four ragged micro-steps: `step` is the definition on all at once, `microbatch` their token-weighted mean."""
     layers, base = layers_of(0, grad=True), layers_of(1) if target == "base" else None
     cuts = [slice(0, 7), slice(7, 30), slice(30, 31), slice(31, 52)]  # the last 8 tokens are padding
     rows = [torch.arange(T)[cut] for cut in cuts]
@@ -74,7 +73,7 @@ def test_both_scopes_are_the_definition(scope: str, target: str) -> None:
         wanted_gradients = [
             sum(share * grads[layer] for share, (_, grads) in zip(shares, each, strict=True)) for layer in range(LAYERS)
         ]
-    assert float(total) == pytest.approx(wanted, abs=1e-12)
+    assert total.item() == pytest.approx(wanted, abs=1e-12)
     for ours, theirs in zip(gradients, wanted_gradients, strict=True):
         assert np.abs(ours.numpy() - theirs).max() < 1e-12 < np.abs(theirs).max()
     assert abs(wanted - oracle(layers, base, np.arange(T))[0]) > 1e-4, "padding would have changed it"
@@ -233,4 +232,3 @@ def test_target_base_needs_the_adapter(tiny_base: Path) -> None:
     run = Run(tiny_base)
     with pytest.raises(ValueError, match="switched off"):
         RouterLoss(TrainerConfig(router_balance_target="base"), run.base, None, Accelerator(cpu=True))
-    assert attach_adapter is not None

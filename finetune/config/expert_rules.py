@@ -43,9 +43,9 @@ def parse_select(text: str) -> SelectRule:
     name, equals, number = text.partition("=")
     if equals and name.strip() in ("top_p", "top_k"):
         return _top(name.strip(), number)
-    if close := suggest_word(name, ("all", "top_p", "top_k")):
-        if not text.endswith(".json"):
-            raise ValueError(f"must be {_FORMS}; {close}")
+    close = suggest_word(name, ("all", "top_p", "top_k"))
+    if close and not text.endswith(".json"):
+        raise ValueError(f"must be {_FORMS}; {close}")
     if not text.strip() or equals:
         raise ValueError(f"must be {_FORMS}")
     return SelectRule("file", path=text)
@@ -78,7 +78,9 @@ def expert_problems(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(("adapter", "experts", key), "is set, but adapter.experts.rank is 0")
     if router.mode == "lora" and router.rank < 1:
         yield Problem(
-            ("adapter", "router", "rank"), f"is {router.rank}, must be at least 1", "to leave routers alone: mode=frozen"
+            ("adapter", "router", "rank"),
+            f"is {router.rank}, must be at least 1",
+            "to leave them alone: mode=frozen",
         )
     if not trainer.router_balance_coefficient:
         for key, off in (("router_balance_scope", "microbatch"), ("router_balance_target", "uniform")):

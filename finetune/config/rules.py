@@ -29,8 +29,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "above 0",
         lambda value: value > 0,
-        "data.mix_temperature adapter.attention.alpha adapter.experts.alpha adapter.router.alpha trainer.epochs trainer.learning_rate "
-        "trainer.adam_epsilon",
+        "data.mix_temperature adapter.attention.alpha adapter.experts.alpha adapter.router.alpha trainer.epochs "
+        "trainer.learning_rate trainer.adam_epsilon",
     ),
     (
         "0 or more",

@@ -6,6 +6,7 @@ The update of a weight [out, in] (of one expert) is scale · b @ a; gate and up 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, read_provenance
+from finetune.adapters.stored import read_router_bias
 from finetune.console import warn
 from finetune.errors import InputError
 from finetune.model.headers import read_header, read_json
@@ -83,6 +85,7 @@ class AdapterSource:
         config: its adapter_config.json.
         base_name, base_revision, base_identity: the base it was trained on; identity is None without finetune.json.
         sites: what it changes, by layer.
+        router_bias: changes of routers' biases by the tensor's name, float32 [E]; only merges carry them.
     """
 
     directory: Path
@@ -91,6 +94,7 @@ class AdapterSource:
     base_revision: str | None
     base_identity: str | None
     sites: tuple[SourceSite, ...]
+    router_bias: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def site(self, layer: int, name: str) -> SourceSite | None:
         """The site of a layer's weight, None if the adapter leaves it alone."""
@@ -146,6 +150,7 @@ def open_adapter(directory: Path) -> AdapterSource:
         facts.get("base_revision") or config.get("revision"),
         facts.get("base_identity"),
         sites,
+        read_router_bias(directory),
     )
 
 

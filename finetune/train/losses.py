@@ -45,9 +45,9 @@ def balance_weights(chosen: Tensor, base_chosen: Tensor | None = None) -> Tensor
     """What each expert's mean probability is multiplied by in the balance loss: [..., E], without gradient.
 
     Against uniform use E · f_e, with f_e the share of the choices that fell on e. Against the base's use
-    (n_e + 1) / (m_e + 1), with n_e and m_e the choices of e now and by the base on the same tokens: f_e / q_e, with one
-    more choice of each so that an expert the base left out has a finite weight. Either way all weights are 1 when use is
-    as wanted, and the loss is then 1 and has no gradient.
+    (n_e + 1) / (m_e + 1), with n_e and m_e the choices of e now and by the base on the same tokens: f_e / q_e, with
+    one more choice of each so that an expert the base left out has a finite weight. Either way all weights are 1 when
+    use is as wanted, and the loss is then 1 and has no gradient.
 
     Args:
         chosen: counts [..., E].

@@ -78,9 +78,7 @@ class RouterLoss:
         of_base = None if base_chosen is None else self.accelerator.reduce(torch.stack(base_chosen).sum(0), "sum")
         return StepRouting(tokens, balance_weights(total, of_base))
 
-    def shares(
-        self, layers: Sequence[Routing], batch: Batch, step: StepRouting, number: int
-    ) -> tuple[Tensor, Tensor]:
+    def shares(self, layers: Sequence[Routing], batch: Batch, step: StepRouting, number: int) -> tuple[Tensor, Tensor]:
         """A micro-step's shares of the step's balance loss and z-loss; over all micro-steps they add up to them.
 
         Without a coefficient a share has no gradient: it is computed to be seen.
@@ -103,9 +101,9 @@ class RouterLoss:
 
     @torch.no_grad()
     def _counts(self, batch: Batch, *, adapted: bool) -> Tensor:
-        with nullcontext() if adapted or self.adapter is None else self.adapter.disabled():
-            with record_routing(self.base.model) as tape:
-                hidden_states(self.base.model, batch.input_ids, batch.positions, batch.segments)
+        switched = nullcontext() if adapted or self.adapter is None else self.adapter.disabled()
+        with switched, record_routing(self.base.model) as tape:
+            hidden_states(self.base.model, batch.input_ids, batch.positions, batch.segments)
         return choice_counts(tape.layers, real_tokens(batch).to(self.base.device))
 
 

@@ -17,7 +17,7 @@ from finetune import __version__
 from finetune.adapters.files import read_adapter_into
 from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.adapters.sites import describe_sites
-from finetune.config.derive import check_inputs
+from finetune.config.derive import check_inputs, router_notes
 from finetune.config.schema import RunConfig
 from finetune.console import Progress, say
 from finetune.data.arrow import sample_lengths
@@ -112,8 +112,10 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity)
         say(f"adapter: training on from {config.adapter.init_from}")
     say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
-    if config.trainer.router_balance_coefficient:
-        say(describe_balance_reach(list(adapter.sites), checkpoint.shape))
+    if config.trainer.router_balance_coefficient or config.trainer.router_z_loss_coefficient:
+        say(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
+    for note in router_notes(config):
+        say(note)
     return Session(config, location, base, adapter, splits, plan, accelerator, test)
 
 
@@ -141,7 +143,8 @@ def session_facts(session: Session) -> dict[str, Any]:
             for name, split in session.splits.items()
         },
         "adapter_parameters": {
-            kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "experts")
+            kind: sum(site.num_parameters for site in sites if site.kind == kind)
+            for kind in ("attention", "router", "experts")
         },
         "total_steps": session.plan.total_steps,
         "working_directory": str(Path.cwd()),

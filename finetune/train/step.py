@@ -59,8 +59,8 @@ class OptimiserStep:
     """Callable that makes one step.
 
     The language loss is the sum of weight x NLL over the whole step (all micro-steps, all processes) divided by the sum
-    of weights, so that 8 micro-steps of 1 row equal 1 of 8, ragged and partial ones included. The terms on the router are
-    those of `finetune.train.router_loss`.
+    of weights, so that 8 micro-steps of 1 row equal 1 of 8, ragged and partial ones included. The terms on the
+    router are those of `finetune.train.router_loss`.
 
     Args:
         config: coefficients and clipping.

@@ -63,10 +63,11 @@ class Run:
         accelerator: Any = None,
         checkpointed: bool = False,
         fresh: bool = False,
+        selection: dict[int, tuple[int, ...]] | None = None,
         **trainer: Any,
     ) -> None:
         self.base = new_base(directory)
-        self.adapter = attach_adapter(self.base, adapter, seed=0)
+        self.adapter = attach_adapter(self.base, adapter, seed=0, selection=selection)
         parameters = self.adapter.parameters()
         if not fresh:
             shake(parameters)

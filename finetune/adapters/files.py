@@ -105,7 +105,7 @@ def write_peft_directory(
         config |= {key: value for key, value in fields.items() if isinstance(value, list)}
         write_facts(staging / CONFIG, dict(sorted(config.items())))
         write_router_bias(staging, router_bias or {})
-        files = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
+        files = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
         write_facts(staging / PROVENANCE, {"written_by": f"gpt-oss-finetune {__version__}", **facts, "files": files})
         if finish is not None:
             finish(staging)
@@ -243,7 +243,7 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     for name, digest in files.items():
         if not (directory / name).is_file():
             raise InputError(f"{directory} lacks {name}")
-        if _sha256(directory / name) != digest:
+        if sha256_of(directory / name) != digest:
             raise InputError(f"{directory / name} is not the file that was written", why="its sha256 differs")
     return provenance
 
@@ -297,6 +297,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged", why=str(error)) from error
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """A file's sha256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -99,6 +99,8 @@ class ExpertLora(nn.Module):
     for the other experts, is made when it is asked for and lives as long as the block's graph.
     """
 
+    chosen: Tensor | None
+
     def __init__(self, experts: PackedExperts, site: Site) -> None:
         super().__init__()
         blocks = experts.get_buffer("gate_up_proj_blocks")

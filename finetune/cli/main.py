@@ -30,6 +30,7 @@ COMMANDS = {
         "finetune.cli.export",
         "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
     ),
+    "experts": ("finetune.cli.experts", "measure which experts a recipe's data use: score RECIPE"),
     "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from finetune import __version__
 from finetune.adapters.files import read_adapter_into
@@ -26,6 +27,7 @@ from finetune.data.dataset import Split, describe, load_split
 from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
+from finetune.evaluate.affinity import Affinity, choose_experts
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import BaseLocation, locate_base
@@ -55,6 +57,7 @@ class Session:
         plan: which rows each step takes.
         accelerator: device and processes.
         test: rows scored before and after; None without a test split.
+        affinity: which experts are adapted, and why; None: all.
     """
 
     config: RunConfig
@@ -65,6 +68,7 @@ class Session:
     plan: BatchPlan
     accelerator: Accelerator
     test: TestSet | None
+    affinity: Affinity | None = None
 
 
 def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
@@ -107,7 +111,9 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     check_expert_storage(storage, config.model.expert_storage)
     if config.data.pack:
         say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
-    adapter = attach_adapter(base, config.adapter, seed=config.seed)
+    affinity = _chosen_experts(base, location.name, splits["train"], config, accelerator)
+    selection = None if affinity is None else affinity.selected
+    adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection)
     if config.adapter.init_from is not None:
         read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity)
         say(f"adapter: training on from {config.adapter.init_from}")
@@ -116,7 +122,19 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         say(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
     for note in router_notes(config):
         say(note)
-    return Session(config, location, base, adapter, splits, plan, accelerator, test)
+    return Session(config, location, base, adapter, splits, plan, accelerator, test, affinity)
+
+
+def _chosen_experts(
+    base: Base, name: str, split: Split, config: RunConfig, accelerator: Accelerator
+) -> Affinity | None:
+    """Which experts are adapted; processes whose sums differ in the last bit must not differ in that."""
+    if not config.adapter.experts.rank:
+        return None
+    affinity = choose_experts(base, name, split.samples, config.data, config.adapter)
+    if accelerator.num_processes > 1:
+        (affinity,) = broadcast_object_list([affinity])
+    return affinity
 
 
 def session_facts(session: Session) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from finetune.model.build import Base
 from finetune.model.forward import checkpoint_activations
 from finetune.train.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
 from finetune.train.metrics import MetricsLog, Tracker, memory_gib
+from finetune.train.routing_watch import RoutingWatch
 from finetune.train.run_directory import RunDirectory
 from finetune.train.schedule import learning_rate
 from finetune.train.signals import StopRequest
@@ -78,6 +79,7 @@ class Trainer:
         tracker: an outside tracker.
         validation_loss: None when there is nothing to validate on.
         data_fingerprint: stored in checkpoints; resuming on other data is refused.
+        watch: looks at routing after each validation. None: not wanted.
     """
 
     def __init__(
@@ -91,10 +93,12 @@ class Trainer:
         tracker: Tracker,
         validation_loss: ValidationLoss | None,
         data_fingerprint: str,
+        watch: RoutingWatch | None = None,
     ) -> None:
         self.config, self.base, self.adapter, self.plan = config, base, adapter, plan
         self.accelerator, self.run, self.tracker = accelerator, run, tracker
         self.validation_loss, self.data_fingerprint = validation_loss, data_fingerprint
+        self.watch = watch
         self.metrics = MetricsLog(run.metrics)
         self.parameters = adapter.parameters()
         self.optimizer = make_optimizer(self.parameters, config.trainer)
@@ -203,6 +207,8 @@ class Trainer:
         loss = self.validation_loss()
         if not math.isfinite(loss):
             raise CheckError(f"validation loss after step {self.state.step} is {loss}")
+        if self.watch is not None:
+            self.watch.look(self.state.step)
         self.metrics.append("evaluation", self.state.step, validation_loss=loss)
         self.tracker.log({"validation_loss": loss}, self.state.step)
         improved = self.state.best_loss is None or loss < self.state.best_loss

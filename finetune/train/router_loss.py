@@ -19,6 +19,7 @@ from torch import Tensor
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import TrainerConfig
 from finetune.data.batches import PADDING_SEGMENT, Batch
+from finetune.evaluate.routing import RoutingCounter
 from finetune.model.build import Base
 from finetune.model.forward import hidden_states
 from finetune.model.router import Routing, record_routing
@@ -41,7 +42,7 @@ class StepRouting:
 
 
 class RouterLoss:
-    """Balance and z-loss of a step, micro-step by micro-step.
+    """Balance and z-loss of a step, micro-step by micro-step; `usage` counts what was chosen in all of them.
 
     Args:
         config: scope, target and coefficients.
@@ -54,6 +55,8 @@ class RouterLoss:
         if config.router_balance_target == "base" and adapter is None:
             raise ValueError("the base's own routing takes an adapter that can be switched off")
         self.config, self.base, self.adapter, self.accelerator = config, base, adapter, accelerator
+        shape = base.checkpoint.shape
+        self.usage = RoutingCounter(shape.num_layers, shape.num_experts, 1, base.device)
 
     def prepare(self, batches: Sequence[Batch]) -> StepRouting:
         """Look at a whole step before its first backward pass; call it with the model in training mode.
@@ -90,6 +93,7 @@ class RouterLoss:
             number: of the micro-step within this process's, from 0.
         """
         rows = real_tokens(batch).to(self.base.device)
+        self.usage.add(layers, rows)
         weights = step.weights
         if weights is None:
             base_chosen = None if step.base_chosen is None else step.base_chosen[number]

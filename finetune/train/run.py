@@ -26,6 +26,7 @@ from finetune.train.checkpoints import checkpoint_path, load_checkpoint, load_ne
 from finetune.train.evaluation import evaluate_test_set, validation_subset
 from finetune.train.loop import Trainer
 from finetune.train.metrics import Tracker, memory_gib
+from finetune.train.routing_watch import RoutingWatch
 from finetune.train.run_directory import RunDirectory, write_json
 from finetune.train.session import Session, open_session, session_facts
 from finetune.train.signals import StopRequest
@@ -185,6 +186,8 @@ def _train_and_export(session: Session, trainer: Trainer, run: RunDirectory, sto
             base, test, config, when="after", between_batches=lambda: _leave_if_asked(stop, run, save=None)
         )
         write_json(run.evaluation, evaluation)
+    if trainer.watch is not None:
+        run.update_manifest(routing=trainer.watch.finish(trainer.state.step, trainer.step.router_loss.usage))
     _write_adapter(session, run)
     run.update_manifest(read_back=_read_back(session, run))
 
@@ -228,9 +231,22 @@ def _trainer(session: Session, run: RunDirectory, tracker: Tracker, stop: StopRe
                 between_batches=lambda: _leave_if_asked(stop, run, trainer.save),
             ).mean
 
+    watch = None
+    if config.evaluate.routing_samples:
+        split = next(session.splits[name] for name in ("test", "validation", "train") if name in session.splits)
+        watch = RoutingWatch(
+            config,
+            base,
+            session.adapter,
+            split,
+            run,
+            tracker,
+            session.accelerator,
+            lambda: _leave_if_asked(stop, run, trainer.save),
+        )
     fingerprint = session.splits["train"].fingerprint
     trainer = Trainer(
-        config, base, session.adapter, session.plan, session.accelerator, run, tracker, validation, fingerprint
+        config, base, session.adapter, session.plan, session.accelerator, run, tracker, validation, fingerprint, watch
     )
     return trainer
 
@@ -251,7 +267,11 @@ def _write_adapter(session: Session, run: RunDirectory) -> None:
         run.remove_adapter()
     location, config = session.location, session.config.adapter
     name = location.name if location.revision else str(location.directory.resolve())
-    base: dict[str, Any] = {"base_name": name, "base_revision": location.revision, "base_identity": session.base.identity}
+    base: dict[str, Any] = {
+        "base_name": name,
+        "base_revision": location.revision,
+        "base_identity": session.base.identity,
+    }
     write_adapter(run.adapter, session.adapter, config, **base)
     say(f"adapter: {run.adapter}")
     if is_worth_it(session.adapter):

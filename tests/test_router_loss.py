@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from router_runs import SMALL, Run, Together, difference, samples
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.config.schema import RouterAdapterConfig
@@ -232,3 +238,31 @@ def test_target_base_needs_the_adapter(tiny_base: Path) -> None:
     run = Run(tiny_base)
     with pytest.raises(ValueError, match="switched off"):
         RouterLoss(TrainerConfig(router_balance_target="base"), run.base, None, Accelerator(cpu=True))
+
+
+@pytest.mark.slow
+def test_two_gloo_processes_equal_one(tiny_base: Path, tmp_path: Path) -> None:
+    """The same as with threads above, through torch.distributed itself."""
+    data = samples(5)
+    settings = {"router_balance_coefficient": 5.0, "router_balance_scope": "step", "router_balance_target": "base"}
+    one = Run(tiny_base, router_z_loss_coefficient=0.1, **settings)
+    wanted = one([collate([data])])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in (0, 1):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        script = [sys.executable, str(Path(__file__).with_name("gloo_balance_child.py"))]
+        arguments = [str(tiny_base), str(tmp_path / "gradients.safetensors")]
+        processes.append(subprocess.Popen([*script, *arguments], env=environment, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    figures = json.loads((tmp_path / "gradients.json").read_text())
+    assert figures["balance"] == pytest.approx(wanted.balance, abs=1e-6)
+    assert figures["z"] == pytest.approx(wanted.router_z, rel=1e-6)
+    assert difference(load_file(tmp_path / "gradients.safetensors"), one.gradients) < 2e-4

@@ -29,6 +29,7 @@ from finetune.evaluate.affinity import (
     check_selection,
     choose,
     read_affinity,
+    refuse_too_many,
     score_experts,
     write_affinity,
 )
@@ -205,7 +206,7 @@ class TestScore:
         assert choose(scores, rule(1.0)) == {0: (0, 1, 2, 3), 1: (0, 1, 2, 3)}
         assert choose(scores, SelectRule("top_k", top_k=1)) == {0: (0,), 1: (0,)}
         with pytest.raises(ConfigError, match="asks for 5 experts a layer, the base has 4"):
-            choose(scores, SelectRule("top_k", top_k=5))
+            refuse_too_many(SelectRule("top_k", top_k=5), 4)
 
     def test_a_file_comes_back_and_belongs_to_its_base(self, tiny_base: Path, tmp_path: Path) -> None:
         base = new_base(tiny_base)
@@ -295,6 +296,18 @@ def test_a_run_scores_trains_resumes_and_exports_the_chosen(
     assert "10 of 16 experts have none" in capsys.readouterr().out
     assert main(["export", str(run), "--to", "sglang", "--out", str(tmp_path / "sglang")]) == 0
     assert manifest_of(run)["status"] == "finished"
+
+
+def test_a_dry_run_counts_what_is_known(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(workplace / "small.yaml")
+    assert main(["train", recipe, "--dry-run", "adapter.experts.select=top_k=3", "adapter.router.mode=full"]) == 0
+    out = capsys.readouterr().out
+    assert "the training data decide which experts (top_k=3)" in out and "2 layers x 3 of 8 experts" in out
+    assert "only merged exports (bf16, mxfp4, gguf) carry it" in out and "SGLang does not" in out
+    (tmp_path / "scores.json").write_text("{}")
+    missing = f"adapter.experts.select={tmp_path / 'score.json'}"
+    assert main(["train", recipe, "--dry-run", missing]) == 2
+    assert "did you mean scores.json?" in capsys.readouterr().err
 
 
 def test_a_resumed_run_adapts_the_experts_it_started_with(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def test_a_run_leaves_table_figures_and_section(train: Train) -> None:
     lines = metrics_of(run)
     assert trained == 4 * sum(line["tokens"] for line in lines if line["kind"] == "step")
     looks = [line for line in lines if line["kind"] == "routing"]
-    assert [line["step"] for line in looks] == [3, 3] and len(looks[0]["drift"]) == 2
+    assert [line["step"] for line in looks] == [3] and len(looks[0]["drift"]) == 2
     facts = manifest_of(run)["routing"]
     assert facts["drift"] == looks[-1]["drift"] and max(facts["drift"]) > 0
     report = (run / "report.md").read_text()

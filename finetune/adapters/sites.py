@@ -54,7 +54,7 @@ def plan_sites(shape: ModelShape, config: AdapterConfig, selection: Selection | 
         selection: which experts each layer adapts. None: all.
 
     Raises:
-        ConfigError: the recipe's layers are not the model's.
+        ConfigError: the recipe's layers are not the model's, or the selection leaves one without an expert.
     """
     first, last = config.layers or (0, shape.num_layers - 1)
     if last >= shape.num_layers:
@@ -62,6 +62,8 @@ def plan_sites(shape: ModelShape, config: AdapterConfig, selection: Selection | 
             f"adapter.layers is [{first}, {last}], and the base has {shape.num_layers} layers",
             fix=f"layers count from 0; the last is {shape.num_layers - 1}",
         )
+    if selection is not None:
+        refuse_bad_selection(selection, shape, config, "the selection")
     sites: list[Site] = []
     for layer in range(first, last + 1):
         if config.attention.rank:
@@ -71,6 +73,23 @@ def plan_sites(shape: ModelShape, config: AdapterConfig, selection: Selection | 
         if config.experts.rank:
             sites.append(_expert_site(shape, config, layer, None if selection is None else selection[layer]))
     return sites
+
+
+def refuse_bad_selection(selection: Selection, shape: ModelShape, config: AdapterConfig, where: str) -> None:
+    """Raise ConfigError if a layer to be adapted has no expert, or an expert does not exist."""
+    first, last = config.layers or (0, shape.num_layers - 1)
+    for layer in range(first, min(last, shape.num_layers - 1) + 1):
+        experts = selection.get(layer, ())
+        if not experts:
+            raise ConfigError(
+                f"adapter.experts.select: {where} leaves layer {layer} without an expert",
+                fix="give every adapted layer one, or leave the layer out with adapter.layers",
+            )
+        if list(experts) != sorted(set(experts)) or not 0 <= experts[0] <= experts[-1] < shape.num_experts:
+            raise ConfigError(
+                f"adapter.experts.select: {where} names experts {list(experts)[:8]} in layer {layer}",
+                why=f"each once, in ascending order, from 0 to {shape.num_experts - 1}",
+            )
 
 
 def describe_sites(sites: list[Site], shape: ModelShape) -> str:

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+from finetune.config.expert_rules import parse_select, refuse_missing
 from finetune.config.locate import HUB_PREFIX, is_glob, matching_files, resolve_data_path
 from finetune.config.schema import RunConfig
 from finetune.errors import InputError
@@ -78,6 +79,9 @@ def check_inputs(config: RunConfig) -> list[str]:
             lines.append(f"data.{split}.{name}: {found}" + (f", {only}" if only else ""))
     if config.adapter.init_from is not None and not Path(config.adapter.init_from).expanduser().is_dir():
         raise InputError(f"adapter.init_from: there is no directory {config.adapter.init_from}")
+    rule = parse_select(config.adapter.experts.select)
+    if rule.kind == "file":
+        refuse_missing(Path(rule.path).expanduser())
     return lines
 
 

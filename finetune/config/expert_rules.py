@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from finetune.config.keys import suggest_word
 from finetune.config.problems import Problem
 from finetune.config.schema import RunConfig
+from finetune.errors import ConfigError
 
 SELECT: tuple[str, ...] = ("adapter", "experts", "select")
 _FORMS = "all, top_p=0.2, top_k=8, or a file that `finetune experts score` wrote"
@@ -63,6 +65,16 @@ def _top(name: str, number: str) -> SelectRule:
     if not (value >= 1 and value == int(value)):
         raise ValueError("must be top_k=COUNT with a whole number of experts from 1, such as top_k=8")
     return SelectRule("top_k", top_k=int(value))
+
+
+def refuse_missing(path: Path) -> None:
+    """Raise ConfigError if a file of `adapter.experts.select` does not exist, naming the nearest that does."""
+    if not path.is_file():
+        near = suggest_word(path.name, sorted(other.name for other in path.parent.glob("*.json")))
+        raise ConfigError(
+            f"adapter.experts.select: there is no file {path}",
+            fix=near or "write all, top_p=0.2, top_k=8, or make one: finetune experts score RECIPE --out FILE",
+        )
 
 
 def expert_problems(config: RunConfig) -> Iterator[Problem]:

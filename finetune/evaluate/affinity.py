@@ -16,16 +16,14 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.adapters.sites import Selection
-from finetune.config.expert_rules import SelectRule, parse_select
-from finetune.config.keys import suggest_word
+from finetune.adapters.sites import refuse_bad_selection
+from finetune.config.expert_rules import SelectRule, parse_select, refuse_missing
 from finetune.config.schema import AdapterConfig, DataConfig
 from finetune.console import say
 from finetune.data.render import Sample
 from finetune.errors import ConfigError, InputError
 from finetune.evaluate.routing import count_routing, spread
 from finetune.model.build import Base
-from finetune.model.shapes import ModelShape
 
 Score = Literal["gate", "tokens"]
 SCORES: tuple[Score, ...] = get_args(Score)
@@ -89,6 +87,8 @@ def score_experts(
     Raises:
         ConfigError: the rule asks for more experts than there are.
     """
+    rule = parse_select(select)
+    refuse_too_many(rule, base.checkpoint.shape.num_experts)
     used = spread(samples, count)
     counts = count_routing(
         base,
@@ -102,7 +102,7 @@ def score_experts(
     gate = (counts.gates / per_sample).mean(0)
     share = (counts.chosen / per_sample).mean(0) / base.checkpoint.shape.num_active_experts
     scores = gate if by == "gate" else share
-    selected = choose(scores, parse_select(select))
+    selected = choose(scores, rule)
     return Affinity(
         base_name,
         base.identity,
@@ -116,22 +116,22 @@ def score_experts(
     )
 
 
-def choose(scores: NDArray[np.float64], rule: SelectRule) -> dict[int, tuple[int, ...]]:
-    """The experts of each layer with the highest scores; of equal ones the first.
-
-    Args:
-        scores: [layers, E], each layer's adding up to 1.
-        rule: `top_k`: so many; `top_p`: the fewest that have that share together.
-
-    Raises:
-        ConfigError: more experts are asked for than there are.
-    """
-    num_experts = scores.shape[1]
+def refuse_too_many(rule: SelectRule, num_experts: int) -> None:
+    """Raise ConfigError if `top_k` asks for more experts than a layer has."""
     if rule.top_k > num_experts:
         raise ConfigError(
             f"adapter.experts.select asks for {rule.top_k} experts a layer, the base has {num_experts}",
             fix=f"write top_k={num_experts} or less, or `all`",
         )
+
+
+def choose(scores: NDArray[np.float64], rule: SelectRule) -> dict[int, tuple[int, ...]]:
+    """The experts of each layer with the highest scores; of equal ones the first.
+
+    Args:
+        scores: [layers, E], each layer's adding up to 1.
+        rule: `top_k`: so many, at most E; `top_p`: the fewest that have that share together.
+    """
     selected = {}
     for layer, row in enumerate(scores):
         order = np.argsort(-row, kind="stable")
@@ -154,12 +154,7 @@ def read_affinity(path: Path) -> Affinity:
         ConfigError: there is no such file.
         InputError: it is something else, or damaged.
     """
-    if not path.is_file():
-        near = suggest_word(path.name, sorted(other.name for other in path.parent.glob("*.json")))
-        raise ConfigError(
-            f"adapter.experts.select: there is no file {path}",
-            fix=near or "write all, top_p=0.2, top_k=8, or make one: finetune experts score RECIPE --out FILE",
-        )
+    refuse_missing(path)
     try:
         content = json.loads(path.read_text())
         if content.pop("format") != FORMAT:
@@ -185,23 +180,6 @@ def check_selection(affinity: Affinity, base: Base, config: AdapterConfig, where
             fix="measure again: finetune experts score RECIPE --out FILE",
         )
     refuse_bad_selection(affinity.selected, base.checkpoint.shape, config, where)
-
-
-def refuse_bad_selection(selection: Selection, shape: ModelShape, config: AdapterConfig, where: str) -> None:
-    """Raise ConfigError if a layer to be adapted has no expert, or an expert does not exist."""
-    first, last = config.layers or (0, shape.num_layers - 1)
-    for layer in range(first, min(last, shape.num_layers - 1) + 1):
-        experts = selection.get(layer, ())
-        if not experts:
-            raise ConfigError(
-                f"adapter.experts.select: {where} leaves layer {layer} without an expert",
-                fix="give every adapted layer one, or leave the layer out with adapter.layers",
-            )
-        if list(experts) != sorted(set(experts)) or not 0 <= experts[0] <= experts[-1] < shape.num_experts:
-            raise ConfigError(
-                f"adapter.experts.select: {where} names experts {list(experts)[:8]} in layer {layer}",
-                why=f"each once, in ascending order, from 0 to {shape.num_experts - 1}",
-            )
 
 
 def choose_experts(

@@ -28,8 +28,8 @@ def expanded(adapter: CompactAdapter) -> dict[int, dict[str, Factors]]:
             change = _parameter(adapter, site, "weight_change")
             here["router"] = Factors(change, torch.eye(len(change)) / site.scale, site.scale)
         else:
-            pair = (_parameter(adapter, site, f"lora_{factor}") for factor in "ab")
-            here[site.module.rpartition(".")[2]] = Factors(*pair, site.scale)
+            a, b = (_parameter(adapter, site, f"lora_{factor}") for factor in "ab")
+            here[site.module.rpartition(".")[2]] = Factors(a, b, site.scale)
     return layers
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,7 @@ class RoutingWatch:
         split: where the samples are from.
         run, tracker, accelerator: where figures go; only the main process writes.
         between_batches: called between two forward passes; raises to leave early.
+        seen: the newest look, by its step.
     """
 
     config: RunConfig
@@ -53,6 +54,7 @@ class RoutingWatch:
     tracker: Tracker
     accelerator: Accelerator
     between_batches: Callable[[], None]
+    seen: dict[int, RoutingCounts] = field(default_factory=dict)
 
     def look(self, step: int) -> RoutingCounts:
         """Measure now, write the drift by layer to metrics.jsonl, and hold it against the recipe's limit.
@@ -61,6 +63,8 @@ class RoutingWatch:
             CheckError: a layer's drift is above `evaluate.max_routing_drift`.
         """
         counts = self._count("routing")
+        self.seen.clear()
+        self.seen[step] = counts
         drift = changed_share(self._before, counts)
         worst = int(np.argmax(drift))
         text = f"routing: {np.mean(drift):.1%} of tokens take other experts than in the base, most in layer {worst}"
@@ -85,10 +89,10 @@ class RoutingWatch:
         """Measure the end, write expert_usage.parquet, and give the manifest what the report shows.
 
         Args:
-            step: the last one.
+            step: the one whose adapter is live; what was seen after it is not measured again.
             in_training: what routers chose on the training tokens of this sitting, of this process.
         """
-        after = self.look(step)
+        after = self.seen.get(step) or self.look(step)
         names = group_names(list(self.split.source_sizes))
         tables = [usage_table("before", self._before, names), usage_table("after", after, names)]
         if table := self._training_table(in_training):

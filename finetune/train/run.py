@@ -187,7 +187,9 @@ def _train_and_export(session: Session, trainer: Trainer, run: RunDirectory, sto
         )
         write_json(run.evaluation, evaluation)
     if trainer.watch is not None:
-        run.update_manifest(routing=trainer.watch.finish(trainer.state.step, trainer.step.router_loss.usage))
+        best = trainer.state.best_step if config.save.best_metric != "none" else None
+        usage = trainer.step.router_loss.usage
+        run.update_manifest(routing=trainer.watch.finish(best or trainer.state.step, usage))
     _write_adapter(session, run)
     run.update_manifest(read_back=_read_back(session, run))
 

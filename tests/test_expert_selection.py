@@ -33,6 +33,7 @@ from finetune.evaluate.affinity import (
     score_experts,
     write_affinity,
 )
+from finetune.evaluate.opening import open_model
 from finetune.model.build import Base
 from finetune.model.forward import logits
 from finetune.model.router import record_routing
@@ -296,6 +297,8 @@ def test_a_run_scores_trains_resumes_and_exports_the_chosen(
     assert "10 of 16 experts have none" in capsys.readouterr().out
     assert main(["export", str(run), "--to", "sglang", "--out", str(tmp_path / "sglang")]) == 0
     assert manifest_of(run)["status"] == "finished"
+    opened = open_model(run).adapter.parameters()["model.layers.1.mlp.experts.down_b"]
+    torch.testing.assert_close(opened, b.reshape(len(b), 4, 8).permute(2, 0, 1), rtol=0, atol=0)
 
 
 def test_a_dry_run_counts_what_is_known(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

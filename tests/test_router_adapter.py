@@ -23,6 +23,7 @@ from finetune.cli.main import main
 from finetune.config.schema import AdapterConfig, RouterAdapterConfig
 from finetune.data.render import Sample
 from finetune.errors import CheckError, InputError
+from finetune.evaluate.opening import adapter_config_of, open_model
 from finetune.model.build import Base
 from finetune.model.forward import logits
 
@@ -94,6 +95,11 @@ def test_peft_has_no_other_way_to_a_router() -> None:
 def test_what_was_written_can_be_trained_on(config: AdapterConfig, tiny_base: Path, tmp_path: Path) -> None:
     base, adapter = trained(tiny_base, config)
     directory = write(tmp_path / "adapter", base, adapter, config)
+    stored = json.loads((directory / CONFIG).read_text())
+    assert adapter_config_of(directory, stored).router.mode == config.router.mode
+    opened = open_model(directory)  # an adapter alone, without its run
+    for name, parameter in adapter.parameters().items():
+        torch.testing.assert_close(opened.adapter.parameters()[name], parameter, rtol=1e-6, atol=1e-7)
     fresh = new_base(tiny_base)
     again = attach_adapter(fresh, config, seed=5)
     read_adapter_into(directory, again, config, base.identity)

@@ -163,6 +163,7 @@ def session_facts(session: Session) -> dict[str, Any]:
         "adapter_parameters": {
             kind: sum(site.num_parameters for site in sites if site.kind == kind)
             for kind in ("attention", "router", "experts")
+            if kind != "router" or session.config.adapter.router.mode != "frozen"
         },
         "total_steps": session.plan.total_steps,
         "working_directory": str(Path.cwd()),

@@ -36,7 +36,7 @@ class CompactAdapter:
         sites: as they were trained.
         parameters: by site module and name, such as `model.layers.0.mlp.experts.down_b`.
         router_bias: changes of routers' biases by the tensor's name.
-        facts: base name, revision and identity.
+        facts: what its finetune.json says of the base.
     """
 
     num_experts: int
@@ -106,5 +106,5 @@ def read_compact(directory: Path) -> CompactAdapter:
         num_experts, rslora = int(content["num_experts"]), bool(content["rslora"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{directory} is damaged", why=f"{type(error).__name__}: {error}") from error
-    facts = {key: provenance.get(key) for key in ("base_name", "base_revision", "base_identity")}
+    facts = {key: value for key, value in provenance.items() if key.startswith("base_")}
     return CompactAdapter(num_experts, rslora, sites, tensors, read_router_bias(directory), facts)

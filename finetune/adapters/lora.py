@@ -23,31 +23,38 @@ from finetune.adapters.sites import Selection, Site, plan_sites
 from finetune.config.schema import AdapterConfig
 from finetune.errors import CheckError
 from finetune.kernels.experts import LoraFactors
-from finetune.model.build import Base
+from finetune.model.build import DTYPES, Base
 from finetune.model.experts import PackedExperts
+from finetune.model.nf4 import Nf4Linear, frozen_linear
 
 
 class LoraLinear(nn.Linear):
     """A frozen linear map plus scale · B A dropout(x).
 
     Args:
-        base: the projection it replaces; its weight [out, in] and bias [out] are shared, not copied.
+        base: the projection it replaces; its weight (see `frozen_linear`) and bias [out] are shared, not copied.
         rank, scale: of the update.
         dropout: share of x's elements that the update does not see in training mode.
+        dtype: of the trained factors.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+    weight_scales: Tensor | None
+
+    def __init__(
+        self, base: nn.Linear, rank: int, scale: float, dropout: float, dtype: torch.dtype = torch.float32
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
         self.scale, self.dropout, self.enabled = scale, dropout, True
         device = base.weight.device
-        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.register_buffer("weight_scales", base.weight_scales if isinstance(base, Nf4Linear) else None)
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=dtype))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        out = F.linear(x, self.weight, self.bias)
+        out = frozen_linear(x, self.weight, self.bias, self.weight_scales)
         if not self.enabled:
             return out
         seen = F.dropout(x, self.dropout, self.training)
@@ -61,14 +68,15 @@ class LoraRouter(GptOssTopKRouter):
     Args:
         base: the router it replaces; its weight [E, D] and bias [E] are shared, not copied.
         site: rank, scale and whether the change is whole.
+        dtype: of what is trained.
     """
 
-    def __init__(self, base: GptOssTopKRouter, site: Site) -> None:
+    def __init__(self, base: GptOssTopKRouter, site: Site, dtype: torch.dtype = torch.float32) -> None:
         nn.Module.__init__(self)
         self.top_k, self.num_experts, self.hidden_dim = base.top_k, base.num_experts, base.hidden_dim
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
         self.scale, self.whole, self.enabled, self.bias_enabled = site.scale, site.whole, True, True
-        new = partial(torch.zeros, device=base.weight.device)
+        new = partial(torch.zeros, device=base.weight.device, dtype=dtype)
         if self.whole:
             self.weight_change = nn.Parameter(new(self.num_experts, self.hidden_dim))
             self.bias_change = nn.Parameter(new(self.num_experts))
@@ -101,23 +109,19 @@ class ExpertLora(nn.Module):
 
     chosen: Tensor | None
 
-    def __init__(self, experts: PackedExperts, site: Site) -> None:
+    def __init__(self, experts: PackedExperts, site: Site, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        blocks = experts.get_buffer("gate_up_proj_blocks")
-        self.scale, self.enabled, self.share, self.num_experts = site.scale, True, site.share, len(blocks)
-        chosen = None if site.experts is None else torch.tensor(site.experts, device=blocks.device)
+        self.scale, self.enabled, self.share = site.scale, True, site.share
+        self.num_experts = experts.shapes["down_proj"][0]
+        device = experts.get_buffer("down_proj_bias").device
+        chosen = None if site.experts is None else torch.tensor(site.experts, device=device)
         self.register_buffer("chosen", chosen, persistent=False)
-        count = self.num_experts if site.experts is None else len(site.experts)
-        self.gate_up_a, self.gate_up_b = self._factors(blocks, site, count)
-        self.down_a, self.down_b = self._factors(experts.get_buffer("down_proj_blocks"), site, count)
-
-    @staticmethod
-    def _factors(blocks: Tensor, site: Site, count: int) -> tuple[nn.Parameter, nn.Parameter]:
-        _, out, groups, bytes_per_group = blocks.shape
-        inputs = groups * bytes_per_group * 2  # a byte holds two values
-        a = torch.empty(1 if site.share == "a" else count, site.rank, inputs, device=blocks.device)
-        b = torch.zeros(1 if site.share == "b" else count, out, site.rank, device=blocks.device)
-        return nn.Parameter(a), nn.Parameter(b)
+        for name, (num_experts, out, inputs) in experts.shapes.items():
+            count = num_experts if site.experts is None else len(site.experts)
+            a = torch.empty(1 if site.share == "a" else count, site.rank, inputs, device=device, dtype=dtype)
+            b = torch.zeros(1 if site.share == "b" else count, out, site.rank, device=device, dtype=dtype)
+            self.register_parameter(f"{name.removesuffix('_proj')}_a", nn.Parameter(a))
+            self.register_parameter(f"{name.removesuffix('_proj')}_b", nn.Parameter(b))
 
     def gate_up(self) -> LoraFactors | None:
         """The gate_up update, or None while the adapter is off."""
@@ -223,7 +227,7 @@ def attach_adapter(base: Base, config: AdapterConfig, *, seed: int, selection: S
     sites = plan_sites(base.checkpoint.shape, config, selection)
     modules = []
     for site in sites:
-        module = _attach_site(base.model, site, config.attention.dropout)
+        module = _attach_site(base.model, site, config)
         for name, parameter in lora_parameters(module).items():
             if is_a(name):
                 _initialise(parameter, f"{site.module}.{name}", seed, module)
@@ -233,20 +237,21 @@ def attach_adapter(base: Base, config: AdapterConfig, *, seed: int, selection: S
     return adapter
 
 
-def _attach_site(model: GptOssForCausalLM, site: Site, dropout: float) -> LoraModule:
+def _attach_site(model: GptOssForCausalLM, site: Site, config: AdapterConfig) -> LoraModule:
+    dtype = DTYPES[config.dtype]
     try:
         target = model.get_submodule(site.module)
     except AttributeError as error:
         raise CheckError(f"no module {site.module} to adapt", why="the model is not laid out as expected") from error
     if isinstance(target, PackedExperts):
-        lora = ExpertLora(target, site)
+        lora = ExpertLora(target, site, dtype)
         target.attach(lora)
         return lora
     adapted: LoraLinear | LoraRouter
     if isinstance(target, GptOssTopKRouter) and not isinstance(target, LoraRouter):
-        adapted = LoraRouter(target, site)
+        adapted = LoraRouter(target, site, dtype)
     elif isinstance(target, nn.Linear) and not isinstance(target, LoraLinear):
-        adapted = LoraLinear(target, site.rank, site.scale, dropout)
+        adapted = LoraLinear(target, site.rank, site.scale, config.attention.dropout, dtype)
     else:
         raise CheckError(f"{site.module} is a {type(target).__name__}, not a plain linear map or router")
     parent, _, name = site.module.rpartition(".")

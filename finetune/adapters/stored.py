@@ -29,7 +29,7 @@ def stored_factors(site: Site, module: LoraModule) -> dict[str, Tensor]:
     if isinstance(module, ExpertLora):
         return {name: module.of_all_experts(name).detach() for name in lora_parameters(module)}
     if isinstance(module, LoraRouter) and module.whole:
-        change = module.weight_change.detach()
+        change = module.weight_change.detach().float()
         return {"lora_a": change, "lora_b": torch.eye(len(change), device=change.device) / site.scale}
     return {name: parameter.detach() for name, parameter in lora_parameters(module).items()}
 
@@ -43,7 +43,7 @@ def fill(site: Site, module: LoraModule, stored: Mapping[str, Tensor]) -> None:
             experts.
     """
     if isinstance(module, LoraRouter) and module.whole:
-        module.weight_change.copy_(stored["lora_b"] @ stored["lora_a"] * site.scale)
+        module.weight_change.copy_(stored["lora_b"].float() @ stored["lora_a"].float() * site.scale)
         return
     if isinstance(module, ExpertLora):
         _refuse_others(site, stored)
@@ -71,7 +71,7 @@ def _refuse_others(site: Site, stored: Mapping[str, Tensor]) -> None:
 def router_bias_changes(adapter: Adapter) -> dict[str, Tensor]:
     """The changes of routers' biases by the tensor's name, float32 [E] each; empty unless routers are trained whole."""
     return {
-        f"{site.module}.bias": module.bias_change.detach().cpu()
+        f"{site.module}.bias": module.bias_change.detach().float().cpu()
         for site, module in zip(adapter.sites, adapter.modules, strict=True)
         if isinstance(module, LoraRouter) and module.whole
     }

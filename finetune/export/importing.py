@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
 from finetune.adapters.files import CONFIG, WEIGHTS, read_provenance, write_peft_directory
@@ -72,11 +72,7 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
     """
     refuse_existing(out)
     adapter = _read(directory, options)
-    facts: dict[str, Any] = {
-        "base_name": adapter.source.base_name,
-        "base_revision": adapter.source.base_revision,
-        "base_identity": adapter.source.base_identity,
-    }
+    facts = adapter.source.base_facts
     if adapter.shape is not None:
         check_fits(adapter.shape, adapter.source)
     if adapter.base is not None:
@@ -140,6 +136,7 @@ def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
         provenance.get("base_revision") or config.get("revision"),
         provenance.get("base_identity"),
         sites=(),
+        base_held_as=provenance.get("base_held_as") or {},
     )
     base, shape = _base(source, options)
     file = PerExpertFile.open(directory / WEIGHTS, config, shape.num_experts if shape else None)
@@ -151,8 +148,9 @@ def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
 
 def _read_compact(directory: Path, options: ExportOptions) -> Imported:
     compact = read_compact(directory)
-    name, revision, identity = (compact.facts[key] for key in ("base_name", "base_revision", "base_identity"))
-    source = AdapterSource(directory, {}, name, revision, identity, (), compact.router_bias)
+    name, revision, identity = (compact.facts.get(f"base_{key}") for key in ("name", "revision", "identity"))
+    held_as = compact.facts.get("base_held_as") or {}
+    source = AdapterSource(directory, {}, name, revision, identity, (), held_as, compact.router_bias)
     base, shape = _base(source, options)
     layers = expanded(compact)
     sites = tuple(_site(number, name, factors) for number, layer in layers.items() for name, factors in layer.items())

@@ -32,7 +32,8 @@ from finetune.model.forward import checkpoint_activations
 from finetune.model.hub import locate_base
 from finetune.model.router import Routing
 from finetune.model.tiny import write_tiny_base
-from finetune.train.step import OptimiserStep, make_optimizer
+from finetune.train.optimisers import make_optimizer
+from finetune.train.step import OptimiserStep
 
 
 def main() -> None:

@@ -19,7 +19,8 @@ from finetune.data.render import Sample
 from finetune.model.build import Base, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations
-from finetune.train.step import OptimiserStep, StepFigures, make_optimizer
+from finetune.train.optimisers import make_optimizer
+from finetune.train.step import OptimiserStep, StepFigures
 
 SMALL = AdapterConfig(
     attention=AttentionAdapterConfig(rank=4, alpha=8.0), experts=ExpertAdapterConfig(rank=4, alpha=8.0)

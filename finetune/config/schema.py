@@ -37,6 +37,9 @@ class ModelConfig(_Strict):
             to bitsandbytes' NF4. `nf4` in either is another base than the checkpoint, and the adapter records it.
         embedding_on_cpu: keep the input embedding in host memory; the rows of a micro-step's tokens are copied.
         experts_per_chunk: how many experts are dequantised at a time; scratch memory grows with it.
+        attention_kernel: how attention is computed. `flash` is torch's own flash kernel with sinks, `reference` plain
+            PyTorch; same result up to rounding. `auto`: flash where it runs and agrees with the reference at start-up
+            (a GPU from Ampere on, or a CPU), else the reference; the choice is printed with its reason.
         identity: the base's identity as an earlier run printed it, or its beginning; another base is refused, so that
             a flipped bit in a checkpoint without `checksums.json` shows. None: not compared.
         verify_checksums: compare shards with the checkpoint's `checksums.json` when it has one.
@@ -50,6 +53,7 @@ class ModelConfig(_Strict):
     attention_storage: Literal["compute", "nf4"] = "compute"
     embedding_on_cpu: bool = False
     experts_per_chunk: int = 16
+    attention_kernel: Literal["auto", "flash", "reference"] = "auto"
     identity: str | None = None
     verify_checksums: bool = True
 
@@ -281,7 +285,10 @@ class TrainerConfig(_Strict):
         router_z_loss_coefficient: weight of the mean squared log-sum-exp of the router's logits, which keeps them
             small; 0.001 is what was published for pre-training.
         activation_checkpointing: recompute each layer in the backward pass; less memory, more compute.
+        activation_offload: keep what activation checkpointing saves (each layer's input) in the CPU's memory, copied
+            beside the computation; less GPU memory for long rows. Only on a GPU.
         early_stop_patience: stop after this many evaluations without a better best metric. None: never.
+        ignore_memory_estimate: start although the estimate says that the run does not fit into memory.
     """
 
     epochs: float = 1.0
@@ -306,7 +313,9 @@ class TrainerConfig(_Strict):
     router_balance_target: Literal["uniform", "base"] = "uniform"
     router_z_loss_coefficient: float = 0.0
     activation_checkpointing: bool = True
+    activation_offload: bool = False
     early_stop_patience: int | None = None
+    ignore_memory_estimate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

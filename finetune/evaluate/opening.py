@@ -25,6 +25,7 @@ from finetune.config.schema import (
 from finetune.config.validate import load_run_config
 from finetune.console import say
 from finetune.errors import InputError
+from finetune.model.attention import select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import locate_base
@@ -94,6 +95,7 @@ def open_model(
         BaseStorage.of(settings),
     )
     say(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
+    say(select_attention(loaded.model, settings.attention_kernel).describe())
     check_packing(loaded.model)
     # The file has factors for every expert, zeros where a run adapted only some.
     experts = replace(adapter_config.experts, select="all", share="none")

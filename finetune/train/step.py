@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from finetune.data.batches import Batch
 from finetune.errors import CheckError
 from finetune.model.build import Base
 from finetune.model.forward import hidden_states
+from finetune.model.offload import CheckpointOffload
 from finetune.model.predictions import predicted_tokens
 from finetune.model.router import record_routing
 from finetune.train.losses import language_loss
@@ -71,6 +73,9 @@ class OptimiserStep:
         self.router_loss = RouterLoss(config, base, adapter, accelerator)
         coefficients = (1.0, config.router_balance_coefficient, config.router_z_loss_coefficient)
         self._coefficients = torch.tensor(coefficients, device=base.device)
+        self.offload: AbstractContextManager[object] = nullcontext()
+        if config.activation_offload:
+            self.offload = CheckpointOffload(base.device, base.checkpoint.shape.hidden, base.compute_dtype)
 
     def __call__(
         self, batches: list[Batch], rate: float, number: int, *, before_update: Callable[[], None] = lambda: None
@@ -117,7 +122,7 @@ class OptimiserStep:
         """A micro-step's shares of the step's language loss, balance loss and z-loss: float32 [3]."""
         model, device = self.base.model, self.base.device
         where, targets, weights = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
-        with record_routing(model) as tape:
+        with record_routing(model) as tape, self.offload:
             hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
         loss = language_loss(hidden, model.lm_head.weight, where.to(device), targets.to(device), weights.to(device))
         balance, router_z = self.router_loss.shares(tape.layers, batch, routing, place)

@@ -25,7 +25,7 @@ COMMANDS = {
     "train": ("finetune.cli.train", "fine-tune: RECIPE [key=value ...] [--dry-run], or --resume RUN"),
     "data": ("finetune.cli.data", "see a recipe's tokens and what is trained, or its figures"),
     "recipes": ("finetune.cli.recipes", "list the recipes, or show one"),
-    "config": ("finetune.cli.config", "show what a recipe and overrides come to"),
+    "config": ("finetune.cli.config", "show a recipe's settings, what differs, or a schema for editors"),
     "export": (
         "finetune.cli.export",
         "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
@@ -34,6 +34,7 @@ COMMANDS = {
     "generate": ("finetune.cli.generate", "text from base and adapter: RUN PROMPT"),
     "chat": ("finetune.cli.chat", "talk with a run's model: RUN"),
     "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
+    "completion": ("finetune.cli.completion", "completion for bash, zsh or fish"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }
 _NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)

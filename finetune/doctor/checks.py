@@ -1,4 +1,4 @@
-"""Checks of the machine: Python, packages, GPU, compilers, disk, network, tokenizer. Each says how to mend what it finds.
+"""Checks of the machine: Python, packages, GPU, compilers, disk, network, tokenizer; each says how to mend it.
 
 Nothing here changes anything, and no check can stop another.
 """
@@ -51,8 +51,8 @@ class Finding:
 def examine() -> list[Finding]:
     """Run every check; one that fails itself is a finding too."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        check_python, check_packages, check_torch, check_kernels, check_optional, check_tools, check_machine, check_disk,
-        check_hub, check_tokenizer,
+        check_python, check_packages, check_torch, check_kernels, check_optional, check_tools, check_machine,
+        check_disk, check_hub, check_tokenizer,
     )  # fmt: skip
     findings = []
     for check in checks:
@@ -128,8 +128,8 @@ def check_torch() -> Iterator[Finding]:
         yield Finding(
             f"GPU {number}",
             "bad" if is_old else "ok",
-            f"{properties.name}, sm_{properties.major}{properties.minor}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB "
-            f"free, CUDA {torch.version.cuda}",
+            f"{properties.name}, sm_{properties.major}{properties.minor}, {free / 2**30:.1f} of {total / 2**30:.1f} "
+            f"GiB free, CUDA {torch.version.cuda}",
             "training needs Ampere (sm_80) or newer" if is_old else None,
         )
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "generate": ("finetune.cli.generate", "text from base and adapter: RUN PROMPT"),
     "chat": ("finetune.cli.chat", "talk with a run's model: RUN"),
     "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
+    "report": ("finetune.cli.report", "write a run's report.html and report.md anew: RUN"),
     "doctor": ("finetune.cli.doctor", "look at this machine: packages, GPU, disk, network, with fixes"),
     "completion": ("finetune.cli.completion", "completion for bash, zsh or fish"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),

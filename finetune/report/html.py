@@ -74,8 +74,8 @@ def _guarded(title: str, make: Callable[[RunFacts], str], facts: RunFacts) -> st
         content = make(facts)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         content = (
-            "<p class='warning'>This part cannot be made from the run's files, perhaps since another version wrote them "
-            f"({escape(type(error).__name__)}: {escape(str(error))}).</p>"
+            "<p class='warning'>This part cannot be made from the run's files, perhaps since another version wrote "
+            f"them ({escape(type(error).__name__)}: {escape(str(error))}).</p>"
         )
     return section(title, content) if title else content
 

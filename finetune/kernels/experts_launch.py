@@ -5,6 +5,7 @@ Shape legend: as in `finetune.kernels.experts_triton`.
 
 from __future__ import annotations
 
+import torch
 import triton
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from finetune.kernels import experts_triton as kernels
 
 ROWS, COLUMNS = 4, 512  # a program's tile of activations: 16 elements a thread
 PAIR_COLUMNS = 256  # the same where each column is a pair of gate and up
-BLOCKS = 128  # MXFP4 blocks a program: 2 KiB in, 8 KiB of bfloat16 out
+WORDS, UNROLL = 128, 4  # 4-byte words of MXFP4 (8 values) at a time, one a thread, and how often a program does that
 TAIL_ELEMENTS = 2048  # elements of padding a program
 PAD_ALIGNMENT = 32  # padding is a multiple of this, so that every row starts aligned for tensor memory access
 
@@ -38,11 +39,12 @@ def dequantise_augment(blocks: Tensor, scales: Tensor, bias: Tensor, lora_b: Ten
     pad = padding(rank)
     tail_columns = triton.next_power_of_2(pad)
     tail_rows = max(1, TAIL_ELEMENTS // tail_columns)
-    body = triton.cdiv(num_rows * groups, BLOCKS)
+    words = blocks.view(torch.int32)
+    body = triton.cdiv(words.numel(), WORDS * UNROLL)
     grid = (body + triton.cdiv(num_rows, tail_rows),)
     kernels._dequantise_augment[grid](
-        blocks, scales, bias, bias if lora_b is None else lora_b, out, num_rows * groups, num_rows, body, groups, pad,
-        rank=rank, TILE=BLOCKS, TAIL_ROWS=tail_rows, TAIL_COLUMNS=tail_columns,
+        words, scales, bias, bias if lora_b is None else lora_b, out, words.numel(), num_rows, body, pad,
+        groups=groups, rank=rank, W=WORDS, UNROLL=UNROLL, TAIL_ROWS=tail_rows, TAIL_COLUMNS=tail_columns,
     )  # fmt: skip
     return out
 

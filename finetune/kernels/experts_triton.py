@@ -18,49 +18,59 @@ import triton.language as tl
 
 
 @triton.jit
-def _values(code, first, second):
-    """4-bit codes -> float32. Seen as float32, code bits in place give the value times 2^-126, subnormal 0.5 included.
+def _write_values(words, scales, out, num_words, width, program, groups: tl.constexpr, W: tl.constexpr):
+    """Dequantise words (8 codes, a quarter of a block) number `program` · W and on; row r of W begins at out[r · width].
 
-    The factors put 2^126 and the block's scale back in two steps, neither of which overflows on its own; so infinities
-    and zeros come out as in `finetune.mxfp4.format.dequantise`.
+    A thread takes one word, because its 8 values in bfloat16 are one 16-byte store and its neighbour's follow them.
+    Seen as float32, a code's bits in place give its value times 2^-126, subnormal 0.5 included. The factors put 2^126
+    and the block's scale back in two steps, neither of which overflows on its own; so infinities and zeros come out as
+    in `finetune.mxfp4.format.dequantise`.
     """
-    bits = ((code & 7) << 22) | ((code & 8) << 28)
-    return bits.to(tl.float32, bitcast=True) * first * second
+    word = program * W + tl.arange(0, W)
+    inside = word < num_words
+    block = word // 4
+    exponent = tl.load(scales + block, mask=inside, other=127).to(tl.int32) - 1  # of 2^126 · 2^(scale - 127)
+    first = ((tl.minimum(exponent, 127) + 127) << 23).to(tl.float32, bitcast=True)
+    second = ((tl.maximum(exponent - 127, 0) + 127) << 23).to(tl.float32, bitcast=True)
+    codes = tl.load(words + word, mask=inside, other=0)[:, None] >> (tl.arange(0, 8) * 4)[None, :]
+    bits = ((codes & 7) << 22) | ((codes & 8) << 28)
+    values = bits.to(tl.float32, bitcast=True) * first[:, None] * second[:, None]
+    start = (block // groups).to(tl.int64) * width + (word % (groups * 4)) * 8
+    target = out + start[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(target, values.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit(do_not_specialize=["num_blocks", "num_rows", "body_programs"])
+@triton.jit
+def _write_padding(
+    bias, lora_b, out, num_rows, first_column, pad, program, rank: tl.constexpr, R: tl.constexpr, C: tl.constexpr
+):
+    """Write [B | bias | 0] at the end of rows number `program` · R and on."""
+    row = program.to(tl.int64) * R + tl.arange(0, R)
+    column = tl.arange(0, C)
+    inside = row < num_rows
+    of_lora = inside[:, None] & (column < rank)[None, :]
+    factor = tl.load(lora_b + row[:, None] * rank + column[None, :], mask=of_lora, other=0.0).to(tl.float32)
+    constant = tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
+    values = tl.where((column == rank)[None, :], constant[:, None], factor)
+    target = out + row[:, None] * (first_column + pad) + first_column + column[None, :]
+    tl.store(target, values.to(out.dtype.element_ty), mask=inside[:, None] & (column < pad)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_words", "num_rows", "body_programs"])
 def _dequantise_augment(
-    blocks, scales, bias, lora_b, out, num_blocks, num_rows, body_programs,
-    groups, pad, rank: tl.constexpr, TILE: tl.constexpr, TAIL_ROWS: tl.constexpr, TAIL_COLUMNS: tl.constexpr,
+    words, scales, bias, lora_b, out, num_words, num_rows, body_programs, pad,
+    groups: tl.constexpr, rank: tl.constexpr,
+    W: tl.constexpr, UNROLL: tl.constexpr, TAIL_ROWS: tl.constexpr, TAIL_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Rows [W | B | bias | 0]. The first `body_programs` programs write W, the others the padding."""
     program = tl.program_id(0)
-    width = groups * 32 + pad
     if program < body_programs:
-        block = program.to(tl.int64) * TILE + tl.arange(0, TILE)
-        inside = block < num_blocks
-        scale = tl.load(scales + block, mask=inside, other=127).to(tl.int32)
-        exponent = scale - 1  # of 2^126 · 2^(scale - 127)
-        first = ((tl.minimum(exponent, 127) + 127) << 23).to(tl.float32, bitcast=True)
-        second = ((tl.maximum(exponent - 127, 0) + 127) << 23).to(tl.float32, bitcast=True)
-        byte = tl.arange(0, 16)
-        packed = tl.load(blocks + block[:, None] * 16 + byte[None, :], mask=inside[:, None], other=0).to(tl.int32)
-        low = _values(packed & 15, first[:, None], second[:, None])
-        high = _values(packed >> 4, first[:, None], second[:, None])
-        values = tl.reshape(tl.join(low, high), (TILE, 32))
-        start = (block // groups) * width + (block % groups) * 32
-        target = out + start[:, None] + tl.arange(0, 32)[None, :]
-        tl.store(target, values.to(out.dtype.element_ty), mask=inside[:, None])
+        for step in tl.static_range(UNROLL):
+            _write_values(words, scales, out, num_words, groups * 32 + pad, program * UNROLL + step, groups, W)
     else:
-        row = (program - body_programs).to(tl.int64) * TAIL_ROWS + tl.arange(0, TAIL_ROWS)
-        column = tl.arange(0, TAIL_COLUMNS)
-        inside = row < num_rows
-        of_lora = inside[:, None] & (column < rank)[None, :]
-        factor = tl.load(lora_b + row[:, None] * rank + column[None, :], mask=of_lora, other=0.0).to(tl.float32)
-        constant = tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)
-        values = tl.where((column == rank)[None, :], constant[:, None], factor)
-        target = out + row[:, None] * width + groups * 32 + column[None, :]
-        tl.store(target, values.to(out.dtype.element_ty), mask=inside[:, None] & (column < pad)[None, :])
+        _write_padding(
+            bias, lora_b, out, num_rows, groups * 32, pad, program - body_programs, rank, TAIL_ROWS, TAIL_COLUMNS
+        )
 
 
 @triton.jit(do_not_specialize=["num_rows"])

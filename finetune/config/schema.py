@@ -32,6 +32,9 @@ class ModelConfig(_Strict):
         compute_dtype: dtype of activations and of every base tensor that is not packed. `auto`: bfloat16 on a GPU,
             float32 on a CPU.
         expert_storage: how expert weights are held. Checked against what was loaded.
+        expert_kernel: how the experts are computed. `triton` is the fused path for NVIDIA GPUs (Ampere and newer),
+            `reference` plain PyTorch; same result up to rounding. `auto`: Triton where it runs and agrees with the
+            reference at start-up, else the reference; the choice is printed with its reason.
         experts_per_chunk: how many experts are dequantised at a time; scratch memory grows with it.
         identity: the base's identity as an earlier run printed it, or its beginning; another base is refused, so that
             a flipped bit in a checkpoint without `checksums.json` shows. None: not compared.
@@ -43,6 +46,7 @@ class ModelConfig(_Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     expert_storage: Literal["mxfp4"] = "mxfp4"
+    expert_kernel: Literal["auto", "triton", "reference"] = "auto"
     experts_per_chunk: int = 16
     identity: str | None = None
     verify_checksums: bool = True

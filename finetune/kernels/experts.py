@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +23,17 @@ from torch.nn.functional import grouped_mm
 from finetune.kernels.grouped import padded_rank
 from finetune.kernels.routing import Chunk, Routing, output_not_wanted
 from finetune.mxfp4.format import dequantise
+
+
+class FrozenExperts(Protocol):
+    """E frozen linear maps out -> in, however they are held."""
+
+    @property
+    def bias(self) -> Tensor:
+        """[E, out], in the compute dtype."""
+
+    def dequantised(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Weights of experts `first` to `last` (exclusive) as [C, out, in]. Not to be written to."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +49,6 @@ class PackedLinear:
     blocks: Tensor
     scales: Tensor
     bias: Tensor
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.blocks)
 
     def dequantised(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Weights of experts `first` to `last` (exclusive) as [C, out, in]."""
@@ -74,8 +81,8 @@ class ExpertWeights:
         experts_per_chunk: experts dequantised at a time.
     """
 
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: FrozenExperts
+    down: FrozenExperts
     limit: float
     gain: float
     experts_per_chunk: int
@@ -127,7 +134,7 @@ class _ExpertBlock(torch.autograd.Function):
         if output_not_wanted():
             return torch.full_like(x, torch.nan)
         # Kept beside the saved tensors: a layer computed again cannot route another way than its output was made.
-        ctx.routing = routing = Routing.of(expert_ids, weights.gate_up.num_experts, weights.experts_per_chunk)
+        ctx.routing = routing = Routing.of(expert_ids, len(weights.gate_up.bias), weights.experts_per_chunk)
         ctx.weights, ctx.scales = weights, scales
         token_of_row = routing.order // routing.top_k
         row_weights = expert_weights.reshape(-1)[routing.order]
@@ -192,7 +199,7 @@ def _chunk_forward(
     assert x_rows is not None and row_weights is not None
     expert_of_row = chunk.expert_of_row()
 
-    def linear(rows: Tensor, base: PackedLinear, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    def linear(rows: Tensor, base: FrozenExperts, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
         out = _grouped(rows, base.dequantised(chunk.first, chunk.last, rows.dtype), chunk.offsets)
         out = out + base.bias[chunk.experts][expert_of_row]
         if a is None or b is None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.kernels import experts_launch as launch
-from finetune.kernels.experts import ExpertWeights, LoraFactors, PackedLinear
+from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, PackedLinear
 from finetune.kernels.grouped import grouped, grouped_outer, padded_rank
 from finetune.kernels.routing import Chunk, Routing, output_not_wanted
 
@@ -55,23 +55,24 @@ class _Projection:
     """One of the two linear maps of a layer's experts with its update.
 
     Attributes:
-        base: packed weights and bias.
+        base: frozen weights and bias.
         a: [E, L', in] in the compute dtype, L' being the rank L padded to whole 16 bytes. None: no update.
         b: [E, out, L] as trained. None: no update.
         scale: alpha / rank.
         inputs: width of the rows it takes.
     """
 
-    base: PackedLinear
+    base: FrozenExperts
     a: Tensor | None
     b: Tensor | None
     scale: float
     inputs: int
 
     @classmethod
-    def of(cls, base: PackedLinear, a: Tensor | None, b: Tensor | None, scale: float, x: Tensor) -> _Projection:
-        inputs = base.scales.shape[2] * 32
-        padded = None if a is None else padded_rank(a.to(x.dtype), 1)
+    def of(
+        cls, base: FrozenExperts, a: Tensor | None, b: Tensor | None, scale: float, inputs: int, dtype: torch.dtype
+    ) -> _Projection:
+        padded = None if a is None else padded_rank(a.to(dtype), 1)
         return cls(base, padded, None if b is None else b.contiguous(), scale, inputs)
 
     @property
@@ -87,10 +88,16 @@ class _Projection:
 
     def dequantise(self, chunk: Chunk, scratch: Tensor) -> Tensor:
         """[C, out, in + P], over whatever the scratch held."""
-        here = chunk.experts
-        b = None if self.b is None else self.b[here]
-        out = scratch[: chunk.last - chunk.first]
-        return launch.dequantise_augment(self.base.blocks[here], self.base.scales[here], self.base.bias[here], b, out)
+        here, out = chunk.experts, scratch[: chunk.last - chunk.first]
+        bias, b = self.base.bias[here], None if self.b is None else self.b[here]
+        if isinstance(self.base, PackedLinear):
+            return launch.dequantise_augment(self.base.blocks[here], self.base.scales[here], bias, b, out)
+        out[..., : self.inputs] = self.base.dequantised(chunk.first, chunk.last, out.dtype)
+        if b is not None:
+            out[..., self.inputs : self.inputs + self.rank] = b
+        out[..., self.inputs + self.rank] = bias
+        out[..., self.inputs + self.rank + 1 :] = 0
+        return out
 
     def append_inner(self, rows: Tensor, chunk: Chunk) -> None:
         """Write s·xA^T into the columns that rows [R', in + P] have for it."""
@@ -117,7 +124,7 @@ class _FusedExpertBlock(torch.autograd.Function):
         if output_not_wanted():
             return torch.full_like(x, torch.nan)
         # Kept beside the saved tensors: a layer computed again cannot route another way than its output was made.
-        ctx.routing = routing = Routing.of(expert_ids, weights.gate_up.num_experts, weights.experts_per_chunk)
+        ctx.routing = routing = Routing.of(expert_ids, len(weights.gate_up.bias), weights.experts_per_chunk)
         ctx.weights, ctx.scales = weights, scales
         x, expert_weights = x.contiguous(), expert_weights.contiguous()
         gate_up, down = _projections(x, weights, (gate_up_a, gate_up_b, down_a, down_b), scales)
@@ -188,8 +195,8 @@ def _projections(
 ) -> tuple[_Projection, _Projection]:
     gate_up_a, gate_up_b, down_a, down_b = factors
     return (
-        _Projection.of(weights.gate_up, gate_up_a, gate_up_b, scales[0], x),
-        _Projection.of(weights.down, down_a, down_b, scales[1], x),
+        _Projection.of(weights.gate_up, gate_up_a, gate_up_b, scales[0], x.shape[1], x.dtype),
+        _Projection.of(weights.down, down_a, down_b, scales[1], weights.gate_up.bias.shape[1] // 2, x.dtype),
     )
 
 

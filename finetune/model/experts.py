@@ -8,6 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from finetune.kernels.experts import ExpertWeights, LoraFactors, PackedLinear, expert_block
+from finetune.kernels.experts_choice import (
+    Block,
+    ExpertChoice,
+    ExpertKernel,
+    ExpertShape,
+    choose_expert_kernel,
+    expert_block_of,
+)
 from finetune.mxfp4.format import BLOCK
 
 PUBLISHED_SIGMOID_GAIN = 1.702  # config.json does not carry it; transformers' class default is the same
@@ -45,6 +53,7 @@ class PackedExperts(nn.Module):
             self.register_buffer(f"{name}_scales", torch.empty(blocks.shape[:-1], dtype=torch.uint8))
             self.register_buffer(f"{name}_bias", torch.empty(num_experts, out))
         self.lora: nn.Module | None = None
+        self.block: Block = expert_block
 
     def attach(self, lora: nn.Module) -> None:
         """Put an expert adapter (an `ExpertUpdates` module) into the computation."""
@@ -53,7 +62,7 @@ class PackedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         """[T, D], int64 [T, K], [T, K] -> [T, D]; argument names are transformers'."""
         updates: ExpertUpdates | None = self.lora  # type: ignore[assignment]
-        return expert_block(
+        return self.block(
             hidden_states,
             router_indices,
             routing_weights,
@@ -69,3 +78,25 @@ class PackedExperts(nn.Module):
         return ExpertWeights(
             packed("gate_up_proj"), packed("down_proj"), self.limit, PUBLISHED_SIGMOID_GAIN, self.experts_per_chunk
         )
+
+
+def select_expert_kernel(model: nn.Module, wanted: ExpertKernel) -> ExpertChoice:
+    """Choose the kernel for a loaded base and use it from now on (a base is loaded with the reference).
+
+    Args:
+        model: a tree with `PackedExperts`, on its device and in its compute dtype.
+        wanted: the recipe's `model.expert_kernel`.
+
+    Returns:
+        What was chosen and why, to be said to the person.
+
+    Raises:
+        MachineError: the recipe demands a kernel that cannot be used here.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    gate_up_bias, down_bias = layers[0].get_buffer("gate_up_proj_bias"), layers[0].get_buffer("down_proj_bias")
+    shape = ExpertShape(down_bias.shape[1], gate_up_bias.shape[1] // 2, layers[0].experts_per_chunk)
+    choice = choose_expert_kernel(wanted, shape, down_bias.device, down_bias.dtype)
+    for layer in layers:
+        layer.block = expert_block_of(choice.kernel)
+    return choice

@@ -28,6 +28,7 @@ from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.experts import select_expert_kernel
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
 from finetune.model.storage import check_expert_storage, describe_storage, storage_table
@@ -101,6 +102,7 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     _verify_checksums(checkpoint, config)
     base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
+    say(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
     storage = storage_table(base.model)
     say(describe_storage(storage))

@@ -1,19 +1,24 @@
-"""The reference path on a GPU in bfloat16, against float32 on the CPU. Skipped, and said so, where there is none."""
+"""The reference path and the fused experts on a GPU in bfloat16, against float64 on the CPU. Skipped where there is none."""
 
 from __future__ import annotations
 
+import random
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from test_kernels_experts import CASES, Case, relative_error
+from torch import Tensor
 
 from finetune.adapters.lora import attach_adapter
 from finetune.config.schema import AdapterConfig
 from finetune.kernels.attention import plan_attention, sink_attention
-from finetune.kernels.experts import ExpertWeights, LoraFactors, PackedLinear, expert_block
+from finetune.kernels.experts import ExpertWeights, LoraFactors, PackedLinear
+from finetune.kernels.experts_choice import expert_block_of
 from finetune.model.build import check_unchanged, load_base
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.experts import select_expert_kernel
 from finetune.model.forward import logits
 from finetune.model.selftest import check_packing
 from finetune.mxfp4.format import dequantise
@@ -28,10 +33,8 @@ def test_dequantise_has_the_same_bits() -> None:
     assert torch.equal(dequantise(blocks.to(GPU), scales.to(GPU)).cpu(), dequantise(blocks, scales))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_expert_block(name: str) -> None:
-    case = Case(**CASES[name])
-    exact, exact_grads = case.oracle()
+def on_gpu(case: Case) -> tuple[list[Tensor], tuple[LoraFactors, LoraFactors], ExpertWeights]:
+    """A case in bfloat16 with factors in float32: leaves x, mix and the factors, updates, weights."""
 
     def packed(part: PackedLinear) -> PackedLinear:
         return PackedLinear(part.blocks.to(GPU), part.scales.to(GPU), part.bias.to(GPU, torch.bfloat16))
@@ -39,16 +42,102 @@ def test_expert_block(name: str) -> None:
     weights = ExpertWeights(
         packed(case.weights.gate_up), packed(case.weights.down), 7.0, 1.702, case.weights.experts_per_chunk
     )
-    leaves = [t.to(GPU).requires_grad_() for t in case.factors]
-    x = case.x.to(GPU, torch.bfloat16).requires_grad_()
-    mix = case.mix.to(GPU, torch.bfloat16).requires_grad_()
-    updates = LoraFactors(leaves[0], leaves[1], case.scale), LoraFactors(leaves[2], leaves[3], case.scale)
-    out = expert_block(x, case.ids.to(GPU), mix, weights, *updates)
-    grads = torch.autograd.grad(out, [x, mix, *leaves], case.grad_out.to(GPU, torch.bfloat16))
+    inputs = [t.to(GPU, torch.bfloat16).requires_grad_() for t in (case.x, case.mix)]
+    factors = [t.to(GPU).requires_grad_() for t in case.factors]
+    updates = LoraFactors(factors[0], factors[1], case.scale), LoraFactors(factors[2], factors[3], case.scale)
+    return [*inputs, *factors], updates, weights
+
+
+def run_block(kernel: str, case: Case) -> list[Tensor]:
+    """Output and gradients of x, mix and the factors."""
+    leaves, updates, weights = on_gpu(case)
+    out = expert_block_of(kernel)(leaves[0], case.ids.to(GPU), leaves[1], weights, *updates)
+    return [out.detach(), *torch.autograd.grad(out, leaves, case.grad_out.to(GPU, torch.bfloat16))]
+
+
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+@pytest.mark.parametrize("name", CASES)
+def test_expert_block(name: str, kernel: str) -> None:
+    case = Case(**CASES[name])
+    exact, exact_grads = case.oracle()
+    out, *grads = run_block(kernel, case)
     assert relative_error(out.cpu(), exact) < 0.05
     for ours, wanted in zip(grads, exact_grads, strict=True):
         assert relative_error(ours.cpu(), wanted) < 0.05
         assert ((ours.cpu().double() - wanted).mean() / wanted.abs().max()).abs() < 5e-3
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_fused_experts_over_random_shapes(seed: int) -> None:
+    choose = random.Random(seed)
+    experts = choose.randint(2, 12)
+    shape = dict(E=experts, D=32 * choose.randint(1, 24), F=32 * choose.randint(1, 24), L=choose.randint(1, 64))
+    case = Case(**shape, T=choose.randint(1, 300), K=choose.randint(1, experts), chunk=choose.randint(1, 12))
+    exact, exact_grads = case.oracle()
+    fused, reference = run_block("triton", case), run_block("reference", case)
+    for ours, other, wanted in zip(fused, reference, (exact, *exact_grads), strict=True):
+        scale = wanted.square().mean().sqrt()
+        error, usual = ((t.cpu().double() - wanted).square().mean().sqrt() / scale for t in (ours, other))
+        assert error < max(1.5 * usual, 0.01), "no further from float64 than the reference in bfloat16 is"
+        assert (ours.cpu().double() - wanted).mean().abs() < 5e-3 * wanted.abs().max()
+
+
+def test_fused_experts_at_the_published_widths() -> None:
+    """2,880 wide, 8 experts, most rows on one of them: the kernels with the tiles and sizes of a real layer."""
+    case = Case(E=8, D=2880, F=2880, L=16, T=700, K=2, used=3, chunk=4)
+    exact, exact_grads = case.oracle()
+    for ours, wanted in zip(run_block("triton", case), (exact, *exact_grads), strict=True):
+        error = (ours.cpu().double() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+        assert error < 0.03
+
+
+def test_fused_experts_give_the_same_bits_and_a_swap_is_seen() -> None:
+    case = Case(E=8, D=96, F=160, L=5, T=200, K=3)
+    first, second = run_block("triton", case), run_block("triton", case)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    case.ids[0] = case.ids[0].flip(0)
+    other = run_block("triton", case)
+    assert not torch.equal(first[0], other[0])
+
+
+def test_fused_experts_wait_for_the_gpu_once_and_never_going_back() -> None:
+    case = Case(E=8, D=96, F=160, L=5, T=200, K=3)
+    run_block("triton", case)
+    leaves, updates, weights = on_gpu(case)
+    ids, grad_out = case.ids.to(GPU), case.grad_out.to(GPU, torch.bfloat16)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            out = expert_block_of("triton")(leaves[0], ids, leaves[1], weights, *updates)
+        torch.cuda.set_sync_debug_mode("error")
+        out.backward(grad_out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in waits if "synchroniz" in str(w.message)]) == 1
+
+
+@pytest.mark.parametrize("rank", [0, 16, 33])
+def test_augmented_weights_have_the_same_bits(rank: int) -> None:
+    from finetune.kernels import experts_launch as launch
+
+    blocks = torch.randint(256, (4, 64, 90, 16), dtype=torch.uint8)
+    scales = torch.randint(256, (4, 64, 90), dtype=torch.uint8)
+    bias, b = torch.randn(4, 64).bfloat16(), torch.randn(4, 64, rank) if rank else None
+    out = torch.full((4, 64, 2880 + launch.padding(rank)), 7.0, dtype=torch.bfloat16, device=GPU)
+    launch.dequantise_augment(blocks.to(GPU), scales.to(GPU), bias.to(GPU), None if b is None else b.to(GPU), out)
+    assert torch.equal(out[..., :2880].cpu(), dequantise(blocks, scales, torch.bfloat16))
+    assert b is None or torch.equal(out[..., 2880 : 2880 + rank].cpu(), b.bfloat16())
+    assert torch.equal(out[..., 2880 + rank].cpu(), bias)
+    assert out[..., 2881 + rank :].count_nonzero() == 0
+
+
+def test_fused_experts_are_chosen_here(tiny_base: Path) -> None:
+    base = load_base(Checkpoint.open(tiny_base), GPU, torch.bfloat16, experts_per_chunk=4)
+    choice = select_expert_kernel(base.model, "auto")
+    capable = torch.cuda.get_device_capability() >= (8, 0)
+    assert choice.kernel == ("triton" if capable else "reference"), choice.describe()
 
 
 def test_attention() -> None:

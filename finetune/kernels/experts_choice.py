@@ -151,9 +151,15 @@ def triton_difference(device: torch.device, dtype: torch.dtype, *, seed: int = 0
 
     weights = ExpertWeights(packed(2 * width, hidden), packed(hidden, width), 7.0, 1.702, experts_per_chunk=4)
     ids = torch.stack([torch.randperm(experts - 1, generator=generator)[:top_k] for _ in range(tokens)]).to(device)
-    sizes = ((tokens, hidden), (tokens, top_k), (experts, rank, hidden), (experts, 2 * width, rank))
-    sizes += ((experts, rank, width), (experts, hidden, rank))
-    x, mix, *factors = leaves = [(random(*size) * 0.3).to(device, dtype).requires_grad_() for size in sizes]
+    sizes = [(tokens, hidden), (tokens, top_k)]
+    factor_sizes = [
+        (experts, rank, hidden),
+        (experts, 2 * width, rank),
+        (experts, rank, width),
+        (experts, hidden, rank),
+    ]
+    leaves = [(random(*size) * 0.3).to(device, dtype).requires_grad_() for size in (*sizes, *factor_sizes)]
+    x, mix, *factors = leaves
     updates = (LoraFactors(factors[0], factors[1], 2.0), LoraFactors(factors[2], factors[3], 2.0))
     grad_out = random(tokens, hidden).to(device, dtype)
     results = []

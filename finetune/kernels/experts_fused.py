@@ -2,8 +2,8 @@
 
 Equal to `finetune.kernels.experts` (the specification) up to rounding. A chunk of experts is dequantised once for the
 forward and once for the backward pass, into rows [W | B | bias | 0] that multiply rows [x | s·xA^T | 1 | 0]: base,
-update and bias in one product. The same rows, not transposed, carry the gradient back, and their extra columns then hold
-the update's inner gradient and <bias, dY>. The backward pass computes gate_up again and never the down product.
+update and bias in one product. The same rows, not transposed, carry the gradient back; the extra columns then hold the
+update's inner gradient and <bias, dY>. The backward pass computes gate_up again and never the down product.
 
 Shape legend: as in `finetune.kernels.experts`, and P columns of padding beyond an augmented row's values.
 """
@@ -107,9 +107,9 @@ class _Projection:
         torch.mul(inner[:, : self.rank], self.scale, out=rows[:, self.inputs : self.inputs + self.rank])
 
     def inner_of(self, rows: Tensor) -> Tensor:
-        """The columns of [R', in + P] that belong to the update: [R', L'], a view. Past L they hold what must not count.
+        """The columns of [R', in + P] that belong to the update: [R', L'], a view.
 
-        A is zero there, and gradients of A and B are cut to L.
+        Past L they hold what must not count: A is zero there, and gradients of A and B are cut to L.
         """
         assert self.a is not None
         return rows[:, self.inputs : self.inputs + self.a.shape[1]]
@@ -200,9 +200,7 @@ def _projections(
     )
 
 
-def _gate_up(
-    x: Tensor, chunk: Chunk, routing: Routing, gate_up: _Projection, scratch: Tensor
-) -> tuple[Tensor, Tensor]:
+def _gate_up(x: Tensor, chunk: Chunk, routing: Routing, gate_up: _Projection, scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Gather a chunk's rows and take them through gate_up: augmented rows [R', D + P] and their products [R', 2F]."""
     rows = launch.gather(x, routing.order[chunk.rows], routing.top_k, gate_up.rank)
     gate_up.append_inner(rows, chunk)

@@ -42,7 +42,7 @@ def dequantise_augment(blocks: Tensor, scales: Tensor, bias: Tensor, lora_b: Ten
     words = blocks.view(torch.int32)
     body = triton.cdiv(words.numel(), WORDS * UNROLL)
     grid = (body + triton.cdiv(num_rows, tail_rows),)
-    kernels._dequantise_augment[grid](
+    kernels.augment_kernel[grid](
         words, scales, bias, bias if lora_b is None else lora_b, out, words.numel(), num_rows, body, pad,
         groups=groups, rank=rank, W=WORDS, UNROLL=UNROLL, TAIL_ROWS=tail_rows, TAIL_COLUMNS=tail_columns,
     )  # fmt: skip
@@ -65,7 +65,7 @@ def gather(source: Tensor, order: Tensor, top_k: int, rank: int | None) -> Tenso
     width = source.shape[1]
     out = source.new_empty(len(order), width + pad)
     grid = (triton.cdiv(len(order), ROWS), triton.cdiv(width + pad, COLUMNS))
-    kernels._gather[grid](
+    kernels.gather_kernel[grid](
         source, order, out, len(order), width, pad, top_k=top_k, rank=rank or 0, R=ROWS, C=COLUMNS
     )  # fmt: skip
     return out
@@ -76,7 +76,7 @@ def swiglu(hidden: Tensor, limit: float, gain: float, rank: int) -> Tensor:
     rows, width, pad = len(hidden), hidden.shape[1] // 2, padding(rank)
     out = hidden.new_empty(rows, width + pad)
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(width + pad, PAIR_COLUMNS))
-    kernels._swiglu[grid](hidden, out, rows, width, pad, limit, gain, rank=rank, R=ROWS, C=PAIR_COLUMNS)
+    kernels.swiglu_kernel[grid](hidden, out, rows, width, pad, limit, gain, rank=rank, R=ROWS, C=PAIR_COLUMNS)
     return out
 
 
@@ -106,7 +106,7 @@ def swiglu_backward(
     """
     rows, width = len(hidden), hidden.shape[1] // 2
     activated = hidden.new_empty(rows, width)
-    kernels._swiglu_backward[(triton.cdiv(rows, ROWS),)](
+    kernels.swiglu_backward_kernel[(triton.cdiv(rows, ROWS),)](
         hidden, grad_out, grad_out if grad_lora is None else grad_lora, row_weights, activated, grad_row_weights,
         rows, width, padding(rank), limit, gain,
         rank=rank, has_lora=grad_lora is not None, R=ROWS, C=PAIR_COLUMNS,
@@ -129,7 +129,7 @@ def combine(rows: Tensor, position: Tensor, weights: Tensor | None, top_k: int) 
     num_tokens, width = len(position) // top_k, rows.shape[1]
     out = rows.new_empty(num_tokens, width)
     grid = (triton.cdiv(num_tokens, ROWS), triton.cdiv(width, COLUMNS))
-    kernels._combine[grid](
+    kernels.combine_kernel[grid](
         rows, position, rows if weights is None else weights, out, num_tokens, width,
         top_k=top_k, weighted=weights is not None, R=ROWS, C=COLUMNS,
     )  # fmt: skip

@@ -1,12 +1,12 @@
 """Triton kernels around the experts' grouped products: dequantise-and-augment, gather, SwiGLU both ways, combine.
 
 `finetune.kernels.experts_launch` calls them; the products themselves are `finetune.kernels.grouped`'s. All of these are
-limited by memory bandwidth. Arithmetic is float32 and only loads and stores have the tensors' dtype: Triton's interpreter
+limited by memory bandwidth. Arithmetic is float32, only loads and stores have the tensors' dtype: the interpreter
 (TRITON_INTERPRET=1), which computes on the raw bits of bfloat16, then gives the right numbers on a CPU. No atomics: the
-same inputs give the same bits. Importing this needs triton; `finetune.kernels.experts_select` says whether it happens.
+same inputs give the same bits. Importing this needs triton; `finetune.kernels.experts_choice` says whether it happens.
 
 An augmented row is [values | LoRA columns (L) | one | zeros], P columns longer than the values. Rows of weights carry B
-and the bias in the places where rows of activations carry s·xA^T and 1, so that one product gives base, update and bias.
+and the bias where rows of activations carry s·xA^T and 1, so that one product gives base, update and bias.
 
 Shape legend: as in `finetune.kernels.experts`, and P columns of padding, G blocks of 32 in a row of weights.
 """
@@ -19,7 +19,7 @@ import triton.language as tl
 
 @triton.jit
 def _write_values(words, scales, out, num_words, width, program, groups: tl.constexpr, W: tl.constexpr):
-    """Dequantise words (8 codes, a quarter of a block) number `program` · W and on; row r of W begins at out[r · width].
+    """Dequantise words (8 codes, a quarter of a block) number `program` · W and on; row r begins at out[r · width].
 
     A thread takes one word, because its 8 values in bfloat16 are one 16-byte store and its neighbour's follow them.
     Seen as float32, a code's bits in place give its value times 2^-126, subnormal 0.5 included. The factors put 2^126
@@ -57,7 +57,7 @@ def _write_padding(
 
 
 @triton.jit(do_not_specialize=["num_words", "num_rows", "body_programs"])
-def _dequantise_augment(
+def augment_kernel(
     words, scales, bias, lora_b, out, num_words, num_rows, body_programs, pad,
     groups: tl.constexpr, rank: tl.constexpr,
     W: tl.constexpr, UNROLL: tl.constexpr, TAIL_ROWS: tl.constexpr, TAIL_COLUMNS: tl.constexpr,
@@ -74,7 +74,7 @@ def _dequantise_augment(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _gather(
+def gather_kernel(
     source, order, out, num_rows, width, pad,
     top_k: tl.constexpr, rank: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def _gather(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _swiglu(
+def swiglu_kernel(
     hidden, out, num_rows, width, pad, limit, gain,
     rank: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def _swiglu(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _swiglu_backward(
+def swiglu_backward_kernel(
     hidden, grad_out, grad_lora, row_weights, activated, grad_row_weights,
     num_rows, width, pad, limit, gain,
     rank: tl.constexpr, has_lora: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
@@ -156,7 +156,7 @@ def _swiglu_backward(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _combine(
+def combine_kernel(
     rows, position, weights, out, num_tokens, width,
     top_k: tl.constexpr, weighted: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip

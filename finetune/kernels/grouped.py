@@ -1,8 +1,8 @@
 """Matrix products of rows sorted by expert, each expert's rows with its own matrix.
 
-torch's `grouped_mm` runs without waiting for the host on compute capability 9 and 10 (CUTLASS) and on a CPU. Elsewhere it
-copies the offsets to the host in every call; there the loop over experts below does the same with the counts that the
-host already has. Source: `_grouped_mm_cuda` and `_grouped_mm_fallback` in pytorch 2.13.
+torch's `grouped_mm` runs without waiting for the host on compute capability 9 and 10 (CUTLASS) and on a CPU. Elsewhere
+it copies the offsets to the host in every call; there the loop over experts below does the same with the counts that
+the host already has. Source: `_grouped_mm_cuda` and `_grouped_mm_fallback` in pytorch 2.13.
 
 Shape legend: R' rows of a chunk, C experts in it.
 """

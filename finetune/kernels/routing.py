@@ -1,6 +1,7 @@
 """Which routed rows belong to which experts, and what a checkpointed layer may skip when it is computed again.
 
-Shape legend: T tokens, K active experts a token, R routed rows (T·K, sorted by expert), E experts, C experts in a chunk.
+Shape legend: T tokens, K active experts a token, R routed rows (T·K, sorted by expert), R' those of a chunk, E experts,
+C experts in a chunk.
 """
 
 from __future__ import annotations

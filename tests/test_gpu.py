@@ -1,4 +1,4 @@
-"""The reference path and the fused experts on a GPU in bfloat16, against float64 on the CPU. Skipped where there is none."""
+"""The reference path and the fused experts on a GPU in bfloat16, against the CPU. Skipped where there is none."""
 
 from __future__ import annotations
 

@@ -1,15 +1,18 @@
 """One layer's experts with LoRA, forward and backward: `python bench/expert_block.py --help`.
 
 The kernels of `model.expert_kernel` beside a naive path over the same packed weights (dequantises three times, bias and
-update as passes of their own) and PEFT's `target_parameters` on transformers' experts in dense weights. All get the same
-random inputs, weights and factors in one process, in turn; `difference` is the largest relative RMS difference of output
-and gradients from the reference's. What PEFT keeps for its backward pass the others compute again.
+update as passes of their own) and PEFT's `target_parameters` on transformers' experts in dense weights. All get the
+same random inputs, weights and factors in one process, in turn; `difference` is the largest relative RMS difference of
+output and gradients from the reference's. What PEFT keeps for its backward pass the others compute again. Memory is
+that of the step alone, without weights and factors: allocated on a GPU, tensors alive on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,9 @@ from torch import Tensor
 
 from finetune.kernels.experts import ExpertWeights, LoraFactors, PackedLinear
 from finetune.kernels.experts_choice import ExpertShape, expert_block_of, triton_obstacle
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+from allocation import AllocationTracker
 
 SHAPES = {  # experts, hidden, width, experts a token, experts a chunk, tokens
     "tiny": (8, 64, 64, 2, 8, 128),
@@ -105,7 +111,7 @@ def measure(layer: Layer, names: list[str], repeats: int) -> list[dict[str, Any]
                 "forward + backward ms": both_ms,
                 "least": summary(both[name])["least_ms"],
                 "most": summary(both[name])["most_ms"],
-                "peak MB": round(peak_bytes(lambda f=forwards[name]: step(layer, f), layer.device) / 1e6, 1),
+                "peak MB": round(peak(layer, forwards[name]) / 1e6, 1),
                 "difference": max(relative(a, b) for a, b in zip(ours, exact, strict=False)),
             }
         )
@@ -113,6 +119,15 @@ def measure(layer: Layer, names: list[str], repeats: int) -> list[dict[str, Any]
     for row in rows:
         row["x reference"] = round(row["forward + backward ms"] / medians["reference"], 2)
     return rows
+
+
+def peak(layer: Layer, forward: Callable[[], Tensor]) -> int:
+    """Most bytes that a step holds beyond what was there before."""
+    if layer.device.type == "cuda":
+        return peak_bytes(lambda: step(layer, forward), layer.device)
+    with AllocationTracker() as tracker:
+        step(layer, forward)
+    return tracker.peak_bytes
 
 
 def relative(ours: Tensor, exact: Tensor) -> float:

@@ -1,7 +1,7 @@
 """Dequantising MXFP4 experts against copying as many bytes: `python bench/dequantise.py --help`.
 
-GB/s counts what is read and written. The copy moves the same sum in bfloat16, half read and half written. Goal on a GPU:
-80 % of the copy.
+GB/s counts what is read and written. The copy moves the same sum in bfloat16, half read and half written. Goal on a
+GPU: 80 % of the copy.
 """
 
 from __future__ import annotations

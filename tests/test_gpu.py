@@ -19,7 +19,7 @@ from finetune.kernels.experts_choice import expert_block_of
 from finetune.model.build import check_unchanged, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import select_expert_kernel
-from finetune.model.forward import logits
+from finetune.model.forward import checkpoint_activations, hidden_states, logits
 from finetune.model.selftest import check_packing
 from finetune.mxfp4.format import dequantise
 
@@ -138,6 +138,28 @@ def test_fused_experts_are_chosen_here(tiny_base: Path) -> None:
     choice = select_expert_kernel(base.model, "auto")
     capable = torch.cuda.get_device_capability() >= (8, 0)
     assert choice.kernel == ("triton" if capable else "reference"), choice.describe()
+
+
+def test_a_checkpointed_model_with_fused_experts_has_the_reference_gradients(tiny_base: Path) -> None:
+    grads = {}
+    for kernel in ("reference", "triton"):
+        base = load_base(Checkpoint.open(tiny_base), GPU, torch.bfloat16, experts_per_chunk=4)
+        adapter = attach_adapter(base, AdapterConfig(), seed=0)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in adapter.parameters().items():
+                if name.endswith("b"):
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        assert select_expert_kernel(base.model, kernel).kernel == kernel
+        checkpoint_activations(base.model)
+        base.model.train()
+        positions = torch.arange(300)[None]
+        hidden = hidden_states(base.model, torch.arange(200, 500)[None], positions, torch.zeros_like(positions))
+        hidden.float().square().sum().backward()
+        grads[kernel] = torch.cat([p.grad.float().flatten() for p in adapter.parameters().values()])
+    ours, other = grads["triton"], grads["reference"]
+    cosine = torch.nn.functional.cosine_similarity(ours, other, dim=0)
+    assert cosine > 0.99 and abs(ours.norm() / other.norm() - 1) < 0.02
 
 
 def test_attention() -> None:

@@ -53,6 +53,7 @@ class PackedExperts(nn.Module):
             self.register_buffer(f"{name}_scales", torch.empty(blocks.shape[:-1], dtype=torch.uint8))
             self.register_buffer(f"{name}_bias", torch.empty(num_experts, out))
         self.lora: nn.Module | None = None
+        self.kernel = "reference"
         self.block: Block = expert_block
 
     def attach(self, lora: nn.Module) -> None:
@@ -98,5 +99,10 @@ def select_expert_kernel(model: nn.Module, wanted: ExpertKernel) -> ExpertChoice
     shape = ExpertShape(down_bias.shape[1], gate_up_bias.shape[1] // 2, layers[0].experts_per_chunk)
     choice = choose_expert_kernel(wanted, shape, down_bias.device, down_bias.dtype)
     for layer in layers:
-        layer.block = expert_block_of(choice.kernel)
+        layer.kernel, layer.block = choice.kernel, expert_block_of(choice.kernel)
     return choice
+
+
+def expert_kernel(model: nn.Module) -> str:
+    """The kernel in use, `triton` or `reference`."""
+    return next(module.kernel for module in model.modules() if isinstance(module, PackedExperts))

@@ -28,7 +28,7 @@ from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
-from finetune.model.experts import select_expert_kernel
+from finetune.model.experts import expert_kernel, select_expert_kernel
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
 from finetune.model.storage import check_expert_storage, describe_storage, storage_table
@@ -130,6 +130,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "revision": session.location.revision,
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
+            "expert_kernel": expert_kernel(session.base.model),
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
         "data": {

@@ -53,7 +53,7 @@ CONSTANTS = {
     "augment_kernel": dict(groups=90, rank=16, W=128, UNROLL=4, TAIL_ROWS=64, TAIL_COLUMNS=32),
     "gather_kernel": dict(top_k=4, rank=16, R=4, C=512),
     "swiglu_kernel": dict(rank=16, R=4, C=256),
-    "swiglu_backward_kernel": dict(rank=16, has_lora=True, R=4, C=256),
+    "swiglu_backward_kernel": dict(width=2880, rank=16, has_lora=True, R=4, C=256),
     "combine_kernel": dict(top_k=4, weighted=True, R=4, C=512),
 }
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # most that a block may have
@@ -73,7 +73,7 @@ def compiled(name: str, capability: int):  # type: ignore[no-untyped-def]
         kind = "*bf16" if argument in ANY_BF16 else POINTERS.get(argument, kind)
         signature[argument] = "constexpr" if argument in constants else kind
     # As the launcher finds them: allocations, widths and padding are multiples of 16, numbers of rows are anything.
-    even = [name for name, kind in signature.items() if kind.startswith("*") or name in ("width", "pad")]
+    even = [key for key, kind in signature.items() if kind[0] == "*" or (kind == "i32" and key in ("width", "pad"))]
     places = function.arg_names.index
     source = ASTSource(
         function,

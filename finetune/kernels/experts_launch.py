@@ -108,8 +108,8 @@ def swiglu_backward(
     activated = hidden.new_empty(rows, width)
     kernels.swiglu_backward_kernel[(triton.cdiv(rows, ROWS),)](
         hidden, grad_out, grad_out if grad_lora is None else grad_lora, row_weights, activated, grad_row_weights,
-        rows, width, padding(rank), limit, gain,
-        rank=rank, has_lora=grad_lora is not None, R=ROWS, C=PAIR_COLUMNS,
+        rows, padding(rank), limit, gain,
+        width=width, rank=rank, has_lora=grad_lora is not None, R=ROWS, C=PAIR_COLUMNS,
     )  # fmt: skip
     return activated
 

@@ -115,8 +115,8 @@ def swiglu_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def swiglu_backward_kernel(
     hidden, grad_out, grad_lora, row_weights, activated, grad_row_weights,
-    num_rows, width, pad, limit, gain,
-    rank: tl.constexpr, has_lora: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    num_rows, pad, limit, gain,
+    width: tl.constexpr, rank: tl.constexpr, has_lora: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Overwrites hidden [R', 2F] with its gradient; writes activations [R', F] and the router weights' gradients [R'].
 

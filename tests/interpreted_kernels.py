@@ -159,6 +159,21 @@ def test_only_what_is_wanted_gets_a_gradient(needed: str, wide_tiles: None) -> N
     assert relative_error(grad, case.oracle()[1][LABELS.index(needed)]) < 1e-5
 
 
+@pytest.mark.parametrize("block", [expert_block, fused_expert_block])
+def test_one_factor_for_all_experts(block, wide_tiles: None) -> None:
+    """A shared A is one [1, L, in] seen E times; its gradient is the sum."""
+    case = Case(E=5, D=64, F=32, L=3, T=21, K=3)
+    shared = case.factors[0][:1].clone().requires_grad_()
+    case.factors[0] = case.factors[0][:1].expand(5, -1, -1)
+    ga, gb, da, db = shared.expand(5, -1, -1), *case.factors[1:]
+    updates = LoraFactors(ga, gb, case.scale), LoraFactors(da, db, case.scale)
+    out = block(case.x, case.ids, case.mix, case.weights, *updates)
+    exact, exact_grads = case.oracle()
+    assert relative_error(out.detach(), exact) < 1e-5
+    (grad,) = torch.autograd.grad(out, shared, case.grad_out)
+    assert relative_error(grad, exact_grads[2].sum(0, keepdim=True)) < 1e-5
+
+
 class Dense:
     """Experts held in another way than MXFP4."""
 

@@ -25,7 +25,8 @@ from finetune.data.batches import collate
 from finetune.errors import ConfigError, InputError
 from finetune.model.forward import checkpoint_activations, logits
 from finetune.train.loop import seed_step
-from finetune.train.step import OptimiserStep, make_optimizer
+from finetune.train.optimisers import make_optimizer
+from finetune.train.step import OptimiserStep
 
 BOTH = AdapterConfig(
     attention=AttentionAdapterConfig(rank=6, alpha=12.0), experts=ExpertAdapterConfig(rank=3, alpha=5.0)

@@ -23,7 +23,8 @@ from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations
 from finetune.mxfp4.format import dequantise
 from finetune.train.losses import balance_loss
-from finetune.train.step import OptimiserStep, StepFigures, make_optimizer
+from finetune.train.optimisers import make_optimizer
+from finetune.train.step import OptimiserStep, StepFigures
 
 SMALL = AdapterConfig(
     attention=AttentionAdapterConfig(rank=4, alpha=8.0), experts=ExpertAdapterConfig(rank=4, alpha=8.0)

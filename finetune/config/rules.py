@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.config.keys import KeyPath
 from finetune.config.locate import HUB_PREFIX, matching_files, resolve_data_path
+from finetune.config.memory_rules import memory_problems
 from finetune.config.problems import Problem
 from finetune.config.rendering_rules import rendering_problems
 from finetune.config.schema import RunConfig, SourceConfig
@@ -65,6 +66,7 @@ def broken_rules(config: RunConfig) -> Iterator[Problem]:
     yield from rendering_problems(config.data)
     yield from _adapter(config)
     yield from _trainer(config)
+    yield from memory_problems(config)
     yield from _evaluation(config)
 
 

@@ -22,10 +22,11 @@ from finetune.model.build import Base
 from finetune.model.forward import checkpoint_activations
 from finetune.train.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
 from finetune.train.metrics import MetricsLog, Tracker, memory_gib
+from finetune.train.optimisers import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from finetune.train.run_directory import RunDirectory
 from finetune.train.schedule import learning_rate
 from finetune.train.signals import StopRequest
-from finetune.train.step import OptimiserStep, StepFigures, make_optimizer
+from finetune.train.step import OptimiserStep, StepFigures
 
 ValidationLoss = Callable[[], float]
 """Scores the validation samples with the model as it is: nats per trained token."""
@@ -97,7 +98,7 @@ class Trainer:
         self.validation_loss, self.data_fingerprint = validation_loss, data_fingerprint
         self.metrics = MetricsLog(run.metrics)
         self.parameters = adapter.parameters()
-        self.optimizer = make_optimizer(self.parameters, config.trainer)
+        self.optimizer = make_optimizer(self.parameters, config.trainer, seed=config.seed)
         self.step = OptimiserStep(config.trainer, base, self.parameters, self.optimizer, accelerator)
         self.state = LoopState()
         self.audit_lines: list[str] = []
@@ -214,11 +215,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this moment and remove the ones no longer kept."""
-        optimizer = {
-            f"{name}/{key}": value.detach().cpu().clone()
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
+        optimizer = optimizer_tensors(self.optimizer, self.parameters)
         adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in self.parameters.items()}
         facts = {
             "loop": asdict(self.state),
@@ -246,17 +243,7 @@ class Trainer:
                     fix="restore the data and base it was started with, or start a new run",
                 )
         self.load_adapter(checkpoint)
-        for name, parameter in self.parameters.items():
-            saved = {
-                key.rpartition("/")[2]: value
-                for key, value in checkpoint.optimizer.items()
-                if key.startswith(f"{name}/")
-            }
-            if saved:
-                # AdamW keeps its step counter on the CPU and its moments beside the parameter.
-                self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device) for key, value in saved.items()
-                }
+        load_optimizer_tensors(self.optimizer, self.parameters, checkpoint.optimizer)
         self.state = LoopState(**checkpoint.state["loop"])
         self.audit_lines = list(checkpoint.state["audit"])
         self.metrics.cut_after(self.state.step)

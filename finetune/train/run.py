@@ -245,6 +245,7 @@ def _write_adapter(session: Session, run: RunDirectory) -> None:
         base_name=name,
         base_revision=location.revision,
         base_identity=session.base.identity,
+        base_held_as=session.base.held_as,
     )
     say(f"adapter: {run.adapter}")
 

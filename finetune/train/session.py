@@ -32,8 +32,9 @@ from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import expert_kernel, select_expert_kernel
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
-from finetune.model.storage import check_expert_storage, describe_storage, storage_table
+from finetune.model.storage import BaseStorage, check_storage, describe_storage, storage_table
 from finetune.train.balance_reach import describe_balance_reach
+from finetune.train.optimisers import check_optimizer, describe_optimizer
 
 _FOREIGN_SETTINGS = (
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -82,6 +83,7 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         config = replace(config, adapter=replace(config.adapter, init_from=None))
     check_inputs(config)
     device, accelerator = choose_device(config.model), _accelerator(config)
+    check_optimizer(config, device)
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         say(describe(split))
@@ -100,20 +102,22 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     checkpoint = Checkpoint.open(location.directory)
     _check_length(checkpoint, config)
     _verify_checksums(checkpoint, config)
-    base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
+    wanted = BaseStorage.of(config.model)
+    base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk, wanted)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
     say(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
     storage = storage_table(base.model)
     say(describe_storage(storage))
-    check_expert_storage(storage, config.model.expert_storage)
+    check_storage(storage, wanted)
     if config.data.pack:
         say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
     adapter = attach_adapter(base, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None:
-        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity)
+        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
         say(f"adapter: training on from {config.adapter.init_from}")
     say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
+    say(describe_optimizer(config, adapter.parameters()))
     if config.trainer.router_balance_coefficient:
         say(describe_balance_reach(list(adapter.sites), checkpoint.shape))
     return Session(config, location, base, adapter, splits, plan, accelerator, test)
@@ -131,6 +135,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
             "expert_kernel": expert_kernel(session.base.model),
+            "held_as": session.base.held_as,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
         "data": {
@@ -146,6 +151,7 @@ def session_facts(session: Session) -> dict[str, Any]:
         "adapter_parameters": {
             kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "experts")
         },
+        "optimizer": describe_optimizer(session.config, session.adapter.parameters()),
         "total_steps": session.plan.total_steps,
         "working_directory": str(Path.cwd()),
         "environment": {

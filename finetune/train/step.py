@@ -40,17 +40,6 @@ class StepFigures:
     trained_tokens: int
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainerConfig) -> torch.optim.AdamW:
-    """AdamW over the adapter's parameters; the learning rate is set anew at every step."""
-    return torch.optim.AdamW(
-        parameters.values(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-
-
 class OptimiserStep:
     """Callable that makes one step.
 

@@ -52,7 +52,10 @@ def _commit() -> str:
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", ":/"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "-uno", ":/", ":(top,exclude)bench/results"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -70,7 +73,11 @@ def _cpu_name() -> str:
 def interleaved(
     functions: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each call: one warm-up each, then `repeats` rounds in turn, so that a busy moment hits all alike."""
+    """Seconds of each call: one warm-up each, then `repeats` rounds in turn, so that a busy moment hits all alike.
+
+    On a CPU they are processor seconds: on a shared machine those say what the work costs, a clock says who else ran.
+    """
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -78,10 +85,10 @@ def interleaved(
         names = list(functions) if number % 2 == 0 else list(functions)[::-1]
         for name in names:
             _wait(device)
-            started = time.perf_counter()
+            started = clock()
             functions[name]()
             _wait(device)
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return seconds
 
 
@@ -141,7 +148,8 @@ def _table(title: str, facts: dict[str, Any], rows: list[dict[str, Any]], note: 
         f"{hardware}; load {facts['load']} at the start; {versions}; commit {facts['commit']}.",
         f"`{facts['command']}`",
         "",
-        *([note, ""] if note else []),
+        note + ("" if "gpu" in facts else " Times are processor seconds, the variants in turn, on a shared machine."),
+        "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
         *("| " + " | ".join(_cell(row.get(column)) for column in columns) + " |" for row in rows),

@@ -13,6 +13,10 @@ from finetune.console import say
 from finetune.data.dataset import describe, load_split
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError
+from finetune.estimate.fit import Budget, fit
+from finetune.estimate.host import available_host_bytes
+from finetune.estimate.shapes import find_base
+from finetune.estimate.text import verdict
 from finetune.model.headers import read_json
 from finetune.model.shapes import ModelShape
 
@@ -36,6 +40,15 @@ def dry_run(config: RunConfig) -> None:
     for split in split_names(config.data):
         say(describe(load_split(config.data, split)), result=True)
     say(_adapter(config), result=True)
+    say(_memory(config), result=True)
+
+
+def _memory(config: RunConfig) -> str:
+    facts = find_base(config.model.path)
+    if facts is None:
+        return "memory: known once the base is here"
+    budget = Budget.of_host(available_host_bytes()) if config.model.device == "cpu" else Budget.of_card(80)
+    return f"memory, estimated: {verdict(fit(config, facts.shape, budget))}"
 
 
 def _adapter(config: RunConfig) -> str:

@@ -18,12 +18,16 @@ from typing import NoReturn
 from finetune import __version__
 from finetune.cli.arguments import Parser, parse, refuse_unknown_word
 from finetune.console import say
-from finetune.errors import CapacityError, FinetuneError, MachineError
+from finetune.errors import CapacityError, FinetuneError, MachineError, is_out_of_memory
 
 # Command: the module with its `add_arguments(parser)` and `run(args)`, and a line for the list.
 COMMANDS = {
     "train": ("finetune.cli.train", "fine-tune: RECIPE [key=value ...] [--dry-run], or --resume RUN"),
     "data": ("finetune.cli.data", "see a recipe's tokens and what is trained, or its figures"),
+    "estimate": (
+        "finetune.cli.estimate",
+        "GiB by part, disk and time of a recipe: fits or not, and what would make it",
+    ),
     "recipes": ("finetune.cli.recipes", "list the recipes, or show one"),
     "config": ("finetune.cli.config", "show what a recipe and overrides come to"),
     "export": (
@@ -57,6 +61,10 @@ def main(arguments: Sequence[str]) -> int:
     """
     # Waiting threads that spin made a step 20 times slower on a busy machine (docs/log.md). Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Rows of all lengths leave a GPU's memory in fragments; segments that grow do not. The first of the two names is
+    # the newer one, and a value of the person's own under either stays as it is.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
         try:
             _run(list(arguments))
@@ -110,10 +118,8 @@ def _report(error: Exception) -> int:
 
 
 def _as_known(error: Exception) -> FinetuneError | None:
-    """Recognise failures of the machine that any code may raise; torch's by name, so as not to import it here."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or allocator:
+    """Recognise failures of the machine that any code may raise."""
+    if is_out_of_memory(error):
         first = (str(error).splitlines() or ["out of memory"])[0]
         return CapacityError(
             f"out of memory: {first}",

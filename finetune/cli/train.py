@@ -29,10 +29,13 @@ def run(args: argparse.Namespace) -> None:
             why = "a resumed run keeps the configuration it was started with (its config.yaml)"
             fix = f"finetune train --resume {args.resume}"
             raise ConfigError(f"--resume does not go with {given}", why=why, fix=fix)
+        from finetune.cli.memory import config_of_run, explained_out_of_memory
         from finetune.report.markdown import write_report
         from finetune.train.run import resume
 
-        _print_outcome(resume(args.resume, write_report))
+        with explained_out_of_memory(config_of_run(args.resume)):
+            run_directory = resume(args.resume, write_report)
+        _print_outcome(run_directory)
         return
     recipe, overrides = recipe_and_overrides(args)
 
@@ -44,10 +47,15 @@ def run(args: argparse.Namespace) -> None:
 
         dry_run(composed.config)
         return
+    from finetune.cli.memory import check_memory, explained_out_of_memory
+
+    check_memory(composed.config)
     from finetune.report.markdown import write_report
     from finetune.train.run import train
 
-    _print_outcome(train(composed, write_report))
+    with explained_out_of_memory(composed.config):
+        run_directory = train(composed, write_report)
+    _print_outcome(run_directory)
 
 
 def _print_outcome(run_directory: Path) -> None:

@@ -191,6 +191,12 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
             "pre-training value and ruins a fine-tune",
             "write 0.001, or set trainer.force_router_balance_coefficient=true if you mean it",
         )
+    if trainer.activation_offload and not trainer.activation_checkpointing:
+        yield Problem(
+            ("trainer", "activation_offload"),
+            "does nothing without trainer.activation_checkpointing: what it moves is what checkpointing keeps",
+            "set trainer.activation_checkpointing=true",
+        )
     if distributed.kind == "single" and distributed.num_processes != 1:
         yield Problem(
             ("distributed", "num_processes"),

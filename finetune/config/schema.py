@@ -40,6 +40,9 @@ class ModelConfig(_Strict):
             `reference` plain PyTorch; same result up to rounding. `auto`: Triton where it runs and agrees with the
             reference at start-up, else the reference; the choice is printed with its reason.
         experts_per_chunk: how many experts are dequantised at a time; scratch memory grows with it.
+        attention_kernel: how attention is computed. `flash` is torch's own flash kernel with sinks, `reference` plain
+            PyTorch; same result up to rounding. `auto`: flash where it runs and agrees with the reference at start-up
+            (a GPU from Ampere on, or a CPU), else the reference; the choice is printed with its reason.
         identity: the base's identity as an earlier run printed it, or its beginning; another base is refused, so that
             a flipped bit in a checkpoint without `checksums.json` shows. None: not compared.
         verify_checksums: compare shards with the checkpoint's `checksums.json` when it has one.
@@ -54,6 +57,7 @@ class ModelConfig(_Strict):
     embedding_on_cpu: bool = False
     expert_kernel: Literal["auto", "triton", "reference"] = "auto"
     experts_per_chunk: int = 16
+    attention_kernel: Literal["auto", "flash", "reference"] = "auto"
     identity: str | None = None
     verify_checksums: bool = True
 
@@ -255,7 +259,10 @@ class TrainerConfig(_Strict):
             pre-training value and ruins a fine-tune: above 0.1 is refused unless forced.
         force_router_balance_coefficient: allow a coefficient above 0.1.
         activation_checkpointing: recompute each layer in the backward pass; less memory, more compute.
+        activation_offload: keep what activation checkpointing saves (each layer's input) in the CPU's memory, copied
+            beside the computation; less GPU memory for long rows. Only on a GPU.
         early_stop_patience: stop after this many evaluations without a better best metric. None: never.
+        ignore_memory_estimate: start although the estimate says that the run does not fit into memory.
     """
 
     epochs: float = 1.0
@@ -277,7 +284,9 @@ class TrainerConfig(_Strict):
     router_balance_coefficient: float = 0.001
     force_router_balance_coefficient: bool = False
     activation_checkpointing: bool = True
+    activation_offload: bool = False
     early_stop_patience: int | None = None
+    ignore_memory_estimate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from finetune.config.schema import (
 from finetune.config.validate import load_run_config
 from finetune.console import say
 from finetune.errors import InputError
+from finetune.model.attention import select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import select_expert_kernel
@@ -93,6 +94,7 @@ def open_model(
         BaseStorage.of(settings),
     )
     say(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
+    say(select_attention(loaded.model, settings.attention_kernel).describe())
     # A run's demand holds where it ran; on a device named here it is a preference.
     say(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
     check_packing(loaded.model)

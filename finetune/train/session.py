@@ -27,6 +27,7 @@ from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.evaluate.testset import TestSet, choose_test_set
+from finetune.model.attention import attention_kernel, select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import expert_kernel, select_expert_kernel
@@ -83,6 +84,9 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         config = replace(config, adapter=replace(config.adapter, init_from=None))
     check_inputs(config)
     device, accelerator = choose_device(config.model), _accelerator(config)
+    _check_offload(config, device)
+    if device.type == "cuda":
+        say(_describe_allocator())
     check_optimizer(config, device)
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
@@ -101,12 +105,15 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     location = locate_base(config.model.path, config.model.revision)
     checkpoint = Checkpoint.open(location.directory)
     _check_length(checkpoint, config)
+    if config.trainer.activation_offload:
+        say(_describe_offload(checkpoint, config))
     _verify_checksums(checkpoint, config)
     wanted = BaseStorage.of(config.model)
     base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk, wanted)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
     say(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
+    say(select_attention(base.model, config.model.attention_kernel).describe())
     storage = storage_table(base.model)
     say(describe_storage(storage))
     check_storage(storage, wanted)
@@ -159,6 +166,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "torch": torch.__version__,
             "device": str(session.base.device),
             "compute_dtype": str(session.base.compute_dtype),
+            "attention_kernel": attention_kernel(session.base.model),
             "platform": platform.platform(),
             "command": " ".join(sys.argv),
         },
@@ -211,6 +219,28 @@ def _check_length(checkpoint: Checkpoint, config: RunConfig) -> None:
             f"data.max_length is {config.data.max_length:,}, the model has {longest:,} positions",
             fix=f"set data.max_length={longest} or less",
         )
+
+
+def _check_offload(config: RunConfig, device: torch.device) -> None:
+    if config.trainer.activation_offload and device.type == "cpu":
+        raise ConfigError(
+            "trainer.activation_offload is true, but the model is on a CPU",
+            why="what it moves to the CPU's memory is there already",
+            fix="leave it false, or set model.device=cuda on a machine with a GPU",
+        )
+
+
+def _describe_allocator() -> str:
+    """Which settings torch's GPU allocator was started with (`finetune.cli.main` sets them unless the person did)."""
+    names = [name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ]
+    settings = " ".join(f"{name}={os.environ[name]}" for name in names)
+    return f"GPU memory: {settings or 'allocator settings are torch defaults'}"
+
+
+def _describe_offload(checkpoint: Checkpoint, config: RunConfig) -> str:
+    shape, tokens = checkpoint.shape, config.trainer.rows_per_micro_step * config.data.max_length
+    gib = shape.num_layers * tokens * shape.hidden * 2 / 2**30  # bfloat16, as on every GPU
+    return f"activation checkpoints: in the CPU's memory, {gib:.2f} GiB of it (pinned) for {tokens:,} tokens at a time"
 
 
 def _check_identity(base: Base, config: RunConfig) -> None:

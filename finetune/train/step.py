@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from finetune.data.batches import PADDING_SEGMENT, Batch
 from finetune.errors import CheckError
 from finetune.model.build import Base
 from finetune.model.forward import hidden_states
+from finetune.model.offload import CheckpointOffload
 from finetune.model.predictions import predicted_tokens
 from finetune.model.router import record_routing
 from finetune.train.losses import balance_loss, language_loss
@@ -58,6 +60,9 @@ class OptimiserStep:
     ) -> None:
         self.config, self.base, self.parameters = config, base, parameters
         self.optimizer, self.accelerator = optimizer, accelerator
+        self.offload: AbstractContextManager[object] = nullcontext()
+        if config.activation_offload:
+            self.offload = CheckpointOffload(base.device, base.checkpoint.shape.hidden, base.compute_dtype)
 
     def __call__(
         self, batches: list[Batch], rate: float, number: int, *, before_update: Callable[[], None] = lambda: None
@@ -104,7 +109,7 @@ class OptimiserStep:
         """Summed language loss, and balance loss, of one micro-step."""
         model, device = self.base.model, self.base.device
         where, targets, weights = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
-        with record_routing(model) as tape:
+        with record_routing(model) as tape, self.offload:
             hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
         loss = language_loss(hidden, model.lm_head.weight, where.to(device), targets.to(device), weights.to(device))
         real_tokens = (batch.segments != PADDING_SEGMENT).reshape(-1).to(device)

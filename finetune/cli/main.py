@@ -34,6 +34,7 @@ COMMANDS = {
         "finetune.cli.export",
         "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
     ),
+    "experts": ("finetune.cli.experts", "measure which experts a recipe's data use: score RECIPE"),
     "evaluate": ("finetune.cli.evaluate", "base against adapter: test rows, retention, contamination: RUN"),
     "generate": ("finetune.cli.generate", "text from base and adapter: RUN PROMPT"),
     "chat": ("finetune.cli.chat", "talk with a run's model: RUN"),

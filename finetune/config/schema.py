@@ -204,16 +204,39 @@ class AttentionAdapterConfig(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertAdapterConfig(_Strict):
-    """LoRA on both projections of every routed expert. `rank: 0` leaves the experts alone.
+    """LoRA on both projections of the routed experts. `rank: 0` leaves the experts alone.
 
     Attributes:
         dropout: only 0; the key is there to say why (an expert's update in PEFT's format is a weight W + BA, in which
             dropping inputs of BA alone cannot be written).
+        select: which experts of each layer are adapted. `all`; `top_k=8`, the 8 that the training rows use most;
+            `top_p=0.2`, as many of the most used as together take 20 % of the gate; or a FILE that `finetune experts
+            score` wrote. Parameters, gradients and optimiser states exist for the chosen ones only.
+        share: `a` is one A per layer and projection for all its experts, with a B for each; `b` the reverse; `none`
+            both for each expert. Written out for each expert in the adapter's files.
     """
 
     rank: int = 4
     alpha: float = 8.0
     dropout: float = 0.0
+    select: str = "all"
+    share: Literal["none", "a", "b"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterAdapterConfig(_Strict):
+    """What of the routers is trained.
+
+    Attributes:
+        mode: `frozen`; `lora` on each router's weight; `full` trains a change of the whole weight and bias. A full
+            change of the weight is written as LoRA of rank E; that of the bias fits into no adapter file of others:
+            only merged exports carry it.
+        rank, alpha: of `lora`.
+    """
+
+    mode: Literal["frozen", "lora", "full"] = "frozen"
+    rank: int = 8
+    alpha: float = 16.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +253,7 @@ class AdapterConfig(_Strict):
 
     attention: AttentionAdapterConfig = field(default_factory=AttentionAdapterConfig)
     experts: ExpertAdapterConfig = field(default_factory=ExpertAdapterConfig)
+    router: RouterAdapterConfig = field(default_factory=RouterAdapterConfig)
     rslora: bool = False
     layers: tuple[int, int] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -258,6 +282,12 @@ class TrainerConfig(_Strict):
         router_balance_coefficient: weight of the per-layer balance loss. The published config's 0.9 is a
             pre-training value and ruins a fine-tune: above 0.1 is refused unless forced.
         force_router_balance_coefficient: allow a coefficient above 0.1.
+        router_balance_scope: over which tokens routing should be balanced: each `microbatch` by itself, or the whole
+            optimiser `step` of all processes, which lets single rows specialise and costs one more forward pass.
+        router_balance_target: `uniform`, every expert equally often; or `base`, as often as the base without the
+            adapter takes it on the same tokens, so that learned specialisation stays. That is one more forward pass.
+        router_z_loss_coefficient: weight of the mean squared log-sum-exp of the router's logits, which keeps them
+            small; 0.001 is what was published for pre-training.
         activation_checkpointing: recompute each layer in the backward pass; less memory, more compute.
         activation_offload: keep what activation checkpointing saves (each layer's input) in the CPU's memory, copied
             beside the computation; less GPU memory for long rows. Only on a GPU.
@@ -283,6 +313,9 @@ class TrainerConfig(_Strict):
     max_gradient_norm: float = 1.0
     router_balance_coefficient: float = 0.001
     force_router_balance_coefficient: bool = False
+    router_balance_scope: Literal["microbatch", "step"] = "microbatch"
+    router_balance_target: Literal["uniform", "base"] = "uniform"
+    router_z_loss_coefficient: float = 0.0
     activation_checkpointing: bool = True
     activation_offload: bool = False
     early_stop_patience: int | None = None
@@ -329,6 +362,10 @@ class EvaluateConfig(_Strict):
         labels: score each record's `answer` against all answers of the set by likelihood. `auto`: when every test
             record has an `answer` and there are at most 64 different ones.
         confidence: level of the intervals.
+        routing_samples: samples (test, else validation, else training) on which it is measured before and after which
+            experts are used, by channel and source, and how routing drifts from the base's. 0: not measured.
+        max_routing_drift: stop (exit code 6) when, in any layer, a larger share of those samples' tokens than this
+            goes to another set of experts than in the base. None: no limit.
     """
 
     every_steps: int | None = None
@@ -336,6 +373,8 @@ class EvaluateConfig(_Strict):
     test_rows: int | None = None
     labels: Literal["auto", "always", "never"] = "auto"
     confidence: float = 0.95
+    routing_samples: int = 64
+    max_routing_drift: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

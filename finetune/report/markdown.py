@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetune.report.experts import experts_section
 from finetune.report.words import code
 
 NUM_CURVE_POINTS = 12
@@ -29,6 +30,7 @@ def write_report(run: Path) -> Path:
         f"# Run {run.name}\n\n{_summary(manifest, evaluation)}",
         _evaluation(evaluation),
         _training(lines),
+        experts_section(run, manifest),
         _checks(manifest),
         _facts(manifest),
         "## Configuration\n\nThe whole of it is in `config.yaml`; overrides on the command line: "

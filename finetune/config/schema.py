@@ -36,6 +36,9 @@ class ModelConfig(_Strict):
         attention_storage: how the frozen q, k, v and o weights are held: `compute` in the compute dtype, `nf4` rounded
             to bitsandbytes' NF4. `nf4` in either is another base than the checkpoint, and the adapter records it.
         embedding_on_cpu: keep the input embedding in host memory; the rows of a micro-step's tokens are copied.
+        expert_kernel: how the experts are computed. `triton` is the fused path for NVIDIA GPUs (Ampere and newer),
+            `reference` plain PyTorch; same result up to rounding. `auto`: Triton where it runs and agrees with the
+            reference at start-up, else the reference; the choice is printed with its reason.
         experts_per_chunk: how many experts are dequantised at a time; scratch memory grows with it.
         attention_kernel: how attention is computed. `flash` is torch's own flash kernel with sinks, `reference` plain
             PyTorch; same result up to rounding. `auto`: flash where it runs and agrees with the reference at start-up
@@ -52,6 +55,7 @@ class ModelConfig(_Strict):
     expert_storage: Literal["mxfp4", "nf4", "bfloat16"] = "mxfp4"
     attention_storage: Literal["compute", "nf4"] = "compute"
     embedding_on_cpu: bool = False
+    expert_kernel: Literal["auto", "triton", "reference"] = "auto"
     experts_per_chunk: int = 16
     attention_kernel: Literal["auto", "flash", "reference"] = "auto"
     identity: str | None = None

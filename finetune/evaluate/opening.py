@@ -28,6 +28,7 @@ from finetune.errors import InputError
 from finetune.model.attention import select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.experts import select_expert_kernel
 from finetune.model.hub import locate_base
 from finetune.model.selftest import check_packing
 from finetune.model.storage import BaseStorage
@@ -96,6 +97,8 @@ def open_model(
     )
     say(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
     say(select_attention(loaded.model, settings.attention_kernel).describe())
+    # A run's demand holds where it ran; on a device named here it is a preference.
+    say(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
     check_packing(loaded.model)
     # The file has factors for every expert, zeros where a run adapted only some.
     experts = replace(adapter_config.experts, select="all", share="none")

@@ -32,6 +32,7 @@ from finetune.evaluate.testset import TestSet, choose_test_set
 from finetune.model.attention import attention_kernel, select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.experts import expert_kernel, select_expert_kernel
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
 from finetune.model.storage import BaseStorage, check_storage, describe_storage, storage_table
@@ -114,6 +115,7 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     wanted = BaseStorage.of(config.model)
     base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk, wanted)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
+    say(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
     say(select_attention(base.model, config.model.attention_kernel).describe())
     storage = storage_table(base.model)
@@ -159,6 +161,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "revision": session.location.revision,
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
+            "expert_kernel": expert_kernel(session.base.model),
             "held_as": session.base.held_as,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },

@@ -24,7 +24,9 @@ from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, Expert
 from finetune.data.batches import collate
 from finetune.errors import ConfigError, InputError
 from finetune.model.forward import checkpoint_activations, logits
+from finetune.train.engine import Replicated
 from finetune.train.loop import seed_step
+from finetune.train.processes import Processes
 from finetune.train.step import OptimiserStep, make_optimizer
 
 BOTH = AdapterConfig(
@@ -148,7 +150,11 @@ class TestDropout:
         checkpoint_activations(base.model)  # a layer computed again must draw the same again
         parameters = adapter.parameters()
         config = TrainerConfig()
-        step = OptimiserStep(config, base, parameters, make_optimizer(parameters, config), Accelerator(cpu=True))
+        step = OptimiserStep(
+            config,
+            base,
+            Replicated(parameters, make_optimizer(parameters, config), config, Accelerator(cpu=True), Processes()),
+        )
         for number in numbers:
             torch.rand(draws)  # what an evaluation in between might draw
             if seeded:

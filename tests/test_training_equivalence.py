@@ -22,7 +22,9 @@ from finetune.model.build import load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations
 from finetune.mxfp4.format import dequantise
+from finetune.train.engine import Replicated
 from finetune.train.losses import balance_loss
+from finetune.train.processes import Processes
 from finetune.train.step import OptimiserStep, StepFigures, make_optimizer
 
 SMALL = AdapterConfig(
@@ -61,7 +63,9 @@ class Run:
         parameters = self.adapter.parameters()
         optimizer = make_optimizer(parameters, config)
         self.gradients: dict[str, Tensor] = {}
-        self.step = OptimiserStep(config, self.base, parameters, optimizer, Accelerator(cpu=True))
+        self.step = OptimiserStep(
+            config, self.base, Replicated(parameters, optimizer, config, Accelerator(cpu=True), Processes())
+        )
 
     def __call__(self, batches: list[Batch]) -> StepFigures:
         def keep() -> None:

@@ -37,6 +37,7 @@ def write_adapter(
     base_name: str,
     base_revision: str | None,
     base_identity: str,
+    parameters: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter in PEFT's layout, whole or not at all.
 
@@ -46,13 +47,14 @@ def write_adapter(
         config: the recipe's adapter part.
         base_name, base_revision: where to get the base, for whoever loads the adapter.
         base_identity: which base it belongs to.
+        parameters: the whole adapter by name, where processes hold parts of it. None: `adapter` holds all.
 
     Raises:
         CheckError: a factor is not finite, or every B is zero (nothing was trained).
         InputError: the directory exists.
         MachineError: it cannot be written.
     """
-    tensors = peft_tensors(adapter)
+    tensors = peft_tensors(adapter, parameters)
     _check_trained(tensors)
     write_peft_directory(
         directory,
@@ -133,9 +135,9 @@ def write_facts(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """All factors under PEFT's keys, on the CPU."""
-    parameters = adapter.parameters()
+def peft_tensors(adapter: Adapter, parameters: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """All factors under PEFT's keys, on the CPU; `parameters` take the place of the adapter's own."""
+    parameters = adapter.parameters() if parameters is None else parameters
     return {
         key: to_peft(name, parameters[f"{site.module}.{name}"].detach().cpu())
         for site in adapter.sites

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
+from finetune.config.distributed_rules import distributed_problems
 from finetune.config.keys import KeyPath
 from finetune.config.locate import HUB_PREFIX, matching_files, resolve_data_path
 from finetune.config.problems import Problem
@@ -29,7 +30,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "above 0",
         lambda value: value > 0,
         "data.mix_temperature adapter.attention.alpha adapter.experts.alpha trainer.epochs trainer.learning_rate "
-        "trainer.adam_epsilon",
+        "trainer.adam_epsilon distributed.timeout_s",
     ),
     (
         "0 or more",
@@ -65,6 +66,7 @@ def broken_rules(config: RunConfig) -> Iterator[Problem]:
     yield from rendering_problems(config.data)
     yield from _adapter(config)
     yield from _trainer(config)
+    yield from distributed_problems(config)
     yield from _evaluation(config)
 
 
@@ -180,7 +182,7 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
 
 
 def _trainer(config: RunConfig) -> Iterator[Problem]:
-    trainer, distributed = config.trainer, config.distributed
+    trainer = config.trainer
     coefficient = trainer.router_balance_coefficient
     if coefficient > MAX_BALANCE_COEFFICIENT and not trainer.force_router_balance_coefficient:
         yield Problem(
@@ -188,12 +190,6 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
             f"is {coefficient}, above {MAX_BALANCE_COEFFICIENT}: the published config.json says 0.9, but that is a "
             "pre-training value and ruins a fine-tune",
             "write 0.001, or set trainer.force_router_balance_coefficient=true if you mean it",
-        )
-    if distributed.kind == "single" and distributed.num_processes != 1:
-        yield Problem(
-            ("distributed", "num_processes"),
-            f"is {distributed.num_processes}, but distributed.kind=single is one process",
-            "write 1",
         )
     if config.logging.mode == "online" and config.logging.tracker == "none":
         yield Problem(("logging", "mode"), "is online, but there is no tracker", "choose logging=wandb")

@@ -33,6 +33,7 @@ from finetune.model.selftest import check_packing
 from finetune.model.storage import check_expert_storage, describe_storage, storage_table
 from finetune.train.balance_reach import describe_balance_reach
 from finetune.train.evaluation import TestSet, choose_test_set
+from finetune.train.processes import Processes
 
 _FOREIGN_SETTINGS = (
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -53,7 +54,8 @@ class Session:
         base: frozen, with `adapter` attached.
         splits: `train` and, where the recipe has them, `validation` and `test`.
         plan: which rows each step takes.
-        accelerator: device and processes.
+        accelerator: device and tracker.
+        processes: who takes part.
         test: rows scored before and after; None without a test split.
     """
 
@@ -64,14 +66,16 @@ class Session:
     splits: dict[str, Split]
     plan: BatchPlan
     accelerator: Accelerator
+    processes: Processes
     test: TestSet | None
 
 
-def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
+def open_session(config: RunConfig, processes: Processes, *, resumed: bool = False) -> Session:
     """Read data and base, attach the adapter, and check all of it.
 
     Args:
         config: the recipe.
+        processes: who takes part; each opens a session of its own.
         resumed: a checkpoint will fill the adapter, so `adapter.init_from` is not read again.
 
     Raises:
@@ -80,7 +84,7 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     if resumed:
         config = replace(config, adapter=replace(config.adapter, init_from=None))
     check_inputs(config)
-    device, accelerator = choose_device(config.model), _accelerator(config)
+    device, accelerator = choose_device(config.model), _accelerator(config, processes)
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         say(describe(split))
@@ -91,8 +95,8 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         config.trainer,
         config.seed,
         source_sizes=splits["train"].source_sizes,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=processes.rank,
+        world_size=processes.count,
     )
     _describe_plan(plan, splits["train"], config)
     location = locate_base(config.model.path, config.model.revision)
@@ -114,7 +118,10 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
     if config.trainer.router_balance_coefficient:
         say(describe_balance_reach(list(adapter.sites), checkpoint.shape))
-    return Session(config, location, base, adapter, splits, plan, accelerator, test)
+    processes.must_agree("the base", base.identity)
+    for name, split in splits.items():
+        processes.must_agree(f"the {name} data", split.fingerprint)
+    return Session(config, location, base, adapter, splits, plan, accelerator, processes, test)
 
 
 def session_facts(session: Session) -> dict[str, Any]:
@@ -156,8 +163,8 @@ def session_facts(session: Session) -> dict[str, Any]:
     }
 
 
-def _accelerator(config: RunConfig) -> Accelerator:
-    """The processes that run, checked against the recipe.
+def _accelerator(config: RunConfig, processes: Processes) -> Accelerator:
+    """Accelerate's view of the same processes, checked.
 
     Accelerate reads ACCELERATE_* variables, which a launcher or a shell may have left; what would change the training
     behind the recipe's back is refused.
@@ -175,9 +182,10 @@ def _accelerator(config: RunConfig) -> Accelerator:
     log_with = None if config.logging.tracker == "none" else config.logging.tracker
     on_cpu = choose_device(config.model).type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=log_with)
-    if accelerator.num_processes != config.distributed.num_processes:
+    if (accelerator.num_processes, accelerator.process_index) != (processes.count, processes.rank):
         raise MachineError(
-            f"{accelerator.num_processes} processes run, the recipe says {config.distributed.num_processes}",
+            f"Accelerate sees process {accelerator.process_index} of {accelerator.num_processes}, this is "
+            f"{processes.rank} of {processes.count}",
             why="processes that do not know of each other train separate adapters and overwrite one another",
             fix="start it with `finetune train`, without a launcher",
         )
@@ -186,11 +194,13 @@ def _accelerator(config: RunConfig) -> Accelerator:
 
 def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
     trainer, rows = config.trainer, plan.rows(0)
+    count = config.distributed.num_processes
+    processes = f" x {count} processes" if count > 1 else ""
     efficiency = packing_efficiency(sample_lengths(split.samples), rows, config.data.max_length)
     say(
         f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
-        f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps = "
-        f"{trainer.rows_per_micro_step * trainer.micro_steps} rows a step => {plan.total_steps:,} steps "
+        f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps{processes} = "
+        f"{trainer.rows_per_micro_step * trainer.micro_steps * count} rows a step => {plan.total_steps:,} steps "
         f"for {trainer.epochs:g} epochs"
     )
 

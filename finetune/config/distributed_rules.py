@@ -1,0 +1,36 @@
+"""What must hold for several processes: the rules of `distributed` and of settings that not every kind can keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from finetune.config.problems import Problem
+from finetune.config.schema import RunConfig
+
+SHARDED_BASE = ("zero3", "fsdp2")
+DEEPSPEED = ("zero1", "zero2", "zero3")
+
+
+def distributed_problems(config: RunConfig) -> Iterator[Problem]:
+    """Find what contradicts the kind of topology."""
+    distributed = config.distributed
+    kind, processes = distributed.kind, distributed.num_processes
+    if kind == "single" and processes != 1:
+        yield Problem(
+            ("distributed", "num_processes"),
+            f"is {processes}, but distributed.kind=single is one process",
+            "choose distributed=ddp (or zero2, zero3, fsdp2), or write 1",
+        )
+    if kind != "single" and processes == 1:
+        yield Problem(
+            ("distributed", "num_processes"),
+            f"is 1, but distributed.kind={kind} is for several processes",
+            "write how many, or choose distributed=single",
+        )
+    if config.trainer.halve_micro_batch_on_oom and kind not in ("single", "ddp"):
+        yield Problem(
+            ("trainer", "halve_micro_batch_on_oom"),
+            f"is true, but with distributed.kind={kind} processes exchange tensors while they compute: one that is "
+            "out of memory cannot begin a micro-step again without the others",
+            "set it to false and lower trainer.rows_per_micro_step yourself, or use distributed=ddp",
+        )

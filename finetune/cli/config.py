@@ -20,8 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the composed and checked configuration to standard output."""
     from finetune.config.compose import compose
+    from finetune.config.deepspeed import deepspeed_lines
     from finetune.config.validate import dump_yaml, to_plain
 
     recipe, overrides = recipe_and_overrides(args)
     config = compose(recipe, overrides).config
-    say(json.dumps(to_plain(config), indent=2) if args.json else dump_yaml(config).rstrip(), result=True)
+    if args.json:
+        say(json.dumps(to_plain(config), indent=2), result=True)
+        return
+    say(dump_yaml(config).rstrip(), result=True)
+    for line in deepspeed_lines(config):
+        say(f"# {line}", result=True)

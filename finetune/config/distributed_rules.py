@@ -34,3 +34,9 @@ def distributed_problems(config: RunConfig) -> Iterator[Problem]:
             "out of memory cannot begin a micro-step again without the others",
             "set it to false and lower trainer.rows_per_micro_step yourself, or use distributed=ddp",
         )
+    if config.trainer.on_nonfinite == "skip" and kind in DEEPSPEED:
+        yield Problem(
+            ("trainer", "on_nonfinite"),
+            f"is skip, but with distributed.kind={kind} DeepSpeed holds the gradients and cannot drop a step's",
+            "write stop, or use distributed=ddp or distributed=fsdp2",
+        )

@@ -21,6 +21,7 @@ from finetune.model.checkpoint import Checkpoint
 from finetune.model.dense import DenseCheckpoint
 from finetune.model.experts import PackedExperts
 from finetune.model.identity import checkpoint_identity, identity, tensor_digest
+from finetune.model.shards import ShardedLayers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STORED_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8}
@@ -35,12 +36,14 @@ class Base:
         checkpoint: the files it came from.
         identity: hash of every tensor's name, dtype, shape and bytes (see `finetune.model.identity`).
         digests: sha256 of each held tensor's bytes by name, so that a changed one can be named.
+        shards: what gathers the layers of which this process holds a part. None: it holds them whole.
     """
 
     model: GptOssForCausalLM
     checkpoint: Checkpoint
     identity: str
     digests: dict[str, str]
+    shards: ShardedLayers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +95,13 @@ def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return DTYPES[config.compute_dtype]
 
 
-def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, experts_per_chunk: int) -> Base:
+def load_base(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts_per_chunk: int,
+    shards: ShardedLayers | None = None,
+) -> Base:
     """Read a checkpoint into a frozen model; experts of a bfloat16 one are rounded to MXFP4, and that is said.
 
     Args:
@@ -100,6 +109,7 @@ def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
         device: where the model lives.
         dtype: dtype of everything that is not packed. Tensors are stored in bfloat16, so float32 loses nothing.
         experts_per_chunk: experts dequantised at a time.
+        shards: takes the layers, of which this process then holds a part. None: it holds them whole.
     """
     model = _empty_model(checkpoint, experts_per_chunk)
     state: dict[str, Tensor] = {}
@@ -109,15 +119,22 @@ def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
         for name in names:
             stored = checkpoint.read(name)
             digests[name] = tensor_digest(stored)
-            state[name] = stored.to(device) if stored.dtype == torch.uint8 else stored.to(device, dtype)
+            kept = stored.dtype if stored.dtype == torch.uint8 else dtype
+            if shards is not None and shards.takes(name):
+                shards.take(name, stored.to(kept))
+            else:
+                state[name] = stored.to(device, kept)
             progress.advance()
+    if shards is not None:
+        state |= shards.finish()
+        shards.attach(model)
     model.load_state_dict(state, strict=True, assign=True)
     # Rotary frequencies are not in the checkpoint and are garbage after the meta device: build them again.
     model.model.rotary_emb = GptOssRotaryEmbedding(model.config).to(device)
     model.requires_grad_(False)
     model.eval()
     _refuse_unfilled(model)
-    return Base(model, checkpoint, _identity(checkpoint, digests), digests)
+    return Base(model, checkpoint, _identity(checkpoint, digests), digests, shards)
 
 
 def _empty_model(checkpoint: Checkpoint, experts_per_chunk: int) -> GptOssForCausalLM:
@@ -166,6 +183,8 @@ def check_unchanged(base: Base) -> str:
     names = sorted(base.digests)
     with Progress("checking frozen base", len(names), "tensors") as progress:
         for name in names:
+            if base.shards is not None:
+                base.shards.hold_layer_of(name)
             stored = state[name].to(STORED_DTYPES[base.checkpoint.dtype(name)])
             if tensor_digest(stored.cpu()) != base.digests[name]:
                 changed.append(name)

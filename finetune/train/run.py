@@ -15,6 +15,7 @@ from torch import Tensor
 from finetune.adapters.files import write_adapter
 from finetune.adapters.read_back import fits_in_memory, live_logits, memory_needed_bytes, read_back
 from finetune.config.compose import ComposedConfig
+from finetune.config.deepspeed import deepspeed_settings
 from finetune.config.schema import RunConfig
 from finetune.config.validate import dump_yaml, to_plain
 from finetune.console import say, warn
@@ -30,7 +31,7 @@ from finetune.train.loop import Trainer
 from finetune.train.metrics import Tracker, memory_gib
 from finetune.train.open_engine import open_engine
 from finetune.train.processes import Processes, closing, open_processes
-from finetune.train.run_directory import RunDirectory, prepare_run
+from finetune.train.run_directory import RunDirectory, prepare_run, write_json
 from finetune.train.session import Session, open_session, session_facts
 from finetune.train.signals import StopRequest
 
@@ -131,6 +132,8 @@ def _execute(
     tracker = Tracker(session.accelerator, session.config.logging, to_plain(session.config), run.path)
     engine = open_engine(session)
     say(f"processes: {engine.describe()}")
+    if run.writes and (settings := deepspeed_settings(session.config)):
+        write_json(run.path / "deepspeed.json", settings)
     watch = HangWatch(session.processes, session.config.distributed.timeout_s)
     trainer = _trainer(session, engine, run, tracker, stop, watch)
     if resumed:

@@ -18,6 +18,7 @@ from finetune.adapters.files import read_adapter_into
 from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.adapters.sites import describe_sites
 from finetune.config.derive import check_inputs
+from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.schema import RunConfig
 from finetune.console import Progress, say
 from finetune.data.arrow import sample_lengths
@@ -30,6 +31,7 @@ from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
+from finetune.model.shards import ShardedLayers
 from finetune.model.storage import check_expert_storage, describe_storage, storage_table
 from finetune.train.balance_reach import describe_balance_reach
 from finetune.train.evaluation import TestSet, choose_test_set
@@ -103,11 +105,15 @@ def open_session(config: RunConfig, processes: Processes, *, resumed: bool = Fal
     checkpoint = Checkpoint.open(location.directory)
     _check_length(checkpoint, config)
     _verify_checksums(checkpoint, config)
-    base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
+    deals_out = config.distributed.kind in SHARDED_BASE
+    shards = ShardedLayers(processes.rank, processes.count, device) if deals_out else None
+    base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk, shards)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
     _check_identity(base, config)
     storage = storage_table(base.model)
     say(describe_storage(storage))
+    if shards is not None:
+        say(shards.describe())
     check_expert_storage(storage, config.model.expert_storage)
     if config.data.pack:
         say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")

@@ -20,10 +20,11 @@ from typing import NoReturn
 
 from finetune.console import complain, say
 from finetune.errors import MachineError
+from finetune.train.run_directory import RunDirectory
 
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 30.0  # for the others to notice that one has gone, and to say so
-SECOND_CTRL_C_SECONDS = 5.0
+GRACE_SECONDS = 15.0  # for the others to notice that one has gone, and to say so
+SECOND_CTRL_C_SECONDS = 2.0
 LAST_LINES = 15
 WATCHED = "FINETUNE_WATCH_PARENT"
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -96,6 +97,7 @@ def launch(arguments: Sequence[str], count: int, run: Path) -> None:
             signal.signal(number, handler)
         _remove_empty(workers.logs)
     if workers.first_failure is not None:
+        _note_end(RunDirectory(run), *workers.first_failure)
         _report(workers, *workers.first_failure)
 
 
@@ -152,7 +154,16 @@ def _remove_empty(logs: Path) -> None:
         logs.rmdir()
 
 
+def _note_end(run: RunDirectory, rank: int, code: int) -> None:
+    """Process 0 says in manifest.json how a run ended, unless it had no time to."""
+    if run.read_json(run.manifest).get("status") == "running":
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        run.update_manifest(status="stopped", stopped_by=f"process {rank} {how}")
+
+
 def _report(workers: _Workers, rank: int, code: int) -> NoReturn:
+    if workers.interrupts > 1:
+        raise SystemExit(128 + signal.SIGINT)
     log = workers.log(rank)
     if rank != 0 and log.exists() and code not in (130, 143):
         lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+from accelerate import Accelerator
+
+from finetune.adapters.lora import Adapter
 from finetune.config.deepspeed import deepspeed_settings
+from finetune.config.schema import RunConfig
+from finetune.model.build import Base
 from finetune.train.engine import Engine, Replicated
-from finetune.train.session import Session
+from finetune.train.processes import Processes
 from finetune.train.step import make_optimizer
 
 
-def open_engine(session: Session) -> Engine:
+def open_engine(
+    config: RunConfig, base: Base, adapter: Adapter, accelerator: Accelerator, processes: Processes
+) -> Engine:
     """Make the engine that the recipe asks for.
+
+    Args:
+        config: the recipe.
+        base: with `adapter` attached; for `zero3` and `fsdp2` with its layers dealt out already.
+        adapter: what the engine takes over.
+        accelerator, processes: who takes part.
 
     Raises:
         MachineError: it cannot run here.
     """
-    trainer, processes = session.config.trainer, session.processes
-    kind = session.config.distributed.kind
-    if kind == "fsdp2":
+    trainer = config.trainer
+    if config.distributed.kind == "fsdp2":
         from finetune.train.engine_fsdp2 import FullySharded
 
-        return FullySharded(session.base, session.adapter, trainer, processes)
-    if settings := deepspeed_settings(session.config):
+        return FullySharded(base, adapter, trainer, processes)
+    if settings := deepspeed_settings(config):
         from finetune.train.engine_zero import ZeroSharded
 
-        return ZeroSharded(session.base, session.adapter, trainer, processes, settings)
-    parameters = session.adapter.parameters()
-    optimizer = make_optimizer(parameters, trainer)
-    return Replicated(parameters, optimizer, trainer, session.accelerator, processes)
+        return ZeroSharded(base, adapter, trainer, processes, settings)
+    parameters = adapter.parameters()
+    return Replicated(parameters, make_optimizer(parameters, trainer), trainer, accelerator, processes)

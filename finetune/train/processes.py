@@ -164,10 +164,33 @@ def _meet(backend: str, timeout_s: float) -> Processes:
     return processes
 
 
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe", "NCCL")
+
+
+@contextmanager
+def naming_lost_processes(processes: Processes) -> Iterator[None]:
+    """Turn torch's words for "nobody answers" into a message.
+
+    Raises:
+        MachineError: another process has gone while this one waited for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if processes.count == 1 or not (isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)):
+            raise
+        raise MachineError(
+            f"another process of the run has gone, and process {processes.rank} cannot go on without it",
+            why=str(error).splitlines()[0][:200],
+            fix="look at what the others wrote: logs/process-N.txt in the run directory, or the launcher's output",
+        ) from error
+
+
 @contextmanager
 def closing(processes: Processes) -> Iterator[None]:
     """Take leave of the other processes at the end of the block, however it ends."""
     try:
-        yield
+        with naming_lost_processes(processes):
+            yield
     finally:
         processes.leave()

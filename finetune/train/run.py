@@ -30,7 +30,7 @@ from finetune.train.hangs import HangWatch
 from finetune.train.loop import Trainer
 from finetune.train.metrics import Tracker, memory_gib
 from finetune.train.open_engine import open_engine
-from finetune.train.processes import Processes, closing, open_processes
+from finetune.train.processes import Processes, closing, naming_lost_processes, open_processes
 from finetune.train.run_directory import RunDirectory, prepare_run, write_json
 from finetune.train.session import Session, open_session, session_facts
 from finetune.train.signals import StopRequest
@@ -130,7 +130,7 @@ def _execute(
 ) -> None:
     """Train and finish; manifest and report say how it ended, whatever happens."""
     tracker = Tracker(session.accelerator, session.config.logging, to_plain(session.config), run.path)
-    engine = open_engine(session)
+    engine = open_engine(session.config, session.base, session.adapter, session.accelerator, session.processes)
     say(f"processes: {engine.describe()}")
     if run.writes and (settings := deepspeed_settings(session.config)):
         write_json(run.path / "deepspeed.json", settings)
@@ -142,7 +142,7 @@ def _execute(
     run.update_manifest(status="running", stopped_by=None, processes=engine.describe())
     ending: dict[str, Any] = {"status": "finished"}
     try:
-        with watch:
+        with watch, naming_lost_processes(session.processes):
             result = _train_and_evaluate(session, trainer, run, stop)
         session.processes.leave()
         if run.writes:  # long, and process 0 needs no other for it

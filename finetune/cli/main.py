@@ -30,6 +30,9 @@ COMMANDS = {
         "finetune.cli.export",
         "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
     ),
+    "evaluate": ("finetune.cli.evaluate", "base against adapter: test rows, retention, contamination: RUN"),
+    "generate": ("finetune.cli.generate", "text from base and adapter: RUN PROMPT"),
+    "chat": ("finetune.cli.chat", "talk with a run's model: RUN"),
     "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }

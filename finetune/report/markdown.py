@@ -6,9 +6,10 @@ Works on a run that is still going or was stopped: what is not there yet is left
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
+
+from finetune.report.words import code
 
 NUM_CURVE_POINTS = 12
 
@@ -31,7 +32,7 @@ def write_report(run: Path) -> Path:
         _checks(manifest),
         _facts(manifest),
         "## Configuration\n\nThe whole of it is in `config.yaml`; overrides on the command line: "
-        + (", ".join(_code(text) for text in manifest.get("overrides", [])) or "none")
+        + (", ".join(code(text) for text in manifest.get("overrides", [])) or "none")
         + ".",
     ]
     path = run / "report.md"
@@ -54,9 +55,9 @@ def outcome(run: Path) -> str:
 
 def _summary(manifest: dict[str, Any], evaluation: dict[str, Any]) -> str:
     status = manifest.get("status", "unknown")
-    parts = [f"Recipe {_code(manifest.get('recipe', '?'))}, status: **{status}**."]
+    parts = [f"Recipe {code(manifest.get('recipe', '?'))}, status: **{status}**."]
     if stopped := manifest.get("stopped_by"):
-        parts.append(f"It was stopped by {_code(stopped)}.")
+        parts.append(f"It was stopped by {code(stopped)}.")
     if "minutes" in manifest:
         parts.append(f"Took {manifest['minutes']} minutes and at most {manifest['peak_memory_gib']} GiB.")
     if "after" in evaluation:
@@ -141,9 +142,7 @@ def _facts(manifest: dict[str, Any]) -> str:
     if "base" not in manifest:
         return ""
     base, environment = manifest["base"], manifest["environment"]
-    lines = [
-        f"- base: {_code(base['name'])}, revision {base['revision'] or 'none'}, identity `{base['identity'][:16]}`"
-    ]
+    lines = [f"- base: {code(base['name'])}, revision {base['revision'] or 'none'}, identity `{base['identity'][:16]}`"]
     lines += [
         f"- data, {name}: {facts['rows']:,} rows, {facts['tokens']:,} tokens, {facts['trained_tokens']:,} trained, "
         f"{facts['skipped_rows']:,} skipped, fingerprint `{facts['fingerprint'][:16]}`"
@@ -153,15 +152,6 @@ def _facts(manifest: dict[str, Any]) -> str:
     lines.append(f"- trained parameters: {counts}")
     lines.append("- environment: " + ", ".join(f"{key} {value}" for key, value in environment.items()))
     return "## Facts\n\n" + "\n".join(lines)
-
-
-def _code(text: str) -> str:
-    """Text of a person's own as code, whatever stands in it."""
-    line = " ".join(text.split())
-    if "`" not in line:
-        return f"`{line}`"
-    fence = "`" * (max(map(len, re.findall("`+", line))) + 1)
-    return f"{fence} {line} {fence}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

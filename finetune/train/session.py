@@ -27,6 +27,7 @@ from finetune.data.dataset import Split, describe, load_split
 from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
+from finetune.evaluate.testset import TestSet, choose_test_set
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import BaseLocation, locate_base
@@ -34,7 +35,6 @@ from finetune.model.selftest import check_packing
 from finetune.model.shards import ShardedLayers
 from finetune.model.storage import check_expert_storage, describe_storage, storage_table
 from finetune.train.balance_reach import describe_balance_reach
-from finetune.train.evaluation import TestSet, choose_test_set
 from finetune.train.processes import Processes
 
 _FOREIGN_SETTINGS = (

@@ -1,0 +1,135 @@
+"""An adapter over its base, opened for use: what evaluation, generation and chat begin with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from finetune.adapters.files import CONFIG, read_adapter_into, read_provenance
+from finetune.adapters.locate import resolve_run
+from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.peft_layout import EXPERT_PARAMETERS
+from finetune.config.schema import (
+    AdapterConfig,
+    AttentionAdapterConfig,
+    AttentionTarget,
+    DataConfig,
+    ExpertAdapterConfig,
+    ModelConfig,
+    RunConfig,
+)
+from finetune.config.validate import load_run_config
+from finetune.console import say
+from finetune.errors import InputError
+from finetune.model.build import Base, choose_device, choose_dtype, load_base
+from finetune.model.checkpoint import Checkpoint
+from finetune.model.hub import locate_base
+from finetune.model.selftest import check_packing
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A base with an adapter attached, in evaluation mode.
+
+    Attributes:
+        base: frozen.
+        adapter: attached; `adapter.disabled()` gives the base alone.
+        directory: the adapter's.
+        run: the run it belongs to, or None.
+        config: that run's configuration, or None.
+    """
+
+    base: Base
+    adapter: Adapter
+    directory: Path
+    run: Path | None
+    config: RunConfig | None
+
+    @property
+    def data(self) -> DataConfig:
+        """How prompts are rendered: as in the run, or by the defaults."""
+        return self.config.data if self.config else DataConfig(train={})
+
+
+def open_model(
+    path: Path, *, base: str | None = None, revision: str | None = None, device: str | None = None
+) -> OpenedModel:
+    """Load the base of a run's adapter, or of an adapter alone, and attach the adapter.
+
+    Args:
+        path: a run directory, or an adapter directory.
+        base: directory or hub name of the base. None: the one the adapter was trained on.
+        revision: branch, tag or commit of a hub name. None: the one it was trained on, if `base` is None too.
+        device: `auto`, `cpu` or `cuda`; None: as in the run, or `auto`.
+
+    Raises:
+        InputError: no adapter there, it is damaged, or it belongs to another base; the base is not known.
+    """
+    directory, run = resolve_run(path)
+    config = load_run_config(run / "config.yaml") if run else None
+    facts = read_provenance(directory) or {}
+    stored = _stored_config(directory)
+    name = base or facts.get("base_name") or stored.get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"{directory} does not say which base it belongs to", fix="name it with --base")
+    if base is None and revision is None:
+        revision = facts.get("base_revision") or stored.get("revision")
+    settings = replace(config.model if config else ModelConfig(path=name), path=name, revision=revision)
+    if device is not None:
+        settings = replace(settings, device=device)  # type: ignore[arg-type]
+    adapter_config = config.adapter if config else adapter_config_of(directory, stored)
+    location = locate_base(settings.path, settings.revision)
+    where = choose_device(settings)
+    loaded = load_base(
+        Checkpoint.open(location.directory), where, choose_dtype(settings, where), settings.experts_per_chunk
+    )
+    say(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
+    check_packing(loaded.model)
+    adapter = attach_adapter(loaded, replace(adapter_config, init_from=None), seed=0)
+    read_adapter_into(directory, adapter, adapter_config, loaded.identity)
+    say(f"adapter: {directory}")
+    loaded.model.eval()
+    return OpenedModel(loaded, adapter, directory, run, config)
+
+
+def adapter_config_of(directory: Path, stored: dict[str, Any]) -> AdapterConfig:
+    """What a recipe's `adapter` would be for an adapter that no run comes with, from its adapter_config.json.
+
+    Reading the adapter compares every field with what this gives, so a guess that is wrong is an error there.
+
+    Raises:
+        InputError: something in it says that one recipe's `adapter` cannot describe it.
+    """
+    patterns = {"rank": stored.get("rank_pattern") or {}, "alpha": stored.get("alpha_pattern") or {}}
+    rank, alpha = stored.get("r"), stored.get("lora_alpha")
+    targets = set(stored.get("target_modules") or [])
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not targets <= set(get_args(AttentionTarget)):
+        raise InputError(
+            f"{directory / CONFIG} describes an adapter that is none of this toolkit's",
+            fix="bring it over first: finetune adapter import",
+        )
+    has_experts = bool(stored.get("target_parameters"))
+    experts = {kind: found.get(EXPERT_PARAMETERS[0]) for kind, found in patterns.items()}
+    return AdapterConfig(
+        attention=AttentionAdapterConfig(
+            rank=rank if targets else 0,
+            alpha=float(alpha),
+            targets=tuple(t for t in get_args(AttentionTarget) if t in targets) or get_args(AttentionTarget),
+        ),
+        experts=ExpertAdapterConfig(
+            rank=(experts["rank"] or rank) if has_experts else 0, alpha=float(experts["alpha"] or alpha)
+        ),
+        rslora=bool(stored.get("use_rslora")),
+    )
+
+
+def _stored_config(directory: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory / CONFIG} cannot be read", why=str(error)) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{directory / CONFIG} holds no JSON object")
+    return content

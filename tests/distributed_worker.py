@@ -1,4 +1,4 @@
-"""What one of several processes does in tests/test_distributed.py: train the same few steps under one kind after another.
+"""What one of several processes does in tests/test_distributed.py: the same few steps under one kind after another.
 
     python distributed_worker.py BASE OUT JOB...   under torchrun's environment variables
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +40,7 @@ from finetune.model.build import Base, check_unchanged, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations
 from finetune.model.shards import ShardedLayers
+from finetune.train import step as step_module
 from finetune.train.engine import Engine
 from finetune.train.evidence import digest_of
 from finetune.train.open_engine import open_engine
@@ -74,7 +78,9 @@ def samples() -> list[Sample]:
     return made
 
 
-def recipe(kind: str, count: int, *, checkpointed: bool = True) -> RunConfig:
+def recipe(kind: str, count: int, fault: str = "") -> RunConfig:
+    """Four rows a step, however they are dealt: with `oom` two rows in a micro-step, else one."""
+    rows = 2 if fault == "oom" else 1
     return RunConfig(
         model=ModelConfig(path="unused", device="cpu"),
         data=DataConfig(train={}, pack=False),
@@ -83,10 +89,12 @@ def recipe(kind: str, count: int, *, checkpointed: bool = True) -> RunConfig:
         ),
         trainer=TrainerConfig(
             epochs=EPOCHS,
-            micro_steps=MICRO_STEPS_IN_ALL // count,
+            rows_per_micro_step=rows,
+            micro_steps=MICRO_STEPS_IN_ALL // count // rows,
             learning_rate=1e-3,
             router_balance_coefficient=0.0,
-            activation_checkpointing=checkpointed,
+            activation_checkpointing=fault != "no-checkpointing",
+            halve_micro_batch_on_oom=fault == "oom",
             max_gradient_norm=0.5,
         ),
         distributed=DistributedConfig(kind=kind, num_processes=count),
@@ -110,19 +118,17 @@ def open_base(directory: Path, config: RunConfig, processes: Processes) -> tuple
     return base, adapter
 
 
-def train(
-    directory: Path, kinds: list[str], processes: Processes, *, fault: str = "", checkpointed: bool = True
-) -> Outcome:
+def train(directory: Path, kinds: list[str], processes: Processes, *, fault: str = "") -> Outcome:
     """All steps, under the kinds in turn."""
     outcome = Outcome()
-    config = recipe(kinds[0], processes.count, checkpointed=checkpointed)
+    config = recipe(kinds[0], processes.count, fault)
     plan = BatchPlan(samples(), config.data, config.trainer, 0, rank=processes.rank, world_size=processes.count)
     engine: Engine | None = None
     for number in range(plan.total_steps):
         turn = number * len(kinds) // plan.total_steps
         if engine is None or (turn > 0 and kinds[turn] != config.distributed.kind):
             before = engine
-            config = recipe(kinds[turn], processes.count, checkpointed=checkpointed)
+            config = recipe(kinds[turn], processes.count, fault)
             base, adapter = open_base(directory, config, processes)
             engine = open_engine(config, base, adapter, Accelerator(cpu=True), processes)
             if before is not None:
@@ -136,7 +142,7 @@ def train(
         outcome.norms.append(figures.gradient_norm)
     assert engine is not None
     outcome.adapter = engine.adapter_tensors()
-    outcome.facts = facts_of(base, engine, processes)
+    outcome.facts = {"parts": step.parts} | facts_of(base, engine, processes)
     return outcome
 
 
@@ -154,6 +160,23 @@ def inject(engine: Engine, fault: str, processes: Processes) -> None:
         engine.exchange = without_gradient  # type: ignore[method-assign]
     if fault == "alone":
         engine.exchange = lambda: None  # type: ignore[method-assign]
+
+
+@contextmanager
+def out_of_memory(processes: Processes) -> Iterator[None]:
+    """In the second process, more than one row does not fit."""
+    original = step_module.hidden_states
+
+    def limited(model: Any, input_ids: Tensor, *others: Any) -> Tensor:
+        if processes.rank == 1 and len(input_ids) > 1:
+            raise torch.OutOfMemoryError("made up for a test")
+        return original(model, input_ids, *others)
+
+    step_module.hidden_states = limited
+    try:
+        yield
+    finally:
+        step_module.hidden_states = original
 
 
 def facts_of(base: Base, engine: Engine, processes: Processes) -> dict[str, object]:
@@ -183,9 +206,8 @@ def main() -> None:
     torch.set_num_threads(1)
     for job in jobs:
         kinds, _, fault = job.partition(":")
-        outcome = train(
-            Path(directory), kinds.split(">"), processes, fault=fault, checkpointed=fault != "no-checkpointing"
-        )
+        with out_of_memory(processes) if fault == "oom" else nullcontext():
+            outcome = train(Path(directory), kinds.split(">"), processes, fault=fault)
         if processes.is_first:
             outcome.write(Path(out) / job.replace(">", "-").replace(":", "-"))
         processes.wait()

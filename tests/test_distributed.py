@@ -1,4 +1,4 @@
-"""One process, and two under every kind of topology, make the same steps; each comparison is seen to be able to fail."""
+"""One process, and two under every kind of topology, make the same steps; every comparison is seen to fail too."""
 
 from __future__ import annotations
 

@@ -37,6 +37,7 @@ def write_adapter(
     base_name: str,
     base_revision: str | None,
     base_identity: str,
+    base_held_as: Mapping[str, Any] | None = None,
     parameters: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter in PEFT's layout, whole or not at all.
@@ -47,6 +48,7 @@ def write_adapter(
         config: the recipe's adapter part.
         base_name, base_revision: where to get the base, for whoever loads the adapter.
         base_identity: which base it belongs to.
+        base_held_as: parts of it that were rounded further, see `Base.held_as`; recorded if there are any.
         parameters: the whole adapter by name, where processes hold parts of it. None: `adapter` holds all.
 
     Raises:
@@ -56,12 +58,10 @@ def write_adapter(
     """
     tensors = peft_tensors(adapter, parameters)
     _check_trained(tensors)
-    write_peft_directory(
-        directory,
-        tensors,
-        peft_config_fields(config),
-        {"base_name": base_name, "base_revision": base_revision, "base_identity": base_identity},
-    )
+    facts: dict[str, Any] = {"base_name": base_name, "base_revision": base_revision, "base_identity": base_identity}
+    if base_held_as:
+        facts["base_held_as"] = dict(base_held_as)
+    write_peft_directory(directory, tensors, peft_config_fields(config), facts)
 
 
 def write_peft_directory(
@@ -145,14 +145,26 @@ def peft_tensors(adapter: Adapter, parameters: Mapping[str, Tensor] | None = Non
     }
 
 
-def read_adapter_into(directory: Path, adapter: Adapter, config: AdapterConfig, base_identity: str) -> None:
+def read_adapter_into(
+    directory: Path,
+    adapter: Adapter,
+    config: AdapterConfig,
+    base_identity: str,
+    base_held_as: Mapping[str, Any] | None = None,
+) -> None:
     """Fill an attached adapter from a directory in PEFT's layout.
+
+    Args:
+        directory: of the adapter.
+        adapter: attached; its parameters are set, rounded to their dtype if that is narrower than the file's.
+        config: the recipe's adapter part.
+        base_identity, base_held_as: the base here, see `Base`.
 
     Raises:
         InputError: files are missing or damaged, ranks, alphas or targets differ from the recipe's, the adapter
             belongs to another base, or a factor has another shape or is not finite.
     """
-    _check_provenance(directory, base_identity)
+    _check_provenance(directory, base_identity, base_held_as or {})
     _check_config(directory, config)
     stored = _read_tensors(directory)
     parameters = adapter.parameters()
@@ -164,6 +176,9 @@ def read_adapter_into(directory: Path, adapter: Adapter, config: AdapterConfig, 
             why=f"missing: {missing[:3] or 'none'}; unexpected: {unexpected[:3] or 'none'}",
             fix="make adapter.attention and adapter.experts in the recipe as they were when it was trained",
         )
+    itemsize = min(parameter.element_size() for parameter in parameters.values())
+    if any(factor.element_size() > itemsize for factor in stored.values()):
+        warn(f"{directory}: its factors are rounded to the recipe's adapter.dtype, which is narrower")
     with torch.no_grad():
         for key, (site, name) in wanted.items():
             parameter = parameters[f"{site.module}.{name}"]
@@ -188,7 +203,8 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     """What `finetune.json` says of an adapter, after comparing the files with it.
 
     Returns:
-        `base_name`, `base_revision`, `base_identity`, `files` and `written_by`; None without the file.
+        `base_name`, `base_revision`, `base_identity`, `files` and `written_by`, and `base_held_as` if the base was
+        rounded further than its checkpoint; None without the file.
 
     Raises:
         InputError: no directory, the file cannot be read, or another file is missing or not the one that was written.
@@ -225,12 +241,33 @@ def refuse_other_base(provenance: Mapping[str, Any], base_identity: str, where: 
         )
 
 
-def _check_provenance(directory: Path, base_identity: str) -> None:
+def warn_held_as(provenance: Mapping[str, Any], held_as: Mapping[str, Any], where: Path) -> None:
+    """Warn if an adapter was trained over other values than those it is used with now, of one and the same checkpoint.
+
+    Args:
+        provenance: its finetune.json.
+        held_as: how the base is held now; empty: as the checkpoint has it.
+        where: the adapter, for the message.
+    """
+    trained = provenance.get("base_held_as") or {}
+    formats, now = ({part: held["format"] for part, held in facts.items()} for facts in (trained, held_as))
+    if formats == now:
+        return
+    words = [f"{part} in {held['format']} (off by {held['relative_rms']:.1%})" for part, held in trained.items()]
+    here = ", ".join(f"{part} in {form}" for part, form in now.items()) or "the checkpoint's own values"
+    warn(
+        f"{where} was trained over {', '.join(words) or 'the checkpoint as it is'}, and is used with {here}: "
+        "that is another function, and its evaluation says nothing about it; evaluate again"
+    )
+
+
+def _check_provenance(directory: Path, base_identity: str, base_held_as: Mapping[str, Any]) -> None:
     provenance = read_provenance(directory)
     if provenance is None:
         warn(f"{directory} has no {PROVENANCE}: whether it belongs to this base cannot be checked")
         return
     refuse_other_base(provenance, base_identity, directory)
+    warn_held_as(provenance, base_held_as, directory)
 
 
 def _check_config(directory: Path, config: AdapterConfig) -> None:

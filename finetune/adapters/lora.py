@@ -21,31 +21,38 @@ from finetune.adapters.sites import Site, plan_sites
 from finetune.config.schema import AdapterConfig
 from finetune.errors import CheckError
 from finetune.kernels.experts import LoraFactors
-from finetune.model.build import Base
+from finetune.model.build import DTYPES, Base
 from finetune.model.experts import PackedExperts
+from finetune.model.nf4 import Nf4Linear, frozen_linear
 
 
 class LoraLinear(nn.Linear):
     """A frozen linear map plus scale · B A dropout(x).
 
     Args:
-        base: the projection it replaces; its weight [out, in] and bias [out] are shared, not copied.
+        base: the projection it replaces; its weight (see `frozen_linear`) and bias [out] are shared, not copied.
         rank, scale: of the update.
         dropout: share of x's elements that the update does not see in training mode.
+        dtype: of the trained factors.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, dropout: float) -> None:
+    weight_scales: Tensor | None
+
+    def __init__(
+        self, base: nn.Linear, rank: int, scale: float, dropout: float, dtype: torch.dtype = torch.float32
+    ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.training = base.weight, base.bias, base.training
         self.scale, self.dropout, self.enabled = scale, dropout, True
         device = base.weight.device
-        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        self.register_buffer("weight_scales", base.weight_scales if isinstance(base, Nf4Linear) else None)
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=dtype))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        out = F.linear(x, self.weight, self.bias)
+        out = frozen_linear(x, self.weight, self.bias, self.weight_scales)
         if not self.enabled:
             return out
         seen = F.dropout(x, self.dropout, self.training)
@@ -56,18 +63,17 @@ class LoraLinear(nn.Linear):
 class ExpertLora(nn.Module):
     """Updates of one layer's experts: gate_up a [E, L, D], b [E, 2F, L]; down a [E, L, F], b [E, D, L]."""
 
-    def __init__(self, experts: PackedExperts, rank: int, scale: float) -> None:
+    def __init__(self, experts: PackedExperts, rank: int, scale: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.scale, self.enabled = scale, True
-        self.gate_up_a, self.gate_up_b = self._factors(experts.get_buffer("gate_up_proj_blocks"), rank)
-        self.down_a, self.down_b = self._factors(experts.get_buffer("down_proj_blocks"), rank)
+        self.gate_up_a, self.gate_up_b = self._factors(experts, "gate_up_proj", rank, dtype)
+        self.down_a, self.down_b = self._factors(experts, "down_proj", rank, dtype)
 
     @staticmethod
-    def _factors(blocks: Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-        num_experts, out, groups, bytes_per_group = blocks.shape
-        inputs = groups * bytes_per_group * 2  # a byte holds two values
-        a = torch.empty(num_experts, rank, inputs, device=blocks.device)
-        return nn.Parameter(a), nn.Parameter(torch.zeros(num_experts, out, rank, device=blocks.device))
+    def _factors(experts: PackedExperts, name: str, rank: int, dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter]:
+        (num_experts, out, inputs), device = experts.shapes[name], experts.get_buffer(f"{name}_bias").device
+        a = torch.empty(num_experts, rank, inputs, device=device, dtype=dtype)
+        return nn.Parameter(a), nn.Parameter(torch.zeros(num_experts, out, rank, device=device, dtype=dtype))
 
     def gate_up(self) -> LoraFactors | None:
         """The gate_up update, or None while the adapter is off."""
@@ -126,7 +132,7 @@ def attach_adapter(base: Base, config: AdapterConfig, *, seed: int) -> Adapter:
     sites = plan_sites(base.checkpoint.shape, config)
     modules = []
     for site in sites:
-        module = _attach_site(base.model, site, config.attention.dropout)
+        module = _attach_site(base.model, site, config)
         for name, parameter in lora_parameters(module).items():
             if name.endswith("a"):
                 _initialise(parameter, f"{site.module}.{name}", seed)
@@ -136,19 +142,20 @@ def attach_adapter(base: Base, config: AdapterConfig, *, seed: int) -> Adapter:
     return adapter
 
 
-def _attach_site(model: GptOssForCausalLM, site: Site, dropout: float) -> LoraLinear | ExpertLora:
+def _attach_site(model: GptOssForCausalLM, site: Site, config: AdapterConfig) -> LoraLinear | ExpertLora:
+    dtype = DTYPES[config.dtype]
     try:
         target = model.get_submodule(site.module)
     except AttributeError as error:
         raise CheckError(f"no module {site.module} to adapt", why="the model is not laid out as expected") from error
     if isinstance(target, PackedExperts):
-        lora = ExpertLora(target, site.rank, site.scale)
+        lora = ExpertLora(target, site.rank, site.scale, dtype)
         target.attach(lora)
         return lora
     if not isinstance(target, nn.Linear) or isinstance(target, LoraLinear):
         raise CheckError(f"{site.module} is a {type(target).__name__}, not a plain linear map")
     parent, _, name = site.module.rpartition(".")
-    adapted = LoraLinear(target, site.rank, site.scale, dropout)
+    adapted = LoraLinear(target, site.rank, site.scale, config.attention.dropout, dtype)
     setattr(model.get_submodule(parent), name, adapted)
     return adapted
 

@@ -29,6 +29,7 @@ from finetune.errors import CheckError, MachineError
 from finetune.model.build import Base
 from finetune.model.dense import DenseCheckpoint, write_native
 from finetune.model.forward import hidden_states
+from finetune.model.held import write_held
 
 MAX_TOKENS = 1024  # of a sample; transformers' eager attention holds T x T scores
 NUM_POSITIONS = 16  # compared in each sample: 201,088 logits each
@@ -147,11 +148,17 @@ def _result(answer: Mapping[str, Any], num_samples: int, *, exact: bool) -> Read
 
 
 def _trained_base(base: Base, scratch: Path) -> Path:
-    """The weights that were trained over, for others to load: a bfloat16 base's experts were rounded while reading."""
-    if not isinstance(base.checkpoint, DenseCheckpoint):
+    """The weights that were trained over, for others to load, if they were rounded while reading.
+
+    A bfloat16 checkpoint's experts are; whatever is held in NF4 is.
+    """
+    if not base.held_as and not isinstance(base.checkpoint, DenseCheckpoint):
         return base.checkpoint.directory
     scratch.mkdir()
-    write_native(base.checkpoint, scratch)
+    if base.held_as:
+        write_held(base, scratch)
+    elif isinstance(base.checkpoint, DenseCheckpoint):
+        write_native(base.checkpoint, scratch)
     return scratch
 
 

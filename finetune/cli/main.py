@@ -57,6 +57,10 @@ def main(arguments: Sequence[str]) -> int:
     """
     # Waiting threads that spin made a step 20 times slower on a busy machine (docs/log.md). Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Rows of all lengths leave a GPU's memory in fragments; segments that grow do not. The first of the two names is
+    # the newer one, and a value of the person's own under either stays as it is.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
         try:
             _run(list(arguments))

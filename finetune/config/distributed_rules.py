@@ -40,3 +40,26 @@ def distributed_problems(config: RunConfig) -> Iterator[Problem]:
             f"is skip, but with distributed.kind={kind} DeepSpeed holds the gradients and cannot drop a step's",
             "write stop, or use distributed=ddp or distributed=fsdp2",
         )
+    if kind not in ("single", "ddp"):
+        yield from _plain_adapter(config)
+    if kind in SHARDED_BASE:
+        for name, value, plain in (
+            ("expert_storage", config.model.expert_storage, "mxfp4"),
+            ("attention_storage", config.model.attention_storage, "compute"),
+        ):
+            if value != plain:
+                what = f"is {value}, and distributed.kind={kind} deals out layers as the checkpoint has them"
+                yield Problem(("model", name), what, f"write {plain}, or use distributed=ddp")
+
+
+def _plain_adapter(config: RunConfig) -> Iterator[Problem]:
+    """Engines that deal out the adapter hold it in float32, with torch's AdamW."""
+    trainer, kind = config.trainer, config.distributed.kind
+    for path, value, plain in (
+        (("trainer", "optimizer"), trainer.optimizer, "adamw"),
+        (("trainer", "optimizer_states_on_cpu"), trainer.optimizer_states_on_cpu, False),
+        (("adapter", "dtype"), config.adapter.dtype, "float32"),
+    ):
+        if value != plain:
+            what = f"is {value}, and distributed.kind={kind} holds the adapter in float32, with AdamW's states there"
+            yield Problem(path, what, f"write {str(plain).lower()}, or use distributed=ddp")

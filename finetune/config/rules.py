@@ -11,6 +11,7 @@ from typing import Any
 from finetune.config.distributed_rules import distributed_problems
 from finetune.config.keys import KeyPath
 from finetune.config.locate import HUB_PREFIX, matching_files, resolve_data_path
+from finetune.config.memory_rules import memory_problems
 from finetune.config.problems import Problem
 from finetune.config.rendering_rules import rendering_problems
 from finetune.config.schema import RunConfig, SourceConfig
@@ -67,6 +68,7 @@ def broken_rules(config: RunConfig) -> Iterator[Problem]:
     yield from _adapter(config)
     yield from _trainer(config)
     yield from distributed_problems(config)
+    yield from memory_problems(config)
     yield from _evaluation(config)
 
 
@@ -190,6 +192,12 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
             f"is {coefficient}, above {MAX_BALANCE_COEFFICIENT}: the published config.json says 0.9, but that is a "
             "pre-training value and ruins a fine-tune",
             "write 0.001, or set trainer.force_router_balance_coefficient=true if you mean it",
+        )
+    if trainer.activation_offload and not trainer.activation_checkpointing:
+        yield Problem(
+            ("trainer", "activation_offload"),
+            "does nothing without trainer.activation_checkpointing: what it moves is what checkpointing keeps",
+            "set trainer.activation_checkpointing=true",
         )
     if config.logging.mode == "online" and config.logging.tracker == "none":
         yield Problem(("logging", "mode"), "is online, but there is no tracker", "choose logging=wandb")

@@ -31,8 +31,15 @@ class ModelConfig(_Strict):
         device: `auto` takes the first GPU if there is one.
         compute_dtype: dtype of activations and of every base tensor that is not packed. `auto`: bfloat16 on a GPU,
             float32 on a CPU.
-        expert_storage: how expert weights are held. Checked against what was loaded.
+        expert_storage: how expert weights are held; checked against what was loaded. `mxfp4` as published, 4.25 bits a
+            weight; `nf4` rounded once more to bitsandbytes' NF4, 4.5 bits; `bfloat16` the same values as `mxfp4` in 16.
+        attention_storage: how the frozen q, k, v and o weights are held: `compute` in the compute dtype, `nf4` rounded
+            to bitsandbytes' NF4. `nf4` in either is another base than the checkpoint, and the adapter records it.
+        embedding_on_cpu: keep the input embedding in host memory; the rows of a micro-step's tokens are copied.
         experts_per_chunk: how many experts are dequantised at a time; scratch memory grows with it.
+        attention_kernel: how attention is computed. `flash` is torch's own flash kernel with sinks, `reference` plain
+            PyTorch; same result up to rounding. `auto`: flash where it runs and agrees with the reference at start-up
+            (a GPU from Ampere on, or a CPU), else the reference; the choice is printed with its reason.
         identity: the base's identity as an earlier run printed it, or its beginning; another base is refused, so that
             a flipped bit in a checkpoint without `checksums.json` shows. None: not compared.
         verify_checksums: compare shards with the checkpoint's `checksums.json` when it has one.
@@ -42,8 +49,11 @@ class ModelConfig(_Strict):
     revision: str | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    expert_storage: Literal["mxfp4"] = "mxfp4"
+    expert_storage: Literal["mxfp4", "nf4", "bfloat16"] = "mxfp4"
+    attention_storage: Literal["compute", "nf4"] = "compute"
+    embedding_on_cpu: bool = False
     experts_per_chunk: int = 16
+    attention_kernel: Literal["auto", "flash", "reference"] = "auto"
     identity: str | None = None
     verify_checksums: bool = True
 
@@ -209,7 +219,8 @@ class AdapterConfig(_Strict):
     Attributes:
         rslora: scale updates by alpha / sqrt(rank) instead of alpha / rank, so that a higher rank does not act weaker.
         layers: the first and the last layer adapted, both included, counted from 0. None: every layer.
-        dtype: dtype in which LoRA parameters are kept and updated.
+        dtype: dtype in which LoRA parameters are kept. `bfloat16` halves them; updates are worked out in float32 and
+            rounded stochastically, so that small ones are not lost.
         init_from: directory of an adapter to train on from; ranks, alphas and base must match. None: A random, B zero.
     """
 
@@ -217,7 +228,7 @@ class AdapterConfig(_Strict):
     experts: ExpertAdapterConfig = field(default_factory=ExpertAdapterConfig)
     rslora: bool = False
     layers: tuple[int, int] | None = None
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     init_from: str | None = None
 
 
@@ -231,6 +242,11 @@ class TrainerConfig(_Strict):
         rows_per_micro_step: packed rows in one forward and backward.
         micro_steps: micro-steps accumulated in one optimiser step (per process).
         learning_rate: the peak, reached at the end of the warm-up.
+        optimizer: `adamw` is torch's; `adamw_8bit` holds its moments in 8 bits (bitsandbytes); `paged_adamw` and
+            `paged_adamw_8bit` hold them in memory that moves between GPU and host as needed (bitsandbytes, GPU only).
+        optimizer_states_on_cpu: moments live in host memory and visit the GPU one parameter at a time.
+        gradient_dtype: dtype in which gradients are summed over micro-steps. `bfloat16` needs adapter.dtype=bfloat16,
+            halves them, and rounds the sum after every micro-step.
         schedule: how the rate falls from the peak after the warm-up.
         final_learning_rate_share: the rate at the end as a share of the peak.
         warmup_share: share of all steps spent rising from lr / warm-up steps to the peak.
@@ -239,6 +255,8 @@ class TrainerConfig(_Strict):
             pre-training value and ruins a fine-tune: above 0.1 is refused unless forced.
         force_router_balance_coefficient: allow a coefficient above 0.1.
         activation_checkpointing: recompute each layer in the backward pass; less memory, more compute.
+        activation_offload: keep what activation checkpointing saves (each layer's input) in the CPU's memory, copied
+            beside the computation; less GPU memory for long rows. Only on a GPU.
         early_stop_patience: stop after this many evaluations without a better best metric. None: never.
         on_nonfinite: what becomes of a step whose loss or gradient is not finite on any process. `stop` ends the run
             before the update; `skip` leaves the step out, and ends the run after 10 of them in a row. Either way the
@@ -251,6 +269,9 @@ class TrainerConfig(_Strict):
     max_steps: int | None = None
     rows_per_micro_step: int = 1
     micro_steps: int = 8
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    optimizer_states_on_cpu: bool = False
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     learning_rate: float = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_learning_rate_share: float = 0.1
@@ -263,6 +284,7 @@ class TrainerConfig(_Strict):
     router_balance_coefficient: float = 0.001
     force_router_balance_coefficient: bool = False
     activation_checkpointing: bool = True
+    activation_offload: bool = False
     early_stop_patience: int | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     halve_micro_batch_on_oom: bool = False

@@ -23,10 +23,12 @@ from finetune.config.schema import (
 from finetune.config.validate import load_run_config
 from finetune.console import say
 from finetune.errors import InputError
+from finetune.model.attention import select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import locate_base
 from finetune.model.selftest import check_packing
+from finetune.model.storage import BaseStorage
 
 
 @dataclass(frozen=True)
@@ -79,19 +81,35 @@ def open_model(
     settings = replace(config.model if config else ModelConfig(path=name), path=name, revision=revision)
     if device is not None:
         settings = replace(settings, device=device)  # type: ignore[arg-type]
+    settings = _as_trained_over(settings, facts)
     adapter_config = config.adapter if config else adapter_config_of(directory, stored)
     location = locate_base(settings.path, settings.revision)
     where = choose_device(settings)
     loaded = load_base(
-        Checkpoint.open(location.directory), where, choose_dtype(settings, where), settings.experts_per_chunk
+        Checkpoint.open(location.directory),
+        where,
+        choose_dtype(settings, where),
+        settings.experts_per_chunk,
+        BaseStorage.of(settings),
     )
     say(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
+    say(select_attention(loaded.model, settings.attention_kernel).describe())
     check_packing(loaded.model)
     adapter = attach_adapter(loaded, replace(adapter_config, init_from=None), seed=0)
-    read_adapter_into(directory, adapter, adapter_config, loaded.identity)
+    read_adapter_into(directory, adapter, adapter_config, loaded.identity, loaded.held_as)
     say(f"adapter: {directory}")
     loaded.model.eval()
     return OpenedModel(loaded, adapter, directory, run, config)
+
+
+def _as_trained_over(settings: ModelConfig, facts: dict[str, Any]) -> ModelConfig:
+    """Hold the base as it was held in training, where that changed its values: an adapter alone records it too."""
+    held_as = facts.get("base_held_as") or {}
+    if "experts" in held_as:
+        settings = replace(settings, expert_storage=held_as["experts"]["format"])
+    if "attention" in held_as:
+        settings = replace(settings, attention_storage=held_as["attention"]["format"])
+    return settings
 
 
 def adapter_config_of(directory: Path, stored: dict[str, Any]) -> AdapterConfig:

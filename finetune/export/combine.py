@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from finetune.adapters.files import WEIGHTS, write_peft_directory
+from finetune.adapters.files import WEIGHTS, warn_held_as, write_peft_directory
 from finetune.console import Progress, warn
 from finetune.errors import ConfigError, InputError
 from finetune.export.adapters import known_shape
@@ -167,6 +167,8 @@ def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
             f"({str(other.base_identity)[:12]}); updates of one mean nothing to the other",
             fix="merge adapters of one base only",
         )
+    for adapter in adapters[1:]:
+        warn_held_as(adapters[0].source.base_facts, adapter.source.base_held_as, adapters[0].source.directory)
     if any(adapter.source.base_identity is None for adapter in adapters):
         warn("not every adapter records its base: whether they belong together is compared by shapes only")
 
@@ -174,9 +176,7 @@ def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
 def _facts(adapters: Sequence[Weighted], rank: int | None) -> dict[str, Any]:
     first = next((a.source for a in adapters if a.source.base_identity), adapters[0].source)
     return {
-        "base_name": first.base_name,
-        "base_revision": first.base_revision,
-        "base_identity": first.base_identity,
+        **first.base_facts,
         "merged_from": [
             {
                 "directory": str(adapter.source.directory.resolve()),

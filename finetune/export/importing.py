@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from finetune.adapters.files import CONFIG, WEIGHTS, read_provenance, write_peft_directory
 from finetune.console import say, warn
@@ -70,11 +70,7 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
     """
     refuse_existing(out)
     adapter = _read(directory, options)
-    facts: dict[str, Any] = {
-        "base_name": adapter.source.base_name,
-        "base_revision": adapter.source.base_revision,
-        "base_identity": adapter.source.base_identity,
-    }
+    facts = adapter.source.base_facts
     if adapter.shape is not None:
         check_fits(adapter.shape, adapter.source)
     if adapter.base is not None:
@@ -134,6 +130,7 @@ def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
         provenance.get("base_revision") or config.get("revision"),
         provenance.get("base_identity"),
         sites=(),
+        base_held_as=provenance.get("base_held_as") or {},
     )
     base, shape = _base(source, options)
     file = PerExpertFile.open(directory / WEIGHTS, config, shape.num_experts if shape else None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class AdapterSource:
         config: its adapter_config.json.
         base_name, base_revision, base_identity: the base it was trained on; identity is None without finetune.json.
         sites: what it changes, by layer.
+        base_held_as: parts of the base that were rounded further while it was trained, see `Base.held_as`.
     """
 
     directory: Path
@@ -91,6 +92,17 @@ class AdapterSource:
     base_revision: str | None
     base_identity: str | None
     sites: tuple[SourceSite, ...]
+    base_held_as: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_facts(self) -> dict[str, Any]:
+        """What a finetune.json says of the base."""
+        facts: dict[str, Any] = {
+            "base_name": self.base_name,
+            "base_revision": self.base_revision,
+            "base_identity": self.base_identity,
+        }
+        return facts | ({"base_held_as": self.base_held_as} if self.base_held_as else {})
 
     def site(self, layer: int, name: str) -> SourceSite | None:
         """The site of a layer's weight, None if the adapter leaves it alone."""
@@ -146,6 +158,7 @@ def open_adapter(directory: Path) -> AdapterSource:
         facts.get("base_revision") or config.get("revision"),
         facts.get("base_identity"),
         sites,
+        facts.get("base_held_as") or {},
     )
 
 
@@ -163,15 +176,15 @@ def refuse_unsupported(config: Mapping[str, Any], directory: Path) -> None:
     """Raise InputError for what an adapter_config.json asks for and no export here carries."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"{directory}: peft_type is {config.get('peft_type')!r}, only LORA can be exported")
-    for field, harmless in (
+    for key, harmless in (
         ("use_dora", (None, False)),
         ("bias", (None, "none")),
         ("lora_bias", (None, False)),
         ("modules_to_save", (None, [])),
         ("fan_in_fan_out", (None, False)),
     ):
-        if config.get(field) not in harmless:
-            raise InputError(f"{directory}: {field} is {config[field]!r}, which no export here carries")
+        if config.get(key) not in harmless:
+            raise InputError(f"{directory}: {key} is {config[key]!r}, which no export here carries")
 
 
 def _sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: Path) -> tuple[SourceSite, ...]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,17 @@ from torch.autograd.function import once_differentiable
 from finetune.mxfp4.format import dequantise
 
 GROUPED_STRIDE_BYTES = 16  # grouped_mm wants every stride to be a multiple of this
+
+
+class FrozenExperts(Protocol):
+    """E frozen linear maps out -> in, however they are held."""
+
+    @property
+    def bias(self) -> Tensor:
+        """[E, out], in the compute dtype."""
+
+    def dequantised(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Weights of experts `first` to `last` (exclusive) as [C, out, in]. Not to be written to."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,8 @@ class ExpertWeights:
         experts_per_chunk: experts dequantised at a time.
     """
 
-    gate_up: PackedLinear
-    down: PackedLinear
+    gate_up: FrozenExperts
+    down: FrozenExperts
     limit: float
     gain: float
     experts_per_chunk: int
@@ -140,7 +152,7 @@ class _ExpertBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales):  # type: ignore[no-untyped-def]
-        order, counts = _sort_by_expert(expert_ids, len(weights.gate_up.blocks))
+        order, counts = _sort_by_expert(expert_ids, len(weights.gate_up.bias))
         ctx.save_for_backward(x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, order)
         ctx.counts, ctx.weights, ctx.scales = counts, weights, scales
         top_k = expert_ids.shape[1]
@@ -231,7 +243,7 @@ def _chunk_forward(
     offsets = counts.cumsum(0).to(torch.int32)
     expert_of_row = torch.repeat_interleave(counts, output_size=chunk.stop - chunk.start)
 
-    def linear(rows: Tensor, base: PackedLinear, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    def linear(rows: Tensor, base: FrozenExperts, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
         out = _grouped(rows, base.dequantised(chunk.first, chunk.last, rows.dtype), offsets)
         out = out + base.bias[chunk.experts][expert_of_row]
         if a is None or b is None:

@@ -37,10 +37,10 @@ def hidden_states(
         "full_attention": plan_attention(segments, positions, None, prefixes=prefixes),
         "sliding_attention": plan_attention(segments, positions, window, prefixes=prefixes),
     }
-    device = model.model.embed_tokens.weight.device
+    device = model.lm_head.weight.device
     plans = {kind: plan.to(device) for kind, plan in plans.items()}
     output = model.model(
-        input_ids=input_ids.to(device),
+        input_ids=input_ids.to(model.model.embed_tokens.weight.device),
         position_ids=positions.to(device),
         attention_mask=plans,
         use_cache=False,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,16 +74,17 @@ class ShardedLayers:
         """Whether a tensor belongs to a layer."""
         return _LAYER.match(name) is not None
 
-    def take(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor of a layer; those of one layer come one after the other.
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors of a layer; those of one layer come one after the other.
 
         Args:
-            name: such as `model.layers.3.mlp.experts.down_proj_blocks`.
-            tensor: on the CPU, in the dtype in which it is computed with.
+            tensors: by name, such as `model.layers.3.mlp.experts.down_proj_blocks`, on the CPU, in the dtype in which
+                they are computed with.
         """
-        if self._open and _layer_of(next(iter(self._open))) != _layer_of(name):
-            self._seal()
-        self._open[name] = tensor
+        for name, tensor in tensors.items():
+            if self._open and _layer_of(next(iter(self._open))) != _layer_of(name):
+                self._seal()
+            self._open[name] = tensor
 
     def finish(self) -> dict[str, Tensor]:
         """After the last tensor: make the buffers.

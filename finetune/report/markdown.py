@@ -148,10 +148,31 @@ def _facts(manifest: dict[str, Any]) -> str:
         f"{facts['skipped_rows']:,} skipped, fingerprint `{facts['fingerprint'][:16]}`"
         for name, facts in manifest["data"].items()
     ]
+    lines += _memory(manifest)
     counts = ", ".join(f"{kind} {count:,}" for kind, count in manifest["adapter_parameters"].items())
     lines.append(f"- trained parameters: {counts}")
     lines.append("- environment: " + ", ".join(f"{key} {value}" for key, value in environment.items()))
     return "## Facts\n\n" + "\n".join(lines)
+
+
+def _memory(manifest: dict[str, Any]) -> list[str]:
+    """How the base was held and what updated the adapter, as far as the manifest says."""
+    base = manifest["base"]
+    lines = []
+    parts = [
+        f"{line['part']} {line['num_bytes'] / 2**20:,.1f} MiB {line['format']} on {line.get('device', 'one device')}"
+        for line in base.get("storage", [])
+    ]
+    if parts:
+        lines.append("- held in memory: " + ", ".join(parts))
+    lines += [
+        f"- **{part} were rounded to {held['format']}**, which changed them by {held['relative_rms']:.2%} (relative "
+        "RMS): the adapter belongs to that base, not to the checkpoint as it is"
+        for part, held in base.get("held_as", {}).items()
+    ]
+    if "optimizer" in manifest:
+        lines.append(f"- {manifest['optimizer']}")
+    return lines
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from finetune.config.schema import TrainerConfig
 from finetune.data.batches import Batch
-from finetune.train.processes import Processes
+from finetune.train.optimisers import load_optimizer_tensors, optimizer_tensors
+from finetune.train.processes import ALONE, Processes
 
 MicroStep = Callable[[Batch], tuple[Tensor, Tensor]]
 """Forward pass of a micro-step: summed language loss, and balance loss."""
@@ -157,32 +158,29 @@ class Replicated:
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {
-            f"{name}/{key}": value.detach().cpu().clone()
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
+        return optimizer_tensors(self.optimizer, self.parameters)
 
     def load(self, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor] | None) -> None:
         """See `Engine`."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(adapter[name])
-        if optimizer is None:
-            return
-        for name, parameter in self.parameters.items():
-            saved = states_of(optimizer, name)
-            if saved:
-                # AdamW keeps its step counter on the CPU and its moments beside the parameter.
-                self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device) for key, value in saved.items()
-                }
+        if optimizer is not None:
+            load_optimizer_tensors(self.optimizer, self.parameters, optimizer)
 
     def describe(self) -> str:
         """See `Engine`."""
         if self.processes.count == 1:
             return "single: one process"
         return f"ddp: {self.processes.count} processes over {self.processes.backend}, gradients averaged once a step"
+
+
+def alone(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, config: TrainerConfig
+) -> Replicated:
+    """The engine of one process, for a step outside of a run."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in parameters.values())
+    return Replicated(parameters, optimizer, config, Accelerator(cpu=on_cpu), ALONE)
 
 
 def states_of(optimizer: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

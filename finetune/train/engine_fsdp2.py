@@ -23,8 +23,8 @@ from finetune.data.batches import Batch
 from finetune.errors import MachineError
 from finetune.model.build import Base
 from finetune.train.engine import MicroStep, states_of
+from finetune.train.optimisers import make_optimizer
 from finetune.train.processes import Processes
-from finetune.train.step import make_optimizer
 
 EPSILON = 1e-6  # torch's clip_grad_norm_ adds it to the norm
 

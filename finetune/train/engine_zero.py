@@ -28,8 +28,8 @@ from finetune.errors import MachineError
 from finetune.model.build import Base
 from finetune.model.experts import PackedExperts
 from finetune.train.engine import MicroStep, states_of
+from finetune.train.optimisers import make_optimizer
 from finetune.train.processes import Processes
-from finetune.train.step import make_optimizer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -9,8 +9,8 @@ from finetune.config.deepspeed import deepspeed_settings
 from finetune.config.schema import RunConfig
 from finetune.model.build import Base
 from finetune.train.engine import Engine, Replicated
+from finetune.train.optimisers import make_optimizer
 from finetune.train.processes import Processes
-from finetune.train.step import make_optimizer
 
 
 def open_engine(
@@ -37,4 +37,5 @@ def open_engine(
 
         return ZeroSharded(base, adapter, trainer, processes, settings)
     parameters = adapter.parameters()
-    return Replicated(parameters, make_optimizer(parameters, trainer), trainer, accelerator, processes)
+    optimizer = make_optimizer(parameters, trainer, seed=config.seed)
+    return Replicated(parameters, optimizer, trainer, accelerator, processes)

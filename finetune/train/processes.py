@@ -101,6 +101,9 @@ class Processes:
             )
 
 
+ALONE = Processes()
+
+
 def launched_processes() -> int | None:
     """How many processes a launcher says there are (torchrun's variables), or None when this one was started alone."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:

@@ -326,6 +326,7 @@ def _write_adapter(session: Session, run: RunDirectory, result: Result) -> None:
         base_revision=location.revision,
         base_identity=session.base.identity,
         parameters=result.adapter,
+        base_held_as=session.base.held_as,
     )
     say(f"adapter: {run.adapter}")
 

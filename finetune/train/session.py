@@ -28,14 +28,16 @@ from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.evaluate.testset import TestSet, choose_test_set
+from finetune.model.attention import attention_kernel, select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
 from finetune.model.shards import ShardedLayers
-from finetune.model.storage import check_expert_storage, describe_storage, storage_table
+from finetune.model.storage import BaseStorage, check_storage, describe_storage, storage_table
 from finetune.train.balance_reach import describe_balance_reach
-from finetune.train.processes import Processes
+from finetune.train.optimisers import check_optimizer, describe_optimizer
+from finetune.train.processes import ALONE, Processes
 
 _FOREIGN_SETTINGS = (
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -72,7 +74,7 @@ class Session:
     test: TestSet | None
 
 
-def open_session(config: RunConfig, processes: Processes, *, resumed: bool = False) -> Session:
+def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bool = False) -> Session:
     """Read data and base, attach the adapter, and check all of it.
 
     Args:
@@ -87,6 +89,10 @@ def open_session(config: RunConfig, processes: Processes, *, resumed: bool = Fal
         config = replace(config, adapter=replace(config.adapter, init_from=None))
     check_inputs(config)
     device, accelerator = choose_device(config.model), _accelerator(config, processes)
+    _check_offload(config, device)
+    if device.type == "cuda":
+        say(_describe_allocator())
+    check_optimizer(config, device)
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         say(describe(split))
@@ -104,24 +110,30 @@ def open_session(config: RunConfig, processes: Processes, *, resumed: bool = Fal
     location = locate_base(config.model.path, config.model.revision)
     checkpoint = Checkpoint.open(location.directory)
     _check_length(checkpoint, config)
+    if config.trainer.activation_offload:
+        say(_describe_offload(checkpoint, config))
     _verify_checksums(checkpoint, config)
+    wanted = BaseStorage.of(config.model)
     deals_out = config.distributed.kind in SHARDED_BASE
     shards = ShardedLayers(processes.rank, processes.count, device) if deals_out else None
-    base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk, shards)
+    dtype = choose_dtype(config.model, device)
+    base = load_base(checkpoint, device, dtype, config.model.experts_per_chunk, wanted, shards)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
     _check_identity(base, config)
+    say(select_attention(base.model, config.model.attention_kernel).describe())
     storage = storage_table(base.model)
     say(describe_storage(storage))
     if shards is not None:
         say(shards.describe())
-    check_expert_storage(storage, config.model.expert_storage)
+    check_storage(storage, wanted)
     if config.data.pack:
         say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
     adapter = attach_adapter(base, config.adapter, seed=config.seed)
     if config.adapter.init_from is not None:
-        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity)
+        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
         say(f"adapter: training on from {config.adapter.init_from}")
     say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
+    say(describe_optimizer(config, adapter.parameters()))
     if config.trainer.router_balance_coefficient:
         say(describe_balance_reach(list(adapter.sites), checkpoint.shape))
     processes.must_agree("the base", base.identity)
@@ -141,6 +153,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "revision": session.location.revision,
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
+            "held_as": session.base.held_as,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
         "data": {
@@ -156,6 +169,7 @@ def session_facts(session: Session) -> dict[str, Any]:
         "adapter_parameters": {
             kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "experts")
         },
+        "optimizer": describe_optimizer(session.config, session.adapter.parameters()),
         "total_steps": session.plan.total_steps,
         "working_directory": str(Path.cwd()),
         "environment": {
@@ -163,6 +177,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "torch": torch.__version__,
             "device": str(session.base.device),
             "compute_dtype": str(session.base.compute_dtype),
+            "attention_kernel": attention_kernel(session.base.model),
             "platform": platform.platform(),
             "command": " ".join(sys.argv),
         },
@@ -218,6 +233,28 @@ def _check_length(checkpoint: Checkpoint, config: RunConfig) -> None:
             f"data.max_length is {config.data.max_length:,}, the model has {longest:,} positions",
             fix=f"set data.max_length={longest} or less",
         )
+
+
+def _check_offload(config: RunConfig, device: torch.device) -> None:
+    if config.trainer.activation_offload and device.type == "cpu":
+        raise ConfigError(
+            "trainer.activation_offload is true, but the model is on a CPU",
+            why="what it moves to the CPU's memory is there already",
+            fix="leave it false, or set model.device=cuda on a machine with a GPU",
+        )
+
+
+def _describe_allocator() -> str:
+    """Which settings torch's GPU allocator was started with (`finetune.cli.main` sets them unless the person did)."""
+    names = [name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ]
+    settings = " ".join(f"{name}={os.environ[name]}" for name in names)
+    return f"GPU memory: {settings or 'allocator settings are torch defaults'}"
+
+
+def _describe_offload(checkpoint: Checkpoint, config: RunConfig) -> str:
+    shape, tokens = checkpoint.shape, config.trainer.rows_per_micro_step * config.data.max_length
+    gib = shape.num_layers * tokens * shape.hidden * 2 / 2**30  # bfloat16, as on every GPU
+    return f"activation checkpoints: in the CPU's memory, {gib:.2f} GiB of it (pinned) for {tokens:,} tokens at a time"
 
 
 def _check_identity(base: Base, config: RunConfig) -> None:

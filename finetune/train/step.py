@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.config.schema import TrainerConfig
 from finetune.console import warn
@@ -15,6 +16,7 @@ from finetune.data.batches import PADDING_SEGMENT, Batch
 from finetune.errors import CapacityError, CheckError
 from finetune.model.build import Base
 from finetune.model.forward import hidden_states
+from finetune.model.offload import CheckpointOffload
 from finetune.model.predictions import predicted_tokens
 from finetune.model.router import record_routing
 from finetune.train.engine import Engine
@@ -46,17 +48,6 @@ class StepFigures:
     trained_tokens: int
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainerConfig) -> torch.optim.AdamW:
-    """AdamW over the adapter's parameters; the learning rate is set anew at every step."""
-    return torch.optim.AdamW(
-        parameters.values(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-    )
-
-
 class OptimiserStep:
     """Callable that makes one step.
 
@@ -76,6 +67,9 @@ class OptimiserStep:
     def __init__(self, config: TrainerConfig, base: Base, engine: Engine) -> None:
         self.config, self.base, self.engine, self.processes = config, base, engine, engine.processes
         self.parts = 1
+        self.offload: AbstractContextManager[object] = nullcontext()
+        if config.activation_offload:
+            self.offload = CheckpointOffload(base.device, base.checkpoint.shape.hidden, base.compute_dtype)
 
     def __call__(
         self,
@@ -184,7 +178,7 @@ class OptimiserStep:
         """Summed language loss, and balance loss, of one micro-step."""
         model, device = self.base.model, self.base.device
         where, targets, weights = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
-        with record_routing(model) as tape:
+        with record_routing(model) as tape, self.offload:
             hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
         loss = language_loss(hidden, model.lm_head.weight, where.to(device), targets.to(device), weights.to(device))
         real_tokens = (batch.segments != PADDING_SEGMENT).reshape(-1).to(device)

@@ -88,7 +88,7 @@ def _resume(args: argparse.Namespace) -> None:
     from finetune.report.markdown import write_report
     from finetune.train.run import resume
 
-    _print_outcome(resume(path, config, write_report))
+    _print_outcome(resume(path, write_report, config))
 
 
 def starts_processes(config: RunConfig) -> bool:

@@ -83,20 +83,22 @@ def _begin(session: Session, run: RunDirectory, started: float, write_report: Wr
         _execute(session, run, stop, started, write_report, resumed=False)
 
 
-def resume(path: Path, config: RunConfig, write_report: WriteReport) -> Path:
+def resume(path: Path, write_report: WriteReport, config: RunConfig | None = None) -> Path:
     """Continue a run from its newest whole checkpoint, alone or as one of the processes that were started.
 
     Args:
         path: the run's directory.
-        config: its configuration, with the processes that now carry it out (`finetune.config.resuming`).
         write_report: see `WriteReport`.
+        config: its configuration, with the processes that now carry it out (`finetune.config.resuming`). None: the
+            same as before.
 
     Raises:
         InputError: no run, or no whole checkpoint, there.
         ConfigError: the run is finished.
     """
     started = time.monotonic()
-    run = RunDirectory(path)
+    run, stored = RunDirectory.open(path.resolve())
+    config = config or stored
     manifest = run.read_json(run.manifest)
     if manifest.get("status") == "finished":
         raise ConfigError(

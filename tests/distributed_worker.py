@@ -92,7 +92,8 @@ def recipe(kind: str, count: int, fault: str = "") -> RunConfig:
             rows_per_micro_step=rows,
             micro_steps=MICRO_STEPS_IN_ALL // count // rows,
             learning_rate=1e-3,
-            router_balance_coefficient=0.0,
+            router_balance_coefficient=0.05,
+            router_balance_scope="step",
             activation_checkpointing=fault != "no-checkpointing",
             halve_micro_batch_on_oom=fault == "oom",
             max_gradient_norm=0.5,
@@ -134,7 +135,7 @@ def train(directory: Path, kinds: list[str], processes: Processes, *, fault: str
             if before is not None:
                 engine.load(before.adapter_tensors(), before.optimizer_tensors())
             inject(engine, fault, processes)
-            step = OptimiserStep(config.trainer, base, engine)
+            step = OptimiserStep(config.trainer, base, engine, adapter)
         epoch, index = plan.position(number)
         batches = [plan.batch(micro) for micro in plan.steps(epoch)[index]]
         figures = step(batches, 1e-3, number + 1)

@@ -34,6 +34,8 @@ print([name for name in {heavy!r} if name in sys.modules], code, file=sys.stderr
         ["recipes", "show", "quickstart"],
         ["config", "show", "quickstart"],
         ["train", "legal_20b", "--dry-run"],
+        ["estimate", "--help"],
+        ["estimate", "legal_120b", "--plan", "--gpus", "2"],
     ],
     ids=" ".join,
 )

@@ -25,7 +25,8 @@ ALLOWED = {
     "estimate": {"config"},
     "report": {"config"},
     "__main__": {"cli"},
-    "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report"},
+    "doctor": {"config", "data", "kernels"},
+    "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report", "doctor"},
 }
 FREE = {"errors", "console"}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune.cli.arguments import add_recipe, recipe_and_overrides
 from finetune.config.derive import check_inputs
+from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.resuming import resumed_config
 from finetune.config.schema import RunConfig
 from finetune.console import say
@@ -18,11 +19,13 @@ from finetune.train.run_directory import RunDirectory, prepare_run
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    usage = (
-        "finetune train RECIPE [key=value ...] [--dry-run]\n       finetune train --resume RUN [distributed.KEY=...]"
-    )
+    usage = "finetune train RECIPE [key=value ...] [--dry-run] [--sweep key=a,b]\n"
+    usage += "       finetune train --resume RUN [distributed.KEY=VALUE ...]"
     add_recipe(parser, usage)
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no model, and stop")
+    parser.add_argument(
+        "--sweep", metavar="KEY=A,B", action="append", help="run every value, and every combination if given again"
+    )
     parser.add_argument(
         "--resume",
         metavar="RUN",
@@ -43,12 +46,22 @@ def run(args: argparse.Namespace) -> None:
         _resume(args)
         return
     if args.worker is not None:
+        from finetune.cli.memory import config_of_run, explained_out_of_memory
         from finetune.report.markdown import write_report
         from finetune.train.run import train_prepared
 
-        _print_outcome(train_prepared(args.worker, write_report))
+        with explained_out_of_memory(config_of_run(args.worker)):
+            run_directory = train_prepared(args.worker, write_report)
+        _print_outcome(run_directory)
         return
     recipe, overrides = recipe_and_overrides(args)
+    if args.sweep:
+        if args.dry_run:
+            raise ConfigError("--sweep does not go with --dry-run", fix="dry-run one of its combinations")
+        from finetune.cli.sweep import sweep
+
+        sweep(recipe, overrides, args.sweep)
+        return
 
     from finetune.config.compose import compose
 
@@ -58,23 +71,32 @@ def run(args: argparse.Namespace) -> None:
 
         dry_run(composed.config)
         return
-    count = composed.config.distributed.num_processes
+    from finetune.cli.memory import check_memory, explained_out_of_memory
+
+    kind = composed.config.distributed.kind
+    if kind in SHARDED_BASE:
+        say(f"memory: not estimated, since processes share the base with distributed.kind={kind}")
+    else:
+        check_memory(composed.config)
     if starts_processes(composed.config):
         check_inputs(composed.config)
         prepared = prepare_run(composed.config, composed.recipe_name, composed.overrides)
         with prepared.discarded_if_unused():
+            count = composed.config.distributed.num_processes
             launch(["train", "--worker", str(prepared.path)], count, prepared.path)
         return
     from finetune.report.markdown import write_report
     from finetune.train.run import train
 
-    _print_outcome(train(composed, write_report))
+    with explained_out_of_memory(composed.config):
+        run_directory = train(composed, write_report)
+    _print_outcome(run_directory)
 
 
 def _resume(args: argparse.Namespace) -> None:
     others = [word for word in args.words if not word.startswith(("distributed=", "distributed."))]
-    if others or args.dry_run:
-        given = " ".join(others) or "--dry-run"
+    if others or args.dry_run or args.sweep:
+        given = " ".join(others) or ("--dry-run" if args.dry_run else "--sweep")
         why = (
             "a resumed run keeps the configuration it was started with (its config.yaml); only the processes may change"
         )
@@ -85,10 +107,13 @@ def _resume(args: argparse.Namespace) -> None:
     if starts_processes(config):
         launch(["train", "--resume", str(path), *args.words], config.distributed.num_processes, path)
         return
+    from finetune.cli.memory import explained_out_of_memory
     from finetune.report.markdown import write_report
     from finetune.train.run import resume
 
-    _print_outcome(resume(path, write_report, config))
+    with explained_out_of_memory(config):
+        run_directory = resume(path, write_report, config)
+    _print_outcome(run_directory)
 
 
 def starts_processes(config: RunConfig) -> bool:

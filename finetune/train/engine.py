@@ -20,8 +20,8 @@ from finetune.data.batches import Batch
 from finetune.train.optimisers import load_optimizer_tensors, optimizer_tensors
 from finetune.train.processes import ALONE, Processes
 
-MicroStep = Callable[[Batch], tuple[Tensor, Tensor]]
-"""Forward pass of a micro-step: summed language loss, and balance loss."""
+MicroStep = Callable[[Batch], Tensor]
+"""Forward pass of a micro-step: its shares of the step's terms, float32 [terms]."""
 
 BUCKET_ELEMENTS = 16 << 20
 
@@ -31,15 +31,16 @@ class Engine(Protocol):
 
     Attributes:
         parameters: what this process holds of the adapter, by name.
-        processes: who takes part.
+        accelerator, processes: who takes part.
         can_retry: a process may drop a micro-step and begin it again without the others taking part.
     """
 
     parameters: dict[str, nn.Parameter]
+    accelerator: Accelerator
     processes: Processes
     can_retry: bool
 
-    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> Tensor:
         """Run a micro-step; `last` of an optimiser step's."""
 
     def backward(self, loss: Tensor) -> None:
@@ -101,7 +102,7 @@ class Replicated:
         self.parameters, self.optimizer = dict(parameters), optimizer
         self.max_norm, self.accelerator, self.processes = config.max_gradient_norm, accelerator, processes
 
-    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> Tensor:
         """See `Engine`."""
         return micro_step(batch)
 

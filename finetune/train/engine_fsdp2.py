@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -36,7 +37,7 @@ class FullySharded:
         base: with `adapter` attached; its decoder layers become `fully_shard`'s units.
         adapter: its parameters become parts of themselves.
         config: optimiser and clipping.
-        processes: who takes part.
+        accelerator, processes: who takes part.
 
     Raises:
         MachineError: a parameter is not dealt out over all processes.
@@ -44,7 +45,15 @@ class FullySharded:
 
     can_retry = False
 
-    def __init__(self, base: Base, adapter: Adapter, config: TrainerConfig, processes: Processes) -> None:
+    def __init__(
+        self,
+        base: Base,
+        adapter: Adapter,
+        config: TrainerConfig,
+        accelerator: Accelerator,
+        processes: Processes,
+    ) -> None:
+        self.accelerator = accelerator
         self.processes, self.max_norm = processes, config.max_gradient_norm
         mesh = init_device_mesh(base.device.type, (processes.count,))
         model = base.model.model
@@ -64,7 +73,7 @@ class FullySharded:
                     fix="please report this with the version of torch",
                 )
 
-    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> Tensor:
         """See `Engine`. Gradients travel after the last micro-step only."""
         for unit in self._units:
             unit.set_requires_gradient_sync(last)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.adapters.lora import Adapter
@@ -41,7 +42,7 @@ class _Whole(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, micro_step: MicroStep, batch: Batch) -> tuple[Tensor, Tensor]:
+    def forward(self, micro_step: MicroStep, batch: Batch) -> Tensor:
         return micro_step(batch)
 
 
@@ -52,7 +53,7 @@ class ZeroSharded:
         base: with `adapter` attached; its frozen parameters become buffers.
         adapter: what DeepSpeed takes over.
         config: optimiser and clipping.
-        processes: who takes part.
+        accelerator, processes: who takes part.
         settings: DeepSpeed's (`finetune.config.deepspeed`).
 
     Raises:
@@ -62,8 +63,15 @@ class ZeroSharded:
     can_retry = False
 
     def __init__(
-        self, base: Base, adapter: Adapter, config: TrainerConfig, processes: Processes, settings: dict[str, Any]
+        self,
+        base: Base,
+        adapter: Adapter,
+        config: TrainerConfig,
+        accelerator: Accelerator,
+        processes: Processes,
+        settings: dict[str, Any],
     ) -> None:
+        self.accelerator = accelerator
         self.processes, self.stage = processes, int(settings["zero_optimization"]["stage"])
         deepspeed = _deepspeed(base.device)
         make_frozen_buffers(base.model)
@@ -92,10 +100,10 @@ class ZeroSharded:
                 fix="please report this with the version of DeepSpeed",
             )
 
-    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> Tensor:
         """See `Engine`."""
         self._engine.set_gradient_accumulation_boundary(last)
-        result: tuple[Tensor, Tensor] = self._engine(micro_step, batch)
+        result: Tensor = self._engine(micro_step, batch)
         return result
 
     def backward(self, loss: Tensor) -> None:

@@ -24,10 +24,12 @@ from finetune.train.engine import Engine
 from finetune.train.evidence import digest_of, write_evidence
 from finetune.train.hangs import HangWatch
 from finetune.train.metrics import MetricsLog, Tracker, memory_gib
+from finetune.train.routing_watch import RoutingWatch
 from finetune.train.run_directory import RunDirectory
 from finetune.train.schedule import learning_rate
 from finetune.train.signals import StopRequest
-from finetune.train.step import NotFinite, OptimiserStep, StepFigures
+from finetune.train.step import OptimiserStep, StepFigures
+from finetune.train.step_failures import NotFinite
 
 MOST_SKIPPED = 10  # steps in a row; after that something else is wrong than a few rows
 
@@ -84,7 +86,8 @@ class Trainer:
         tracker: an outside tracker.
         validation_loss: None when there is nothing to validate on.
         data_fingerprint: stored in checkpoints; resuming on other data is refused.
-        watch: told of every step and micro-step.
+        hangs: told of every step and micro-step.
+        watch: looks at routing after each validation. None: not wanted.
     """
 
     def __init__(
@@ -98,13 +101,15 @@ class Trainer:
         tracker: Tracker,
         validation_loss: ValidationLoss | None,
         data_fingerprint: str,
-        watch: HangWatch,
+        hangs: HangWatch,
+        watch: RoutingWatch | None = None,
     ) -> None:
         self.config, self.base, self.adapter, self.plan = config, base, adapter, plan
         self.engine, self.processes, self.run, self.tracker = engine, engine.processes, run, tracker
-        self.validation_loss, self.data_fingerprint, self.watch = validation_loss, data_fingerprint, watch
+        self.validation_loss, self.data_fingerprint = validation_loss, data_fingerprint
+        self.hangs, self.watch = hangs, watch
         self.metrics = MetricsLog(run.metrics, writes=run.writes)
-        self.step = OptimiserStep(config.trainer, base, engine)
+        self.step = OptimiserStep(config.trainer, base, engine, adapter)
         self.state = LoopState()
         self.audit_lines: list[str] = []
         if config.trainer.activation_checkpointing:
@@ -153,7 +158,7 @@ class Trainer:
                 step + 1,
                 begin=lambda: seed_step(self.config.seed, step, self.processes.rank),
                 before_update=self._audit,
-                beat=lambda doing: self.watch.beat(f"step {step + 1}, {doing}"),
+                beat=lambda doing: self.hangs.beat(f"step {step + 1}, {doing}"),
             )
         except NotFinite as error:
             self._keep_evidence(error, batches, rate)
@@ -202,6 +207,7 @@ class Trainer:
             epoch=epoch,
             loss=figures.loss,
             balance_loss=figures.balance,
+            router_z_loss=figures.router_z,
             learning_rate=rate,
             gradient_norm=figures.gradient_norm,
             tokens=figures.tokens,
@@ -209,8 +215,9 @@ class Trainer:
             tokens_per_second=round(speed, 1),
             memory_gib=round(memory, 3),
         )
-        shown = {"loss": figures.loss, "balance_loss": figures.balance, "gradient_norm": figures.gradient_norm}
-        shown |= {"learning_rate": rate, "tokens_per_second": speed, "memory_gib": memory}
+        shown = {"loss": figures.loss, "balance_loss": figures.balance, "router_z_loss": figures.router_z}
+        shown |= {"gradient_norm": figures.gradient_norm, "learning_rate": rate}
+        shown |= {"tokens_per_second": speed, "memory_gib": memory}
         self.tracker.log(shown, state.step)
         details = f"loss {figures.loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s, {memory:.2f} GiB"
         progress.show(state.step, details, force=state.step % self.config.logging.every_steps == 0)
@@ -236,10 +243,12 @@ class Trainer:
         """Validate, and say whether it is the best so far."""
         assert self.validation_loss is not None
         self.base.model.eval()
-        self.watch.beat(f"validation after step {self.state.step}")
+        self.hangs.beat(f"validation after step {self.state.step}")
         loss = float(self.processes.from_first(self.validation_loss()))
         if not math.isfinite(loss):
             raise CheckError(f"validation loss after step {self.state.step} is {loss}")
+        if self.watch is not None:
+            self.watch.look(self.state.step)
         self.metrics.append("evaluation", self.state.step, validation_loss=loss)
         self.tracker.log({"validation_loss": loss}, self.state.step)
         improved = self.state.best_loss is None or loss < self.state.best_loss
@@ -253,7 +262,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this moment and remove the ones no longer kept. Process 0 writes for all."""
-        self.watch.beat(f"saving after step {self.state.step}")
+        self.hangs.beat(f"saving after step {self.state.step}")
         optimizer, adapter = self.engine.optimizer_tensors(), self.engine.adapter_tensors()
         self.processes.must_agree("the adapter", digest_of(adapter))
         if not self.run.writes:

@@ -31,11 +31,11 @@ def open_engine(
     if config.distributed.kind == "fsdp2":
         from finetune.train.engine_fsdp2 import FullySharded
 
-        return FullySharded(base, adapter, trainer, processes)
+        return FullySharded(base, adapter, trainer, accelerator, processes)
     if settings := deepspeed_settings(config):
         from finetune.train.engine_zero import ZeroSharded
 
-        return ZeroSharded(base, adapter, trainer, processes, settings)
+        return ZeroSharded(base, adapter, trainer, accelerator, processes, settings)
     parameters = adapter.parameters()
     optimizer = make_optimizer(parameters, trainer, seed=config.seed)
     return Replicated(parameters, optimizer, trainer, accelerator, processes)

@@ -5,36 +5,36 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from finetune.adapters.files import write_adapter
-from finetune.adapters.read_back import fits_in_memory, live_logits, memory_needed_bytes, read_back
+from finetune.adapters.read_back import live_logits
 from finetune.config.compose import ComposedConfig
 from finetune.config.deepspeed import deepspeed_settings
-from finetune.config.schema import RunConfig
+from finetune.config.schema import AdapterConfig, RunConfig
 from finetune.config.validate import dump_yaml, to_plain
 from finetune.console import say, warn
-from finetune.data.render import Sample
-from finetune.errors import ConfigError, InputError, Interrupted, MachineError
+from finetune.errors import ConfigError, InputError, Interrupted
+from finetune.evaluate.affinity import write_affinity
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import check_unchanged
 from finetune.train.checkpoints import checkpoint_path, load_checkpoint, load_newest, remove_after
 from finetune.train.engine import Engine
 from finetune.train.evaluation import evaluate_test_set, validation_subset
+from finetune.train.finish import Result, read_back_samples, why_not_read_back, write_result
 from finetune.train.hangs import HangWatch
 from finetune.train.loop import Trainer
 from finetune.train.metrics import Tracker, memory_gib
 from finetune.train.open_engine import open_engine
 from finetune.train.processes import Processes, closing, naming_lost_processes, open_processes
+from finetune.train.routing_watch import RoutingWatch
 from finetune.train.run_directory import RunDirectory, prepare_run, write_json
 from finetune.train.session import Session, open_session, session_facts
 from finetune.train.signals import StopRequest
 
+EXPERTS = "experts.json"  # which experts are adapted, unless all are
 WriteReport = Callable[[Path], object]
 """Given the run directory, whether the run finished or not."""
 
@@ -80,6 +80,8 @@ def _begin(session: Session, run: RunDirectory, started: float, write_report: Wr
         run.update_manifest(**session_facts(session))
         if run.writes:
             _name_skipped_rows(session, run)
+            if session.affinity is not None:
+                write_affinity(run.path / EXPERTS, session.affinity)
         _execute(session, run, stop, started, write_report, resumed=False)
 
 
@@ -114,11 +116,17 @@ def resume(path: Path, write_report: WriteReport, config: RunConfig | None = Non
             os.chdir(origin)
         if revision := manifest.get("base", {}).get("revision"):
             config = replace(config, model=replace(config.model, revision=revision))
+        if (run.path / EXPERTS).is_file():  # measured once: a resumed run adapts the experts that it started with
+            config = replace(config, adapter=_with_select(config.adapter, str(run.path / EXPERTS)))
         with run.locked():
             session = open_session(config, processes, resumed=True)
             with StopRequest() as stop:
                 _execute(session, run, stop, started, write_report, resumed=True)
     return run.path
+
+
+def _with_select(adapter: AdapterConfig, select: str) -> AdapterConfig:
+    return replace(adapter, experts=replace(adapter.experts, select=select))
 
 
 def _execute(
@@ -136,20 +144,19 @@ def _execute(
     say(f"processes: {engine.describe()}")
     if run.writes and (settings := deepspeed_settings(session.config)):
         write_json(run.path / "deepspeed.json", settings)
-    watch = HangWatch(session.processes, session.config.distributed.timeout_s)
-    trainer = _trainer(session, engine, run, tracker, stop, watch)
+    hangs = HangWatch(session.processes, session.config.distributed.timeout_s)
+    trainer = _trainer(session, engine, run, tracker, stop, hangs)
     if resumed:
         _restore(trainer, session, run)
     earlier = run.read_json(run.manifest)
     run.update_manifest(status="running", stopped_by=None, processes=engine.describe())
     ending: dict[str, Any] = {"status": "finished"}
     try:
-        with watch, naming_lost_processes(session.processes):
+        with hangs, naming_lost_processes(session.processes):
             result = _train_and_evaluate(session, trainer, run, stop)
         session.processes.leave()
         if run.writes:  # long, and process 0 needs no other for it
-            _write_adapter(session, run, result)
-            run.update_manifest(read_back=_read_back(session, run, result))
+            write_result(session, run, result)
     except BaseException as error:
         first_line = (str(error).splitlines() or [""])[0]
         ending = {"status": "stopped", "stopped_by": f"{type(error).__name__}: {first_line}".removesuffix(": ")}
@@ -204,21 +211,6 @@ def _restore(trainer: Trainer, session: Session, run: RunDirectory) -> None:
     say(f"resuming after step {step} of {session.plan.total_steps}")
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a finished training leaves in memory.
-
-    Attributes:
-        adapter: the whole adapter by name, on the CPU.
-        live_logits: what reading back compares with (`finetune.adapters.read_back.live_logits`); None without it.
-        not_read_back: why there will be no reading back.
-    """
-
-    adapter: dict[str, Tensor]
-    live_logits: dict[str, Tensor] | None
-    not_read_back: str | None
-
-
 def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, stop: StopRequest) -> Result:
     """Before-figures, training, after-figures: all that needs every process.
 
@@ -232,7 +224,7 @@ def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, s
             return
 
         def between() -> None:
-            trainer.watch.beat(f"evaluating {when} training")
+            trainer.hangs.beat(f"evaluating {when} training")
             _leave_if_asked(stop, run, save, processes)
 
         figures = evaluate_test_set(base, test, config, when=when, between_batches=between)
@@ -243,15 +235,18 @@ def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, s
         evaluate("before", trainer.save)
     trainer.train(stop)
     _choose_best(session, trainer, run)
-    trainer.watch.beat("checking the base")
+    trainer.hangs.beat("checking the base")
     check_unchanged(base)
     evaluation.pop("after", None)
     # The last step is saved already; saving now could store the best step's adapter under its name.
     evaluate("after", None)
-    trainer.watch.beat("gathering the adapter")
-    skipped: str | None = processes.from_first(_why_not_read_back(session))
-    samples = _read_back_samples(session)
-    live = live_logits(base, session.adapter, samples) if skipped is None else None
+    if trainer.watch is not None:
+        best = trainer.state.best_step if config.save.best_metric != "none" else None
+        usage = trainer.step.router_loss.usage
+        run.update_manifest(routing=trainer.watch.finish(best or trainer.state.step, usage))
+    trainer.hangs.beat("gathering the adapter")
+    skipped: str | None = processes.from_first(why_not_read_back(session))
+    live = live_logits(base, session.adapter, read_back_samples(session)) if skipped is None else None
     return Result(trainer.engine.adapter_tensors(), live, skipped)
 
 
@@ -283,24 +278,40 @@ def _sitting(trainer: Trainer, earlier: dict[str, Any], started: float) -> dict[
 
 
 def _trainer(
-    session: Session, engine: Engine, run: RunDirectory, tracker: Tracker, stop: StopRequest, watch: HangWatch
+    session: Session, engine: Engine, run: RunDirectory, tracker: Tracker, stop: StopRequest, hangs: HangWatch
 ) -> Trainer:
     config, base = session.config, session.base
     validation: Callable[[], float] | None = None
+
+    def between() -> None:
+        hangs.beat("validating")
+        _leave_if_asked(stop, run, trainer.save, session.processes)
+
     if "validation" in session.splits:
         samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_rows)
-
-        def between() -> None:
-            watch.beat("validating")
-            _leave_if_asked(stop, run, trainer.save, session.processes)
 
         def validation() -> float:
             return held_out_loss(
                 base.model, samples, config.data.max_length, task="validation", between_batches=between
             ).mean
 
+    watch = None
+    if config.evaluate.routing_samples:
+        split = next(session.splits[name] for name in ("test", "validation", "train") if name in session.splits)
+        watch = RoutingWatch(
+            config,
+            base,
+            session.adapter,
+            split,
+            run,
+            tracker,
+            session.accelerator,
+            between,
+        )
     fingerprint = session.splits["train"].fingerprint
-    trainer = Trainer(config, base, session.adapter, session.plan, engine, run, tracker, validation, fingerprint, watch)
+    trainer = Trainer(
+        config, base, session.adapter, session.plan, engine, run, tracker, validation, fingerprint, hangs, watch
+    )
     return trainer
 
 
@@ -313,53 +324,3 @@ def _choose_best(session: Session, trainer: Trainer, run: RunDirectory) -> None:
         trainer.load_adapter(load_checkpoint(checkpoint_path(run.checkpoints, best)))
     say(f"adapter of step {best}: best validation loss {trainer.state.best_loss:.4f}")
     run.update_manifest(adapter_of_step=best)
-
-
-def _write_adapter(session: Session, run: RunDirectory, result: Result) -> None:
-    if run.adapter.exists():  # its read-back failed or was killed, and the run was resumed
-        run.remove_adapter()
-    location = session.location
-    name = location.name if location.revision else str(location.directory.resolve())
-    write_adapter(
-        run.adapter,
-        session.adapter,
-        session.config.adapter,
-        base_name=name,
-        base_revision=location.revision,
-        base_identity=session.base.identity,
-        parameters=result.adapter,
-        base_held_as=session.base.held_as,
-    )
-    say(f"adapter: {run.adapter}")
-
-
-def _why_not_read_back(session: Session) -> str | None:
-    export, base = session.config.export, session.base
-    if export.read_back == "never":
-        return "export.read_back is never"
-    if export.read_back == "auto" and not fits_in_memory(base):
-        needed = memory_needed_bytes(base) / 2**30
-        return f"a dequantised base needs {needed:.0f} GiB of memory, more than half of what is free"
-    return None
-
-
-def _read_back_samples(session: Session) -> Sequence[Sample]:
-    split = session.splits.get("test", session.splits["train"])
-    return split.samples[: session.config.export.read_back_rows]
-
-
-def _read_back(session: Session, run: RunDirectory, result: Result) -> dict[str, Any]:
-    """Read the adapter back, or say why not; what is stored says which."""
-    if result.live_logits is None:
-        warn(f"the adapter was not read back with stock PEFT: {result.not_read_back}")
-        return {"skipped": result.not_read_back}
-    try:
-        samples = _read_back_samples(session)
-        found = read_back(session.base, session.adapter, run.adapter, samples, result.live_logits)
-    except MachineError as error:
-        if session.config.export.read_back == "always":
-            raise
-        warn(f"the adapter was not read back with stock PEFT: {error.what}")
-        return {"skipped": error.what}
-    (say if found.conclusive else warn)(found.describe())
-    return asdict(found)

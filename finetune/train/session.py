@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from finetune import __version__
 from finetune.adapters.files import read_adapter_into
 from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.adapters.sites import describe_sites
-from finetune.config.derive import check_inputs
+from finetune.config.derive import check_inputs, router_notes
 from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.schema import RunConfig
 from finetune.console import Progress, say
@@ -27,10 +28,12 @@ from finetune.data.dataset import Split, describe, load_split
 from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
+from finetune.evaluate.affinity import Affinity, choose_experts
 from finetune.evaluate.testset import TestSet, choose_test_set
 from finetune.model.attention import attention_kernel, select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.experts import expert_kernel, select_expert_kernel
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
 from finetune.model.shards import ShardedLayers
@@ -61,6 +64,7 @@ class Session:
         accelerator: device and tracker.
         processes: who takes part.
         test: rows scored before and after; None without a test split.
+        affinity: which experts are adapted, and why; None: all.
     """
 
     config: RunConfig
@@ -72,6 +76,7 @@ class Session:
     accelerator: Accelerator
     processes: Processes
     test: TestSet | None
+    affinity: Affinity | None = None
 
 
 def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bool = False) -> Session:
@@ -119,6 +124,7 @@ def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bo
     dtype = choose_dtype(config.model, device)
     base = load_base(checkpoint, device, dtype, config.model.experts_per_chunk, wanted, shards)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
+    say(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
     say(select_attention(base.model, config.model.attention_kernel).describe())
     storage = storage_table(base.model)
@@ -128,18 +134,34 @@ def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bo
     check_storage(storage, wanted)
     if config.data.pack:
         say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
-    adapter = attach_adapter(base, config.adapter, seed=config.seed)
+    affinity = _chosen_experts(base, location.name, splits["train"], config, accelerator)
+    selection = None if affinity is None else affinity.selected
+    adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection)
     if config.adapter.init_from is not None:
         read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
         say(f"adapter: training on from {config.adapter.init_from}")
     say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
     say(describe_optimizer(config, adapter.parameters()))
-    if config.trainer.router_balance_coefficient:
-        say(describe_balance_reach(list(adapter.sites), checkpoint.shape))
+    if config.trainer.router_balance_coefficient or config.trainer.router_z_loss_coefficient:
+        say(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
+    for note in router_notes(config):
+        say(note)
     processes.must_agree("the base", base.identity)
-    for name, split in splits.items():
-        processes.must_agree(f"the {name} data", split.fingerprint)
-    return Session(config, location, base, adapter, splits, plan, accelerator, processes, test)
+    for split_name, split in splits.items():
+        processes.must_agree(f"the {split_name} data", split.fingerprint)
+    return Session(config, location, base, adapter, splits, plan, accelerator, processes, test, affinity)
+
+
+def _chosen_experts(
+    base: Base, name: str, split: Split, config: RunConfig, accelerator: Accelerator
+) -> Affinity | None:
+    """Which experts are adapted; processes whose sums differ in the last bit must not differ in that."""
+    if not config.adapter.experts.rank:
+        return None
+    affinity = choose_experts(base, name, split.samples, config.data, config.adapter)
+    if accelerator.num_processes > 1:
+        (affinity,) = broadcast_object_list([affinity])
+    return affinity
 
 
 def session_facts(session: Session) -> dict[str, Any]:
@@ -153,6 +175,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "revision": session.location.revision,
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
+            "expert_kernel": expert_kernel(session.base.model),
             "held_as": session.base.held_as,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
@@ -167,7 +190,9 @@ def session_facts(session: Session) -> dict[str, Any]:
             for name, split in session.splits.items()
         },
         "adapter_parameters": {
-            kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "experts")
+            kind: sum(site.num_parameters for site in sites if site.kind == kind)
+            for kind in ("attention", "router", "experts")
+            if kind != "router" or session.config.adapter.router.mode != "frozen"
         },
         "optimizer": describe_optimizer(session.config, session.adapter.parameters()),
         "total_steps": session.plan.total_steps,

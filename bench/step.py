@@ -32,6 +32,7 @@ from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, Expert
 from finetune.console import say
 from finetune.data.batches import Batch
 from finetune.model.attention import select_attention
+from finetune.model.experts import select_expert_kernel
 from finetune.model.build import Base
 from finetune.model.forward import checkpoint_activations
 from finetune.model.shapes import ModelShape
@@ -78,6 +79,8 @@ def make_variant(name: str, config: dict[str, Any], batch: Batch, args: argparse
         base = dequantised(base)
         parameters = _peft_parameters(base, args.rank, experts=bool(expert_rank))
     say(select_attention(base.model, args.attention_kernel).describe())
+    if name.startswith("ours"):
+        say(select_expert_kernel(base.model, "auto").describe())
     trainer = replace(TrainerConfig(), **{key: yaml.safe_load(value) for key, _, value in _pairs(args.trainer)})
     if trainer.activation_checkpointing:
         checkpoint_activations(base.model)

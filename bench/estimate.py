@@ -34,7 +34,7 @@ from finetune.estimate.shapes import find_base  # noqa: E402
 from finetune.model.build import load_base  # noqa: E402
 from finetune.model.forward import checkpoint_activations  # noqa: E402
 from finetune.model.shapes import ModelShape  # noqa: E402
-from finetune.train.engine import alone
+from finetune.train.engine import alone  # noqa: E402
 from finetune.train.optimisers import make_optimizer  # noqa: E402
 from finetune.train.step import OptimiserStep  # noqa: E402
 

@@ -127,7 +127,7 @@ def main() -> None:
     held_out: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "tiny"
-        write_tiny_base(base, seed=0)
+        write_tiny_base(base, seed=0, kind="constructed")
         with Progress("variants", len(VARIANTS) * len(args.seeds), "runs") as progress:
             for seed in args.seeds:
                 for name, overrides in VARIANTS.items():

@@ -22,7 +22,7 @@ from finetune.model.tiny import write_tiny_base
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base with random embeddings (seed 0), built once. Read it; copy it before changing a file."""
     directory = tmp_path_factory.mktemp("bases") / "tiny"
-    write_tiny_base(directory, seed=0, constructed=False)
+    write_tiny_base(directory, seed=0, kind="random")
     return directory
 
 

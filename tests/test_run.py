@@ -57,7 +57,7 @@ def test_its_manifest_holds_the_checks(finished: tuple[Path, str]) -> None:
 
 def test_its_page_shows_curves_a_sample_and_norms(finished: tuple[Path, str]) -> None:
     page = (finished[0] / "report.html").read_text()
-    assert page.count("<polyline") == 7 and "<mark>" in page and "12 weights" in page
+    assert page.count("<polyline") == 8 and "<mark>" in page and "12 weights" in page
     assert "cannot be made from" not in page and "could not be read" not in page
 
 

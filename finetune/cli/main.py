@@ -29,7 +29,7 @@ COMMANDS = {
         "GiB by part, disk and time of a recipe: fits or not, and what would make it",
     ),
     "recipes": ("finetune.cli.recipes", "list the recipes, or show one"),
-    "config": ("finetune.cli.config", "show what a recipe and overrides come to"),
+    "config": ("finetune.cli.config", "show a recipe's settings, what differs, or a schema for editors"),
     "export": (
         "finetune.cli.export",
         "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
@@ -38,6 +38,9 @@ COMMANDS = {
     "generate": ("finetune.cli.generate", "text from base and adapter: RUN PROMPT"),
     "chat": ("finetune.cli.chat", "talk with a run's model: RUN"),
     "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
+    "report": ("finetune.cli.report", "write a run's report.html and report.md anew: RUN"),
+    "doctor": ("finetune.cli.doctor", "look at this machine: packages, GPU, disk, network, with fixes"),
+    "completion": ("finetune.cli.completion", "completion for bash, zsh or fish"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }
 _NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)

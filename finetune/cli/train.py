@@ -12,8 +12,14 @@ from finetune.errors import ConfigError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_recipe(parser, "finetune train RECIPE [key=value ...] [--dry-run]\n       finetune train --resume RUN")
+    add_recipe(
+        parser,
+        "finetune train RECIPE [key=value ...] [--dry-run] [--sweep key=a,b]\n       finetune train --resume RUN",
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no model, and stop")
+    parser.add_argument(
+        "--sweep", metavar="KEY=A,B", action="append", help="run every value, and every combination if given again"
+    )
     parser.add_argument("--resume", metavar="RUN", type=Path, help="go on from a run directory's last checkpoint")
 
 
@@ -24,8 +30,8 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: no recipe, or one beside `--resume`.
     """
     if args.resume is not None:
-        if args.words or args.dry_run:
-            given = " ".join(args.words) or "--dry-run"
+        if args.words or args.dry_run or args.sweep:
+            given = " ".join(args.words) or ("--dry-run" if args.dry_run else "--sweep")
             why = "a resumed run keeps the configuration it was started with (its config.yaml)"
             fix = f"finetune train --resume {args.resume}"
             raise ConfigError(f"--resume does not go with {given}", why=why, fix=fix)
@@ -38,6 +44,13 @@ def run(args: argparse.Namespace) -> None:
         _print_outcome(run_directory)
         return
     recipe, overrides = recipe_and_overrides(args)
+    if args.sweep:
+        if args.dry_run:
+            raise ConfigError("--sweep does not go with --dry-run", fix="dry-run one of its combinations")
+        from finetune.cli.sweep import sweep
+
+        sweep(recipe, overrides, args.sweep)
+        return
 
     from finetune.config.compose import compose
 

@@ -186,9 +186,12 @@ class DataConfig(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionAdapterConfig(_Strict):
-    """LoRA on the attention projections. `rank: 0` leaves attention alone.
+    """LoRA on the attention projections.
 
     Attributes:
+        rank: of the update; higher has more capacity and takes more memory. 0 leaves attention alone.
+        alpha: the update is scaled by alpha / rank.
+        targets: which projections.
         dropout: share of a projection's inputs that the update does not see in a training step; nothing at inference.
     """
 
@@ -200,9 +203,11 @@ class AttentionAdapterConfig(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertAdapterConfig(_Strict):
-    """LoRA on both projections of every routed expert. `rank: 0` leaves the experts alone.
+    """LoRA on both projections of every routed expert.
 
     Attributes:
+        rank: of each expert's update; memory grows with it times the experts. 0 leaves the experts alone.
+        alpha: the update is scaled by alpha / rank.
         dropout: only 0; the key is there to say why (an expert's update in PEFT's format is a weight W + BA, in which
             dropping inputs of BA alone cannot be written).
     """
@@ -250,6 +255,9 @@ class TrainerConfig(_Strict):
         schedule: how the rate falls from the peak after the warm-up.
         final_learning_rate_share: the rate at the end as a share of the peak.
         warmup_share: share of all steps spent rising from lr / warm-up steps to the peak.
+        weight_decay: AdamW's pull towards zero.
+        adam_beta1, adam_beta2: decay of AdamW's averages of gradients and of their squares.
+        adam_epsilon: added to the root of the second average, so that tiny gradients are not blown up.
         max_gradient_norm: gradients are scaled down to this norm; 0 turns clipping off (the norm is still checked).
         router_balance_coefficient: weight of the per-layer balance loss. The published config's 0.9 is a
             pre-training value and ruins a fine-tune: above 0.1 is refused unless forced.
@@ -304,6 +312,7 @@ class LoggingConfig(_Strict):
 
     Attributes:
         tracker: `wandb` sends metrics through Accelerate.
+        project: under which name a tracker files the run.
         mode: `offline` writes wandb's files without a network.
         every_steps: optimiser steps between two progress lines when not on a terminal.
     """

@@ -186,9 +186,8 @@ def _accelerator(config: RunConfig) -> Accelerator:
             why="accumulation, precision and engine are the recipe's to say",
             fix=f"unset {' '.join(set_here)}",
         )
-    log_with = None if config.logging.tracker == "none" else config.logging.tracker
     on_cpu = choose_device(config.model).type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=log_with)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     if accelerator.num_processes != config.distributed.num_processes:
         raise MachineError(
             f"{accelerator.num_processes} processes run, the recipe says {config.distributed.num_processes}",

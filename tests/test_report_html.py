@@ -75,6 +75,8 @@ def run(tmp_path: Path) -> Path:
     (directory / "sample.json").write_text(
         json.dumps({"where": ATTACK, "pieces": [{"text": ATTACK, "weight": 1.0}, {"text": "context", "weight": 0}]})
     )
+    (directory / "figures").mkdir()
+    (directory / "figures" / "experts_before.svg").write_text(f"<svg>{ATTACK}</svg>")
     answers = [
         {"measured": "text", "who": who, "suite": "test", "row": 3, "final": f"{who} {ATTACK}", "answer": ATTACK}
         for who in ("base", "adapter")
@@ -85,7 +87,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_nothing_from_data_reaches_the_page_unescaped(run: Path) -> None:
     page = checked(write_html(run))
-    assert {tag for tag, _ in page.tags} & {"script", "img", "b2", "iframe", "link", "object"} == set()
+    assert {tag for tag, _ in page.tags} & {"script", "iframe", "link", "object"} == set()
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.text.count("<script>alert(1)</script>") > 8  # it stands there as text
     (policy,) = [
@@ -97,7 +99,9 @@ def test_nothing_from_data_reaches_the_page_unescaped(run: Path) -> None:
 def test_the_page_loads_nothing(run: Path) -> None:
     text = write_html(run).read_text()
     page = checked(run / "report.html")
-    assert not any({"src", "href", "srcset", "data"} & attributes.keys() for _, attributes in page.tags)
+    assert not any({"href", "srcset", "data"} & attributes.keys() for _, attributes in page.tags)
+    sources = [str(attributes["src"]) for _, attributes in page.tags if "src" in attributes]
+    assert len(sources) == 1 and sources[0].startswith("data:image/svg+xml;base64,")  # the heat map
     assert "url(" not in text and "@import" not in text
 
 

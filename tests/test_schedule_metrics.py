@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -192,8 +193,11 @@ def test_tensorboard_reads_back(tmp_path: Path) -> None:
     tracker = Tracker(MAIN, LoggingConfig(tracker="tensorboard"), RUN_CONFIG, tmp_path)  # type: ignore[arg-type]
     for step, loss in ((1, 2.5), (2, 1.25)):
         tracker.log({"loss": loss}, step)
+    tracker.log_image("map", np.full((3, 5), 128, dtype=np.uint8), 2)
     tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (image,) = events.Images("map")
+    assert (image.step, image.height, image.width) == (2, 3, 5)
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 1.25)]
     (settings,) = tmp_path.glob("tensorboard/*/hparams.yml")
     assert "trainer.learning_rate: 0.0002\ntrainer.max_steps: 'null'" in settings.read_text()

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from finetune import __version__
 from finetune.cli.arguments import Parser, parse, refuse_unknown_word
-from finetune.console import say
+from finetune.console import complain, say
 from finetune.errors import CapacityError, FinetuneError, MachineError, is_out_of_memory
 
 # Command: the module with its `add_arguments(parser)` and `run(args)`, and a line for the list.
@@ -34,6 +34,7 @@ COMMANDS = {
         "finetune.cli.export",
         "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
     ),
+    "experts": ("finetune.cli.experts", "measure which experts a recipe's data use: score RECIPE"),
     "evaluate": ("finetune.cli.evaluate", "base against adapter: test rows, retention, contamination: RUN"),
     "generate": ("finetune.cli.generate", "text from base and adapter: RUN PROMPT"),
     "chat": ("finetune.cli.chat", "talk with a run's model: RUN"),
@@ -114,9 +115,11 @@ def _report(error: Exception) -> int:
     known = error if isinstance(error, FinetuneError) else _as_known(error)
     if known is None:
         traceback.print_exception(error)
-        say(f"error: this is a bug in gpt-oss-finetune {__version__}, not in your input; please report the lines above")
+        complain(
+            f"error: this is a bug in gpt-oss-finetune {__version__}, not in your input; please report the lines above"
+        )
         return 1
-    say(f"error: {known}")
+    complain(f"error: {known}")
     return known.exit_code
 
 

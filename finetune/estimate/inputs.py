@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any, Literal
+from typing import Literal
 
-from finetune.config.keys import type_at
 from finetune.config.schema import RunConfig
 from finetune.estimate.shapes import BaseShape
 
@@ -98,42 +96,34 @@ def step_shape(config: RunConfig, base: BaseShape, *, on_gpu: bool) -> StepShape
         attention_storage=config.model.attention_storage,
         embedding_on_cpu=config.model.embedding_on_cpu,
         experts_per_chunk=min(config.model.experts_per_chunk, base.num_experts),
-        expert_kernel=_kernel(config, "model.expert_kernel", "triton" if on_gpu else "reference"),
-        attention_kernel=_kernel(config, "model.attention_kernel", "flash"),
+        expert_kernel=_kernel(config.model.expert_kernel, "triton" if on_gpu else "reference"),
+        attention_kernel=_kernel(config.model.attention_kernel, "flash"),
         attention_rank=config.adapter.attention.rank,
         attention_targets=config.adapter.attention.targets,
         expert_rank=config.adapter.experts.rank,
         adapted_layers=max(0, min(last, base.num_layers - 1) - first + 1),
-        adapted_experts=_adapted_experts(_value(config, "adapter.experts.select", "all"), base),
-        shared_factor=_value(config, "adapter.experts.share", "none"),
+        adapted_experts=_adapted_experts(config.adapter.experts.select, base),
+        shared_factor=config.adapter.experts.share,
         router_parameters=_router_parameters(config, base),
         adapter_bytes=2 if config.adapter.dtype == "bfloat16" else 4,
         gradient_bytes=2 if config.trainer.gradient_dtype == "bfloat16" else 4,
         optimizer=config.trainer.optimizer,
         states_on_cpu=config.trainer.optimizer_states_on_cpu,
         checkpointing=config.trainer.activation_checkpointing,
-        offload=_value(config, "trainer.activation_offload", False),
+        offload=config.trainer.activation_offload,
         kind=config.distributed.kind,
         processes=config.distributed.num_processes,
     )
 
 
-def _value(config: RunConfig, key: str, otherwise: Any) -> Any:
-    """A key that this version's schema may not have yet."""
-    path = tuple(key.split("."))
-    return reduce(getattr, path, config) if type_at(path) is not None else otherwise
-
-
-def _kernel(config: RunConfig, key: str, automatic: str) -> str:
-    """What `auto` comes to; a schema without the key has the reference alone."""
-    chosen: str = _value(config, key, "reference")
+def _kernel(chosen: str, automatic: str) -> str:
+    """What `auto` comes to."""
     return automatic if chosen == "auto" else chosen
 
 
 def _router_parameters(config: RunConfig, base: BaseShape) -> int:
-    mode = _value(config, "adapter.router.mode", "frozen")
-    rank = _value(config, "adapter.router.rank", 0)
-    return {"lora": rank * (base.hidden + base.num_experts), "full": base.router}.get(mode, 0)
+    router = config.adapter.router
+    return {"lora": router.rank * (base.hidden + base.num_experts), "full": base.router}.get(router.mode, 0)
 
 
 def _adapted_experts(select: str, base: BaseShape) -> int:

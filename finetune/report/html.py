@@ -6,6 +6,7 @@ from the run directory alone, so it works on a run that is still going, was stop
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -14,6 +15,7 @@ from typing import Any
 
 from finetune.config.differences import defaults, differences
 from finetune.report.charts import Series, line_chart, smoothed
+from finetune.report.experts import FIGURES
 from finetune.report.html_parts import bars, cards, rows_table, section, survival_table
 from finetune.report.read import RunFacts
 from finetune.report.style import STYLE
@@ -51,6 +53,7 @@ def page(facts: RunFacts) -> str:
         _guarded("Before and after", _evaluation, facts),
         _guarded("Training", _charts, facts),
         _guarded("Answers side by side", _answers, facts),
+        _guarded("Experts", _experts, facts),
         _guarded("What was trained on", _data, facts),
         _guarded("The adapter", _adapter, facts),
         _guarded("What survives rounding to MXFP4", _survival, facts),
@@ -206,6 +209,19 @@ def _answers(facts: RunFacts) -> str:
         expected = f" <small>(the answer is {escape(str(right))})</small>" if right is not None else ""
         parts.append(f'<h3>Row {row}{expected}</h3>{question}<div class="pair">{both}</div>')
     return "".join(parts)
+
+
+def _experts(facts: RunFacts) -> str:
+    """Heat maps that the run left: pictures, in which a browser runs nothing whatever they hold."""
+    drawn = [
+        f'<figure><img alt="{escape(file.stem.replace("_", " "))}" src="data:image/svg+xml;base64,'
+        f'{base64.b64encode(file.read_bytes()).decode()}"></figure>'
+        for file in sorted((facts.path / FIGURES).glob("experts_*.svg"))
+    ]
+    if not drawn:
+        return ""
+    note = "1 is even use of a layer's experts; every number is in expert_usage.parquet, by channel and source."
+    return f'<p><small>{note}</small></p><div class="charts">{"".join(drawn)}</div>'
 
 
 def _data(facts: RunFacts) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from finetune.report.experts import experts_section
 from finetune.report.read import read_json, read_lines
 from finetune.report.words import check_lines, code, summary, with_interval
 
@@ -29,6 +30,7 @@ def write_report(run: Path) -> Path:
         f"# Run {run.name}\n\n{summary(manifest, evaluation)}",
         _evaluation(evaluation),
         _training(lines),
+        experts_section(run, manifest),
         "## Checks\n\n" + "\n".join(check_lines(manifest)) if check_lines(manifest) else "",
         _facts(manifest),
         "## Configuration\n\nThe whole of it is in `config.yaml`; overrides on the command line: "

@@ -26,7 +26,7 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 16px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px; }
 figcaption { font-weight: 600; font-size: 0.9rem; margin-bottom: 4px; }
-svg { width: 100%; height: auto; display: block; }
+svg, img { width: 100%; height: auto; display: block; } img { background: #fff; }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .axis { fill: var(--pale); font-size: 12px; }
 svg polyline { fill: none; stroke: var(--accent); stroke-width: 2; }
 svg polyline.raw { stroke: var(--raw); stroke-width: 1; }

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from numpy.typing import NDArray
 
 from finetune.config.schema import LoggingConfig
 from finetune.console import warn
@@ -31,19 +33,26 @@ def memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """Append-only metrics.jsonl: each line is one JSON object with `kind` (`step` or `evaluation`) and `step`."""
+    """Append-only metrics.jsonl: each line is one JSON object with `kind` (`step` or `evaluation`) and `step`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        writes: False in a process that leaves it to another.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def append(self, kind: str, step: int, **figures: Any) -> None:
         """Write one line."""
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
 
     def cut_after(self, step: int) -> None:
         """Drop lines of later steps (and a half-written last line): a resumed run writes them again."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return
         lines = self.path.read_text(errors="replace").splitlines()
         write_whole(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
@@ -84,6 +93,13 @@ class Tracker:
         """Send figures of a step: numbers only, so that no row of data can leave by mistake."""
         if self._tracker is not None:
             self._try(self._send, figures, step)
+
+    def log_image(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """Send an image, grey [rows, columns], to a tracker that takes images; the others go without."""
+        if isinstance(self._tracker, WandBTracker):
+            self._try(self._tracker.log_images, {name: [pixels]}, step=step)
+        elif isinstance(self._tracker, TensorBoardTracker):
+            self._try(self._tracker.log_images, {name: pixels[None, :, :, None]}, step=step, dataformats="NHWC")
 
     def close(self) -> None:
         """Finish; waits for what is still being sent."""

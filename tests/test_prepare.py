@@ -80,7 +80,9 @@ def address(clone: Path) -> Iterator[str]:
 def test_over_http_it_is_the_checkouts_file(
     address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorded = re.search(r"medical/.*?sha256\*\*: `([0-9a-f]{64})`", (SAMPLE.parents[1] / "LICENSES.md").read_text(), re.S)
+    recorded = re.search(
+        r"medical/.*?sha256\*\*: `([0-9a-f]{64})`", (SAMPLE.parents[1] / "LICENSES.md").read_text(), re.S
+    )
     assert recorded and recorded[1] == prepare.PUBMEDQA_SHA256
     wanted = "shipped://" + prepare.PUBMEDQA_NAME
     assert not resolve_data_path(wanted).exists()

@@ -64,7 +64,9 @@ def prepare_medical(source: str | None = None) -> Path:
             )
     files = {name: _checked(name, _read(source or PUBMEDQA_SOURCE, name), expected) for name, expected in
              PUBMEDQA_FILES.items()}  # fmt: skip
-    content = pubmedqa_records(json.loads(files["data/ori_pqal.json"]), json.loads(files["data/test_ground_truth.json"]))
+    content = pubmedqa_records(
+        json.loads(files["data/ori_pqal.json"]), json.loads(files["data/test_ground_truth.json"])
+    )
     _checked(PUBMEDQA_NAME, content, PUBMEDQA_SHA256)
     target = prepared_dir() / PUBMEDQA_NAME
     _write(target.parent / "LICENSE.pubmedqa", files["LICENSE"])
@@ -125,7 +127,7 @@ def _read(source: str, name: str) -> bytes:
     except (OSError, urllib.error.URLError) as error:
         raise MachineError(
             f"{place} cannot be read: {getattr(error, 'reason', error)}",
-            fix="with a network elsewhere: git clone https://github.com/pubmedqa/pubmedqa, bring the directory here, and "
+            fix="where there is a network: git clone https://github.com/pubmedqa/pubmedqa; bring the directory here and "
             "give it with --from DIR",
         ) from None
     return content

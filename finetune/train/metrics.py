@@ -138,7 +138,9 @@ def make_tracker(config: LoggingConfig, directory: Path) -> GeneralTracker:
     if config.tracker == "wandb":
         # An unreachable wandb otherwise blocks for over two minutes before it gives up.
         settings = {"init_timeout": 20}
-        return WandBTracker(config.project, mode=config.mode, dir=str(directory), name=directory.name, settings=settings)
+        return WandBTracker(
+            config.project, mode=config.mode, dir=str(directory), name=directory.name, settings=settings
+        )
     if config.tracker == "tensorboard":
         return TensorBoardTracker("tensorboard", logging_dir=directory)
     if config.tracker == "mlflow":

@@ -30,7 +30,7 @@ def deep_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny.SIZES, "num_hidden_layers", 5)
         patch.setitem(tiny.SIZES, "layer_types", ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"])
-        tiny.write_tiny_base(directory, seed=0, constructed=False)
+        tiny.write_tiny_base(directory, seed=0, kind="random")
     return directory
 
 

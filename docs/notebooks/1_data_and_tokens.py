@@ -1,3 +1,5 @@
+"""Notebook 1: what a record becomes before a model sees it. No model needed."""
+
 # %% [markdown]
 # # 1. Data and tokens
 # What a record becomes before a model sees it: tokens, of which some are trained and the rest is context.

@@ -1,3 +1,5 @@
+"""Notebook 2: a whole run on a tiny random base: look, train, evaluate, report."""
+
 # %% [markdown]
 # # 2. Train and evaluate
 # A whole run on a tiny random base, on a CPU. The commands are those of the terminal: `main([...])` is `finetune ...`.
@@ -12,7 +14,7 @@ from finetune.model.tiny import write_tiny_base
 
 work = Path(tempfile.mkdtemp())
 base = work / "base"
-write_tiny_base(base, seed=0, constructed=False)  # random: it shows the path, and can learn only a little
+write_tiny_base(base, seed=0, kind="random")  # random: it shows the path, and can learn only a little
 recipe = work / "small.yaml"
 recipe.write_text(f"""# @package _global_
 defaults:

@@ -1,3 +1,5 @@
+"""Notebook 3: an export, read by stock PEFT on transformers' own gpt-oss."""
+
 # %% [markdown]
 # # 3. Export and read back
 # An adapter is worth something when others' code reads it. Here stock PEFT does, on transformers' own gpt-oss.
@@ -15,7 +17,7 @@ from finetune.model.tiny import write_tiny_base
 
 work = Path(tempfile.mkdtemp())
 base = work / "base"
-write_tiny_base(base, seed=0, constructed=False)  # random: it shows the path, and can learn only a little
+write_tiny_base(base, seed=0, kind="random")  # random: it shows the path, and can learn only a little
 recipe = work / "small.yaml"
 recipe.write_text(f"""# @package _global_
 defaults:

@@ -127,7 +127,7 @@ def _read(source: str, name: str) -> bytes:
     except (OSError, urllib.error.URLError) as error:
         raise MachineError(
             f"{place} cannot be read: {getattr(error, 'reason', error)}",
-            fix="where there is a network: git clone https://github.com/pubmedqa/pubmedqa; bring the directory here and "
+            fix="where there is a network: git clone https://github.com/pubmedqa/pubmedqa; bring the directory and "
             "give it with --from DIR",
         ) from None
     return content

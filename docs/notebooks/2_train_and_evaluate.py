@@ -55,9 +55,9 @@ print(*sorted(path.name for path in run.iterdir()))
 # metrics.jsonl has a line a step, evaluation.json the test rows before and after with intervals.
 
 # %%
-steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-for line in steps:
-    print(line["step"], line["kind"], f"{line.get('loss', line.get('validation_loss')):.3f}")
+for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+    if line["kind"] in ("step", "evaluation"):
+        print(line["step"], line["kind"], f"{line.get('loss', line.get('validation_loss')):.3f}")
 evaluation = json.loads((run / "evaluation.json").read_text())
 print(f"test loss {evaluation['before']['loss']:.3f} -> {evaluation['after']['loss']:.3f}")
 assert evaluation["after"]["loss"] < evaluation["before"]["loss"]

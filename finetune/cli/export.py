@@ -8,7 +8,14 @@ from pathlib import Path
 from finetune.config.keys import suggest_word
 from finetune.console import say
 from finetune.errors import ConfigError
-from finetune.export.targets import ADAPTER_TARGETS, MERGED_TARGETS, SUMMARIES, ExportOptions
+from finetune.export.targets import (
+    ADAPTER_TARGETS,
+    DEFAULT_ROUNDING,
+    MERGED_TARGETS,
+    ROUNDINGS,
+    SUMMARIES,
+    ExportOptions,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", action="store_true", help="do not open the result in a fresh process")
     parser.add_argument(
         "--gguf-experts", choices=("bf16", "mxfp4"), default="bf16", help="how a merged GGUF stores experts"
+    )
+    parser.add_argument(
+        "--rounding", choices=ROUNDINGS, help=f"how experts go back to MXFP4 (default: {DEFAULT_ROUNDING})"
+    )
+    parser.add_argument(
+        "--calibration", metavar="RUN_OR_RECIPE", help="whose training rows compensated rounding sees (default: RUN)"
     )
     parser.add_argument("--pad-rank", action="store_true", help="peft: pad the rank to one that vLLM serves")
 
@@ -50,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
         dry_run=args.dry_run,
         verify=not args.no_verify,
         gguf_experts=args.gguf_experts,
+        rounding=args.rounding,
+        calibration=args.calibration,
         pad_rank=args.pad_rank,
     )
     match target:

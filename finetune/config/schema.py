@@ -334,11 +334,15 @@ class ExportConfig(_Strict):
             `auto`: when the base in the compute dtype, and half as much again, fits into half of the free memory;
             otherwise the run says that it did not.
         read_back_rows: test (or training) samples compared.
+        calibration_tokens: tokens of training rows that a merge to MXFP4 is calibrated on. None: enough for four routed
+            rows for each input dimension of each expert, with even routing (92,160 for 20b, 368,640 for 120b), and at
+            least 32,768.
         share_examples: put the first few rows of the test data into the model cards that `finetune export` writes.
     """
 
     read_back: Literal["auto", "always", "never"] = "auto"
     read_back_rows: int = 4
+    calibration_tokens: int | None = None
     share_examples: bool = False
 
 

@@ -58,8 +58,8 @@ def attach_layer(layer: GptOssDecoderLayer, factors: dict[str, Factors], device:
             adapted.lora_b.copy_(factors[name].b)
             setattr(layer.self_attn, name, adapted)
     if ROUTER in factors:
-        weight = layer.mlp.router.weight
-        weight.copy_((weight.float() + factors[ROUTER].delta()).to(weight.dtype))
+        weight = layer.mlp.router.weight  # not written into: it may be the mapped file itself
+        weight.data = (weight.float() + factors[ROUTER].delta()).to(weight.dtype)
     experts = {name: found for name, found in factors.items() if name in EXPERTS}
     if experts:
         layer.mlp.experts.attach(_Experts(experts))

@@ -15,8 +15,10 @@ from finetune.adapters.files import CONFIG, WEIGHTS, write_facts
 from finetune.console import Progress, say, warn
 from finetune.errors import CheckError, InputError
 from finetune.export.card import write_card
+from finetune.export.end_to_end import measure_end_to_end
 from finetune.export.execute import write_shards
 from finetune.export.gguf_file import gguf_bytes, gguf_name, write_gguf
+from finetune.export.judge import require_kept
 from finetune.export.merge import Tally
 from finetune.export.native_base import native_base
 from finetune.export.plan import MergePlan, describe_plan, plan_merge
@@ -91,7 +93,10 @@ def _write(
         _copy([path for path in _companions(plan.checkpoint) if path.name in _TERMS], staging)
     else:
         _write_companions(plan, staging)
+    if any(operation.kind == "round experts" for operation in plan.operations):
+        facts["survival"]["end_to_end"] = measure_end_to_end(plan, rounded, options, run)
     _verify(plan, target, staging, facts, options, run, tallies)
+    _judge(plan, target, staging, facts, run)
     write_card(staging.path / CARD, facts, run)
     _seal(target, staging, facts)
     if rounded is not None:
@@ -236,6 +241,21 @@ def _verify(
     except CheckError as error:
         error.fix = f"do not serve it; it stays in {staging.path} for inspection and {FACTS} says what failed"
         facts["verification"] = {"failed": error.what}
+        write_facts(staging.path / FACTS, facts)
+        raise
+
+
+def _judge(plan: MergePlan, target: MergedTarget, staging: Staging, facts: dict[str, Any], run: Path | None) -> None:
+    """Put the survival beside the run, for its report, and stop if the fine-tune was lost."""
+    end_to_end = facts.get("survival", {}).get("end_to_end", {})
+    if run is not None and "survival" in facts:
+        write_facts(run / f"survival-{target}.json", {"written": facts["written"], **facts["survival"]})
+    if "verdict" not in end_to_end:
+        return
+    try:
+        require_kept(end_to_end, plan.rounding, end_to_end["verdict"])
+    except CheckError as error:
+        error.fix = f"{error.fix}. It stays in {staging.path}; export.min_gain_kept and the like set what is allowed"
         write_facts(staging.path / FACTS, facts)
         raise
 

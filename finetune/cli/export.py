@@ -16,6 +16,7 @@ from finetune.export.targets import (
     SUMMARIES,
     ExportOptions,
 )
+from finetune.report.markdown import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,13 +72,22 @@ def run(args: argparse.Namespace) -> None:
         case _ if target in MERGED_TARGETS:
             from finetune.export.merged import export_merged
 
-            export_merged(source, target, out, options, run_directory)
+            try:
+                export_merged(source, target, out, options, run_directory)
+            finally:
+                _report(run_directory)
         case _ if target in ADAPTER_TARGETS:
             from finetune.export.adapters import export_adapter
 
             export_adapter(source, target, out, options, run_directory)
     if not args.dry_run:
         say(str(out), result=True)
+
+
+def _report(run: Path | None) -> None:
+    """Write the run's report again if a merge left figures beside it, those of a merge that was refused included."""
+    if run is not None and any(run.glob("survival-*.json")):
+        write_report(run)
 
 
 def _default_out(directory: Path, run_directory: Path | None, target: str) -> Path:

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from finetune.report.survival import survival_section
+
 NUM_CURVE_POINTS = 12
 
 
@@ -27,6 +29,7 @@ def write_report(run: Path) -> Path:
     sections = [
         f"# Run {run.name}\n\n{_summary(manifest, evaluation)}",
         _evaluation(evaluation),
+        survival_section(run),
         _training(lines),
         _checks(manifest),
         _facts(manifest),

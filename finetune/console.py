@@ -14,11 +14,28 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 _open_line = False  # is there a progress line on the terminal that no newline has ended yet?
+_process: int | None = None  # this process's number, where the first one speaks for all
+
+
+def speak_as(process: int) -> None:
+    """Leave printing to process 0 of a run of several; errors are printed by whom they befall, with its number."""
+    global _process
+    _process = process
+
+
+def complain(text: str) -> None:
+    """Print an error: also from a process that leaves everything else to the first."""
+    if _process:
+        print(f"process {_process}: {text}", file=sys.stderr, flush=True)
+    else:
+        say(text)
 
 
 def say(text: str = "", *, result: bool = False) -> None:
     """Print a line: to standard output if it is the command's result, to standard error otherwise."""
     global _open_line
+    if _process:
+        return
     if _open_line:  # take the progress line's place; it is drawn again below when due
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         _open_line = False
@@ -85,6 +102,8 @@ class Progress:
     def show(self, done: int, details: str = "", *, force: bool = False) -> None:
         """Set the position to `done` units and redraw when due, when `force` says so, and at the end."""
         self.done = done
+        if _process:
+            return
         now = time.monotonic()
         due = REDRAW_SECONDS if self._terminal else PLAIN_LINE_SECONDS
         finished = self.total is not None and done >= self.total

@@ -20,6 +20,13 @@ from torch import Tensor
 from finetune import __version__
 from finetune.adapters.lora import Adapter
 from finetune.adapters.peft_layout import from_peft, peft_config_fields, peft_keys, to_peft
+from finetune.adapters.stored import (
+    fill,
+    read_router_bias,
+    router_bias_changes,
+    stored_factors,
+    write_router_bias,
+)
 from finetune.config.schema import AdapterConfig
 from finetune.console import warn
 from finetune.errors import CheckError, InputError, MachineError
@@ -37,6 +44,7 @@ def write_adapter(
     base_name: str,
     base_revision: str | None,
     base_identity: str,
+    base_held_as: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapter in PEFT's layout, whole or not at all.
 
@@ -46,6 +54,7 @@ def write_adapter(
         config: the recipe's adapter part.
         base_name, base_revision: where to get the base, for whoever loads the adapter.
         base_identity: which base it belongs to.
+        base_held_as: parts of it that were rounded further, see `Base.held_as`; recorded if there are any.
 
     Raises:
         CheckError: a factor is not finite, or every B is zero (nothing was trained).
@@ -54,12 +63,11 @@ def write_adapter(
     """
     tensors = peft_tensors(adapter)
     _check_trained(tensors)
-    write_peft_directory(
-        directory,
-        tensors,
-        peft_config_fields(config),
-        {"base_name": base_name, "base_revision": base_revision, "base_identity": base_identity},
-    )
+    facts: dict[str, Any] = {"base_name": base_name, "base_revision": base_revision, "base_identity": base_identity}
+    if base_held_as:
+        facts["base_held_as"] = dict(base_held_as)
+    fields = peft_config_fields(config, _num_experts(adapter))
+    write_peft_directory(directory, tensors, fields, facts, router_bias=router_bias_changes(adapter))
 
 
 def write_peft_directory(
@@ -68,6 +76,7 @@ def write_peft_directory(
     fields: Mapping[str, Any],
     facts: Mapping[str, Any],
     finish: Callable[[Path], None] | None = None,
+    router_bias: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write tensors, adapter_config.json and finetune.json, whole or not at all; equal inputs give equal bytes.
 
@@ -77,6 +86,7 @@ def write_peft_directory(
         fields: of PEFT's `LoraConfig`, as `peft_config_fields` makes them.
         facts: `base_name`, `base_revision`, `base_identity` (None if not known), and whatever else should be kept.
         finish: called with the unfinished directory before it gets its name; what it raises leaves nothing behind.
+        router_bias: changes of routers' biases, which go into a file of their own.
 
     Raises:
         InputError: the directory exists.
@@ -94,7 +104,8 @@ def write_peft_directory(
         # PEFT holds targets as a set, whose order changes from process to process.
         config |= {key: value for key, value in fields.items() if isinstance(value, list)}
         write_facts(staging / CONFIG, dict(sorted(config.items())))
-        files = {name: _sha256(staging / name) for name in (WEIGHTS, CONFIG)}
+        write_router_bias(staging, router_bias or {})
+        files = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
         write_facts(staging / PROVENANCE, {"written_by": f"gpt-oss-finetune {__version__}", **facts, "files": files})
         if finish is not None:
             finish(staging)
@@ -135,50 +146,92 @@ def write_facts(path: Path, content: Mapping[str, Any]) -> None:
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All factors under PEFT's keys, on the CPU."""
-    parameters = adapter.parameters()
     return {
-        key: to_peft(name, parameters[f"{site.module}.{name}"].detach().cpu())
-        for site in adapter.sites
-        for name, key in peft_keys(site).items()
+        peft_keys(site)[name]: to_peft(name, factor.cpu())
+        for site, module in zip(adapter.sites, adapter.modules, strict=True)
+        for name, factor in stored_factors(site, module).items()
     }
 
 
-def read_adapter_into(directory: Path, adapter: Adapter, config: AdapterConfig, base_identity: str) -> None:
+def read_adapter_into(
+    directory: Path,
+    adapter: Adapter,
+    config: AdapterConfig,
+    base_identity: str,
+    base_held_as: Mapping[str, Any] | None = None,
+) -> None:
     """Fill an attached adapter from a directory in PEFT's layout.
+
+    Args:
+        directory: of the adapter.
+        adapter: attached; its parameters are set, rounded to their dtype if that is narrower than the file's.
+        config: the recipe's adapter part.
+        base_identity, base_held_as: the base here, see `Base`.
 
     Raises:
         InputError: files are missing or damaged, ranks, alphas or targets differ from the recipe's, the adapter
             belongs to another base, or a factor has another shape or is not finite.
     """
-    _check_provenance(directory, base_identity)
-    _check_config(directory, config)
+    _check_provenance(directory, base_identity, base_held_as or {})
+    _check_config(directory, config, _num_experts(adapter))
     stored = _read_tensors(directory)
-    parameters = adapter.parameters()
-    wanted = {key: (site, name) for site in adapter.sites for name, key in peft_keys(site).items()}
-    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    wanted = {key for site in adapter.sites for key in peft_keys(site).values()}
+    missing, unexpected = sorted(wanted - stored.keys()), sorted(stored.keys() - wanted)
     if missing or unexpected:
         raise InputError(
             f"{directory} does not hold the tensors of this recipe's adapter",
             why=f"missing: {missing[:3] or 'none'}; unexpected: {unexpected[:3] or 'none'}",
             fix="make adapter.attention and adapter.experts in the recipe as they were when it was trained",
         )
-    with torch.no_grad():
-        for key, (site, name) in wanted.items():
-            parameter = parameters[f"{site.module}.{name}"]
+    itemsize = min(parameter.element_size() for parameter in adapter.parameters().values())
+    if any(factor.element_size() > itemsize for factor in stored.values()):
+        warn(f"{directory}: its factors are rounded to the recipe's adapter.dtype, which is narrower")
+    for site, module in zip(adapter.sites, adapter.modules, strict=True):
+        factors: dict[str, Tensor] = {}
+        shapes = {name: factor.shape for name, factor in stored_factors(site, module).items()}
+        for name, key in peft_keys(site).items():
             try:
-                factor = from_peft(name, stored[key], parameter.shape)
+                factors[name] = from_peft(name, stored[key], shapes[name])
             except ValueError as error:
                 raise InputError(f"{directory / WEIGHTS}: {key}: {error}") from error
-            if not factor.isfinite().all():
+            if not factors[name].isfinite().all():
                 raise InputError(f"{directory / WEIGHTS}: {key} holds values that are not finite")
-            parameter.copy_(factor)
+        try:
+            fill(site, module, factors)
+        except ValueError as error:
+            raise InputError(
+                f"{directory} does not fit the recipe at {site.module}: {error}",
+                fix="make adapter.experts.select and .share in the recipe as they were when it was trained",
+            ) from error
+    _fill_router_bias(directory, adapter)
+
+
+@torch.no_grad()
+def _fill_router_bias(directory: Path, adapter: Adapter) -> None:
+    changes = read_router_bias(directory)
+    here = {name for name in router_bias_changes(adapter)}
+    if changes.keys() != here:
+        raise InputError(
+            f"{directory} {'lacks' if here else 'has'} changes of routers' biases, the recipe "
+            f"{'trains them' if here else 'does not train them'}",
+            fix="make adapter.router.mode in the recipe as it was when it was trained",
+        )
+    for name, parameter in adapter.parameters().items():
+        if name.endswith(".bias_change"):
+            parameter.copy_(changes[name.removesuffix("_change")])
+
+
+def _num_experts(adapter: Adapter) -> int:
+    """E, as far as anything needs it: the rank that a router trained whole is written with."""
+    return next((site.rank for site in adapter.sites if site.whole), 0)
 
 
 def _check_trained(tensors: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise CheckError(f"the adapter is not finite: {', '.join(broken[:3])}")
-    if not any(tensor.count_nonzero() for key, tensor in tensors.items() if "lora_B" in key):
+    pairs = ((tensor, tensors[key.replace("lora_B", "lora_A")]) for key, tensor in tensors.items() if "lora_B" in key)
+    if not any(b.count_nonzero() and a.count_nonzero() for b, a in pairs):
         raise CheckError("the adapter is empty: every lora_B is zero", why="no update reached it")
 
 
@@ -186,7 +239,8 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     """What `finetune.json` says of an adapter, after comparing the files with it.
 
     Returns:
-        `base_name`, `base_revision`, `base_identity`, `files` and `written_by`; None without the file.
+        `base_name`, `base_revision`, `base_identity`, `files` and `written_by`, and `base_held_as` if the base was
+        rounded further than its checkpoint; None without the file.
 
     Raises:
         InputError: no directory, the file cannot be read, or another file is missing or not the one that was written.
@@ -205,7 +259,7 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     for name, digest in files.items():
         if not (directory / name).is_file():
             raise InputError(f"{directory} lacks {name}")
-        if _sha256(directory / name) != digest:
+        if sha256_of(directory / name) != digest:
             raise InputError(f"{directory / name} is not the file that was written", why="its sha256 differs")
     return provenance
 
@@ -223,15 +277,36 @@ def refuse_other_base(provenance: Mapping[str, Any], base_identity: str, where: 
         )
 
 
-def _check_provenance(directory: Path, base_identity: str) -> None:
+def warn_held_as(provenance: Mapping[str, Any], held_as: Mapping[str, Any], where: Path) -> None:
+    """Warn if an adapter was trained over other values than those it is used with now, of one and the same checkpoint.
+
+    Args:
+        provenance: its finetune.json.
+        held_as: how the base is held now; empty: as the checkpoint has it.
+        where: the adapter, for the message.
+    """
+    trained = provenance.get("base_held_as") or {}
+    formats, now = ({part: held["format"] for part, held in facts.items()} for facts in (trained, held_as))
+    if formats == now:
+        return
+    words = [f"{part} in {held['format']} (off by {held['relative_rms']:.1%})" for part, held in trained.items()]
+    here = ", ".join(f"{part} in {form}" for part, form in now.items()) or "the checkpoint's own values"
+    warn(
+        f"{where} was trained over {', '.join(words) or 'the checkpoint as it is'}, and is used with {here}: "
+        "that is another function, and its evaluation says nothing about it; evaluate again"
+    )
+
+
+def _check_provenance(directory: Path, base_identity: str, base_held_as: Mapping[str, Any]) -> None:
     provenance = read_provenance(directory)
     if provenance is None:
         warn(f"{directory} has no {PROVENANCE}: whether it belongs to this base cannot be checked")
         return
     refuse_other_base(provenance, base_identity, directory)
+    warn_held_as(provenance, base_held_as, directory)
 
 
-def _check_config(directory: Path, config: AdapterConfig) -> None:
+def _check_config(directory: Path, config: AdapterConfig, num_experts: int) -> None:
     path = directory / CONFIG
     try:
         stored = json.loads(path.read_text())
@@ -239,7 +314,7 @@ def _check_config(directory: Path, config: AdapterConfig) -> None:
         raise InputError(f"{path} cannot be read", why=str(error)) from error
     # What a recipe does not set must not be set there either.
     unset: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
-    for field, wanted in {**unset, **peft_config_fields(config)}.items():
+    for field, wanted in {**unset, **peft_config_fields(config, num_experts)}.items():
         found = stored.get(field) or type(wanted)()
         same = set(found) == set(wanted) if isinstance(wanted, list) else found == wanted
         if not same:
@@ -259,6 +334,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged", why=str(error)) from error
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """A file's sha256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -29,6 +29,7 @@ from finetune.errors import CheckError, MachineError
 from finetune.model.build import Base
 from finetune.model.dense import DenseCheckpoint, write_native
 from finetune.model.forward import hidden_states
+from finetune.model.held import write_held
 
 MAX_TOKENS = 1024  # of a sample; transformers' eager attention holds T x T scores
 NUM_POSITIONS = 16  # compared in each sample: 201,088 logits each
@@ -95,7 +96,13 @@ def fits_in_memory(base: Base) -> bool:
     return memory_needed_bytes(base) < psutil.virtual_memory().available * FREE_MEMORY_SHARE
 
 
-def read_back(base: Base, adapter: Adapter, directory: Path, samples: Sequence[Sample]) -> ReadBack:
+def read_back(
+    base: Base,
+    adapter: Adapter,
+    directory: Path,
+    samples: Sequence[Sample],
+    live: Mapping[str, Tensor] | None = None,
+) -> ReadBack:
     """Compare the adapter on disk with the live model.
 
     Args:
@@ -103,13 +110,16 @@ def read_back(base: Base, adapter: Adapter, directory: Path, samples: Sequence[S
         adapter: the live one.
         directory: what was written.
         samples: at least one; each is cut to its first MAX_TOKENS tokens.
+        live: what `live_logits` gave for them already, where other processes had to help. None: it is asked now.
 
     Raises:
         CheckError: keys are missing or unexpected, logits differ, or the other process failed.
     """
     say(f"reading {directory} back with stock PEFT in a fresh process ...")
+    if adapter.changes_router_bias:
+        say("compared without the changes of the routers' biases, which only merged exports carry")
     with tempfile.TemporaryDirectory() as scratch:
-        tensors = _live_logits(base, adapter, samples)
+        tensors = live_logits(base, adapter, samples) if live is None else dict(live)
         save_file(tensors, Path(scratch) / "live.safetensors")
         request = {
             "base": str(_trained_base(base, Path(scratch) / "base")),
@@ -140,18 +150,37 @@ def _result(answer: Mapping[str, Any], num_samples: int, *, exact: bool) -> Read
 
 
 def _trained_base(base: Base, scratch: Path) -> Path:
-    """The weights that were trained over, for others to load: a bfloat16 base's experts were rounded while reading."""
-    if not isinstance(base.checkpoint, DenseCheckpoint):
+    """The weights that were trained over, for others to load, if they were rounded while reading.
+
+    A bfloat16 checkpoint's experts are; whatever is held in NF4 is.
+    """
+    if not base.held_as and not isinstance(base.checkpoint, DenseCheckpoint):
         return base.checkpoint.directory
     scratch.mkdir()
-    write_native(base.checkpoint, scratch)
+    if base.held_as:
+        write_held(base, scratch)
+    elif isinstance(base.checkpoint, DenseCheckpoint):
+        write_native(base.checkpoint, scratch)
     return scratch
 
 
 @torch.no_grad()
-def _live_logits(base: Base, adapter: Adapter, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def live_logits(base: Base, adapter: Adapter, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What the live model computes, for `read_back` to compare with.
+
+    Where processes hold parts of the model, every one of them calls this.
+
+    Args:
+        base: with `adapter` attached, as trained.
+        adapter: the live one.
+        samples: at least one; each is cut to its first MAX_TOKENS tokens.
+
+    Returns:
+        `ids.N` and `where.N` (see `sample_positions`), and logits `adapted.N` and `base.N`.
+    """
     tensors = sample_positions(samples)
-    tensors |= sample_logits(base, tensors, "adapted")
+    with adapter.without_router_bias():  # files of others have no place for it
+        tensors |= sample_logits(base, tensors, "adapted")
     with adapter.disabled():
         tensors |= sample_logits(base, tensors, "base")
     return tensors

@@ -57,10 +57,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show(directory: Path, *, as_json: bool) -> None:
+    from finetune.adapters.locate import resolve_run
     from finetune.export import show
     from finetune.export.adapters import known_shape
     from finetune.export.orientation import SWAPPING_RELEASE, is_swapped
-    from finetune.export.source import open_adapter, resolve_run
+    from finetune.export.source import open_adapter
 
     source = open_adapter(resolve_run(directory)[0])
     if is_swapped(source, known_shape(source)):

@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
     if target not in SUMMARIES:
         fix = suggest_word(target, list(SUMMARIES)) or f"one of {', '.join(SUMMARIES)}"
         raise ConfigError(f"cannot export to {target!r}", fix=fix)
-    from finetune.export.source import open_adapter, resolve_run
+    from finetune.adapters.locate import resolve_run
+    from finetune.export.source import open_adapter
 
     directory, run_directory = resolve_run(args.run)
     source = open_adapter(directory)

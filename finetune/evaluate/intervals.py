@@ -42,3 +42,22 @@ def bootstrap_ratio_interval(
         ratios[resample] = numerators[drawn].sum() / denominators[drawn].sum()
     low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def paired_ratio_interval(
+    before: NDArray[np.float64],
+    after: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    confidence: float,
+    *,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of (sum(after) - sum(before)) / sum(weights), resampling rows and keeping pairs.
+
+    Args:
+        before, after: float64 [n], such as each sample's NLL under two models, or 1 where an answer was right.
+        weights: float64 [n], the denominators they share.
+        confidence: level, such as 0.95.
+        seed: of the resampling.
+    """
+    return bootstrap_ratio_interval(after - before, weights, confidence, seed=seed)

@@ -134,6 +134,11 @@ def score_labels(
     return LabelScores(labels, scores, right)
 
 
+def label_tokens(labels: Sequence[str]) -> NDArray[np.int64]:
+    """int64 [labels]: tokens of each whole answer, its header and end token included."""
+    return np.array([len(render_answer(label)) for label in labels])
+
+
 def _label_number(record: Record, labels: tuple[str, ...]) -> int:
     if record.answer not in labels:
         raise InputError(f"{record.where}: answer {record.answer!r} is not among the {len(labels)} labels")

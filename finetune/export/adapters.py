@@ -12,7 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune import __version__
-from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, staged_directory, write_facts, write_peft_directory
+from finetune.adapters.files import (
+    CONFIG,
+    PROVENANCE,
+    WEIGHTS,
+    staged_directory,
+    warn_held_as,
+    write_facts,
+    write_peft_directory,
+)
 from finetune.config.locate import shipped_dir
 from finetune.console import say, warn
 from finetune.export.card import write_card
@@ -72,15 +80,15 @@ def export_adapter(
     refuse_existing(out)
     shape = _check_base(source, options)
     contents = _contents(source, target, out, shape, options)
+    if source.router_bias:
+        left_out = f"changes of {len(source.router_bias)} routers' biases"
+        warn(f"left out: {left_out}; only merged exports carry them (--to bf16)")
     if options.dry_run:
         for line in _describe(contents, target):
             say(line, result=True)
         return
-    facts = {
-        "base_name": source.base_name,
-        "base_revision": source.base_revision,
-        "base_identity": source.base_identity,
-    }
+    facts = source.base_facts
+    warn_held_as(facts, {}, source.directory)
 
     def finish(staging: Path) -> None:
         _finish(

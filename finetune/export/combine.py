@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from finetune.adapters.files import WEIGHTS, write_peft_directory
+from finetune.adapters.files import WEIGHTS, warn_held_as, write_peft_directory
 from finetune.console import Progress, warn
 from finetune.errors import ConfigError, InputError
 from finetune.export.adapters import known_shape
@@ -97,7 +98,7 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | N
                 layers[number][name] = factors
             progress.advance()
     tensors, fields = peft_contents(layers.items(), every_layer=_every_layer(sources, layers))
-    write_peft_directory(out, tensors, fields, _facts(adapters, rank))
+    write_peft_directory(out, tensors, fields, _facts(adapters, rank), router_bias=_summed_biases(adapters))
     return costs
 
 
@@ -135,6 +136,15 @@ def _summed(adapters: Sequence[Weighted], number: int) -> dict[str, Factors]:
     }
 
 
+def _summed_biases(adapters: Sequence[Weighted]) -> dict[str, Tensor]:
+    """Weighted sums of the changes of routers' biases."""
+    total: dict[str, Tensor] = {}
+    for adapter in adapters:
+        for name, change in adapter.source.router_bias.items():
+            total[name] = total.get(name, torch.zeros_like(change)) + adapter.weight * change
+    return total
+
+
 def _cut(factors: Factors, rank: int, layer: int, name: str) -> tuple[Factors, Reranked]:
     """The best update of a rank (Eckart and Young), each expert for itself, its factors of equal size."""
     q_b, r_b = torch.linalg.qr(factors.b.double())
@@ -167,6 +177,8 @@ def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
             f"({str(other.base_identity)[:12]}); updates of one mean nothing to the other",
             fix="merge adapters of one base only",
         )
+    for adapter in adapters[1:]:
+        warn_held_as(adapters[0].source.base_facts, adapter.source.base_held_as, adapters[0].source.directory)
     if any(adapter.source.base_identity is None for adapter in adapters):
         warn("not every adapter records its base: whether they belong together is compared by shapes only")
 
@@ -174,9 +186,7 @@ def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
 def _facts(adapters: Sequence[Weighted], rank: int | None) -> dict[str, Any]:
     first = next((a.source for a in adapters if a.source.base_identity), adapters[0].source)
     return {
-        "base_name": first.base_name,
-        "base_revision": first.base_revision,
-        "base_identity": first.base_identity,
+        **first.base_facts,
         "merged_from": [
             {
                 "directory": str(adapter.source.directory.resolve()),

@@ -143,7 +143,7 @@ def _pieces(
 ) -> Iterator[Tensor]:
     """The tensor of one operation, in consecutive parts."""
     checkpoint = plan.checkpoint
-    if rounded is not None and operation.kind in ("round experts", "scales", "bias"):
+    if rounded is not None and operation.kind in ("round experts", "scales", "expert bias"):
         if operation.name in rounded.tallies:
             tally.add(rounded.tallies[operation.name])
         yield from (rounded.read_rows(operation.name, *span) for span in expert_ranges(operation))
@@ -157,6 +157,8 @@ def _pieces(
             merged, made = merge_weight(checkpoint.read_rows(operation.base, 0, operation.shape[0]), factors)
             tally.add(made)
             yield merged
+        case "bias":
+            yield merge_bias(plan, operation)
         case "scales":
             yield scales.pop(operation.base)
         case "dequantise" | "merge experts":
@@ -169,6 +171,12 @@ def _pieces(
                 yield piece
         case "round experts":
             yield from _rounded(plan, operation, factors, pool, tally, scales)
+
+
+def merge_bias(plan: MergePlan, operation: Operation) -> Tensor:
+    """A router's bias with its change, bfloat16 [E], rounded once."""
+    bias = plan.checkpoint.read_rows(operation.base, 0, operation.shape[0])
+    return (bias.float() + plan.source.router_bias[operation.name]).to(bias.dtype)
 
 
 def _rounded(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finetune.console import Progress
 from finetune.errors import InputError, MachineError
-from finetune.export.execute import PIECE_BYTES, in_order, worker_pool
+from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
 from finetune.export.merge import Tally, add_to_experts, merge_weight, round_experts
 from finetune.export.plan import MergePlan, Operation
 from finetune.export.rounding.noise import seeded_noise
@@ -264,7 +264,7 @@ def _write_tensors(
     with Progress("writing GGUF", total >> 20, "MiB") as progress, worker_pool() as pool:
         for tensor in tensors:
             tally = Tally()
-            if rounded is not None and tensor.operation.kind in ("round experts", "bias"):
+            if rounded is not None and tensor.operation.kind in ("round experts", "expert bias"):
                 data = _from_rounded(rounded, tensor).numpy()
                 tallies[tensor.operation.name] = rounded.tallies[tensor.operation.name]
             else:
@@ -279,7 +279,7 @@ def _write_tensors(
 def _from_rounded(rounded: RoundedExperts, tensor: GgufTensor) -> Tensor:
     """The whole tensor of experts that were rounded before, or of their biases."""
     name = tensor.operation.name
-    if tensor.operation.kind == "bias":
+    if tensor.operation.kind == "expert bias":
         return rounded.read(name)[:, tensor.rows].float()
     result = torch.empty(tensor.byte_shape, dtype=torch.uint8)
     for first, last in _ranges(tensor):
@@ -293,6 +293,8 @@ def _make(plan: MergePlan, tensor: GgufTensor, pool: ThreadPoolExecutor, tally: 
     """The whole tensor: float32, or bytes."""
     checkpoint, operation = plan.checkpoint, tensor.operation
     factors = plan.source.read(operation.site) if operation.site else None
+    if operation.kind == "bias":
+        return merge_bias(plan, operation).float()
     if tensor.type != "MXFP4" and operation.kind in ("copy", "merge"):
         stored = checkpoint.read_rows(operation.base, 0, operation.shape[0])
         if factors is not None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
 from finetune.adapters.files import CONFIG, WEIGHTS, read_provenance, write_peft_directory
 from finetune.console import say, warn
 from finetune.errors import InputError
 from finetune.export.adapters import known_shape
+from finetune.export.compact import expanded
 from finetune.export.factors import layers_of
 from finetune.export.orientation import SWAPPING_RELEASE, is_swapped, turned
 from finetune.export.peft import adapts_every_layer, peft_contents
@@ -70,11 +72,7 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
     """
     refuse_existing(out)
     adapter = _read(directory, options)
-    facts: dict[str, Any] = {
-        "base_name": adapter.source.base_name,
-        "base_revision": adapter.source.base_revision,
-        "base_identity": adapter.source.base_identity,
-    }
+    facts = adapter.source.base_facts
     if adapter.shape is not None:
         check_fits(adapter.shape, adapter.source)
     if adapter.base is not None:
@@ -89,7 +87,9 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
         rslora=adapter.rslora,
         every_layer=adapts_every_layer(adapter.source, adapter.shape),
     )
-    write_peft_directory(out, tensors, fields, facts | {"imported_from": sha256(directory / WEIGHTS)})
+    file = directory / (COMPACT_WEIGHTS if is_compact(directory) else WEIGHTS)
+    bias = adapter.source.router_bias
+    write_peft_directory(out, tensors, fields, facts | {"imported_from": sha256(file)}, router_bias=bias)
     say(f"read {adapter.layout}: {len(adapter.source.sites)} sites in {len(adapter.layers)} layers")
     left_out = sorted(path.name for path in directory.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
     if left_out:
@@ -99,6 +99,8 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
 def _read(directory: Path, options: ExportOptions) -> Imported:
     if not directory.is_dir():
         raise InputError(f"no adapter directory {directory}")
+    if is_compact(directory):
+        return _read_compact(directory, options)
     if not (directory / WEIGHTS).is_file():
         others = [name for name in _NOT_SAFETENSORS if (directory / name).is_file()]
         raise InputError(
@@ -134,6 +136,7 @@ def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
         provenance.get("base_revision") or config.get("revision"),
         provenance.get("base_identity"),
         sites=(),
+        base_held_as=provenance.get("base_held_as") or {},
     )
     base, shape = _base(source, options)
     file = PerExpertFile.open(directory / WEIGHTS, config, shape.num_experts if shape else None)
@@ -141,6 +144,18 @@ def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
     sites = tuple(_site(number, name, factors) for number, layer in layers.items() for name, factors in layer.items())
     layout = f"factors expert by expert ({file.num_experts} experts)"
     return Imported(replace(source, sites=sites), base, shape, layers, layout, rslora=False)
+
+
+def _read_compact(directory: Path, options: ExportOptions) -> Imported:
+    compact = read_compact(directory)
+    name, revision, identity = (compact.facts.get(f"base_{key}") for key in ("name", "revision", "identity"))
+    held_as = compact.facts.get("base_held_as") or {}
+    source = AdapterSource(directory, {}, name, revision, identity, (), held_as, compact.router_bias)
+    base, shape = _base(source, options)
+    layers = expanded(compact)
+    sites = tuple(_site(number, name, factors) for number, layer in layers.items() for name, factors in layer.items())
+    layout = "an adapter in compact form"
+    return Imported(replace(source, sites=sites), base, shape, layers, layout, rslora=compact.rslora)
 
 
 def _base(source: AdapterSource, options: ExportOptions) -> tuple[Base | None, ModelShape | None]:

@@ -37,19 +37,23 @@ def attach_source(base: Base, source: AdapterSource) -> None:
     The router has no update beside its weight here: its weight is changed.
     """
     for number, layer in enumerate(base.model.model.layers):
-        attach_layer(layer, source.layer(number), base.device)
+        attach_layer(layer, source, number, base.device)
 
 
 @torch.no_grad()
-def attach_layer(layer: GptOssDecoderLayer, factors: dict[str, Factors], device: torch.device) -> None:
+def attach_layer(layer: GptOssDecoderLayer, source: AdapterSource, number: int, device: torch.device) -> None:
     """Attach one layer's sites.
 
     Args:
         layer: transformers' decoder layer with packed experts.
-        factors: of this layer, by site name.
+        source: the adapter.
+        number: the layer's.
         device: the layer's.
     """
-    factors = {name: Factors(found.a.to(device), found.b.to(device), found.scale) for name, found in factors.items()}
+    factors = {
+        name: Factors(found.a.to(device), found.b.to(device), found.scale)
+        for name, found in source.layer(number).items()
+    }
     for name in ATTENTION:
         if name in factors:
             rank = len(factors[name].a)
@@ -60,6 +64,9 @@ def attach_layer(layer: GptOssDecoderLayer, factors: dict[str, Factors], device:
     if ROUTER in factors:
         weight = layer.mlp.router.weight  # not written into: it may be the mapped file itself
         weight.data = (weight.float() + factors[ROUTER].delta()).to(weight.dtype)
+    if (change := source.router_bias.get(f"model.layers.{number}.mlp.router.bias")) is not None:
+        bias = layer.mlp.router.bias
+        bias.data = (bias.float() + change.to(device)).to(bias.dtype)
     experts = {name: found for name, found in factors.items() if name in EXPERTS}
     if experts:
         layer.mlp.experts.attach(_Experts(experts))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import __version__
-from finetune.adapters.files import CONFIG, WEIGHTS, write_facts
+from finetune.adapters.files import CONFIG, WEIGHTS, warn_held_as, write_facts
 from finetune.console import Progress, say, warn
 from finetune.errors import CheckError, InputError
 from finetune.export.card import write_card
@@ -56,6 +56,7 @@ def export_merged(
         CheckError: the result does not hold what it should; it keeps its unfinished name.
     """
     refuse_existing(out)
+    warn_held_as(source.base_facts, {}, source.directory)
     location = find_base(source, options)
     checkpoint = Checkpoint.open(location.directory)
     layout: MergedTarget = options.gguf_experts if target == "gguf" else target
@@ -177,7 +178,7 @@ def _copy(files: Sequence[Path], staging: Staging) -> None:
 
 
 def _bytes_needed(plan: MergePlan, target: MergedTarget) -> int:
-    rounded = sum(op.num_bytes for op in plan.operations if op.kind in ("round experts", "scales", "bias"))
+    rounded = sum(op.num_bytes for op in plan.operations if op.kind in ("round experts", "scales", "expert bias"))
     ahead = rounded if plan.rounding == "compensated" else 0  # kept beside the export until it is done
     if target == "gguf":
         return gguf_bytes(plan) + ahead

@@ -20,9 +20,9 @@ from finetune.model.shapes import DTYPE_BYTES, ModelShape
 from finetune.mxfp4.constants import BLOCK
 
 SHARD_BYTES = 5_000_000_000  # what transformers cut at for years; smaller is only more files
-Kind = Literal["copy", "merge", "dequantise", "merge experts", "round experts", "scales", "bias"]
+Kind = Literal["copy", "merge", "bias", "dequantise", "merge experts", "round experts", "scales", "expert bias"]
 _BLOCKS, _SCALES, _BIAS = "_blocks", "_scales", "_bias"
-_KINDS: dict[str, Kind] = {_BLOCKS: "round experts", _SCALES: "scales", _BIAS: "bias", ".weight": "merge"}
+_KINDS: dict[str, Kind] = {_BLOCKS: "round experts", _SCALES: "scales", _BIAS: "expert bias", ".weight": "merge"}
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,10 @@ class Operation:
     """How one tensor of the result is made.
 
     Attributes:
-        kind: `copy` the base's bytes; `merge` a bfloat16 weight with its update; `dequantise` experts as they are or
+        kind: `copy` the base's bytes; `merge` a bfloat16 weight with its update; `bias` a router's with its
+            change; `dequantise` experts as they are or
             `merge experts` with their update, into bfloat16 [E, in, out]; `round experts` with their update to MXFP4
-            blocks, and write the `scales` found there and the `bias` that takes up their mean error.
+            blocks, and write the `scales` found there and the `expert bias` that takes up their mean error.
         name: of the tensor in the result.
         base: of the tensor in the base (blocks, for experts).
         site: the update; None where there is none.
@@ -129,6 +130,9 @@ def check_fits(shape: ModelShape, source: AdapterSource) -> None:
         InputError: names the first site that does not fit.
     """
     tensors = shape.expected_tensors()
+    for name, change in source.router_bias.items():
+        if name not in tensors or tensors[name][1] != tuple(change.shape):
+            raise InputError(f"{source.directory} changes {name} {list(change.shape)}, which the base has not")
     for site in source.sites:
         name = site.module + (_BLOCKS if site.num_experts else ".weight")
         if name not in tensors:
@@ -155,7 +159,9 @@ def describe_plan(plan: MergePlan) -> list[str]:
         lines.append(f"{shard.file}  {shard.num_bytes:,} bytes")
         for operation in shard.operations:
             rank = (
-                f"  rank {operation.site.rank}" if operation.site and operation.kind not in ("scales", "bias") else ""
+                f"  rank {operation.site.rank}"
+                if operation.site and operation.kind not in ("scales", "expert bias")
+                else ""
             )
             sizes = "x".join(map(str, operation.shape))
             lines.append(
@@ -179,6 +185,8 @@ def _native_shards(checkpoint: Checkpoint, source: AdapterSource, *, biases: boo
         kind: Kind = "copy"
         if site is not None:
             kind = _KINDS[end]
+        elif name in source.router_bias:
+            kind = "bias"
         base = name.removesuffix(_SCALES) + _BLOCKS if kind == "scales" else name
         by_file.setdefault(entry.file, []).append(Operation(kind, name, base, site, entry.dtype, entry.shape))
     shards = [Shard(file, tuple(operations), file) for file, operations in sorted(by_file.items())]
@@ -201,17 +209,19 @@ def _scales_follow_blocks(names: Sequence[str]) -> bool:
 def _dense_shards(checkpoint: Checkpoint, source: AdapterSource) -> tuple[Shard, ...]:
     sites = {site.module: site for site in source.sites}
     operations = []
+    kind: Kind
     for name, (dtype, sizes) in checkpoint.shape.expected_tensors().items():
         if name.endswith(_SCALES):
             continue
         if name.endswith(_BLOCKS):
             dense = name.removesuffix(_BLOCKS)
             experts, out, groups, _ = sizes
-            kind: Kind = "merge experts" if dense in sites else "dequantise"
+            kind = "merge experts" if dense in sites else "dequantise"
             operations.append(Operation(kind, dense, name, sites.get(dense), "BF16", (experts, groups * BLOCK, out)))
             continue
         site = sites.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        operations.append(Operation("merge" if site else "copy", name, name, site, dtype, sizes))
+        kind = "merge" if site else "bias" if name in source.router_bias else "copy"
+        operations.append(Operation(kind, name, name, site, dtype, sizes))
     return _cut(operations)
 
 

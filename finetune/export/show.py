@@ -70,6 +70,7 @@ def as_json(source: AdapterSource, sites: list[SiteFacts]) -> dict[str, Any]:
         "base_name": source.base_name,
         "base_revision": source.base_revision,
         "base_identity": source.base_identity,
+        "base_held_as": source.base_held_as,
         "peft_version": source.config.get("peft_version"),
         "use_rslora": bool(source.config.get("use_rslora")),
         "num_parameters": sum(site.num_parameters for site in sites),
@@ -87,6 +88,10 @@ def as_lines(source: AdapterSource, sites: list[SiteFacts]) -> list[str]:
     lines = [
         f"{source.directory}: {parameters:,} parameters in {len(sites)} sites, scale = {scale}",
         f"base: {source.base_name or 'not named'}{revision}, identity {identity}",
+        *(
+            f"trained over {part} in {held['format']}, {held['relative_rms']:.1%} off the checkpoint's"
+            for part, held in source.base_held_as.items()
+        ),
         f"{'site':<13} {'layers':<12} {'rank':>5} {'scale':>8} {'norm':>10}  largest",
     ]
     for name in dict.fromkeys(site.name for site in sites):

@@ -6,6 +6,7 @@ The update of a weight [out, in] (of one expert) is scale · b @ a; gate and up 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, read_provenance
+from finetune.adapters.stored import read_router_bias
 from finetune.console import warn
 from finetune.errors import InputError
 from finetune.model.headers import read_header, read_json
@@ -83,6 +85,8 @@ class AdapterSource:
         config: its adapter_config.json.
         base_name, base_revision, base_identity: the base it was trained on; identity is None without finetune.json.
         sites: what it changes, by layer.
+        base_held_as: parts of the base that were rounded further while it was trained, see `Base.held_as`.
+        router_bias: changes of routers' biases by the tensor's name, float32 [E]; only merges carry them.
     """
 
     directory: Path
@@ -91,6 +95,18 @@ class AdapterSource:
     base_revision: str | None
     base_identity: str | None
     sites: tuple[SourceSite, ...]
+    base_held_as: dict[str, Any] = dataclasses.field(default_factory=dict)
+    router_bias: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def base_facts(self) -> dict[str, Any]:
+        """What a finetune.json says of the base."""
+        facts: dict[str, Any] = {
+            "base_name": self.base_name,
+            "base_revision": self.base_revision,
+            "base_identity": self.base_identity,
+        }
+        return facts | ({"base_held_as": self.base_held_as} if self.base_held_as else {})
 
     def site(self, layer: int, name: str) -> SourceSite | None:
         """The site of a layer's weight, None if the adapter leaves it alone."""
@@ -146,29 +162,9 @@ def open_adapter(directory: Path) -> AdapterSource:
         facts.get("base_revision") or config.get("revision"),
         facts.get("base_identity"),
         sites,
+        facts.get("base_held_as") or {},
+        read_router_bias(directory),
     )
-
-
-def resolve_run(path: Path) -> tuple[Path, Path | None]:
-    """Find the adapter a command means.
-
-    Args:
-        path: a run directory, or an adapter directory (in a run or alone).
-
-    Returns:
-        The adapter's directory, and the run's if it belongs to one.
-
-    Raises:
-        InputError: neither.
-    """
-    if (path / CONFIG).is_file():
-        return path, path.parent if path.name == "adapter" and (path.parent / "config.yaml").is_file() else None
-    if (path / "adapter" / CONFIG).is_file():
-        return path / "adapter", path
-    if (path / "config.yaml").is_file():
-        raise InputError(f"run {path} has no adapter yet", fix=f"finish it: finetune train --resume {path}")
-    found = "is neither a run nor an adapter directory" if path.is_dir() else "does not exist"
-    raise InputError(f"{path} {found}", fix="give a run directory, or one that holds adapter_config.json")
 
 
 def module_path(layer: int, name: str) -> str:
@@ -185,15 +181,15 @@ def refuse_unsupported(config: Mapping[str, Any], directory: Path) -> None:
     """Raise InputError for what an adapter_config.json asks for and no export here carries."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"{directory}: peft_type is {config.get('peft_type')!r}, only LORA can be exported")
-    for field, harmless in (
+    for key, harmless in (
         ("use_dora", (None, False)),
         ("bias", (None, "none")),
         ("lora_bias", (None, False)),
         ("modules_to_save", (None, [])),
         ("fan_in_fan_out", (None, False)),
     ):
-        if config.get(field) not in harmless:
-            raise InputError(f"{directory}: {field} is {config[field]!r}, which no export here carries")
+        if config.get(key) not in harmless:
+            raise InputError(f"{directory}: {key} is {config[key]!r}, which no export here carries")
 
 
 def _sites(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: Path) -> tuple[SourceSite, ...]:

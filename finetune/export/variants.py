@@ -81,7 +81,7 @@ class Variants:
         layers = base.model.model.layers
         self._plain = [{name: getattr(layer.self_attn, name) for name in ATTENTION} for layer in layers]
         self._weights = [{name: module.weight.data for name, module in plain.items()} for plain in self._plain]
-        self._routers = [layer.mlp.router.weight.data for layer in layers]
+        self._routers = [(layer.mlp.router.weight.data, layer.mlp.router.bias.data) for layer in layers]
         self._experts: list[PackedExperts] = [layer.mlp.experts for layer in layers]
 
     def names(self) -> list[str]:
@@ -111,7 +111,7 @@ class Variants:
             for name, module in self._plain[number].items():
                 module.weight.data = self._weights[number][name]
                 setattr(layer.self_attn, name, module)
-            layer.mlp.router.weight.data = self._routers[number]
+            layer.mlp.router.weight.data, layer.mlp.router.bias.data = self._routers[number]
             layer.mlp.experts = self._experts[number]
             self._experts[number].lora = None
         for operation in self.plan.operations:
@@ -131,6 +131,11 @@ class Variants:
                     on_device = Factors(found.a.to(self.base.device), found.b.to(self.base.device), found.scale)
                     merged = merge_weight(module.weight.data, on_device)[0].to(module.weight.dtype)
                     module.weight.data = merged
+            change = self.plan.source.router_bias.get(f"model.layers.{number}.mlp.router.bias")
+            if change is not None:
+                bias = layer.mlp.router.bias
+                merged_bias = bias.float() + change.to(self.base.device)
+                bias.data = merged_bias.to(torch.bfloat16).to(bias.dtype)
 
     def _expert_factors(self, number: int) -> dict[str, Factors]:
         device = self.base.device

@@ -75,15 +75,18 @@ def compare_weights(
     plan: MergePlan, target: MergedTarget, directory: Path, tallies: Mapping[str, Tally]
 ) -> dict[str, Any]:
     """Ask the fresh process about every weight; its answer (`problems` by tensor, `compared`, `updates`)."""
+    biases = plan.source.router_bias
     request = {
         "base": str(plan.checkpoint.directory),
         "adapter": str(plan.source.directory / WEIGHTS),
         "merged": str(directory / gguf_name(plan) if target == "gguf" else directory),
         "experts": plan.target,
+        "biases": {name: change.tolist() for name, change in biases.items()},
         "rounding": plan.rounding,
-        "updates": {name: tally.wanted**0.5 for name, tally in tallies.items()},
+        "moved": [operation.name for operation in plan.operations if operation.kind == "expert bias"],
         "sums": {name: {"kept": tally.kept, "missed": tally.missed} for name, tally in tallies.items()},
-        "biases": [operation.name for operation in plan.operations if operation.kind == "bias"],
+        "updates": {name: tally.wanted**0.5 for name, tally in tallies.items()}
+        | {name: float(change.norm()) for name, change in biases.items()},
         "sites": [
             {"module": site.module, "a": site.key_a, "b": site.key_b, "rank": site.rank, "scale": site.scale}
             for site in plan.source.sites

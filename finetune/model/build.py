@@ -6,7 +6,7 @@ Each tensor is read once, hashed as it passes, and moved to its device; what the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,14 @@ from finetune.model.attention import register_attention
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.dense import DenseCheckpoint
 from finetune.model.experts import PackedExperts
+from finetune.model.hold import Holder, HostEmbedding
 from finetune.model.identity import checkpoint_identity, identity, tensor_digest
+from finetune.model.nf4 import Nf4Linear
+from finetune.model.shards import ShardedLayers
+from finetune.model.storage import BaseStorage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CONSEQUENCE = "the adapter is trained over the rounded weights and records it"
 STORED_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8}
 
 
@@ -34,23 +39,39 @@ class Base:
         model: transformers' module tree, every parameter frozen, in evaluation mode.
         checkpoint: the files it came from.
         identity: hash of every tensor's name, dtype, shape and bytes (see `finetune.model.identity`).
-        digests: sha256 of each held tensor's bytes by name, so that a changed one can be named.
+        digests: sha256 of each held tensor's bytes by name, so that a changed one can be named. What the checkpoint
+            has under the same name counts in the checkpoint's dtype.
+        storage: how it is held.
+        storage_errors: relative RMS, by part, of what holding weights in NF4 changed in them; empty: nothing.
+        shards: what gathers the layers of which this process holds a part. None: it holds them whole.
     """
 
     model: GptOssForCausalLM
     checkpoint: Checkpoint
     identity: str
     digests: dict[str, str]
+    storage: BaseStorage = field(default_factory=BaseStorage)
+    storage_errors: dict[str, float] = field(default_factory=dict)
+    shards: ShardedLayers | None = None
 
     @property
     def device(self) -> torch.device:
-        """Where the base lives."""
-        return self.model.model.embed_tokens.weight.device
+        """Where the base computes; its input embedding may be elsewhere."""
+        return self.model.lm_head.weight.device
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of activations and of everything that is not packed."""
-        return self.model.model.embed_tokens.weight.dtype
+        return self.model.lm_head.weight.dtype
+
+    @property
+    def held_as(self) -> dict[str, dict[str, str | float]]:
+        """Parts held in a format that changed their values: `{"experts": {"format": "nf4", "relative_rms": 0.1}}`.
+
+        Empty: the base computes what its checkpoint does.
+        """
+        rounded = self.storage.rounded
+        return {part: {"format": form, "relative_rms": self.storage_errors[part]} for part, form in rounded.items()}
 
     @property
     def expert_rounding_error(self) -> float:
@@ -92,7 +113,14 @@ def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return DTYPES[config.compute_dtype]
 
 
-def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, experts_per_chunk: int) -> Base:
+def load_base(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    experts_per_chunk: int,
+    storage: BaseStorage | None = None,
+    shards: ShardedLayers | None = None,
+) -> Base:
     """Read a checkpoint into a frozen model; experts of a bfloat16 one are rounded to MXFP4, and that is said.
 
     Args:
@@ -100,27 +128,51 @@ def load_base(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, 
         device: where the model lives.
         dtype: dtype of everything that is not packed. Tensors are stored in bfloat16, so float32 loses nothing.
         experts_per_chunk: experts dequantised at a time.
+        storage: how to hold it. None: as the checkpoint does. NF4 is rounded here, and that is said.
+        shards: takes the layers, of which this process then holds a part. None: it holds them whole.
+
+    Raises:
+        MachineError: NF4 is asked for without bitsandbytes.
     """
-    model = _empty_model(checkpoint, experts_per_chunk)
+    storage = storage or BaseStorage()
+    holder, on_host = Holder(device, dtype, storage), Holder(torch.device("cpu"), dtype, storage)
+    model = _empty_model(checkpoint, experts_per_chunk, storage)
+    if storage.embedding_on_cpu:
+        model.model.embed_tokens = HostEmbedding(model.model.embed_tokens, device, dtype)
     state: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
+    converted: dict[str, str] = {}
     names = sorted(checkpoint.names())
     with Progress("reading base", len(names), "tensors") as progress:
         for name in names:
             stored = checkpoint.read(name)
             digests[name] = tensor_digest(stored)
-            state[name] = stored.to(device) if stored.dtype == torch.uint8 else stored.to(device, dtype)
+            dealt_out = shards is not None and shards.takes(name)
+            held = (on_host if dealt_out else holder).hold(name, stored)
+            if shards is not None and dealt_out:
+                shards.take(held)
+            else:
+                state |= held
+            if held.keys() != {name}:
+                converted |= {part: tensor_digest(tensor) for part, tensor in held.items()}
             progress.advance()
+    if shards is not None:
+        state |= shards.finish()
+        shards.attach(model)
     model.load_state_dict(state, strict=True, assign=True)
     # Rotary frequencies are not in the checkpoint and are garbage after the meta device: build them again.
     model.model.rotary_emb = GptOssRotaryEmbedding(model.config).to(device)
     model.requires_grad_(False)
     model.eval()
     _refuse_unfilled(model)
-    return Base(model, checkpoint, _identity(checkpoint, digests), digests)
+    errors = holder.rounding_errors()
+    for part, error in errors.items():
+        say(f"{part}: held in NF4, which changed them by {error:.2%} (relative RMS); {_CONSEQUENCE}")
+    held_digests = {name: digest for name, digest in digests.items() if name in state} | converted
+    return Base(model, checkpoint, _identity(checkpoint, digests), held_digests, storage, errors, shards)
 
 
-def _empty_model(checkpoint: Checkpoint, experts_per_chunk: int) -> GptOssForCausalLM:
+def _empty_model(checkpoint: Checkpoint, experts_per_chunk: int, storage: BaseStorage) -> GptOssForCausalLM:
     """transformers' model on the meta device, its experts replaced by packed ones."""
     settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     config = GptOssConfig.from_dict(settings)
@@ -130,8 +182,16 @@ def _empty_model(checkpoint: Checkpoint, experts_per_chunk: int) -> GptOssForCau
         model = GptOssForCausalLM(config)
         for layer in model.model.layers:
             layer.mlp.experts = PackedExperts(
-                shape.num_experts, shape.hidden, shape.expert_width, shape.swiglu_limit, experts_per_chunk
+                shape.num_experts,
+                shape.hidden,
+                shape.expert_width,
+                shape.swiglu_limit,
+                experts_per_chunk,
+                storage.experts,
             )
+            if storage.attention == "nf4":
+                for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                    setattr(layer.self_attn, name, Nf4Linear(getattr(layer.self_attn, name)))
     return model
 
 
@@ -166,7 +226,11 @@ def check_unchanged(base: Base) -> str:
     names = sorted(base.digests)
     with Progress("checking frozen base", len(names), "tensors") as progress:
         for name in names:
-            stored = state[name].to(STORED_DTYPES[base.checkpoint.dtype(name)])
+            if base.shards is not None:
+                base.shards.hold_layer_of(name)
+            held = state[name]
+            packed = held.dtype == torch.uint8 or name not in base.checkpoint.entries
+            stored = held if packed else held.to(STORED_DTYPES[base.checkpoint.dtype(name)])
             if tensor_digest(stored.cpu()) != base.digests[name]:
                 changed.append(name)
             progress.advance()

@@ -1,13 +1,24 @@
-"""The module that stands where transformers has its experts: MXFP4 bytes as the checkpoint has them, LoRA inside."""
+"""The module that stands where transformers has its experts: frozen weights in one of three storages, LoRA inside."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from finetune.kernels.experts import ExpertWeights, LoraFactors, PackedLinear, expert_block
+from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, PackedLinear, expert_block
+from finetune.kernels.experts_choice import (
+    Block,
+    ExpertChoice,
+    ExpertKernel,
+    ExpertShape,
+    choose_expert_kernel,
+    expert_block_of,
+)
+from finetune.model.nf4 import NF4_BLOCK, Nf4Experts
+from finetune.model.storage import ExpertStorage
 from finetune.mxfp4.format import BLOCK
 
 PUBLISHED_SIGMOID_GAIN = 1.702  # config.json does not carry it; transformers' class default is the same
@@ -23,28 +34,72 @@ class ExpertUpdates(Protocol):
         """Update of down_proj."""
 
 
-class PackedExperts(nn.Module):
-    """All routed experts of one layer, frozen in MXFP4.
+@dataclass(frozen=True)
+class DenseExperts:
+    """E frozen linear maps in bfloat16: the values of MXFP4, which bfloat16 holds exactly.
 
-    Buffers carry the checkpoint's own names, so that the module's state is the file's content:
+    Attributes:
+        weight: bfloat16 [E, out, in].
+        bias: [E, out], in the compute dtype.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def dequantised(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Weights of experts `first` to `last` (exclusive) as [C, out, in]; in bfloat16 they are not copied."""
+        return self.weight[first:last].to(dtype)
+
+
+class PackedExperts(nn.Module):
+    """All routed experts of one layer, frozen.
+
+    In `mxfp4` buffers carry the checkpoint's own names, so that the module's state is the file's content:
     `gate_up_proj_blocks` uint8 [E, 2F, D/32, 16], `gate_up_proj_scales` uint8 [E, 2F, D/32], `gate_up_proj_bias`
-    [E, 2F], and the same for `down_proj` with D and F exchanged ([E, D, F/32, 16] and so on).
+    [E, 2F], and the same for `down_proj` with D and F exchanged ([E, D, F/32, 16] and so on). In `nf4` there are
+    `_nf4_codes` uint8 [E, 2F, D/2] and `_nf4_scales` float32 [E, 2F · D/64] instead, in `bfloat16` `_dense`
+    bfloat16 [E, 2F, D].
 
     Args:
         num_experts, hidden, width: E, D and F.
         limit: clamp of the activation, from config.json.
         experts_per_chunk: experts dequantised at a time.
+        storage: how the weights are held.
+
+    Attributes:
+        shapes: [E, out, in] of each projection, by name.
     """
 
-    def __init__(self, num_experts: int, hidden: int, width: int, limit: float, experts_per_chunk: int) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        width: int,
+        limit: float,
+        experts_per_chunk: int,
+        storage: ExpertStorage = "mxfp4",
+    ) -> None:
         super().__init__()
-        self.limit, self.experts_per_chunk = limit, experts_per_chunk
-        for name, out, inputs in (("gate_up_proj", 2 * width, hidden), ("down_proj", hidden, width)):
-            blocks = torch.empty(num_experts, out, inputs // BLOCK, BLOCK // 2, dtype=torch.uint8)
-            self.register_buffer(f"{name}_blocks", blocks)
-            self.register_buffer(f"{name}_scales", torch.empty(blocks.shape[:-1], dtype=torch.uint8))
-            self.register_buffer(f"{name}_bias", torch.empty(num_experts, out))
+        self.limit, self.experts_per_chunk, self.storage = limit, experts_per_chunk, storage
+        self.shapes = {
+            "gate_up_proj": (num_experts, 2 * width, hidden),
+            "down_proj": (num_experts, hidden, width),
+        }
+        for name, (experts, out, inputs) in self.shapes.items():
+            if storage == "mxfp4":
+                blocks = torch.empty(experts, out, inputs // BLOCK, BLOCK // 2, dtype=torch.uint8)
+                self.register_buffer(f"{name}_blocks", blocks)
+                self.register_buffer(f"{name}_scales", torch.empty(blocks.shape[:-1], dtype=torch.uint8))
+            elif storage == "nf4":
+                codes = torch.empty(experts, out, inputs // 2, dtype=torch.uint8)
+                self.register_buffer(f"{name}_nf4_codes", codes)
+                self.register_buffer(f"{name}_nf4_scales", torch.empty(experts, out * inputs // NF4_BLOCK))
+            else:
+                self.register_buffer(f"{name}_dense", torch.empty(experts, out, inputs, dtype=torch.bfloat16))
+            self.register_buffer(f"{name}_bias", torch.empty(experts, out))
         self.lora: nn.Module | None = None
+        self.kernel = "reference"
+        self.block: Block = expert_block
 
     def attach(self, lora: nn.Module) -> None:
         """Put an expert adapter (an `ExpertUpdates` module) into the computation."""
@@ -53,7 +108,7 @@ class PackedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         """[T, D], int64 [T, K], [T, K] -> [T, D]; argument names are transformers'."""
         updates: ExpertUpdates | None = self.lora  # type: ignore[assignment]
-        return expert_block(
+        return self.block(
             hidden_states,
             router_indices,
             routing_weights,
@@ -63,9 +118,44 @@ class PackedExperts(nn.Module):
         )
 
     def _weights(self) -> ExpertWeights:
-        def packed(name: str) -> PackedLinear:
-            return PackedLinear(*(getattr(self, f"{name}_{part}") for part in ("blocks", "scales", "bias")))
+        gate_up, down = self.projection("gate_up_proj"), self.projection("down_proj")
+        return ExpertWeights(gate_up, down, self.limit, PUBLISHED_SIGMOID_GAIN, self.experts_per_chunk)
 
-        return ExpertWeights(
-            packed("gate_up_proj"), packed("down_proj"), self.limit, PUBLISHED_SIGMOID_GAIN, self.experts_per_chunk
-        )
+    def projection(self, name: str) -> FrozenExperts:
+        """The frozen maps of `gate_up_proj` or `down_proj`, as the expert block takes them."""
+
+        def parts(*endings: str) -> list[Tensor]:
+            return [self.get_buffer(f"{name}_{ending}") for ending in endings]
+
+        if self.storage == "mxfp4":
+            return PackedLinear(*parts("blocks", "scales", "bias"))
+        if self.storage == "nf4":
+            return Nf4Experts(*parts("nf4_codes", "nf4_scales", "bias"))
+        return DenseExperts(*parts("dense", "bias"))
+
+
+def select_expert_kernel(model: nn.Module, wanted: ExpertKernel) -> ExpertChoice:
+    """Choose the kernel for a loaded base and use it from now on (a base is loaded with the reference).
+
+    Args:
+        model: a tree with `PackedExperts`, on its device and in its compute dtype.
+        wanted: the recipe's `model.expert_kernel`.
+
+    Returns:
+        What was chosen and why, to be said to the person.
+
+    Raises:
+        MachineError: the recipe demands a kernel that cannot be used here.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    gate_up_bias, down_bias = layers[0].get_buffer("gate_up_proj_bias"), layers[0].get_buffer("down_proj_bias")
+    shape = ExpertShape(down_bias.shape[1], gate_up_bias.shape[1] // 2, layers[0].experts_per_chunk)
+    choice = choose_expert_kernel(wanted, shape, down_bias.device, down_bias.dtype)
+    for layer in layers:
+        layer.kernel, layer.block = choice.kernel, expert_block_of(choice.kernel)
+    return choice
+
+
+def expert_kernel(model: nn.Module) -> str:
+    """The kernel in use, `triton` or `reference`."""
+    return next(module.kernel for module in model.modules() if isinstance(module, PackedExperts))

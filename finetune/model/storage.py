@@ -8,33 +8,85 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from finetune.config.schema import ModelConfig
 from finetune.errors import CheckError
+
+ExpertStorage = Literal["mxfp4", "nf4", "bfloat16"]
+AttentionStorage = Literal["compute", "nf4"]
+
+
+@dataclass(frozen=True)
+class BaseStorage:
+    """How a base is to be held; the defaults hold what the checkpoint does.
+
+    Attributes:
+        experts, attention: format of the weights, see `finetune.config.schema.ModelConfig`.
+        embedding_on_cpu: the input embedding stays in host memory.
+    """
+
+    experts: ExpertStorage = "mxfp4"
+    attention: AttentionStorage = "compute"
+    embedding_on_cpu: bool = False
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> BaseStorage:
+        """What a recipe asks for."""
+        return cls(config.expert_storage, config.attention_storage, config.embedding_on_cpu)
+
+    @property
+    def rounded(self) -> dict[str, str]:
+        """Parts whose values are not the checkpoint's, and their format."""
+        held = {"experts": self.experts, "attention": self.attention}
+        return {part: form for part, form in held.items() if form == "nf4"}
 
 
 @dataclass(frozen=True)
 class StorageLine:
-    """One part in one format: how many elements and bytes it takes."""
+    """One part in one format on one device: how many bytes it takes."""
 
     part: str
     format: str
     num_bytes: int
+    device: str
 
 
 def storage_table(model: nn.Module) -> list[StorageLine]:
-    """Bytes by part and format, largest first. LoRA parameters are counted as `adapter`."""
-    sizes: Counter[tuple[str, str]] = Counter()
+    """Bytes by part, format and device, largest first. LoRA parameters are counted as `adapter`."""
+    sizes: Counter[tuple[str, str, str]] = Counter()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        sizes[_part(name), _format(name, tensor)] += tensor.numel() * tensor.element_size()
-    return [StorageLine(part, form, size) for (part, form), size in sizes.most_common()]
+        sizes[_part(name), _format(name, tensor), tensor.device.type] += tensor.numel() * tensor.element_size()
+    return [StorageLine(part, form, size, device) for (part, form, device), size in sizes.most_common()]
 
 
 def describe_storage(lines: list[StorageLine]) -> str:
-    """The table as text, one line a part."""
-    return "\n".join(f"  {_readable(line.num_bytes):>11}  {line.part:<16} {line.format}" for line in lines)
+    """The table as text, one line a part; devices are named if there are several."""
+    several = len({line.device for line in lines}) > 1
+    return "\n".join(
+        f"  {_readable(line.num_bytes):>11}  {line.part:<24} {line.format}{f' on {line.device}' if several else ''}"
+        for line in lines
+    )
+
+
+def check_storage(lines: list[StorageLine], wanted: BaseStorage) -> None:
+    """Refuse a base that is not held as the recipe says.
+
+    Raises:
+        CheckError: names the formats or devices found.
+    """
+    check_expert_storage(lines, wanted.experts)
+    attention = {line.format for line in lines if line.part == "attention weights"}
+    if (attention == {"nf4"}) != (wanted.attention == "nf4"):
+        raise CheckError(
+            f"attention weights are held as {', '.join(sorted(attention))}, the recipe says {wanted.attention}"
+        )
+    embedding = {line.device for line in lines if line.part == "input embedding"}
+    if wanted.embedding_on_cpu and embedding != {"cpu"}:
+        raise CheckError(f"the input embedding is on {', '.join(sorted(embedding))}, the recipe says cpu")
 
 
 def check_expert_storage(lines: list[StorageLine], wanted: str) -> None:
@@ -68,8 +120,10 @@ def _part(name: str) -> str:
             return "expert weights"
         case _ if ".router." in name:
             return "router"
+        case _ if ".self_attn." in name and "_proj.weight" in name:
+            return "attention weights"
         case _ if ".self_attn." in name:
-            return "attention"
+            return "attention biases, sinks"
         case _ if "embed_tokens" in name:
             return "input embedding"
         case _ if "lm_head" in name:
@@ -79,6 +133,9 @@ def _part(name: str) -> str:
 
 
 def _format(name: str, tensor: Tensor) -> str:
-    if name.endswith(("_blocks", "_scales")) and tensor.dtype == torch.uint8:
+    if name.endswith(("_proj_blocks", "_proj_scales")) and tensor.dtype == torch.uint8:
         return "mxfp4"
+    codes = name.endswith(("_nf4_codes", "_proj.weight")) and tensor.dtype == torch.uint8
+    if codes or (name.endswith(("_nf4_scales", "_proj.weight_scales")) and tensor.dtype == torch.float32):
+        return "nf4"
     return str(tensor.dtype).removeprefix("torch.")

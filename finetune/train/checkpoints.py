@@ -37,7 +37,7 @@ class Checkpoint:
     """One saved moment.
 
     Attributes:
-        adapter: LoRA parameters by name, float32.
+        adapter: LoRA parameters by name, in the adapter's dtype.
         optimizer: optimiser tensors by `parameter name/state name`.
         state: counters and everything else that is plain JSON.
     """

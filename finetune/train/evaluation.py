@@ -4,49 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig
 from finetune.console import say
-from finetune.data.dataset import Split
 from finetune.data.render import Sample
-from finetune.data.sources import Record
-from finetune.errors import CheckError, ConfigError
-from finetune.evaluate.labels import label_set, score_labels, stratified_subset
+from finetune.errors import CheckError
+from finetune.evaluate.labels import score_labels
 from finetune.evaluate.likelihood import BetweenBatches, held_out_loss
+from finetune.evaluate.testset import TestSet
 from finetune.model.build import Base
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """The rows scored before and after.
-
-    Attributes:
-        records, samples: the same rows, as read and as tokens.
-        labels: candidate answers, or None when labels are not scored.
-    """
-
-    records: tuple[Record, ...]
-    samples: tuple[Sample, ...]
-    labels: tuple[str, ...] | None
-
-
-def choose_test_set(split: Split, config: RunConfig) -> TestSet:
-    """Pick the recipe's test rows, stratified by answer; labels come from the whole split.
-
-    Raises:
-        ConfigError: `evaluate.labels=always`, but the split has records without an answer, or too many answers.
-    """
-    labels = label_set(split.records) if config.evaluate.labels != "never" else None
-    if config.evaluate.labels == "always" and labels is None:
-        raise ConfigError(
-            "evaluate.labels is always, but the test records do not make a label set",
-            why="every record needs an `answer`, and there may be 2 to 64 different ones",
-            fix="set evaluate.labels=never, or give the records answers",
-        )
-    chosen = stratified_subset(split.records, config.evaluate.test_rows, config.seed)
-    return TestSet(tuple(split.records[n] for n in chosen), tuple(split.samples[n] for n in chosen), labels)
 
 
 def evaluate_test_set(

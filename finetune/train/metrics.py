@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from finetune.config.schema import LoggingConfig
 from finetune.console import warn
@@ -29,19 +31,26 @@ def memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """Append-only metrics.jsonl: each line is one JSON object with `kind` (`step` or `evaluation`) and `step`."""
+    """Append-only metrics.jsonl: each line is one JSON object with `kind` (`step` or `evaluation`) and `step`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        writes: False in a process that leaves it to another.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def append(self, kind: str, step: int, **figures: Any) -> None:
         """Write one line."""
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
 
     def cut_after(self, step: int) -> None:
         """Drop lines of later steps (and a half-written last line): a resumed run writes them again."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return
         lines = self.path.read_text(errors="replace").splitlines()
         write_whole(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
@@ -68,7 +77,7 @@ class Tracker:
     def __init__(
         self, accelerator: Accelerator, config: LoggingConfig, run_config: dict[str, Any], directory: Path
     ) -> None:
-        self._accelerator, self._active = accelerator, False
+        self._accelerator, self._active, self._name = accelerator, False, config.tracker
         if config.tracker == "none":
             return
         if importlib.util.find_spec(config.tracker) is None:  # Accelerate would go on without a word
@@ -82,6 +91,12 @@ class Tracker:
     def log(self, figures: dict[str, float], step: int) -> None:
         """Send figures of a step."""
         self._try(self._accelerator.log, figures, step=step)
+
+    def log_image(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """Send an image, grey [rows, columns], to a tracker that takes images."""
+        if self._active:
+            tracker = self._accelerator.get_tracker(self._name)
+            self._try(tracker.log_images, {name: [pixels]}, step=step)
 
     def close(self) -> None:
         """Finish; waits for what is still being sent."""

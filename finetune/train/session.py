@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from finetune import __version__
 from finetune.adapters.files import read_adapter_into
 from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.adapters.sites import describe_sites
-from finetune.config.derive import check_inputs
+from finetune.config.derive import check_inputs, router_notes
+from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.schema import RunConfig
 from finetune.console import Progress, say
 from finetune.data.arrow import sample_lengths
@@ -26,13 +28,19 @@ from finetune.data.dataset import Split, describe, load_split
 from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
+from finetune.evaluate.affinity import Affinity, choose_experts
+from finetune.evaluate.testset import TestSet, choose_test_set
+from finetune.model.attention import attention_kernel, select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.experts import expert_kernel, select_expert_kernel
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
-from finetune.model.storage import check_expert_storage, describe_storage, storage_table
+from finetune.model.shards import ShardedLayers
+from finetune.model.storage import BaseStorage, check_storage, describe_storage, storage_table
 from finetune.train.balance_reach import describe_balance_reach
-from finetune.train.evaluation import TestSet, choose_test_set
+from finetune.train.optimisers import check_optimizer, describe_optimizer
+from finetune.train.processes import ALONE, Processes
 
 _FOREIGN_SETTINGS = (
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -53,8 +61,10 @@ class Session:
         base: frozen, with `adapter` attached.
         splits: `train` and, where the recipe has them, `validation` and `test`.
         plan: which rows each step takes.
-        accelerator: device and processes.
+        accelerator: device and tracker.
+        processes: who takes part.
         test: rows scored before and after; None without a test split.
+        affinity: which experts are adapted, and why; None: all.
     """
 
     config: RunConfig
@@ -64,14 +74,17 @@ class Session:
     splits: dict[str, Split]
     plan: BatchPlan
     accelerator: Accelerator
+    processes: Processes
     test: TestSet | None
+    affinity: Affinity | None = None
 
 
-def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
+def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bool = False) -> Session:
     """Read data and base, attach the adapter, and check all of it.
 
     Args:
         config: the recipe.
+        processes: who takes part; each opens a session of its own.
         resumed: a checkpoint will fill the adapter, so `adapter.init_from` is not read again.
 
     Raises:
@@ -80,7 +93,11 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     if resumed:
         config = replace(config, adapter=replace(config.adapter, init_from=None))
     check_inputs(config)
-    device, accelerator = choose_device(config.model), _accelerator(config)
+    device, accelerator = choose_device(config.model), _accelerator(config, processes)
+    _check_offload(config, device)
+    if device.type == "cuda":
+        say(_describe_allocator())
+    check_optimizer(config, device)
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         say(describe(split))
@@ -91,30 +108,60 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         config.trainer,
         config.seed,
         source_sizes=splits["train"].source_sizes,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=processes.rank,
+        world_size=processes.count,
     )
     _describe_plan(plan, splits["train"], config)
     location = locate_base(config.model.path, config.model.revision)
     checkpoint = Checkpoint.open(location.directory)
     _check_length(checkpoint, config)
+    if config.trainer.activation_offload:
+        say(_describe_offload(checkpoint, config))
     _verify_checksums(checkpoint, config)
-    base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
+    wanted = BaseStorage.of(config.model)
+    deals_out = config.distributed.kind in SHARDED_BASE
+    shards = ShardedLayers(processes.rank, processes.count, device) if deals_out else None
+    dtype = choose_dtype(config.model, device)
+    base = load_base(checkpoint, device, dtype, config.model.experts_per_chunk, wanted, shards)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
+    say(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
+    say(select_attention(base.model, config.model.attention_kernel).describe())
     storage = storage_table(base.model)
     say(describe_storage(storage))
-    check_expert_storage(storage, config.model.expert_storage)
+    if shards is not None:
+        say(shards.describe())
+    check_storage(storage, wanted)
     if config.data.pack:
         say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
-    adapter = attach_adapter(base, config.adapter, seed=config.seed)
+    affinity = _chosen_experts(base, location.name, splits["train"], config, accelerator)
+    selection = None if affinity is None else affinity.selected
+    adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection)
     if config.adapter.init_from is not None:
-        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity)
+        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
         say(f"adapter: training on from {config.adapter.init_from}")
     say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
-    if config.trainer.router_balance_coefficient:
-        say(describe_balance_reach(list(adapter.sites), checkpoint.shape))
-    return Session(config, location, base, adapter, splits, plan, accelerator, test)
+    say(describe_optimizer(config, adapter.parameters()))
+    if config.trainer.router_balance_coefficient or config.trainer.router_z_loss_coefficient:
+        say(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
+    for note in router_notes(config):
+        say(note)
+    processes.must_agree("the base", base.identity)
+    for split_name, split in splits.items():
+        processes.must_agree(f"the {split_name} data", split.fingerprint)
+    return Session(config, location, base, adapter, splits, plan, accelerator, processes, test, affinity)
+
+
+def _chosen_experts(
+    base: Base, name: str, split: Split, config: RunConfig, accelerator: Accelerator
+) -> Affinity | None:
+    """Which experts are adapted; processes whose sums differ in the last bit must not differ in that."""
+    if not config.adapter.experts.rank:
+        return None
+    affinity = choose_experts(base, name, split.samples, config.data, config.adapter)
+    if accelerator.num_processes > 1:
+        (affinity,) = broadcast_object_list([affinity])
+    return affinity
 
 
 def session_facts(session: Session) -> dict[str, Any]:
@@ -128,6 +175,8 @@ def session_facts(session: Session) -> dict[str, Any]:
             "revision": session.location.revision,
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
+            "expert_kernel": expert_kernel(session.base.model),
+            "held_as": session.base.held_as,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
         "data": {
@@ -141,8 +190,11 @@ def session_facts(session: Session) -> dict[str, Any]:
             for name, split in session.splits.items()
         },
         "adapter_parameters": {
-            kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "experts")
+            kind: sum(site.num_parameters for site in sites if site.kind == kind)
+            for kind in ("attention", "router", "experts")
+            if kind != "router" or session.config.adapter.router.mode != "frozen"
         },
+        "optimizer": describe_optimizer(session.config, session.adapter.parameters()),
         "total_steps": session.plan.total_steps,
         "working_directory": str(Path.cwd()),
         "environment": {
@@ -150,14 +202,15 @@ def session_facts(session: Session) -> dict[str, Any]:
             "torch": torch.__version__,
             "device": str(session.base.device),
             "compute_dtype": str(session.base.compute_dtype),
+            "attention_kernel": attention_kernel(session.base.model),
             "platform": platform.platform(),
             "command": " ".join(sys.argv),
         },
     }
 
 
-def _accelerator(config: RunConfig) -> Accelerator:
-    """The processes that run, checked against the recipe.
+def _accelerator(config: RunConfig, processes: Processes) -> Accelerator:
+    """Accelerate's view of the same processes, checked.
 
     Accelerate reads ACCELERATE_* variables, which a launcher or a shell may have left; what would change the training
     behind the recipe's back is refused.
@@ -175,9 +228,10 @@ def _accelerator(config: RunConfig) -> Accelerator:
     log_with = None if config.logging.tracker == "none" else config.logging.tracker
     on_cpu = choose_device(config.model).type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=log_with)
-    if accelerator.num_processes != config.distributed.num_processes:
+    if (accelerator.num_processes, accelerator.process_index) != (processes.count, processes.rank):
         raise MachineError(
-            f"{accelerator.num_processes} processes run, the recipe says {config.distributed.num_processes}",
+            f"Accelerate sees process {accelerator.process_index} of {accelerator.num_processes}, this is "
+            f"{processes.rank} of {processes.count}",
             why="processes that do not know of each other train separate adapters and overwrite one another",
             fix="start it with `finetune train`, without a launcher",
         )
@@ -186,11 +240,13 @@ def _accelerator(config: RunConfig) -> Accelerator:
 
 def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
     trainer, rows = config.trainer, plan.rows(0)
+    count = config.distributed.num_processes
+    processes = f" x {count} processes" if count > 1 else ""
     efficiency = packing_efficiency(sample_lengths(split.samples), rows, config.data.max_length)
     say(
         f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
-        f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps = "
-        f"{trainer.rows_per_micro_step * trainer.micro_steps} rows a step => {plan.total_steps:,} steps "
+        f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps{processes} = "
+        f"{trainer.rows_per_micro_step * trainer.micro_steps * count} rows a step => {plan.total_steps:,} steps "
         f"for {trainer.epochs:g} epochs"
     )
 
@@ -202,6 +258,28 @@ def _check_length(checkpoint: Checkpoint, config: RunConfig) -> None:
             f"data.max_length is {config.data.max_length:,}, the model has {longest:,} positions",
             fix=f"set data.max_length={longest} or less",
         )
+
+
+def _check_offload(config: RunConfig, device: torch.device) -> None:
+    if config.trainer.activation_offload and device.type == "cpu":
+        raise ConfigError(
+            "trainer.activation_offload is true, but the model is on a CPU",
+            why="what it moves to the CPU's memory is there already",
+            fix="leave it false, or set model.device=cuda on a machine with a GPU",
+        )
+
+
+def _describe_allocator() -> str:
+    """Which settings torch's GPU allocator was started with (`finetune.cli.main` sets them unless the person did)."""
+    names = [name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ]
+    settings = " ".join(f"{name}={os.environ[name]}" for name in names)
+    return f"GPU memory: {settings or 'allocator settings are torch defaults'}"
+
+
+def _describe_offload(checkpoint: Checkpoint, config: RunConfig) -> str:
+    shape, tokens = checkpoint.shape, config.trainer.rows_per_micro_step * config.data.max_length
+    gib = shape.num_layers * tokens * shape.hidden * 2 / 2**30  # bfloat16, as on every GPU
+    return f"activation checkpoints: in the CPU's memory, {gib:.2f} GiB of it (pinned) for {tokens:,} tokens at a time"
 
 
 def _check_identity(base: Base, config: RunConfig) -> None:

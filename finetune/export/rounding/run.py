@@ -114,7 +114,7 @@ def _through_layer(
 ) -> LayerInputs:
     """Move all rows through one layer with its adapter; what its experts received."""
     layer = stream.read(number)
-    attach_layer(layer, plan.source.layer(number), stream.device)
+    attach_layer(layer, plan.source, number, stream.device)
     received: list[tuple[Tensor, ...]] = []
 
     def remember(_module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,0 +1,66 @@
+"""`finetune chat RUN`: a conversation with base + adapter, or with the base for comparison."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune.cli.generate import add_sampling, answer, check_sampling, prompt_ids, sampling_of
+from finetune.console import say, warn
+
+_HELP = "/base and /adapter choose who answers, /reset begins anew, /quit (or Ctrl-D) leaves"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
+    add_sampling(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Talk until the input ends.
+
+    Raises:
+        ConfigError: an option out of its range, or the conversation no longer fits the model.
+    """
+    check_sampling(args)
+    from finetune.evaluate.generation import read_completion
+    from finetune.evaluate.opening import open_model
+
+    opened = open_model(args.run, base=args.base, revision=args.revision, device=args.device)
+    say(_HELP)
+    messages: list[dict[str, Any]] = []
+    with_adapter = True
+    while (line := _read_line("adapter" if with_adapter else "base")) is not None:
+        match line.strip():
+            case "":
+                continue
+            case "/quit":
+                return
+            case "/reset":
+                messages = []
+            case "/base" | "/adapter" as who:
+                with_adapter = who == "/adapter"
+            case command if command.startswith("/"):
+                say(f"there is no {command}: {_HELP}")
+            case text:
+                messages.append({"role": "user", "content": text})
+                ids = prompt_ids(opened, messages, args)
+                tokens = answer(opened, ids, sampling_of(args), with_adapter=with_adapter, stream=True)
+                completion = read_completion(tokens)
+                if completion.error or not completion.final:
+                    # An answer that harmony cannot read must not stand in the next prompt.
+                    warn(f"this turn is forgotten: {completion.error or 'it has no final text'}")
+                    messages.pop()
+                else:
+                    messages.append({"role": "assistant", "content": completion.final})
+
+
+def _read_line(who: str) -> str | None:
+    """A line of input, or None at its end."""
+    if sys.stdin.isatty():
+        print(f"you -> {who}> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line if line else None

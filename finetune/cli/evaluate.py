@@ -1,0 +1,73 @@
+"""`finetune evaluate RUN`: base against base + adapter on the same rows, what was forgotten, what was seen before."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from finetune.console import say
+from finetune.errors import ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
+    parser.add_argument("--recipe", help="whose data to score (default: the run's; needed for an adapter alone)")
+    parser.add_argument("--rows", type=int, help="test rows, stratified by answer (default: the recipe's, or all)")
+    parser.add_argument(
+        "--retention", type=int, default=100, metavar="N", help="rows of each shipped domain that was not trained on "
+        "(default: 100; 0: none)",
+    )  # fmt: skip
+    parser.add_argument("--generate", type=int, default=0, metavar="N", help="test rows to answer in full (default: 0)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="new tokens of an answer (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="share of probability to choose among (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the choice of rows")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where figures go (default: RUN/evaluation)")
+    parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
+    parser.add_argument("--revision", help="branch, tag or commit of a hub name")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as in the run")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, and print the summary.
+
+    Raises:
+        ConfigError: an option out of its range, or no recipe to take rows from.
+    """
+    from finetune.cli.generate import check_sampling
+
+    check_sampling(args)
+    for name in ("rows", "retention", "generate"):
+        value = getattr(args, name)
+        if value is not None and value < (1 if name == "rows" else 0):
+            raise ConfigError(f"--{name} must be {'at least 1' if name == 'rows' else '0 or more'}, not {value}")
+    from finetune.evaluate.evaluation import EvaluationOptions, evaluate
+    from finetune.report.evaluation import describe_evaluation
+
+    options = EvaluationOptions(
+        recipe=_recipe(args.recipe) if args.recipe else None,
+        rows=args.rows,
+        retention=args.retention,
+        generate=args.generate,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        base=args.base,
+        revision=args.revision,
+        device=args.device,
+    )
+    out, summary = evaluate(args.run, args.out, options)
+    text = describe_evaluation(summary)
+    (out / "README.md").write_text(text, encoding="utf-8")
+    say(json.dumps(summary, indent=2) if args.json else text, result=True)
+    say(f"figures: {out / 'summary.json'}, row by row: {out / 'rows.jsonl'}")
+
+
+def _recipe(name: str):  # type: ignore[no-untyped-def]
+    from finetune.config.compose import compose
+
+    return compose(name).config

@@ -1,0 +1,126 @@
+"""What a table of label scores says: which label wins, how well each is found, and whether confidence can be believed.
+
+Shape legend: n records, C labels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import comb
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_BINS = 10
+Normalisation = Literal["raw", "per_token"]
+
+
+@dataclass(frozen=True, eq=False)
+class Classification:
+    """Which label each record got.
+
+    Attributes:
+        labels: the candidates.
+        right, chosen: int64 [n], indices of each record's own label and of the likeliest one.
+        confidence: float64 [n], probability of the chosen label among the candidates.
+    """
+
+    labels: tuple[str, ...]
+    right: NDArray[np.int64]
+    chosen: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+
+    @classmethod
+    def of(
+        cls,
+        labels: tuple[str, ...],
+        log_likelihood: NDArray[np.float64],
+        right: NDArray[np.int64],
+        label_tokens: NDArray[np.int64] | None = None,
+    ) -> Classification:
+        """Choose by likelihood.
+
+        Args:
+            labels: the candidates.
+            log_likelihood: float64 [n, C], nats of each whole answer.
+            right: int64 [n].
+            label_tokens: int64 [C], tokens of each answer: then likelihood per token decides, which does not favour
+                short answers. None: raw.
+        """
+        scores = log_likelihood if label_tokens is None else log_likelihood / label_tokens
+        probabilities = np.exp(scores - scores.max(1, keepdims=True))
+        probabilities /= probabilities.sum(1, keepdims=True)
+        return cls(labels, right, scores.argmax(1), probabilities.max(1))
+
+    @property
+    def is_right(self) -> NDArray[np.bool_]:
+        """bool [n]."""
+        return self.chosen == self.right
+
+    @property
+    def accuracy(self) -> float:
+        """Share of records whose own label was chosen."""
+        return float(self.is_right.mean())
+
+    @property
+    def confusion(self) -> NDArray[np.int64]:
+        """int64 [C, C]: row is the record's own label, column the chosen one."""
+        table = np.zeros((len(self.labels), len(self.labels)), dtype=np.int64)
+        np.add.at(table, (self.right, self.chosen), 1)
+        return table
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """float64 [C]: each label's F1, 0 where it neither stands nor was chosen."""
+        table = self.confusion
+        sums = table.sum(0) + table.sum(1)
+        return 2 * table.diagonal() / np.maximum(sums, 1)
+
+    @property
+    def macro_f1(self) -> float:
+        """Mean F1 over the labels that stand or were chosen, each counting the same however rare."""
+        table = self.confusion
+        return float(self.f1[(table.sum(0) + table.sum(1)) > 0].mean())
+
+    @property
+    def calibration_error(self) -> float:
+        """Expected calibration error: |accuracy - confidence| in NUM_BINS equal bins, weighted by their records.
+
+        Source: Guo et al. 2017, arXiv:1706.04599.
+        """
+        return sum(count / len(self.right) * abs(right - sure) for count, right, sure in self.reliability())
+
+    def reliability(self) -> list[tuple[int, float, float]]:
+        """Of each confidence bin that has records: how many, their accuracy, their mean confidence."""
+        bins = np.minimum((self.confidence * NUM_BINS).astype(int), NUM_BINS - 1)
+        return [
+            (int(here.sum()), float(self.is_right[here].mean()), float(self.confidence[here].mean()))
+            for here in (bins == number for number in range(NUM_BINS))
+            if here.any()
+        ]
+
+    def most_confused(self, count: int) -> list[tuple[str, str, int]]:
+        """The pairs (own label, chosen label) that were mixed up most often, with how often."""
+        table = self.confusion.copy()
+        np.fill_diagonal(table, 0)
+        order = np.argsort(-table, axis=None, kind="stable")[:count]
+        pairs = (divmod(int(place), len(self.labels)) for place in order)
+        return [(self.labels[own], self.labels[got], int(table[own, got])) for own, got in pairs if table[own, got]]
+
+
+def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int, int, float]:
+    """Exact McNemar test: do two models answer the same records differently well?
+
+    Args:
+        before, after: bool [n], right or not.
+
+    Returns:
+        Records only `before` had right, records only `after` had right, and the two-sided p-value.
+    """
+    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
+    total, fewer = lost + gained, min(lost, gained)
+    if total == 0:
+        return 0, 0, 1.0
+    tail = sum(comb(total, k) for k in range(fewer + 1))
+    return lost, gained, min(1.0, 2 * tail / 2**total)

@@ -1,0 +1,168 @@
+"""An adapter over its base, opened for use: what evaluation, generation and chat begin with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from finetune.adapters.files import CONFIG, read_adapter_into, read_provenance
+from finetune.adapters.locate import resolve_run
+from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.peft_layout import EXPERT_PARAMETERS, ROUTER_PARAMETER
+from finetune.adapters.stored import ROUTER_BIAS
+from finetune.config.schema import (
+    AdapterConfig,
+    AttentionAdapterConfig,
+    AttentionTarget,
+    DataConfig,
+    ExpertAdapterConfig,
+    ModelConfig,
+    RouterAdapterConfig,
+    RunConfig,
+)
+from finetune.config.validate import load_run_config
+from finetune.console import say
+from finetune.errors import InputError
+from finetune.model.attention import select_attention
+from finetune.model.build import Base, choose_device, choose_dtype, load_base
+from finetune.model.checkpoint import Checkpoint
+from finetune.model.experts import select_expert_kernel
+from finetune.model.hub import locate_base
+from finetune.model.selftest import check_packing
+from finetune.model.storage import BaseStorage
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A base with an adapter attached, in evaluation mode.
+
+    Attributes:
+        base: frozen.
+        adapter: attached; `adapter.disabled()` gives the base alone.
+        directory: the adapter's.
+        run: the run it belongs to, or None.
+        config: that run's configuration, or None.
+    """
+
+    base: Base
+    adapter: Adapter
+    directory: Path
+    run: Path | None
+    config: RunConfig | None
+
+    @property
+    def data(self) -> DataConfig:
+        """How prompts are rendered: as in the run, or by the defaults."""
+        return self.config.data if self.config else DataConfig(train={})
+
+
+def open_model(
+    path: Path, *, base: str | None = None, revision: str | None = None, device: str | None = None
+) -> OpenedModel:
+    """Load the base of a run's adapter, or of an adapter alone, and attach the adapter.
+
+    Args:
+        path: a run directory, or an adapter directory.
+        base: directory or hub name of the base. None: the one the adapter was trained on.
+        revision: branch, tag or commit of a hub name. None: the one it was trained on, if `base` is None too.
+        device: `auto`, `cpu` or `cuda`; None: as in the run, or `auto`.
+
+    Raises:
+        InputError: no adapter there, it is damaged, or it belongs to another base; the base is not known.
+    """
+    directory, run = resolve_run(path)
+    config = load_run_config(run / "config.yaml") if run else None
+    facts = read_provenance(directory) or {}
+    stored = _stored_config(directory)
+    name = base or facts.get("base_name") or stored.get("base_model_name_or_path")
+    if not name:
+        raise InputError(f"{directory} does not say which base it belongs to", fix="name it with --base")
+    if base is None and revision is None:
+        revision = facts.get("base_revision") or stored.get("revision")
+    settings = replace(config.model if config else ModelConfig(path=name), path=name, revision=revision)
+    if device is not None:
+        settings = replace(settings, device=device)  # type: ignore[arg-type]
+    settings = _as_trained_over(settings, facts)
+    adapter_config = config.adapter if config else adapter_config_of(directory, stored)
+    location = locate_base(settings.path, settings.revision)
+    where = choose_device(settings)
+    loaded = load_base(
+        Checkpoint.open(location.directory),
+        where,
+        choose_dtype(settings, where),
+        settings.experts_per_chunk,
+        BaseStorage.of(settings),
+    )
+    say(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
+    say(select_attention(loaded.model, settings.attention_kernel).describe())
+    # A run's demand holds where it ran; on a device named here it is a preference.
+    say(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
+    check_packing(loaded.model)
+    # The file has factors for every expert, zeros where a run adapted only some.
+    experts = replace(adapter_config.experts, select="all", share="none")
+    adapter_config = replace(adapter_config, experts=experts)
+    adapter = attach_adapter(loaded, replace(adapter_config, init_from=None), seed=0)
+    read_adapter_into(directory, adapter, adapter_config, loaded.identity, loaded.held_as)
+    say(f"adapter: {directory}")
+    loaded.model.eval()
+    return OpenedModel(loaded, adapter, directory, run, config)
+
+
+def _as_trained_over(settings: ModelConfig, facts: dict[str, Any]) -> ModelConfig:
+    """Hold the base as it was held in training, where that changed its values: an adapter alone records it too."""
+    held_as = facts.get("base_held_as") or {}
+    if "experts" in held_as:
+        settings = replace(settings, expert_storage=held_as["experts"]["format"])
+    if "attention" in held_as:
+        settings = replace(settings, attention_storage=held_as["attention"]["format"])
+    return settings
+
+
+def adapter_config_of(directory: Path, stored: dict[str, Any]) -> AdapterConfig:
+    """What a recipe's `adapter` would be for an adapter that no run comes with, from its adapter_config.json.
+
+    Reading the adapter compares every field with what this gives, so a guess that is wrong is an error there.
+
+    Raises:
+        InputError: something in it says that one recipe's `adapter` cannot describe it.
+    """
+    patterns = {"rank": stored.get("rank_pattern") or {}, "alpha": stored.get("alpha_pattern") or {}}
+    rank, alpha = stored.get("r"), stored.get("lora_alpha")
+    targets = set(stored.get("target_modules") or [])
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not targets <= set(get_args(AttentionTarget)):
+        raise InputError(
+            f"{directory / CONFIG} describes an adapter that is none of this toolkit's",
+            fix="bring it over first: finetune adapter import",
+        )
+    parameters = [str(name) for name in stored.get("target_parameters") or []]
+    has_experts = any(name.endswith(EXPERT_PARAMETERS) for name in parameters)
+    has_router = any(name.endswith(ROUTER_PARAMETER) for name in parameters)
+    mode: Literal["lora", "full"] = "full" if (directory / ROUTER_BIAS).is_file() else "lora"
+    router = {kind: found.get(ROUTER_PARAMETER) for kind, found in patterns.items()}
+    experts = {kind: found.get(EXPERT_PARAMETERS[0]) for kind, found in patterns.items()}
+    return AdapterConfig(
+        attention=AttentionAdapterConfig(
+            rank=rank if targets else 0,
+            alpha=float(alpha),
+            targets=tuple(t for t in get_args(AttentionTarget) if t in targets) or get_args(AttentionTarget),
+        ),
+        experts=ExpertAdapterConfig(
+            rank=(experts["rank"] or rank) if has_experts else 0, alpha=float(experts["alpha"] or alpha)
+        ),
+        router=RouterAdapterConfig(
+            mode=mode if has_router else "frozen", rank=router["rank"] or rank, alpha=float(router["alpha"] or alpha)
+        ),
+        rslora=bool(stored.get("use_rslora")),
+    )
+
+
+def _stored_config(directory: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{directory / CONFIG} cannot be read", why=str(error)) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{directory / CONFIG} holds no JSON object")
+    return content

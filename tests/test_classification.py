@@ -1,0 +1,129 @@
+"""Label metrics against scikit-learn and scipy; prose and contamination against hand-made cases."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from sklearn.naive_bayes import MultinomialNB
+
+from finetune.evaluate.classification import Classification, mcnemar
+from finetune.evaluate.contamination import WORDS, find_contamination
+from finetune.evaluate.intervals import paired_ratio_interval
+from finetune.evaluate.prose import AuthorClassifier, TrainingText, distinctness
+
+LABELS = ("a", "b", "c", "d")
+
+
+@pytest.fixture(scope="module", params=range(3))
+def scored(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray]:
+    """Noisy scores of 200 records; label d is never the right one."""
+    rng = np.random.default_rng(request.param)
+    right = rng.integers(3, size=200)
+    scores = rng.normal(size=(200, 4)) * 2 - 10
+    scores[np.arange(200), right] += 1.5
+    return scores, right
+
+
+def test_figures_equal_scikit_learn(scored: tuple[np.ndarray, np.ndarray]) -> None:
+    scores, right = scored
+    found = Classification.of(LABELS, scores, right)
+    chosen = scores.argmax(1)
+    assert found.accuracy == pytest.approx(accuracy_score(right, chosen))
+    assert found.macro_f1 == pytest.approx(f1_score(right, chosen, average="macro"))
+    assert (found.confusion == confusion_matrix(right, chosen, labels=range(4))).all()
+    assert found.f1 == pytest.approx(f1_score(right, chosen, average=None, labels=range(4), zero_division=0))
+
+
+def test_length_normalised_scores_choose_by_token(scored: tuple[np.ndarray, np.ndarray]) -> None:
+    scores, right = scored
+    lengths = np.array([4, 5, 6, 9])
+    found = Classification.of(LABELS, scores, right, lengths)
+    assert (found.chosen == (scores / lengths).argmax(1)).all()
+    assert (found.chosen != scores.argmax(1)).any()
+
+
+def test_calibration_error_by_hand() -> None:
+    """Four records surely chosen (0.95), three of them right; two at 0.55, one right."""
+    confidence = np.array([0.95] * 4 + [0.55] * 2)
+    chosen, right = np.zeros(6, dtype=int), np.array([0, 0, 0, 1, 0, 1])
+    found = Classification(LABELS[:2], right, chosen, confidence)
+    assert found.calibration_error == pytest.approx(4 / 6 * 0.20 + 2 / 6 * 0.05)
+    assert found.reliability() == [(2, 0.5, pytest.approx(0.55)), (4, 0.75, pytest.approx(0.95))]
+
+
+def test_most_confused_pairs_are_named() -> None:
+    right, chosen = np.array([0, 0, 0, 1, 2]), np.array([1, 1, 0, 0, 2])
+    found = Classification(LABELS, right, chosen, np.ones(5))
+    assert found.most_confused(5) == [("a", "b", 2), ("b", "a", 1)]
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (3, 3), (1, 9), (40, 12)])
+def test_mcnemar_equals_the_binomial_test(lost: int, gained: int) -> None:
+    before = np.array([True] * lost + [False] * gained + [True, False])
+    after = np.array([False] * lost + [True] * gained + [True, False])
+    expected = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+    assert mcnemar(before, after) == (lost, gained, pytest.approx(expected))
+
+
+def test_pairing_makes_a_steady_difference_certain() -> None:
+    """Rows differ far more from each other than the two models do; unpaired, nothing could be said."""
+    rng = np.random.default_rng(0)
+    before = rng.normal(10, 5, size=200)
+    low, high = paired_ratio_interval(before, before - 0.1 + rng.normal(0, 0.1, 200), np.ones(200), 0.95)
+    assert -0.13 < low < -0.1 < high < -0.07
+    shuffled = rng.permutation(before)
+    low, high = paired_ratio_interval(before, shuffled - 0.1, np.ones(200), 0.95)
+    assert low < -0.5 and high > 0.3
+
+
+def sentence(number: int, length: int = 30) -> str:
+    return " ".join(f"w{number}x{place}" for place in range(length))
+
+
+def test_contamination_counts_seen_rows_and_passes_over_common_wording() -> None:
+    instruction = sentence(10**6, 20)
+    train = [f"{instruction} {sentence(number)}" for number in range(200)]
+    test = [
+        f"{instruction} {sentence(3)}",  # a training row
+        f"{instruction} {sentence(999)}",  # only the instruction is shared
+        f"{sentence(5, 14)} {sentence(998)}",  # a short piece of one
+        "too short",
+    ]
+    found = find_contamination(train, test)
+    assert found.seen == (True, False, False, False)
+    assert found.shares[0] == 1 and found.shares[1] == 0 and 0 < found.shares[2] < 0.2
+    assert found.too_short == 1
+    assert len(sentence(5, 14).split()) - WORDS + 1 == 2
+
+
+def test_longest_copy_is_found() -> None:
+    seen = TrainingText(["the quick brown fox jumps over the lazy dog again and again", "brown fox jumps high"])
+    assert seen.longest_copy("A quick brown fox jumps over a wall") == 5
+    assert seen.longest_copy("Quick brown fox") == 0  # under four words
+    assert seen.longest_copy("over the lazy dog AGAIN, and again!") == 7
+    assert seen.longest_copy("") == 0
+
+
+def test_distinctness_is_low_for_repetition() -> None:
+    assert distinctness(["one two three"], 1) == 1
+    assert distinctness(["one one one one"], 1) == 0.25
+    assert distinctness(["one two one two"], 2) == pytest.approx(2 / 3)
+    assert distinctness([""], 2) == 0
+
+
+def test_author_classifier_equals_scikit_learn() -> None:
+    rng = np.random.default_rng(1)
+    texts = [" ".join(f"v{rng.integers(40 * (n % 3 + 1))}" for _ in range(30)) for n in range(60)]
+    authors = [f"author {n % 3}" for n in range(60)]
+    ours = AuthorClassifier(texts[:45], authors[:45])
+    vocabulary = sorted({word for text in texts[:45] for word in text.split()})
+
+    def counts(text: str) -> list[int]:
+        return [text.split().count(word) for word in vocabulary]
+
+    theirs = MultinomialNB().fit([counts(text) for text in texts[:45]], authors[:45])
+    expected = theirs.predict([counts(text) for text in texts[45:]])
+    assert [ours.classify(text) for text in texts[45:]] == expected.tolist()
+    assert len(set(expected)) > 1

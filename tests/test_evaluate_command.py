@@ -1,0 +1,108 @@
+"""`finetune evaluate` on a finished run: its own figures again, resumed, paired, and what was seen in training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.cli.main import main
+
+Summary = dict[str, object]
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("evaluated") / "out"
+    arguments = ["evaluate", str(finished[0]), "--out", str(out), "--retention", "4", "--generate", "3"]
+    assert main([*arguments, "--max-tokens", "4"]) == 0
+    return out
+
+
+def suites(out: Path) -> dict[str, dict]:  # type: ignore[type-arg]
+    return {suite["suite"]: suite for suite in json.loads((out / "summary.json").read_text())["suites"]}
+
+
+def test_figures_equal_the_runs_own(finished: tuple[Path, str], evaluated: Path) -> None:
+    own = json.loads((finished[0] / "evaluation.json").read_text())
+    test = suites(evaluated)["test"]
+    assert test["rows"] == own["before"]["rows"]
+    for who, when in (("base", "before"), ("adapter", "after")):
+        assert test["loss"][who]["value"] == pytest.approx(own[when]["loss"], abs=1e-5)
+        assert test["accuracy"][who]["value"] == own[when]["accuracy"]
+    assert test["loss"]["difference"]["value"] == pytest.approx(own["after"]["loss"] - own["before"]["loss"], abs=1e-5)
+
+
+def test_other_domains_and_plain_text_are_scored(evaluated: Path) -> None:
+    found = suites(evaluated)
+    # The run trained on rows of its own, so every shipped domain tells of retention.
+    assert set(found) >= {"test", "legal", "creative", "plain text"}
+    assert all(suite["rows"] > 0 for suite in found.values())
+    assert found["legal"]["num_labels"] == 24 and "accuracy" not in found["plain text"]
+    assert found["plain text"]["loss"]["base"]["value"] > 5
+
+
+def test_answers_and_readme_are_there(evaluated: Path) -> None:
+    summary = json.loads((evaluated / "summary.json").read_text())
+    assert summary["answers"]["rows"] == 3 and summary["answers"]["base"]["cut"] == 3
+    assert 0 <= summary["answers"]["base"]["exact"] <= 1
+    text = (evaluated / "README.md").read_text()
+    assert "McNemar" in text and "retention: legal" in text and "Generated answers (3 rows)" in text
+
+
+def test_a_stopped_evaluation_goes_on(
+    finished: tuple[Path, str], evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (evaluated / "rows.jsonl").read_text().splitlines(keepends=True)
+    half = tmp_path / "rows.jsonl"
+    half.write_text("".join(lines[: len(lines) // 2]) + lines[-1][:20])
+    from finetune.evaluate import compare
+
+    scored: list[int] = []
+    real = compare.held_out_loss
+
+    def counting(model, samples, *rest, **named):  # type: ignore[no-untyped-def]
+        scored.append(len(samples))
+        return real(model, samples, *rest, **named)
+
+    monkeypatch.setattr(compare, "held_out_loss", counting)
+    arguments = ["evaluate", str(finished[0]), "--out", str(tmp_path), "--retention", "4", "--generate", "3"]
+    assert main([*arguments, "--max-tokens", "4"]) == 0
+    in_all = sum('"measured": "score"' in line for line in lines)
+    assert 0 < sum(scored) < in_all
+    assert suites(tmp_path) == suites(evaluated)
+
+
+def test_figures_of_another_evaluation_are_not_mixed_in(
+    finished: tuple[Path, str], evaluated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(finished[0]), "--out", str(evaluated), "--retention", "5"]) == 2
+    assert "another evaluation" in capsys.readouterr().err
+
+
+def test_training_rows_as_test_rows_are_counted(finished: tuple[Path, str], tmp_path: Path) -> None:
+    workplace, copy = finished[0].parent, tmp_path / "copy.jsonl"
+    copy.write_text((workplace / "train.jsonl").read_text())  # the very file would be refused
+    recipe = tmp_path / "seen.yaml"
+    recipe.write_text((workplace / "small.yaml").read_text().replace(f"{workplace}/test.jsonl", str(copy)))
+    arguments = ["--recipe", str(recipe), "--retention", "0", "--out", str(tmp_path / "out")]
+    assert main(["evaluate", str(finished[0]), *arguments]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    found = summary["contamination"]
+    assert found["seen"] == found["rows"] - found["too_short"] > 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--rows", "0"], 2, "--rows"),
+        (["--retention", "-1"], 2, "--retention"),
+        (["--recipe", "no_such"], 2, "no_such"),
+    ],
+)
+def test_bad_options_are_named(
+    finished: tuple[Path, str], arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(finished[0]), *arguments]) == code
+    assert message in capsys.readouterr().err

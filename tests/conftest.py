@@ -11,6 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from merging import exported as exported
+from merging import merge_adapter as merge_adapter
+from merging import small_base as small_base
 from small_run import RECIPE, Train, finetune
 
 from finetune.cli.main import main

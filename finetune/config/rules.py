@@ -26,7 +26,8 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 1,
         "model.experts_per_chunk data.max_length trainer.max_steps trainer.rows_per_micro_step trainer.micro_steps "
         "trainer.early_stop_patience distributed.num_processes logging.every_steps evaluate.every_steps "
-        "evaluate.validation_rows evaluate.test_rows save.every_steps save.keep export.read_back_rows",
+        "evaluate.validation_rows evaluate.test_rows save.every_steps save.keep export.read_back_rows "
+        "export.calibration_tokens export.max_gain_kept",
     ),
     (
         "above 0",
@@ -39,12 +40,14 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 0,
         "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_gradient_norm "
         "trainer.router_balance_coefficient trainer.router_z_loss_coefficient evaluate.routing_samples "
-        "data.loss.analysis data.loss.commentary data.loss.tool_call data.loss.final",
+        "data.loss.analysis data.loss.commentary data.loss.tool_call data.loss.final "
+        "export.survival_rows",
     ),
     (
         "between 0 and 1",
         lambda value: 0 <= value <= 1,
-        "data.max_skipped_share trainer.final_learning_rate_share trainer.warmup_share",
+        "data.max_skipped_share export.min_gain_kept export.max_kl_share trainer.final_learning_rate_share "
+        "trainer.warmup_share",
     ),
     (
         "0 or more and below 1",

@@ -425,11 +425,27 @@ class ExportConfig(_Strict):
             `auto`: when the base in the compute dtype, and half as much again, fits into half of the free memory;
             otherwise the run says that it did not.
         read_back_rows: test (or training) samples compared.
+        calibration_tokens: tokens of training rows that a merge to MXFP4 is calibrated on. None: enough for four routed
+            rows for each input dimension of each expert, with even routing (92,160 for 20b, 368,640 for 120b), and at
+            least 32,768.
+        survival_rows: test (else validation) rows on which a merge to MXFP4 is compared with base and adapter. 0: it is
+            not, and nothing stops an export that lost the fine-tune.
+        old_domain: named sources outside the fine-tune's domain, on which the same is compared; their loss says what a
+            merge breaks elsewhere. Empty: not measured.
+        min_gain_kept, max_gain_kept: share of the adapter's gain in test loss that a merge to MXFP4 must keep; outside
+            the export exits with 6. More than all of it is noise that will not hold elsewhere.
+        max_kl_share: KL(adapter || merge) may be at most this share of KL(adapter || base).
         share_examples: put the first few rows of the test data into the model cards that `finetune export` writes.
     """
 
     read_back: Literal["auto", "always", "never"] = "auto"
     read_back_rows: int = 4
+    calibration_tokens: int | None = None
+    survival_rows: int = 256
+    old_domain: dict[str, SourceConfig] = field(default_factory=dict)
+    min_gain_kept: float = 0.9
+    max_gain_kept: float = 1.05
+    max_kl_share: float = 0.5
     share_examples: bool = False
 
 

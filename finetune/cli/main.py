@@ -33,6 +33,7 @@ COMMANDS = {
     "evaluate": ("finetune.cli.evaluate", "base against adapter: test rows, retention, contamination: RUN"),
     "generate": ("finetune.cli.generate", "text from base and adapter: RUN PROMPT"),
     "chat": ("finetune.cli.chat", "talk with a run's model: RUN"),
+    "checkpoints": ("finetune.cli.checkpoints", "which of a run's checkpoints are whole: verify RUN"),
     "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }

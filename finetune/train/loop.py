@@ -20,7 +20,8 @@ from finetune.data.batches import BatchPlan
 from finetune.errors import CheckError, InputError, Interrupted
 from finetune.model.build import Base
 from finetune.model.forward import checkpoint_activations
-from finetune.train.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
+from finetune.train.checkpoint_writer import CheckpointWriter
+from finetune.train.checkpoints import Checkpoint
 from finetune.train.metrics import MetricsLog, Tracker, memory_gib
 from finetune.train.optimisers import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from finetune.train.run_directory import RunDirectory
@@ -97,6 +98,7 @@ class Trainer:
         self.accelerator, self.run, self.tracker = accelerator, run, tracker
         self.validation_loss, self.data_fingerprint = validation_loss, data_fingerprint
         self.metrics = MetricsLog(run.metrics)
+        self.writer = CheckpointWriter(run.checkpoints, config.save.keep, background=config.save.background)
         self.parameters = adapter.parameters()
         self.optimizer = make_optimizer(self.parameters, config.trainer, seed=config.seed)
         self.step = OptimiserStep(config.trainer, base, self.parameters, self.optimizer, accelerator)
@@ -111,10 +113,11 @@ class Trainer:
         Raises:
             CheckError: loss or gradient is not finite, or the audit failed; no update was made from it.
             Interrupted: a signal came; a checkpoint was saved.
+            MachineError: a checkpoint could not be written.
         """
         total = self.plan.total_steps
         epoch_steps: tuple[int, list[Any]] = (-1, [])
-        with Progress("training", total, "steps") as progress:
+        with self.writer, Progress("training", total, "steps") as progress:
             progress.start_at(self.state.step)
             stopped_early = self.state.step > 0 and self._evaluate_and_save(total)
             while self.state.step < total and not stopped_early:
@@ -127,6 +130,7 @@ class Trainer:
                 seed_step(self.config.seed, self.state.step, self.accelerator.process_index)
                 figures = self.step(batches, rate, self.state.step + 1, before_update=self._audit)
                 self._count(figures, rate, epoch, time.monotonic() - started, progress)
+                self.writer.check()
                 stopped_early = self._evaluate_and_save(total)
                 if stop.signal_number is not None:
                     break
@@ -187,7 +191,7 @@ class Trainer:
             improved = self._evaluate()
         keeps_best = save.best_metric != "none" and improved
         if keeps_best or step == total or (save.every_steps is not None and step % save.every_steps == 0):
-            self.save()
+            self.save(wait=False)
         patience = self.config.trainer.early_stop_patience
         if patience is not None and self.state.evaluations_since_best >= patience:
             say(f"early stop at step {step}: no better validation loss in {patience} evaluations")
@@ -213,8 +217,8 @@ class Trainer:
         say(f"step {self.state.step}: validation loss {loss:.4f}{' (best so far)' if improved else ''}")
         return improved
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment and remove the ones no longer kept."""
+    def save(self, *, wait: bool = True) -> None:
+        """Write a checkpoint of this moment and remove the ones no longer kept; `wait` until it is on disk."""
         optimizer = optimizer_tensors(self.optimizer, self.parameters)
         adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in self.parameters.items()}
         facts = {
@@ -223,8 +227,9 @@ class Trainer:
             "data_fingerprint": self.data_fingerprint,
             "base_identity": self.base.identity,
         }
-        save_checkpoint(self.run.checkpoints, self.state.step, Checkpoint(adapter, optimizer, facts))
-        prune_checkpoints(self.run.checkpoints, self.config.save.keep, self._best_to_keep())
+        self.writer.save(self.state.step, Checkpoint(adapter, optimizer, facts), self._best_to_keep())
+        if wait:
+            self.writer.wait()
 
     def _best_to_keep(self) -> int | None:
         return self.state.best_step if self.config.save.best_metric != "none" else None

@@ -18,7 +18,8 @@ from finetune.console import say, warn
 from finetune.errors import ConfigError, InputError, Interrupted, MachineError
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import check_unchanged
-from finetune.train.checkpoints import checkpoint_path, load_checkpoint, load_newest, remove_after
+from finetune.train.checkpoint_files import checkpoint_path, remove_after
+from finetune.train.checkpoints import load_checkpoint, load_newest
 from finetune.train.evaluation import evaluate_test_set, validation_subset
 from finetune.train.loop import Trainer
 from finetune.train.metrics import Tracker, memory_gib

@@ -1,4 +1,4 @@
-"""`finetune checkpoints verify RUN`: which checkpoints are whole, what is wrong with the others, which resuming takes."""
+"""`finetune checkpoints verify RUN`: which checkpoints are whole, what is wrong with others, what resuming takes."""
 
 from __future__ import annotations
 

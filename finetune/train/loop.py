@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from finetune.adapters.audit import audit_gradients
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import RunConfig
-from finetune.console import Progress, say
+from finetune.console import Progress, say, warn
 from finetune.data.batches import BatchPlan
 from finetune.errors import CheckError, InputError, Interrupted
 from finetune.model.build import Base
@@ -27,6 +27,7 @@ from finetune.train.optimisers import load_optimizer_tensors, make_optimizer, op
 from finetune.train.run_directory import RunDirectory
 from finetune.train.schedule import learning_rate
 from finetune.train.signals import StopRequest
+from finetune.train.spikes import LossSpikes
 from finetune.train.step import OptimiserStep, StepFigures
 
 ValidationLoss = Callable[[], float]
@@ -103,6 +104,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.parameters, config.trainer, seed=config.seed)
         self.step = OptimiserStep(config.trainer, base, self.parameters, self.optimizer, accelerator)
         self.state = LoopState()
+        self.spikes = LossSpikes([])
         self.audit_lines: list[str] = []
         if config.trainer.activation_checkpointing:
             checkpoint_activations(base.model)
@@ -176,6 +178,9 @@ class Trainer:
             tokens_per_second=round(speed, 1),
             memory_gib=round(memory, 3),
         )
+        if (usual := self.spikes.usual_if_spike(figures.loss)) is not None:
+            self.metrics.append("spike", state.step, loss=figures.loss, usual=usual)
+            warn(f"step {state.step}: the loss jumped to {figures.loss:.4f}; {usual:.4f} was usual")
         shown = {"loss": figures.loss, "balance_loss": figures.balance, "gradient_norm": figures.gradient_norm}
         shown |= {"learning_rate": rate, "tokens_per_second": speed, "memory_gib": memory}
         self.tracker.log(shown, state.step)
@@ -252,6 +257,7 @@ class Trainer:
         self.state = LoopState(**checkpoint.state["loop"])
         self.audit_lines = list(checkpoint.state["audit"])
         self.metrics.cut_after(self.state.step)
+        self.spikes = LossSpikes(self.metrics.losses())
 
     def load_adapter(self, checkpoint: Checkpoint) -> None:
         """Set the adapter's parameters to a checkpoint's."""

@@ -254,7 +254,7 @@ def machine(bench: Bench) -> Iterator[str]:
         (5,),
     )
     yield "limit"
-    run = bench.place / "nan"
+    run = bench.place / "not-finite"
     bench.judge(
         "NaN in a parameter after step 3", "exit 6, no update from it", run, bench.run(run, poison_after(3))[0], (6,)
     )

@@ -70,3 +70,10 @@ class Interrupted(FinetuneError):
     def __init__(self, what: str, *, signal_number: int, fix: str | None = None) -> None:
         super().__init__(what, fix=fix)
         self.exit_code = 128 + signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or the host; torch's errors are known by name, so as not to import it here."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in names or allocator

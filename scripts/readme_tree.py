@@ -21,7 +21,10 @@ TOP = {
     "LICENSE": "Apache-2.0",
 }
 FOLDERS = ["recipes", "configs", "data", "docs", "bench", "scripts", "finetune", "tests"]
-LAYERS = ["", "config", "mxfp4", "kernels", "data", "model", "adapters", "evaluate", "train", "export", "report", "cli"]
+LAYERS = [
+    "", "config", "mxfp4", "kernels", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "doctor",
+    "report", "cli",
+]  # fmt: skip
 KINDS = (".py", ".yaml", ".md", ".gz", ".tiktoken", ".json")
 SKIPPED = ("__pycache__", "fixtures", "_shipped", "results")
 

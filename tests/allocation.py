@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,15 +14,20 @@ from torch.utils._pytree import tree_flatten
 class AllocationTracker(TorchDispatchMode):
     """Inside the `with` block, every storage that an operation makes is counted until it is freed.
 
+    Args:
+        held: tensors that are alive already and count as well.
+
     Attributes:
         peak_bytes: most bytes alive at once.
         largest_bytes: largest single storage.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, held: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = self.largest_bytes = 0
         self._known: set[int] = set()
+        for tensor in held:
+            self._add(tensor.untyped_storage())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

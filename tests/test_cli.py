@@ -35,6 +35,8 @@ print([name for name in {heavy!r} if name in sys.modules], code, file=sys.stderr
         ["config", "show", "quickstart"],
         ["train", "legal_20b", "--dry-run"],
         ["checkpoints", "verify", "runs"],
+        ["estimate", "--help"],
+        ["estimate", "legal_120b", "--plan", "--gpus", "2"],
     ],
     ids=" ".join,
 )
@@ -130,3 +132,15 @@ def test_help_lists_only_commands_that_exist():
     for module, summary in cli.COMMANDS.values():
         loaded = __import__(module, fromlist=["run"])
         assert callable(loaded.run) and callable(loaded.add_arguments) and summary
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_grows_its_segments_unless_the_person_says_otherwise(own, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is undone
+        monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv(own, "max_split_size_mb:64")
+    assert cli.main(["recipes"]) == 0
+    found = {name: value for name, value in os.environ.items() if name.endswith("_ALLOC_CONF")}
+    assert found == ({own: "max_split_size_mb:64"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

@@ -24,7 +24,8 @@ ALLOWED = {
     "export": {"config", "mxfp4", "data", "kernels", "model", "adapters", "evaluate"},
     "estimate": {"config"},
     "report": {"config"},
-    "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report"},
+    "doctor": {"config", "data", "kernels"},
+    "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report", "doctor"},
 }
 FREE = {"errors", "console"}
 

@@ -101,3 +101,19 @@ def test_key_ranges_skip_what_cannot_be_seen() -> None:
     positions = torch.cat([torch.arange(1000), torch.arange(1000)])[None]
     assert plan_attention(segments, positions, None).blocks[-1].first_key == 1000
     assert plan_attention(segments, positions, 128).blocks[-1].first_key == 1792 - 127
+
+
+def test_long_rows_take_fewer_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded by pairs of query and key; rows that fit are cut as before, and results stay."""
+    short = plan_attention(torch.zeros(1, 4096, dtype=torch.long), torch.arange(4096)[None], None)
+    assert {block.last - block.first for block in short.blocks} == {attention.QUERIES_PER_BLOCK}
+    layout = torch.zeros(1, 700, dtype=torch.long), torch.arange(700)[None]
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(700, heads, WIDTH, generator=g) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    sinks = torch.randn(HEADS, generator=g)
+    whole = sink_attention(q, k, v, sinks, plan_attention(*layout, None), 0.3)
+    monkeypatch.setattr(attention, "PAIRS_PER_BLOCK", 3000)
+    plan = plan_attention(*layout, None)
+    assert max((block.last - block.first) * (block.last - block.first_key) for block in plan.blocks) <= 3000
+    assert [block.first for block in plan.blocks[1:]] == [block.last for block in plan.blocks[:-1]]
+    torch.testing.assert_close(sink_attention(q, k, v, sinks, plan, 0.3), whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
 from finetune.errors import CheckError
+from finetune.model.attention import attention_kernel, select_attention
 from finetune.model.build import Base, check_unchanged, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations, hidden_states, logits
@@ -41,8 +43,17 @@ def ids(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(199_998, (count,), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(params=["reference", "flash"])
+def kernel(request: pytest.FixtureRequest, base: Base) -> Iterator[str]:
+    """Attention on this kernel while the test runs."""
+    select_attention(base.model, request.param)
+    yield request.param
+    select_attention(base.model, "reference")
+
+
 @torch.no_grad()
-def test_logits_equal_transformers(base: Base, reference: GptOssForCausalLM) -> None:
+def test_logits_equal_transformers(base: Base, reference: GptOssForCausalLM, kernel: str) -> None:
+    assert attention_kernel(base.model) == kernel
     tokens = ids(300)
     ours, theirs = logits(base.model, tokens), reference(input_ids=tokens[None]).logits[0]
     assert theirs.std() > 0.1, "a model that says nothing would agree with anything"
@@ -70,7 +81,9 @@ def test_a_whole_long_sequence_equals_transformers(base: Base, reference: GptOss
     assert (base.model.lm_head(ours) - reference.lm_head(theirs)).abs().max() < 1e-4
 
 
-def test_gradient_through_the_whole_model_equals_transformers(base: Base, reference: GptOssForCausalLM) -> None:
+def test_gradient_through_the_whole_model_equals_transformers(
+    base: Base, reference: GptOssForCausalLM, kernel: str
+) -> None:
     """d loss / d input embeddings passes every layer: attention with sinks, router weights and packed experts."""
     tokens = ids(160, seed=3)
     positions = torch.arange(len(tokens))[None]
@@ -91,9 +104,24 @@ def test_gradient_through_the_whole_model_equals_transformers(base: Base, refere
     assert (ours_grad - theirs_grad).mean().abs() < 1e-7 * theirs_grad.abs().max()
 
 
-def test_packed_samples_are_separate_and_the_check_can_fail(base: Base) -> None:
+def test_packed_samples_are_separate_and_the_check_can_fail(base: Base, kernel: str) -> None:
     assert check_packing(base.model) < 1e-5
     assert packing_leak(base.model, leak=True) > 0.1
+
+
+@torch.no_grad()
+def test_answers_that_share_a_prompt_see_it_through_either_kernel(base: Base, kernel: str) -> None:
+    """One prompt longer than the window and two answers side by side, against prompt and answer alone."""
+    prompt, answers = ids(150), (ids(9, seed=1), ids(5, seed=2))
+    segments = torch.repeat_interleave(torch.tensor([150, 9, 5]))[None]
+    positions = torch.cat([torch.arange(150), torch.arange(150, 159), torch.arange(150, 155)])[None]
+    together = hidden_states(
+        base.model, torch.cat([prompt, *answers])[None], positions, segments, torch.zeros_like(segments)
+    )[0]
+    for answer, mine in zip(answers, together[150:].split([9, 5]), strict=True):
+        alone = torch.cat([prompt, answer])[None]
+        place = torch.arange(alone.shape[1])[None]
+        assert (hidden_states(base.model, alone, place, torch.zeros_like(place))[0, 150:] - mine).abs().max() < 1e-4
 
 
 def test_start_up_refuses_a_leaking_model(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,8 @@
 """Is everything training that should, and nothing else? Answered from gradients, once, in the first two steps.
 
-Each site's B must have a gradient on step 1. Its A cannot (B = 0 makes A's exactly zero) until an update has been made,
-so A is audited on the step after it. Experts that no trained token reached have none, and that is counted, not failed;
-a site whose experts all have none is a fault.
+Each site's B (and a router trained whole) must have a gradient on step 1. Its A cannot (B = 0 makes A's exactly zero)
+until an update has been made, so A is audited on the step after it. Experts that no trained token reached have none,
+and that is counted, not failed; a site whose experts all have none is a fault.
 
 Source of the rule: facts about silent failures, e.g. NF4 experts under PEFT trained 3,584 of 44,544 parameters.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.lora import Adapter, lora_parameters
+from finetune.adapters.lora import Adapter, is_a, lora_parameters
 from finetune.errors import CheckError
 
 
@@ -27,21 +27,22 @@ class AuditResult:
         factor: which factors were audited, `a` or `b`.
         sites: how many sites passed.
         experts_reached: for each layer with adapted experts, how many experts had a gradient.
-        num_experts: experts in a layer.
+        experts_adapted: in each of these layers.
     """
 
     factor: str
     sites: int
     experts_reached: tuple[int, ...]
-    num_experts: int
+    experts_adapted: tuple[int, ...]
 
     def describe(self) -> str:
         """One line, such as `gradients reach B of all 10 sites; experts reached by layer: 29-32 of 32`."""
         line = f"audit: gradients reach {self.factor.upper()} of all {self.sites} sites"
         if self.experts_reached:
-            low, high = min(self.experts_reached), max(self.experts_reached)
-            count = f"{low}" if low == high else f"{low} to {high}"
-            line += f"; experts trained: yes, {len(self.experts_reached)} layers, {count} of {self.num_experts} reached"
+            line += (
+                f"; experts trained: yes, {len(self.experts_reached)} layers, {_span(self.experts_reached)} of "
+                f"{_span(self.experts_adapted)} reached"
+            )
         return line
 
 
@@ -61,21 +62,29 @@ def audit_gradients(model: nn.Module, adapter: Adapter, factor: str) -> AuditRes
         raise CheckError(f"frozen tensors have gradients: {', '.join(touched[:3])}")
     silent: list[str] = []
     reached: list[int] = []
-    num_experts = 0
+    adapted: list[int] = []
+    audited = 0
     for site, module in zip(adapter.sites, adapter.modules, strict=True):
-        factors = {name: p.grad for name, p in lora_parameters(module).items() if name.endswith(factor)}
+        factors = {name: p.grad for name, p in lora_parameters(module).items() if is_a(name) == (factor == "a")}
+        audited += bool(factors)
         silent += [f"{site.module}.{name}" for name, grad in factors.items() if not _any(grad)]
-        if site.kind == "experts" and all(grad is not None for grad in factors.values()):
-            with_gradient = _experts_with_gradient([g for g in factors.values() if g is not None])
-            reached.append(with_gradient)
-            num_experts = len(next(iter(factors.values())))  # type: ignore[arg-type]
+        gradients = [grad for grad in factors.values() if grad is not None]
+        # A factor that all experts share says nothing of any one of them.
+        if site.kind == "experts" and len(gradients) == len(factors) and site.share != factor:
+            reached.append(_experts_with_gradient(gradients))
+            adapted.append(len(gradients[0]))
     if silent:
         raise CheckError(
             f"no gradient reaches {len(silent)} of the adapter's factors: {', '.join(silent[:4])}",
             why="they would stay as they were initialised, and the adapter would look trained",
             fix="please report this with the recipe",
         )
-    return AuditResult(factor, len(adapter.sites), tuple(reached), num_experts)
+    return AuditResult(factor, audited, tuple(reached), tuple(adapted))
+
+
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _any(grad: Tensor | None) -> bool:

@@ -21,6 +21,13 @@ from finetune import __version__
 from finetune.adapters.config_file import read_adapter_config
 from finetune.adapters.lora import Adapter
 from finetune.adapters.peft_layout import from_peft, peft_config_fields, peft_keys, to_peft
+from finetune.adapters.stored import (
+    fill,
+    read_router_bias,
+    router_bias_changes,
+    stored_factors,
+    write_router_bias,
+)
 from finetune.config.schema import AdapterConfig
 from finetune.console import warn
 from finetune.errors import CheckError, InputError, MachineError
@@ -61,7 +68,8 @@ def write_adapter(
     facts: dict[str, Any] = {"base_name": base_name, "base_revision": base_revision, "base_identity": base_identity}
     if base_held_as:
         facts["base_held_as"] = dict(base_held_as)
-    write_peft_directory(directory, tensors, peft_config_fields(config), facts)
+    fields = peft_config_fields(config, _num_experts(adapter))
+    write_peft_directory(directory, tensors, fields, facts, router_bias=router_bias_changes(adapter))
 
 
 def write_peft_directory(
@@ -70,6 +78,7 @@ def write_peft_directory(
     fields: Mapping[str, Any],
     facts: Mapping[str, Any],
     finish: Callable[[Path], None] | None = None,
+    router_bias: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write tensors, adapter_config.json and finetune.json, whole or not at all; equal inputs give equal bytes.
 
@@ -79,6 +88,7 @@ def write_peft_directory(
         fields: of PEFT's `LoraConfig`, as `peft_config_fields` makes them.
         facts: `base_name`, `base_revision`, `base_identity` (None if not known), and whatever else should be kept.
         finish: called with the unfinished directory before it gets its name; what it raises leaves nothing behind.
+        router_bias: changes of routers' biases, which go into a file of their own.
 
     Raises:
         InputError: the directory exists.
@@ -96,7 +106,8 @@ def write_peft_directory(
         # PEFT holds targets as a set, whose order changes from process to process.
         config |= {key: value for key, value in fields.items() if isinstance(value, list)}
         write_facts(staging / CONFIG, dict(sorted(config.items())))
-        files = {name: _sha256(staging / name) for name in (WEIGHTS, CONFIG)}
+        write_router_bias(staging, router_bias or {})
+        files = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
         write_facts(staging / PROVENANCE, {"written_by": f"gpt-oss-finetune {__version__}", **facts, "files": files})
         if finish is not None:
             finish(staging)
@@ -137,11 +148,10 @@ def write_facts(path: Path, content: Mapping[str, Any]) -> None:
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """All factors under PEFT's keys, on the CPU."""
-    parameters = adapter.parameters()
     return {
-        key: to_peft(name, parameters[f"{site.module}.{name}"].detach().cpu())
-        for site in adapter.sites
-        for name, key in peft_keys(site).items()
+        peft_keys(site)[name]: to_peft(name, factor.cpu())
+        for site, module in zip(adapter.sites, adapter.modules, strict=True)
+        for name, factor in stored_factors(site, module).items()
     }
 
 
@@ -165,37 +175,65 @@ def read_adapter_into(
             belongs to another base, or a factor has another shape or is not finite.
     """
     _check_provenance(directory, base_identity, base_held_as or {})
-    _check_config(directory, config)
+    _check_config(directory, config, _num_experts(adapter))
     stored = _read_tensors(directory)
-    parameters = adapter.parameters()
-    wanted = {key: (site, name) for site in adapter.sites for name, key in peft_keys(site).items()}
-    missing, unexpected = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    wanted = {key for site in adapter.sites for key in peft_keys(site).values()}
+    missing, unexpected = sorted(wanted - stored.keys()), sorted(stored.keys() - wanted)
     if missing or unexpected:
         raise InputError(
             f"{directory} does not hold the tensors of this recipe's adapter",
             why=f"missing: {missing[:3] or 'none'}; unexpected: {unexpected[:3] or 'none'}",
             fix="make adapter.attention and adapter.experts in the recipe as they were when it was trained",
         )
-    itemsize = min(parameter.element_size() for parameter in parameters.values())
+    itemsize = min(parameter.element_size() for parameter in adapter.parameters().values())
     if any(factor.element_size() > itemsize for factor in stored.values()):
         warn(f"{directory}: its factors are rounded to the recipe's adapter.dtype, which is narrower")
-    with torch.no_grad():
-        for key, (site, name) in wanted.items():
-            parameter = parameters[f"{site.module}.{name}"]
+    for site, module in zip(adapter.sites, adapter.modules, strict=True):
+        factors: dict[str, Tensor] = {}
+        shapes = {name: factor.shape for name, factor in stored_factors(site, module).items()}
+        for name, key in peft_keys(site).items():
             try:
-                factor = from_peft(name, stored[key], parameter.shape)
+                factors[name] = from_peft(name, stored[key], shapes[name])
             except ValueError as error:
                 raise InputError(f"{directory / WEIGHTS}: {key}: {error}") from error
-            if not factor.isfinite().all():
+            if not factors[name].isfinite().all():
                 raise InputError(f"{directory / WEIGHTS}: {key} holds values that are not finite")
-            parameter.copy_(factor)
+        try:
+            fill(site, module, factors)
+        except ValueError as error:
+            raise InputError(
+                f"{directory} does not fit the recipe at {site.module}: {error}",
+                fix="make adapter.experts.select and .share in the recipe as they were when it was trained",
+            ) from error
+    _fill_router_bias(directory, adapter)
+
+
+@torch.no_grad()
+def _fill_router_bias(directory: Path, adapter: Adapter) -> None:
+    changes = read_router_bias(directory)
+    here = {name for name in router_bias_changes(adapter)}
+    if changes.keys() != here:
+        raise InputError(
+            f"{directory} {'lacks' if here else 'has'} changes of routers' biases, the recipe "
+            f"{'trains them' if here else 'does not train them'}",
+            fix="make adapter.router.mode in the recipe as it was when it was trained",
+        )
+    for name, parameter in adapter.parameters().items():
+        if name.endswith(".bias_change"):
+            parameter.copy_(changes[name.removesuffix("_change")])
+
+
+def _num_experts(adapter: Adapter) -> int:
+    """E, as far as anything needs it: the rank that a router trained whole is written with."""
+    return next((site.rank for site in adapter.sites if site.whole), 0)
 
 
 def _check_trained(tensors: Mapping[str, Tensor]) -> None:
     broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise CheckError(f"the adapter is not finite: {', '.join(broken[:3])}")
-    if not any(tensor.count_nonzero() for key, tensor in tensors.items() if "lora_B" in key):
+    pairs = ((tensor, tensors[key.replace("lora_B", "lora_A")]) for key, tensor in tensors.items() if "lora_B" in key)
+    if not any(b.count_nonzero() and a.count_nonzero() for b, a in pairs):
         raise CheckError("the adapter is empty: every lora_B is zero", why="no update reached it")
 
 
@@ -223,7 +261,7 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     for name, digest in files.items():
         if not (directory / plain_file_name(name, path)).is_file():
             raise InputError(f"{directory} lacks {name}")
-        if _sha256(directory / name) != digest:
+        if sha256_of(directory / name) != digest:
             raise InputError(f"{directory / name} is not the file that was written", why="its sha256 differs")
     return provenance
 
@@ -279,12 +317,12 @@ def _check_provenance(directory: Path, base_identity: str, base_held_as: Mapping
     warn_held_as(provenance, base_held_as, directory)
 
 
-def _check_config(directory: Path, config: AdapterConfig) -> None:
+def _check_config(directory: Path, config: AdapterConfig, num_experts: int) -> None:
     path = directory / CONFIG
     stored = read_adapter_config(path)
     # What a recipe does not set must not be set there either.
     unset: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
-    for field, wanted in {**unset, **peft_config_fields(config)}.items():
+    for field, wanted in {**unset, **peft_config_fields(config, num_experts)}.items():
         found = stored.get(field) or type(wanted)()
         same = set(found) == set(wanted) if isinstance(wanted, list) else found == wanted
         if not same:
@@ -304,6 +342,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is damaged", why=str(error)) from error
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """A file's sha256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""LoRA on attention projections and on routed experts, attached to a frozen base.
+"""LoRA on attention projections, routers and routed experts, attached to a frozen base.
 
 Module names of the base stay as they are: an adapted projection is still `q_proj` with its `weight` and `bias`, and
 gains `lora_a` and `lora_b` beside them.
@@ -11,13 +11,15 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
-from finetune.adapters.sites import Site, plan_sites
+from finetune.adapters.sites import Selection, Site, plan_sites
 from finetune.config.schema import AdapterConfig
 from finetune.errors import CheckError
 from finetune.kernels.experts import LoraFactors
@@ -60,28 +62,89 @@ class LoraLinear(nn.Linear):
         return out + F.linear(inner, self.lora_b.to(x.dtype))
 
 
+class LoraRouter(GptOssTopKRouter):
+    """A frozen router plus the update of its weight: low-rank, or (`whole`) a change of all of weight and bias.
+
+    Args:
+        base: the router it replaces; its weight [E, D] and bias [E] are shared, not copied.
+        site: rank, scale and whether the change is whole.
+        dtype: of what is trained.
+    """
+
+    def __init__(self, base: GptOssTopKRouter, site: Site, dtype: torch.dtype = torch.float32) -> None:
+        nn.Module.__init__(self)
+        self.top_k, self.num_experts, self.hidden_dim = base.top_k, base.num_experts, base.hidden_dim
+        self.weight, self.bias, self.training = base.weight, base.bias, base.training
+        self.scale, self.whole, self.enabled, self.bias_enabled = site.scale, site.whole, True, True
+        new = partial(torch.zeros, device=base.weight.device, dtype=dtype)
+        if self.whole:
+            self.weight_change = nn.Parameter(new(self.num_experts, self.hidden_dim))
+            self.bias_change = nn.Parameter(new(self.num_experts))
+        else:
+            self.lora_a = nn.Parameter(new(site.rank, self.hidden_dim))
+            self.lora_b = nn.Parameter(new(self.num_experts, site.rank))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, D] -> logits [T, E], the chosen experts' weights [T, K] and their numbers int64 [T, K]."""
+        logits = F.linear(hidden_states, self.weight, self.bias)
+        if self.enabled:
+            logits = logits + self._update(hidden_states)
+        top = torch.topk(logits, self.top_k, dim=-1)
+        return logits, top.values.softmax(-1), top.indices
+
+    def _update(self, x: Tensor) -> Tensor:
+        if not self.whole:
+            inner = F.linear(x, self.lora_a.to(x.dtype)) * self.scale
+            return F.linear(inner, self.lora_b.to(x.dtype))
+        bias = self.bias_change.to(x.dtype) if self.bias_enabled else None
+        return F.linear(x, self.weight_change.to(x.dtype), bias)
+
+
 class ExpertLora(nn.Module):
-    """Updates of one layer's experts: gate_up a [E, L, D], b [E, 2F, L]; down a [E, L, F], b [E, D, L]."""
+    """Updates of one layer's experts: gate_up a [S, L, D], b [S, 2F, L]; down a [S, L, F], b [S, D, L].
 
-    def __init__(self, experts: PackedExperts, rank: int, scale: float, dtype: torch.dtype = torch.float32) -> None:
+    S is the number of adapted experts; a factor that they share has 1 instead. What the expert block takes, with zeros
+    for the other experts, is made when it is asked for and lives as long as the block's graph.
+    """
+
+    chosen: Tensor | None
+
+    def __init__(self, experts: PackedExperts, site: Site, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.scale, self.enabled = scale, True
-        self.gate_up_a, self.gate_up_b = self._factors(experts, "gate_up_proj", rank, dtype)
-        self.down_a, self.down_b = self._factors(experts, "down_proj", rank, dtype)
-
-    @staticmethod
-    def _factors(experts: PackedExperts, name: str, rank: int, dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter]:
-        (num_experts, out, inputs), device = experts.shapes[name], experts.get_buffer(f"{name}_bias").device
-        a = torch.empty(num_experts, rank, inputs, device=device, dtype=dtype)
-        return nn.Parameter(a), nn.Parameter(torch.zeros(num_experts, out, rank, device=device, dtype=dtype))
+        self.scale, self.enabled, self.share = site.scale, True, site.share
+        self.num_experts = experts.shapes["down_proj"][0]
+        device = experts.get_buffer("down_proj_bias").device
+        chosen = None if site.experts is None else torch.tensor(site.experts, device=device)
+        self.register_buffer("chosen", chosen, persistent=False)
+        for name, (num_experts, out, inputs) in experts.shapes.items():
+            count = num_experts if site.experts is None else len(site.experts)
+            a = torch.empty(1 if site.share == "a" else count, site.rank, inputs, device=device, dtype=dtype)
+            b = torch.zeros(1 if site.share == "b" else count, out, site.rank, device=device, dtype=dtype)
+            self.register_parameter(f"{name.removesuffix('_proj')}_a", nn.Parameter(a))
+            self.register_parameter(f"{name.removesuffix('_proj')}_b", nn.Parameter(b))
 
     def gate_up(self) -> LoraFactors | None:
         """The gate_up update, or None while the adapter is off."""
-        return LoraFactors(self.gate_up_a, self.gate_up_b, self.scale) if self.enabled else None
+        return self._updates("gate_up") if self.enabled else None
 
     def down(self) -> LoraFactors | None:
         """The down update, or None while the adapter is off."""
-        return LoraFactors(self.down_a, self.down_b, self.scale) if self.enabled else None
+        return self._updates("down") if self.enabled else None
+
+    def _updates(self, name: str) -> LoraFactors:
+        return LoraFactors(self.of_all_experts(f"{name}_a"), self.of_all_experts(f"{name}_b"), self.scale)
+
+    def of_all_experts(self, name: str) -> Tensor:
+        """One factor for each of the layer's E experts, zeros for those that are not adapted; differentiable."""
+        factor = self.get_parameter(name)
+        shared = self.share != "none" and name.endswith(f"_{self.share}")
+        if self.chosen is None:
+            return factor.expand(self.num_experts, -1, -1).contiguous() if shared else factor
+        rows = factor.expand(len(self.chosen), -1, -1) if shared else factor
+        return factor.new_zeros(self.num_experts, *factor.shape[1:]).index_copy(0, self.chosen, rows)
+
+
+LoraModule = LoraLinear | LoraRouter | ExpertLora
 
 
 @dataclass(frozen=True)
@@ -94,7 +157,7 @@ class Adapter:
     """
 
     sites: tuple[Site, ...]
-    modules: tuple[LoraLinear | ExpertLora, ...]
+    modules: tuple[LoraModule, ...]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name, such as `model.layers.0.mlp.experts.gate_up_a`."""
@@ -115,58 +178,97 @@ class Adapter:
             for module in self.modules:
                 module.enabled = True
 
+    @property
+    def changes_router_bias(self) -> bool:
+        """Whether a part of it fits into no adapter file of others: a change of the routers' biases."""
+        return any(site.whole for site in self.sites)
 
-def lora_parameters(module: LoraLinear | ExpertLora) -> dict[str, nn.Parameter]:
-    """A site's trained parameters by their own names: `lora_a, lora_b` or `gate_up_a, gate_up_b, down_a, down_b`."""
+    @contextmanager
+    def without_router_bias(self) -> Iterator[None]:
+        """Inside the block the model computes what an adapter file of others can say of it."""
+        routers = [module for module in self.modules if isinstance(module, LoraRouter)]
+        for router in routers:
+            router.bias_enabled = False
+        try:
+            yield
+        finally:
+            for router in routers:
+                router.bias_enabled = True
+
+
+def lora_parameters(module: LoraModule) -> dict[str, nn.Parameter]:
+    """A site's trained parameters by their own names.
+
+    `lora_a, lora_b`; of experts `gate_up_a, gate_up_b, down_a, down_b`; of a whole router `weight_change, bias_change`.
+    """
     return {name: p for name, p in module.named_parameters() if name not in ("weight", "bias")}
 
 
-def attach_adapter(base: Base, config: AdapterConfig, *, seed: int) -> Adapter:
+def is_a(name: str) -> bool:
+    """Whether a parameter is an A: the only ones that have no gradient on the first step, where every B is zero."""
+    return name.endswith("_a")
+
+
+def attach_adapter(base: Base, config: AdapterConfig, *, seed: int, selection: Selection | None = None) -> Adapter:
     """Put a fresh adapter on a base: A uniform in +-1/sqrt(in), B zero, so that the model's output does not change.
 
-    Every site draws from a generator of its own, seeded by `seed` and its name: adding a site changes no other.
+    Every site draws from a generator of its own, seeded by `seed` and its name: adding a site changes no other, and
+    an expert starts from the same A whichever others are adapted.
+
+    Args:
+        base: frozen.
+        config: the recipe's adapter part.
+        seed: of A.
+        selection: which experts of each layer are adapted. None: all.
 
     Raises:
         CheckError: a planned site is not in the model, or something else than LoRA would be trained.
     """
-    sites = plan_sites(base.checkpoint.shape, config)
+    sites = plan_sites(base.checkpoint.shape, config, selection)
     modules = []
     for site in sites:
         module = _attach_site(base.model, site, config)
         for name, parameter in lora_parameters(module).items():
-            if name.endswith("a"):
-                _initialise(parameter, f"{site.module}.{name}", seed)
+            if is_a(name):
+                _initialise(parameter, f"{site.module}.{name}", seed, module)
         modules.append(module)
     adapter = Adapter(tuple(sites), tuple(modules))
     _check_trainable(base.model, adapter)
     return adapter
 
 
-def _attach_site(model: GptOssForCausalLM, site: Site, config: AdapterConfig) -> LoraLinear | ExpertLora:
+def _attach_site(model: GptOssForCausalLM, site: Site, config: AdapterConfig) -> LoraModule:
     dtype = DTYPES[config.dtype]
     try:
         target = model.get_submodule(site.module)
     except AttributeError as error:
         raise CheckError(f"no module {site.module} to adapt", why="the model is not laid out as expected") from error
     if isinstance(target, PackedExperts):
-        lora = ExpertLora(target, site.rank, site.scale, dtype)
+        lora = ExpertLora(target, site, dtype)
         target.attach(lora)
         return lora
-    if not isinstance(target, nn.Linear) or isinstance(target, LoraLinear):
-        raise CheckError(f"{site.module} is a {type(target).__name__}, not a plain linear map")
+    adapted: LoraLinear | LoraRouter
+    if isinstance(target, GptOssTopKRouter) and not isinstance(target, LoraRouter):
+        adapted = LoraRouter(target, site, dtype)
+    elif isinstance(target, nn.Linear) and not isinstance(target, LoraLinear):
+        adapted = LoraLinear(target, site.rank, site.scale, config.attention.dropout, dtype)
+    else:
+        raise CheckError(f"{site.module} is a {type(target).__name__}, not a plain linear map or router")
     parent, _, name = site.module.rpartition(".")
-    adapted = LoraLinear(target, site.rank, site.scale, config.attention.dropout, dtype)
     setattr(model.get_submodule(parent), name, adapted)
     return adapted
 
 
-def _initialise(a: nn.Parameter, name: str, seed: int) -> None:
+def _initialise(a: nn.Parameter, name: str, seed: int, module: LoraModule) -> None:
     """Fill [..., L, in] uniformly in +-1/sqrt(in), the same numbers on every device."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     bound = 1 / math.sqrt(a.shape[-1])
+    chosen = module.chosen if isinstance(module, ExpertLora) and module.share != "a" else None
+    shape = a.shape if chosen is None else (module.num_experts, *a.shape[1:])
+    drawn = torch.rand(shape, generator=generator)
     with torch.no_grad():
-        a.copy_((torch.rand(a.shape, generator=generator) * 2 - 1) * bound)
+        a.copy_(((drawn if chosen is None else drawn[chosen.cpu()]) * 2 - 1) * bound)
 
 
 def _check_trainable(model: nn.Module, adapter: Adapter) -> None:

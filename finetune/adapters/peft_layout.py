@@ -1,4 +1,4 @@
-"""The adapter's file layout: exactly what PEFT >= 0.19.1 writes for gpt-oss attention and expert parameters.
+"""The adapter's file layout: what PEFT >= 0.19.1 writes for gpt-oss attention, router and expert parameters.
 
 PEFT flattens the expert axis into the rank: `lora_A` is expert-major [L·E, in], `lora_B` is rank-major with the expert
 fastest [out, L·E]. `experts.base_layer.lora_*` is gate_up_proj and `experts.lora_*` is down_proj, because PEFT wraps
@@ -23,6 +23,7 @@ from finetune.config.schema import AdapterConfig
 
 PREFIX = "base_model.model."
 EXPERT_PARAMETERS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+ROUTER_PARAMETER = "mlp.router.weight"  # no nn.Linear in transformers 5: PEFT reaches it by target_parameters alone
 Number = int | float
 _LAYER = re.compile(r"^model\.layers\.\d+\.")
 
@@ -30,7 +31,7 @@ _LAYER = re.compile(r"^model\.layers\.\d+\.")
 def peft_keys(site: Site) -> dict[str, str]:
     """Our parameter name (relative to the site) -> PEFT's key, for one site."""
     path = PREFIX + site.module
-    if site.kind == "attention":
+    if site.kind != "experts":  # of a router PEFT targets the parameter `weight`, and names its module
         return {"lora_a": f"{path}.lora_A.weight", "lora_b": f"{path}.lora_B.weight"}
     return {
         "gate_up_a": f"{path}.base_layer.lora_A.weight",
@@ -43,7 +44,7 @@ def peft_keys(site: Site) -> dict[str, str]:
 def to_peft(name: str, factor: Tensor) -> Tensor:
     """One of our factors in PEFT's shape: [E, L, in] -> [L·E, in] for `a`, [E, out, L] -> [out, L·E] for `b`.
 
-    Two-dimensional (attention) factors stay as they are.
+    Two-dimensional factors (attention, router) stay as they are.
     """
     if factor.dim() == 2:
         return factor.contiguous()
@@ -77,9 +78,14 @@ class Strength:
     alpha: float
 
 
-def peft_config_fields(config: AdapterConfig) -> dict[str, object]:
-    """The fields of PEFT's `LoraConfig` that say what a recipe adapts and how strongly."""
-    attention, experts = config.attention, config.experts
+def peft_config_fields(config: AdapterConfig, num_experts: int = 0) -> dict[str, object]:
+    """The fields of PEFT's `LoraConfig` that say what a recipe adapts and how strongly.
+
+    Args:
+        config: the recipe's adapter part.
+        num_experts: E of the base: the rank and alpha of a router trained whole; not needed for another.
+    """
+    attention, experts, router = config.attention, config.experts, config.router
     weights: dict[str, Strength] = {}
     # With every layer adapted names lose their layer, so one layer stands for all.
     first, last = config.layers or (0, 0)
@@ -88,6 +94,10 @@ def peft_config_fields(config: AdapterConfig) -> dict[str, object]:
         if attention.rank:
             for target in attention.targets:
                 weights[f"{path}self_attn.{target}"] = Strength(attention.rank, attention.alpha)
+        if router.mode != "frozen":
+            whole = router.mode == "full"
+            rank, alpha = (num_experts, float(num_experts)) if whole else (router.rank, router.alpha)
+            weights[f"{path}{ROUTER_PARAMETER}"] = Strength(rank, alpha)
         if experts.rank:
             for parameter in EXPERT_PARAMETERS:
                 weights[path + parameter] = Strength(experts.rank, experts.alpha)

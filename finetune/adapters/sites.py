@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,10 @@ from finetune.config.schema import AdapterConfig
 from finetune.errors import ConfigError
 from finetune.model.shapes import ModelShape
 
-SiteKind = Literal["attention", "experts"]
+SiteKind = Literal["attention", "router", "experts"]
+Share = Literal["none", "a", "b"]
+Selection = Mapping[int, tuple[int, ...]]
+"""Layer -> the experts that are adapted in it, in order."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,15 @@ class Site:
     """One place an adapter attaches.
 
     Attributes:
-        kind: an attention projection, or a layer's routed experts (both projections).
+        kind: an attention projection, a layer's router, or its routed experts (both projections).
         layer: layer number from 0.
         module: path in the model, such as `model.layers.0.self_attn.q_proj`.
         rank, alpha: of the update.
         scale: what b @ a is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
         num_parameters: trained parameters here.
+        experts: those adapted, of an experts' site; None: all of them.
+        share: which factor the experts of a layer have in common.
+        whole: a router whose weight and bias are trained as they are, not as factors; `rank` is what its export takes.
     """
 
     kind: SiteKind
@@ -33,13 +40,21 @@ class Site:
     alpha: float
     scale: float
     num_parameters: int
+    experts: tuple[int, ...] | None = None
+    share: Share = "none"
+    whole: bool = False
 
 
-def plan_sites(shape: ModelShape, config: AdapterConfig) -> list[Site]:
+def plan_sites(shape: ModelShape, config: AdapterConfig, selection: Selection | None = None) -> list[Site]:
     """All sites of a recipe, layer by layer.
 
+    Args:
+        shape: of the base.
+        config: the recipe's adapter part.
+        selection: which experts each layer adapts. None: all.
+
     Raises:
-        ConfigError: the recipe's layers are not the model's.
+        ConfigError: the recipe's layers are not the model's, or the selection leaves one without an expert.
     """
     first, last = config.layers or (0, shape.num_layers - 1)
     if last >= shape.num_layers:
@@ -47,33 +62,61 @@ def plan_sites(shape: ModelShape, config: AdapterConfig) -> list[Site]:
             f"adapter.layers is [{first}, {last}], and the base has {shape.num_layers} layers",
             fix=f"layers count from 0; the last is {shape.num_layers - 1}",
         )
+    if selection is not None:
+        refuse_bad_selection(selection, shape, config, "the selection")
     sites: list[Site] = []
     for layer in range(first, last + 1):
         if config.attention.rank:
             sites += [_attention_site(shape, config, layer, target) for target in config.attention.targets]
+        if config.router.mode != "frozen":
+            sites.append(_router_site(shape, config, layer))
         if config.experts.rank:
-            sites.append(_expert_site(shape, config, layer))
+            sites.append(_expert_site(shape, config, layer, None if selection is None else selection[layer]))
     return sites
+
+
+def refuse_bad_selection(selection: Selection, shape: ModelShape, config: AdapterConfig, where: str) -> None:
+    """Raise ConfigError if a layer to be adapted has no expert, or an expert does not exist."""
+    first, last = config.layers or (0, shape.num_layers - 1)
+    for layer in range(first, min(last, shape.num_layers - 1) + 1):
+        experts = selection.get(layer, ())
+        if not experts:
+            raise ConfigError(
+                f"adapter.experts.select: {where} leaves layer {layer} without an expert",
+                fix="give every adapted layer one, or leave the layer out with adapter.layers",
+            )
+        if list(experts) != sorted(set(experts)) or not 0 <= experts[0] <= experts[-1] < shape.num_experts:
+            raise ConfigError(
+                f"adapter.experts.select: {where} names experts {list(experts)[:8]} in layer {layer}",
+                why=f"each once, in ascending order, from 0 to {shape.num_experts - 1}",
+            )
 
 
 def describe_sites(sites: list[Site], shape: ModelShape) -> str:
     """Counts by kind as text, so that "the experts were never trained" cannot go unnoticed."""
     lines = []
-    for kind, each in (
-        ("attention", "projections"),
-        ("experts", f"layers x {shape.num_experts} experts x 2 projections"),
-    ):
+    for kind in ("attention", "router", "experts"):
         here = [site for site in sites if site.kind == kind]
         if not here:
-            lines.append(f"  {kind:<10} none")
+            lines.append(f"  {kind:<10} " + ("frozen" if kind == "router" else "none"))
             continue
         total = sum(site.num_parameters for site in here)
         layers = "" if len({site.layer for site in here}) == shape.num_layers else _layer_range(here)
-        lines.append(
-            f"  {kind:<10} {len(here)} {each}{layers}, rank {here[0].rank}, scale {here[0].scale:g}: "
-            f"{total:,} parameters"
-        )
+        how = "weight and bias" if here[0].whole else f"rank {here[0].rank}, scale {here[0].scale:g}"
+        lines.append(f"  {kind:<10} {len(here)} {_each(here, shape)}{layers}, {how}: {total:,} parameters")
     return "\n".join(lines)
+
+
+def _each(sites: list[Site], shape: ModelShape) -> str:
+    """What a number of sites of one kind is a number of."""
+    if sites[0].kind != "experts":
+        return "projections" if sites[0].kind == "attention" else "routers"
+    counts = sorted({shape.num_experts if site.experts is None else len(site.experts) for site in sites})
+    experts = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    if counts != [shape.num_experts]:
+        experts += f" of {shape.num_experts}"
+    shared = "" if sites[0].share == "none" else f", one {sites[0].share.upper()} for all of a layer's"
+    return f"layers x {experts} experts x 2 projections{shared}"
 
 
 def _layer_range(sites: list[Site]) -> str:
@@ -96,11 +139,25 @@ def _attention_site(shape: ModelShape, config: AdapterConfig, layer: int, target
     return Site("attention", layer, module, rank, alpha, scale, rank * (inputs + out))
 
 
-def _expert_site(shape: ModelShape, config: AdapterConfig, layer: int) -> Site:
-    rank = config.experts.rank
+def _router_site(shape: ModelShape, config: AdapterConfig, layer: int) -> Site:
+    module, router = f"model.layers.{layer}.mlp.router", config.router
+    if router.mode == "full":
+        # The change of a weight [E, D] is the product of the unit matrix and itself: a LoRA of rank E.
+        rank = shape.num_experts
+        scale = lora_scale(rank, rank, rslora=config.rslora)
+        return Site("router", layer, module, rank, rank, scale, rank * (shape.hidden + 1), whole=True)
+    scale = lora_scale(router.alpha, router.rank, rslora=config.rslora)
+    parameters = router.rank * (shape.hidden + shape.num_experts)
+    return Site("router", layer, module, router.rank, router.alpha, scale, parameters)
+
+
+def _expert_site(shape: ModelShape, config: AdapterConfig, layer: int, chosen: tuple[int, ...] | None) -> Site:
+    rank, share = config.experts.rank, config.experts.share
+    count = shape.num_experts if chosen is None else len(chosen)
     # gate_up reads D and writes 2F, down reads F and writes D.
-    per_expert = rank * (2 * shape.hidden + 3 * shape.expert_width)
+    a, b = rank * (shape.hidden + shape.expert_width), rank * (2 * shape.expert_width + shape.hidden)
+    parameters = a * (1 if share == "a" else count) + b * (1 if share == "b" else count)
     module = f"model.layers.{layer}.mlp.experts"
     alpha = config.experts.alpha
     scale = lora_scale(alpha, rank, rslora=config.rslora)
-    return Site("experts", layer, module, rank, alpha, scale, per_expert * shape.num_experts)
+    return Site("experts", layer, module, rank, alpha, scale, parameters, chosen, share)

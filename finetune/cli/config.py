@@ -1,9 +1,11 @@
-"""`finetune config show`: what a recipe and overrides come to, every default written out."""
+"""`finetune config`: what a recipe and overrides come to, what differs from what, and a schema for editors."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import Any
 
 from finetune.cli.arguments import add_recipe, recipe_and_overrides
 from finetune.console import say
@@ -15,13 +17,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = actions.add_parser("show", help="print the whole configuration as YAML")
     add_recipe(show, "finetune config show RECIPE [key=value ...] [--json]")
     show.add_argument("--json", action="store_true", help="as JSON")
+    diff = actions.add_parser("diff", help="what differs from the defaults, or between two recipes or runs")
+    add_recipe(diff, "finetune config diff RECIPE_OR_RUN [RECIPE_OR_RUN] [key=value ...] [--json]")
+    diff.add_argument("--json", action="store_true", help="as JSON")
+    actions.add_parser("schema", help="print a JSON schema of recipes, for editors")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the composed and checked configuration to standard output."""
-    from finetune.config.compose import compose
-    from finetune.config.validate import dump_yaml, to_plain
+    """Print to standard output.
 
-    recipe, overrides = recipe_and_overrides(args)
-    config = compose(recipe, overrides).config
-    say(json.dumps(to_plain(config), indent=2) if args.json else dump_yaml(config).rstrip(), result=True)
+    Raises:
+        ConfigError: a recipe that does not exist or cannot be composed.
+    """
+    match args.action:
+        case "show":
+            from finetune.config.compose import compose
+            from finetune.config.validate import dump_yaml, to_plain
+
+            recipe, overrides = recipe_and_overrides(args)
+            config = compose(recipe, overrides).config
+            say(json.dumps(to_plain(config), indent=2) if args.json else dump_yaml(config).rstrip(), result=True)
+        case "diff":
+            _diff(args)
+        case "schema":
+            from finetune.config.json_schema import recipe_schema
+
+            say(json.dumps(recipe_schema(), indent=2), result=True)
+
+
+def _diff(args: argparse.Namespace) -> None:
+    from finetune.config.differences import defaults, differences
+
+    first, rest = recipe_and_overrides(args)
+    if rest and "=" not in rest[0]:
+        before, after = _plain(first, []), _plain(rest[0], rest[1:])
+    else:
+        after = _plain(first, rest)
+        before = defaults(after)
+    found = differences(before, after)
+    if args.json:
+        say(json.dumps([vars(difference) for difference in found], indent=2), result=True)
+        return
+    for difference in found:
+        say(f"{difference.key}: {_word(difference.before)} -> {_word(difference.after)}", result=True)
+    if not found:
+        say("nothing differs")
+
+
+def _plain(recipe_or_run: str, overrides: list[str]) -> dict[str, Any]:
+    """A recipe with overrides, or what a run was started with, as plain data.
+
+    Raises:
+        ConfigError: overrides on a run, which keeps what it was started with.
+    """
+    from finetune.config.compose import compose
+    from finetune.config.validate import load_run_config, to_plain
+    from finetune.errors import ConfigError
+
+    if (Path(recipe_or_run) / "config.yaml").is_file():
+        if overrides:
+            raise ConfigError(f"{recipe_or_run} is a run: it takes no overrides")
+        return to_plain(load_run_config(Path(recipe_or_run) / "config.yaml"))
+    return to_plain(compose(recipe_or_run, overrides).config)
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

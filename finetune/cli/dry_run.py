@@ -6,13 +6,18 @@ from pathlib import Path
 
 from finetune.adapters.sites import describe_sites, plan_sites
 from finetune.config.derive import check_inputs, derived_lines
+from finetune.config.expert_rules import parse_select
 from finetune.config.locate import shipped_dir
 from finetune.config.schema import RunConfig
 from finetune.config.validate import dump_yaml
 from finetune.console import say
 from finetune.data.dataset import describe, load_split
 from finetune.data.splits import split_names
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, InputError
+from finetune.estimate.fit import Budget, fit
+from finetune.estimate.host import available_host_bytes
+from finetune.estimate.shapes import find_base
+from finetune.estimate.text import verdict
 from finetune.model.headers import read_json
 from finetune.model.shapes import ModelShape
 
@@ -36,6 +41,15 @@ def dry_run(config: RunConfig) -> None:
     for split in split_names(config.data):
         say(describe(load_split(config.data, split)), result=True)
     say(_adapter(config), result=True)
+    say(_memory(config), result=True)
+
+
+def _memory(config: RunConfig) -> str:
+    facts = find_base(config.model.path)
+    if facts is None:
+        return "memory: known once the base is here"
+    budget = Budget.of_host(available_host_bytes()) if config.model.device == "cpu" else Budget.of_card(80)
+    return f"memory, estimated: {verdict(fit(config, facts.shape, budget))}"
 
 
 def _adapter(config: RunConfig) -> str:
@@ -46,4 +60,23 @@ def _adapter(config: RunConfig) -> str:
     if not path.is_file():
         return "adapter sites: known once the base is here"
     shape = ModelShape.from_config(read_json(path), str(path))
-    return "adapter sites:\n" + describe_sites(plan_sites(shape, config.adapter), shape)
+    experts = config.adapter.experts
+    if experts.rank == 0 or experts.select == "all":
+        return "adapter sites:\n" + describe_sites(plan_sites(shape, config.adapter), shape)
+    sites = describe_sites(plan_sites(shape, config.adapter, _likely(experts.select, shape)), shape)
+    return f"adapter sites, where the training data decide which experts ({experts.select}):\n{sites}"
+
+
+def _likely(select: str, shape: ModelShape) -> dict[int, tuple[int, ...]] | None:
+    """As many experts as a run will adapt, where that is known before the data are looked at; None: all at most."""
+    rule = parse_select(select)
+    if rule.kind == "top_k":
+        return dict.fromkeys(range(shape.num_layers), tuple(range(min(rule.top_k, shape.num_experts))))
+    if rule.kind == "file":
+        path = Path(rule.path).expanduser()
+        try:
+            selected = dict(read_json(path)["selected"])
+            return {int(layer): tuple(map(int, experts)) for layer, experts in selected.items()}
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is not a file that `finetune experts score` wrote", why=str(error)) from error
+    return None

@@ -18,23 +18,31 @@ from typing import NoReturn
 from finetune import __version__
 from finetune.cli.arguments import Parser, parse, refuse_unknown_word
 from finetune.console import say
-from finetune.errors import CapacityError, FinetuneError, MachineError
+from finetune.errors import CapacityError, FinetuneError, MachineError, is_out_of_memory
 
 # Command: the module with its `add_arguments(parser)` and `run(args)`, and a line for the list.
 COMMANDS = {
     "train": ("finetune.cli.train", "fine-tune: RECIPE [key=value ...] [--dry-run], or --resume RUN"),
     "data": ("finetune.cli.data", "see a recipe's tokens and what is trained, or its figures"),
+    "estimate": (
+        "finetune.cli.estimate",
+        "GiB by part, disk and time of a recipe: fits or not, and what would make it",
+    ),
     "recipes": ("finetune.cli.recipes", "list the recipes, or show one"),
-    "config": ("finetune.cli.config", "show what a recipe and overrides come to"),
+    "config": ("finetune.cli.config", "show a recipe's settings, what differs, or a schema for editors"),
     "export": (
         "finetune.cli.export",
         "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
     ),
+    "experts": ("finetune.cli.experts", "measure which experts a recipe's data use: score RECIPE"),
     "evaluate": ("finetune.cli.evaluate", "base against adapter: test rows, retention, contamination: RUN"),
     "generate": ("finetune.cli.generate", "text from base and adapter: RUN PROMPT"),
     "chat": ("finetune.cli.chat", "talk with a run's model: RUN"),
     "checkpoints": ("finetune.cli.checkpoints", "which of a run's checkpoints are whole: verify RUN"),
     "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
+    "report": ("finetune.cli.report", "write a run's report.html and report.md anew: RUN"),
+    "doctor": ("finetune.cli.doctor", "look at this machine: packages, GPU, disk, network, with fixes"),
+    "completion": ("finetune.cli.completion", "completion for bash, zsh or fish"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }
 _NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -58,6 +66,10 @@ def main(arguments: Sequence[str]) -> int:
     """
     # Waiting threads that spin made a step 20 times slower on a busy machine (docs/log.md). Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Rows of all lengths leave a GPU's memory in fragments; segments that grow do not. The first of the two names is
+    # the newer one, and a value of the person's own under either stays as it is.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
         try:
             _run(list(arguments))
@@ -111,10 +123,8 @@ def _report(error: Exception) -> int:
 
 
 def _as_known(error: Exception) -> FinetuneError | None:
-    """Recognise failures of the machine that any code may raise; torch's by name, so as not to import it here."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in names or allocator:
+    """Recognise failures of the machine that any code may raise."""
+    if is_out_of_memory(error):
         first = (str(error).splitlines() or ["out of memory"])[0]
         return CapacityError(
             f"out of memory: {first}",

@@ -92,7 +92,7 @@ def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
     choices: dict[str, str] = {}
     data: dict[str, Any] = {}
     lines: dict[KeyPath, int | None] = {}
-    for text in overrides:
+    for text in map(_with_quotes, overrides):
         try:
             override = parser.parse_override(text)
         except (HydraException, ValueError, RecursionError) as error:  # a number too long, brackets too deep to read
@@ -119,6 +119,12 @@ def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
             section = section[part] if isinstance(section.get(part), dict) else section.setdefault(part, {})
         section[path[-1]] = value
     return _CommandLine(texts, choices, Layer(COMMAND_LINE, data, lines))
+
+
+def _with_quotes(text: str) -> str:
+    """Hydra takes no bare `=` in a value, and `adapter.experts.select=top_p=0.2` is how a person writes it."""
+    key, _, value = text.partition("=")
+    return f'{key}="{value}"' if "=" in value and not set(value) & set("\"'[]{}(),\\$ ") else text
 
 
 def _chosen_option(override: Override, text: str) -> str:

@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+from finetune.config.expert_rules import parse_select, refuse_missing
 from finetune.config.locate import HUB_PREFIX, is_glob, matching_files, resolve_data_path
 from finetune.config.schema import RunConfig
 from finetune.errors import InputError
@@ -36,12 +37,29 @@ def derived_lines(config: RunConfig) -> list[str]:
             lines.append(f"LoRA scale on {name} = alpha {lora.alpha:g} / {divisor} = {scale:g}")
         else:
             lines.append(f"{name}: not adapted (rank 0)")
+    lines += router_notes(config)
     last = trainer.learning_rate * (1.0 if trainer.schedule == "constant" else trainer.final_learning_rate_share)
     lines.append(
         f"learning rate: {trainer.warmup_share:.0%} of the steps up to {trainer.learning_rate:g}, "
         f"then {trainer.schedule} to {last:g}"
     )
     return lines
+
+
+def router_notes(config: RunConfig) -> list[str]:
+    """Say, before anything is trained, where a router's update can be served and what no adapter file carries."""
+    router = config.adapter.router
+    if router.mode == "frozen":
+        return []
+    served = "PEFT, vLLM, llama.cpp and mlx-lm read an adapter's router; SGLang does not: for it merge (--to bf16)"
+    if router.mode == "lora":
+        scale = lora_scale(router.alpha, router.rank, rslora=config.adapter.rslora)
+        return [f"LoRA scale on routers = {scale:g} (rank {router.rank}). {served}"]
+    return [
+        f"routers: weight and bias trained whole. The weight's change is exported as LoRA whose rank is the number of "
+        f"experts, so vLLM needs --max-lora-rank of at least that. {served}",
+        "routers: the bias's change fits into no adapter file; only merged exports (bf16, mxfp4, gguf) carry it",
+    ]
 
 
 def check_inputs(config: RunConfig) -> list[str]:
@@ -61,6 +79,9 @@ def check_inputs(config: RunConfig) -> list[str]:
             lines.append(f"data.{split}.{name}: {found}" + (f", {only}" if only else ""))
     if config.adapter.init_from is not None and not Path(config.adapter.init_from).expanduser().is_dir():
         raise InputError(f"adapter.init_from: there is no directory {config.adapter.init_from}")
+    rule = parse_select(config.adapter.experts.select)
+    if rule.kind == "file":
+        refuse_missing(Path(rule.path).expanduser())
     return lines
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
+from finetune.config.expert_rules import expert_problems
 from finetune.config.keys import KeyPath
 from finetune.config.locate import HUB_PREFIX, matching_files, resolve_data_path
 from finetune.config.memory_rules import memory_problems
@@ -29,15 +30,15 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "above 0",
         lambda value: value > 0,
-        "data.mix_temperature adapter.attention.alpha adapter.experts.alpha trainer.epochs trainer.learning_rate "
-        "trainer.adam_epsilon",
+        "data.mix_temperature adapter.attention.alpha adapter.experts.alpha adapter.router.alpha trainer.epochs "
+        "trainer.learning_rate trainer.adam_epsilon",
     ),
     (
         "0 or more",
         lambda value: value >= 0,
         "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_gradient_norm "
-        "trainer.router_balance_coefficient data.loss.analysis data.loss.commentary data.loss.tool_call "
-        "data.loss.final",
+        "trainer.router_balance_coefficient trainer.router_z_loss_coefficient evaluate.routing_samples "
+        "data.loss.analysis data.loss.commentary data.loss.tool_call data.loss.final",
     ),
     (
         "between 0 and 1",
@@ -49,6 +50,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: 0 <= value < 1,
         "trainer.adam_beta1 trainer.adam_beta2 adapter.attention.dropout",
     ),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, "evaluate.max_routing_drift"),
     ("above 0 and below 1", lambda value: 0 < value < 1, "evaluate.confidence data.validation_split.share"),
     ("between 0 and 4294967295", lambda value: 0 <= value < 2**32, "seed"),
 )
@@ -65,6 +67,7 @@ def broken_rules(config: RunConfig) -> Iterator[Problem]:
     yield from _sources(config)
     yield from rendering_problems(config.data)
     yield from _adapter(config)
+    yield from expert_problems(config)
     yield from _trainer(config)
     yield from memory_problems(config)
     yield from _evaluation(config)
@@ -153,10 +156,10 @@ def _overlap(one: SourceConfig, other: SourceConfig) -> bool:
 def _adapter(config: RunConfig) -> Iterator[Problem]:
     attention, experts = config.adapter.attention, config.adapter.experts
     targets: KeyPath = ("adapter", "attention", "targets")
-    if attention.rank == 0 and experts.rank == 0:
+    if attention.rank == 0 and experts.rank == 0 and config.adapter.router.mode == "frozen":
         yield Problem(
             ("adapter",),
-            "trains nothing: adapter.attention.rank and adapter.experts.rank are both 0",
+            "trains nothing: adapter.attention.rank and adapter.experts.rank are both 0 and routers are frozen",
             "give one of them a rank, or choose adapter=attention_and_experts",
         )
     if attention.rank > 0 and not attention.targets:
@@ -190,6 +193,12 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
             f"is {coefficient}, above {MAX_BALANCE_COEFFICIENT}: the published config.json says 0.9, but that is a "
             "pre-training value and ruins a fine-tune",
             "write 0.001, or set trainer.force_router_balance_coefficient=true if you mean it",
+        )
+    if trainer.activation_offload and not trainer.activation_checkpointing:
+        yield Problem(
+            ("trainer", "activation_offload"),
+            "does nothing without trainer.activation_checkpointing: what it moves is what checkpointing keeps",
+            "set trainer.activation_checkpointing=true",
         )
     if distributed.kind == "single" and distributed.num_processes != 1:
         yield Problem(

@@ -36,7 +36,13 @@ class ModelConfig(_Strict):
         attention_storage: how the frozen q, k, v and o weights are held: `compute` in the compute dtype, `nf4` rounded
             to bitsandbytes' NF4. `nf4` in either is another base than the checkpoint, and the adapter records it.
         embedding_on_cpu: keep the input embedding in host memory; the rows of a micro-step's tokens are copied.
+        expert_kernel: how the experts are computed. `triton` is the fused path for NVIDIA GPUs (Ampere and newer),
+            `reference` plain PyTorch; same result up to rounding. `auto`: Triton where it runs and agrees with the
+            reference at start-up, else the reference; the choice is printed with its reason.
         experts_per_chunk: how many experts are dequantised at a time; scratch memory grows with it.
+        attention_kernel: how attention is computed. `flash` is torch's own flash kernel with sinks, `reference` plain
+            PyTorch; same result up to rounding. `auto`: flash where it runs and agrees with the reference at start-up
+            (a GPU from Ampere on, or a CPU), else the reference; the choice is printed with its reason.
         identity: the base's identity as an earlier run printed it, or its beginning; another base is refused, so that
             a flipped bit in a checkpoint without `checksums.json` shows. None: not compared.
         verify_checksums: compare shards with the checkpoint's `checksums.json` when it has one.
@@ -49,7 +55,9 @@ class ModelConfig(_Strict):
     expert_storage: Literal["mxfp4", "nf4", "bfloat16"] = "mxfp4"
     attention_storage: Literal["compute", "nf4"] = "compute"
     embedding_on_cpu: bool = False
+    expert_kernel: Literal["auto", "triton", "reference"] = "auto"
     experts_per_chunk: int = 16
+    attention_kernel: Literal["auto", "flash", "reference"] = "auto"
     identity: str | None = None
     verify_checksums: bool = True
 
@@ -182,9 +190,12 @@ class DataConfig(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionAdapterConfig(_Strict):
-    """LoRA on the attention projections. `rank: 0` leaves attention alone.
+    """LoRA on the attention projections.
 
     Attributes:
+        rank: of the update; higher has more capacity and takes more memory. 0 leaves attention alone.
+        alpha: the update is scaled by alpha / rank.
+        targets: which projections.
         dropout: share of a projection's inputs that the update does not see in a training step; nothing at inference.
     """
 
@@ -196,16 +207,41 @@ class AttentionAdapterConfig(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertAdapterConfig(_Strict):
-    """LoRA on both projections of every routed expert. `rank: 0` leaves the experts alone.
+    """LoRA on both projections of the routed experts.
 
     Attributes:
+        rank: of each expert's update; memory grows with it times the experts. 0 leaves the experts alone.
+        alpha: the update is scaled by alpha / rank.
         dropout: only 0; the key is there to say why (an expert's update in PEFT's format is a weight W + BA, in which
             dropping inputs of BA alone cannot be written).
+        select: which experts of each layer are adapted. `all`; `top_k=8`, the 8 that the training rows use most;
+            `top_p=0.2`, as many of the most used as together take 20 % of the gate; or a FILE that `finetune experts
+            score` wrote. Parameters, gradients and optimiser states exist for the chosen ones only.
+        share: `a` is one A per layer and projection for all its experts, with a B for each; `b` the reverse; `none`
+            both for each expert. Written out for each expert in the adapter's files.
     """
 
     rank: int = 4
     alpha: float = 8.0
     dropout: float = 0.0
+    select: str = "all"
+    share: Literal["none", "a", "b"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterAdapterConfig(_Strict):
+    """What of the routers is trained.
+
+    Attributes:
+        mode: `frozen`; `lora` on each router's weight; `full` trains a change of the whole weight and bias. A full
+            change of the weight is written as LoRA of rank E; that of the bias fits into no adapter file of others:
+            only merged exports carry it.
+        rank, alpha: of `lora`.
+    """
+
+    mode: Literal["frozen", "lora", "full"] = "frozen"
+    rank: int = 8
+    alpha: float = 16.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +258,7 @@ class AdapterConfig(_Strict):
 
     attention: AttentionAdapterConfig = field(default_factory=AttentionAdapterConfig)
     experts: ExpertAdapterConfig = field(default_factory=ExpertAdapterConfig)
+    router: RouterAdapterConfig = field(default_factory=RouterAdapterConfig)
     rslora: bool = False
     layers: tuple[int, int] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -246,12 +283,24 @@ class TrainerConfig(_Strict):
         schedule: how the rate falls from the peak after the warm-up.
         final_learning_rate_share: the rate at the end as a share of the peak.
         warmup_share: share of all steps spent rising from lr / warm-up steps to the peak.
+        weight_decay: AdamW's pull towards zero.
+        adam_beta1, adam_beta2: decay of AdamW's averages of gradients and of their squares.
+        adam_epsilon: added to the root of the second average, so that tiny gradients are not blown up.
         max_gradient_norm: gradients are scaled down to this norm; 0 turns clipping off (the norm is still checked).
         router_balance_coefficient: weight of the per-layer balance loss. The published config's 0.9 is a
             pre-training value and ruins a fine-tune: above 0.1 is refused unless forced.
         force_router_balance_coefficient: allow a coefficient above 0.1.
+        router_balance_scope: over which tokens routing should be balanced: each `microbatch` by itself, or the whole
+            optimiser `step` of all processes, which lets single rows specialise and costs one more forward pass.
+        router_balance_target: `uniform`, every expert equally often; or `base`, as often as the base without the
+            adapter takes it on the same tokens, so that learned specialisation stays. That is one more forward pass.
+        router_z_loss_coefficient: weight of the mean squared log-sum-exp of the router's logits, which keeps them
+            small; 0.001 is what was published for pre-training.
         activation_checkpointing: recompute each layer in the backward pass; less memory, more compute.
+        activation_offload: keep what activation checkpointing saves (each layer's input) in the CPU's memory, copied
+            beside the computation; less GPU memory for long rows. Only on a GPU.
         early_stop_patience: stop after this many evaluations without a better best metric. None: never.
+        ignore_memory_estimate: start although the estimate says that the run does not fit into memory.
     """
 
     epochs: float = 1.0
@@ -272,8 +321,13 @@ class TrainerConfig(_Strict):
     max_gradient_norm: float = 1.0
     router_balance_coefficient: float = 0.001
     force_router_balance_coefficient: bool = False
+    router_balance_scope: Literal["microbatch", "step"] = "microbatch"
+    router_balance_target: Literal["uniform", "base"] = "uniform"
+    router_z_loss_coefficient: float = 0.0
     activation_checkpointing: bool = True
+    activation_offload: bool = False
     early_stop_patience: int | None = None
+    ignore_memory_estimate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +349,7 @@ class LoggingConfig(_Strict):
 
     Attributes:
         tracker: `wandb` sends metrics through Accelerate.
+        project: under which name a tracker files the run.
         mode: `offline` writes wandb's files without a network.
         every_steps: optimiser steps between two progress lines when not on a terminal.
     """
@@ -316,6 +371,10 @@ class EvaluateConfig(_Strict):
         labels: score each record's `answer` against all answers of the set by likelihood. `auto`: when every test
             record has an `answer` and there are at most 64 different ones.
         confidence: level of the intervals.
+        routing_samples: samples (test, else validation, else training) on which it is measured before and after which
+            experts are used, by channel and source, and how routing drifts from the base's. 0: not measured.
+        max_routing_drift: stop (exit code 6) when, in any layer, a larger share of those samples' tokens than this
+            goes to another set of experts than in the base. None: no limit.
     """
 
     every_steps: int | None = None
@@ -323,6 +382,8 @@ class EvaluateConfig(_Strict):
     test_rows: int | None = None
     labels: Literal["auto", "always", "never"] = "auto"
     confidence: float = 0.95
+    routing_samples: int = 64
+    max_routing_drift: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

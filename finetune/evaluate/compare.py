@@ -80,14 +80,16 @@ def _answer(opened: OpenedModel, suite: Suite, who: str, log: RowLog, count: int
         for chunk in _chunks(todo, PROMPTS_AT_ONCE):
             prompts = [render_prompt(suite.rows.records[n], suite.data) for n in chunk]
             answers = generate(opened.base.model, prompts, sampling, numbers=chunk)
-            log.append(_text_line(who, suite.name, row, tokens) for row, tokens in zip(chunk, answers, strict=True))
+            log.append(_text_line(who, suite, row, tokens) for row, tokens in zip(chunk, answers, strict=True))
             progress.advance(len(chunk))
 
 
-def _text_line(who: str, suite: str, row: int, tokens: list[int]) -> dict[str, Any]:
-    read = read_completion(tokens)
+def _text_line(who: str, suite: Suite, row: int, tokens: list[int]) -> dict[str, Any]:
+    read, record = read_completion(tokens), suite.rows.records[row]
+    question = next((message.content for message in reversed(record.messages) if message.role == "user"), "")
     return {
-        "measured": "text", "who": who, "suite": suite, "row": row, "tokens": len(tokens),
+        "measured": "text", "who": who, "suite": suite.name, "row": row, "tokens": len(tokens),
+        "question": question, "answer": record.answer,
         "final": read.final, "analysis": read.analysis, "stopped": read.stopped, "error": read.error,
     }  # fmt: skip
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from finetune.adapters.files import CONFIG, read_adapter_into, read_provenance
 from finetune.adapters.locate import resolve_run
 from finetune.adapters.lora import Adapter, attach_adapter
-from finetune.adapters.peft_layout import EXPERT_PARAMETERS
+from finetune.adapters.peft_layout import EXPERT_PARAMETERS, ROUTER_PARAMETER
+from finetune.adapters.stored import ROUTER_BIAS
 from finetune.config.schema import (
     AdapterConfig,
     AttentionAdapterConfig,
@@ -18,13 +19,16 @@ from finetune.config.schema import (
     DataConfig,
     ExpertAdapterConfig,
     ModelConfig,
+    RouterAdapterConfig,
     RunConfig,
 )
 from finetune.config.validate import load_run_config
 from finetune.console import say
 from finetune.errors import InputError
+from finetune.model.attention import select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.experts import select_expert_kernel
 from finetune.model.hub import locate_base
 from finetune.model.selftest import check_packing
 from finetune.model.storage import BaseStorage
@@ -92,7 +96,13 @@ def open_model(
         BaseStorage.of(settings),
     )
     say(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
+    say(select_attention(loaded.model, settings.attention_kernel).describe())
+    # A run's demand holds where it ran; on a device named here it is a preference.
+    say(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
     check_packing(loaded.model)
+    # The file has factors for every expert, zeros where a run adapted only some.
+    experts = replace(adapter_config.experts, select="all", share="none")
+    adapter_config = replace(adapter_config, experts=experts)
     adapter = attach_adapter(loaded, replace(adapter_config, init_from=None), seed=0)
     read_adapter_into(directory, adapter, adapter_config, loaded.identity, loaded.held_as)
     say(f"adapter: {directory}")
@@ -126,7 +136,11 @@ def adapter_config_of(directory: Path, stored: dict[str, Any]) -> AdapterConfig:
             f"{directory / CONFIG} describes an adapter that is none of this toolkit's",
             fix="bring it over first: finetune adapter import",
         )
-    has_experts = bool(stored.get("target_parameters"))
+    parameters = [str(name) for name in stored.get("target_parameters") or []]
+    has_experts = any(name.endswith(EXPERT_PARAMETERS) for name in parameters)
+    has_router = any(name.endswith(ROUTER_PARAMETER) for name in parameters)
+    mode: Literal["lora", "full"] = "full" if (directory / ROUTER_BIAS).is_file() else "lora"
+    router = {kind: found.get(ROUTER_PARAMETER) for kind, found in patterns.items()}
     experts = {kind: found.get(EXPERT_PARAMETERS[0]) for kind, found in patterns.items()}
     return AdapterConfig(
         attention=AttentionAdapterConfig(
@@ -136,6 +150,9 @@ def adapter_config_of(directory: Path, stored: dict[str, Any]) -> AdapterConfig:
         ),
         experts=ExpertAdapterConfig(
             rank=(experts["rank"] or rank) if has_experts else 0, alpha=float(experts["alpha"] or alpha)
+        ),
+        router=RouterAdapterConfig(
+            mode=mode if has_router else "frozen", rank=router["rank"] or rank, alpha=float(router["alpha"] or alpha)
         ),
         rslora=bool(stored.get("use_rslora")),
     )

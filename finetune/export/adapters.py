@@ -80,6 +80,9 @@ def export_adapter(
     refuse_existing(out)
     shape = _check_base(source, options)
     contents = _contents(source, target, out, shape, options)
+    if source.router_bias:
+        left_out = f"changes of {len(source.router_bias)} routers' biases"
+        warn(f"left out: {left_out}; only merged exports carry them (--to bf16)")
     if options.dry_run:
         for line in _describe(contents, target):
             say(line, result=True)

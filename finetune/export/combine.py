@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from finetune.adapters.files import WEIGHTS, warn_held_as, write_peft_directory
 from finetune.console import Progress, warn
@@ -97,7 +98,7 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | N
                 layers[number][name] = factors
             progress.advance()
     tensors, fields = peft_contents(layers.items(), every_layer=_every_layer(sources, layers))
-    write_peft_directory(out, tensors, fields, _facts(adapters, rank))
+    write_peft_directory(out, tensors, fields, _facts(adapters, rank), router_bias=_summed_biases(adapters))
     return costs
 
 
@@ -133,6 +134,15 @@ def _summed(adapters: Sequence[Weighted], number: int) -> dict[str, Factors]:
         name: Factors(torch.cat([f.a for f in here], dim=-2), torch.cat([f.b for f in here], dim=-1), 1.0)
         for name, here in parts.items()
     }
+
+
+def _summed_biases(adapters: Sequence[Weighted]) -> dict[str, Tensor]:
+    """Weighted sums of the changes of routers' biases."""
+    total: dict[str, Tensor] = {}
+    for adapter in adapters:
+        for name, change in adapter.source.router_bias.items():
+            total[name] = total.get(name, torch.zeros_like(change)) + adapter.weight * change
+    return total
 
 
 def _cut(factors: Factors, rank: int, layer: int, name: str) -> tuple[Factors, Reranked]:

@@ -138,6 +138,8 @@ def _pieces(
             merged, made = merge_weight(checkpoint.read_rows(operation.base, 0, operation.shape[0]), factors)
             tally.add(made)
             yield merged
+        case "bias":
+            yield merge_bias(plan, operation)
         case "scales":
             yield scales.pop(operation.base)
         case "dequantise" | "merge experts":
@@ -150,6 +152,12 @@ def _pieces(
                 yield piece
         case "round experts":
             yield from _rounded(checkpoint, operation, factors, pool, tally, scales)
+
+
+def merge_bias(plan: MergePlan, operation: Operation) -> Tensor:
+    """A router's bias with its change, bfloat16 [E], rounded once."""
+    bias = plan.checkpoint.read_rows(operation.base, 0, operation.shape[0])
+    return (bias.float() + plan.source.router_bias[operation.name]).to(bias.dtype)
 
 
 def _rounded(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finetune.console import Progress
 from finetune.errors import InputError, MachineError
-from finetune.export.execute import PIECE_BYTES, in_order, worker_pool
+from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
 from finetune.export.merge import Tally, add_to_experts, merge_weight, round_experts
 from finetune.export.plan import MergePlan, Operation
 from finetune.export.source import Factors
@@ -267,6 +267,8 @@ def _make(plan: MergePlan, tensor: GgufTensor, pool: ThreadPoolExecutor, tally: 
     """The whole tensor: float32, or bytes."""
     checkpoint, operation = plan.checkpoint, tensor.operation
     factors = plan.source.read(operation.site) if operation.site else None
+    if operation.kind == "bias":
+        return merge_bias(plan, operation).float()
     if tensor.type != "MXFP4" and operation.kind in ("copy", "merge"):
         stored = checkpoint.read_rows(operation.base, 0, operation.shape[0])
         if factors is not None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
 from finetune.adapters.config_file import read_adapter_config
 from finetune.adapters.files import CONFIG, WEIGHTS, read_provenance, write_peft_directory
 from finetune.console import say, warn
 from finetune.errors import InputError
 from finetune.export.adapters import known_shape
+from finetune.export.compact import expanded
 from finetune.export.factors import layers_of
 from finetune.export.orientation import SWAPPING_RELEASE, is_swapped, turned
 from finetune.export.peft import adapts_every_layer, peft_contents
@@ -86,7 +88,9 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
         rslora=adapter.rslora,
         every_layer=adapts_every_layer(adapter.source, adapter.shape),
     )
-    write_peft_directory(out, tensors, fields, facts | {"imported_from": sha256(directory / WEIGHTS)})
+    file = directory / (COMPACT_WEIGHTS if is_compact(directory) else WEIGHTS)
+    bias = adapter.source.router_bias
+    write_peft_directory(out, tensors, fields, facts | {"imported_from": sha256(file)}, router_bias=bias)
     say(f"read {adapter.layout}: {len(adapter.source.sites)} sites in {len(adapter.layers)} layers")
     left_out = sorted(path.name for path in directory.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
     if left_out:
@@ -96,6 +100,8 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
 def _read(directory: Path, options: ExportOptions) -> Imported:
     if not directory.is_dir():
         raise InputError(f"no adapter directory {directory}")
+    if is_compact(directory):
+        return _read_compact(directory, options)
     if not (directory / WEIGHTS).is_file():
         others = [name for name in _NOT_SAFETENSORS if (directory / name).is_file()]
         raise InputError(
@@ -139,6 +145,18 @@ def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
     sites = tuple(_site(number, name, factors) for number, layer in layers.items() for name, factors in layer.items())
     layout = f"factors expert by expert ({file.num_experts} experts)"
     return Imported(replace(source, sites=sites), base, shape, layers, layout, rslora=False)
+
+
+def _read_compact(directory: Path, options: ExportOptions) -> Imported:
+    compact = read_compact(directory)
+    name, revision, identity = (compact.facts.get(f"base_{key}") for key in ("name", "revision", "identity"))
+    held_as = compact.facts.get("base_held_as") or {}
+    source = AdapterSource(directory, {}, name, revision, identity, (), held_as, compact.router_bias)
+    base, shape = _base(source, options)
+    layers = expanded(compact)
+    sites = tuple(_site(number, name, factors) for number, layer in layers.items() for name, factors in layer.items())
+    layout = "an adapter in compact form"
+    return Imported(replace(source, sites=sites), base, shape, layers, layout, rslora=compact.rslora)
 
 
 def _base(source: AdapterSource, options: ExportOptions) -> tuple[Base | None, ModelShape | None]:

@@ -51,6 +51,8 @@ def attach_source(base: Base, source: AdapterSource) -> None:
         if ROUTER in factors:
             weight = layer.mlp.router.weight
             weight.copy_((weight.float() + factors[ROUTER].delta()).to(weight.dtype))
+        if (change := source.router_bias.get(f"model.layers.{number}.mlp.router.bias")) is not None:
+            layer.mlp.router.bias.add_(change.to(device))
         experts = {name: found for name, found in factors.items() if name.endswith(("gate_up_proj", "down_proj"))}
         if experts:
             layer.mlp.experts.attach(_Experts(experts))

@@ -20,7 +20,7 @@ from finetune.model.shapes import DTYPE_BYTES, ModelShape
 from finetune.mxfp4.constants import BLOCK
 
 SHARD_BYTES = 5_000_000_000  # what transformers cut at for years; smaller is only more files
-Kind = Literal["copy", "merge", "dequantise", "merge experts", "round experts", "scales"]
+Kind = Literal["copy", "merge", "bias", "dequantise", "merge experts", "round experts", "scales"]
 _BLOCKS, _SCALES = "_blocks", "_scales"
 
 
@@ -29,7 +29,8 @@ class Operation:
     """How one tensor of the result is made.
 
     Attributes:
-        kind: `copy` the base's bytes; `merge` a bfloat16 weight with its update; `dequantise` experts as they are or
+        kind: `copy` the base's bytes; `merge` a bfloat16 weight with its update; `bias` a router's with its
+            change; `dequantise` experts as they are or
             `merge experts` with their update, into bfloat16 [E, in, out]; `round experts` with their update to MXFP4
             blocks, and write the `scales` found there.
         name: of the tensor in the result.
@@ -121,6 +122,9 @@ def check_fits(shape: ModelShape, source: AdapterSource) -> None:
         InputError: names the first site that does not fit.
     """
     tensors = shape.expected_tensors()
+    for name, change in source.router_bias.items():
+        if name not in tensors or tensors[name][1] != tuple(change.shape):
+            raise InputError(f"{source.directory} changes {name} {list(change.shape)}, which the base has not")
     for site in source.sites:
         name = site.module + (_BLOCKS if site.num_experts else ".weight")
         if name not in tensors:
@@ -168,6 +172,8 @@ def _native_shards(checkpoint: Checkpoint, source: AdapterSource) -> tuple[Shard
         kind: Kind = "copy"
         if site is not None:
             kind = "scales" if name.endswith(_SCALES) else "round experts" if name.endswith(_BLOCKS) else "merge"
+        elif name in source.router_bias:
+            kind = "bias"
         base = name.removesuffix(_SCALES) + _BLOCKS if kind == "scales" else name
         by_file.setdefault(entry.file, []).append(Operation(kind, name, base, site, entry.dtype, entry.shape))
     shards = [Shard(file, tuple(operations), file) for file, operations in sorted(by_file.items())]
@@ -190,17 +196,19 @@ def _scales_follow_blocks(names: Sequence[str]) -> bool:
 def _dense_shards(checkpoint: Checkpoint, source: AdapterSource) -> tuple[Shard, ...]:
     sites = {site.module: site for site in source.sites}
     operations = []
+    kind: Kind
     for name, (dtype, sizes) in checkpoint.shape.expected_tensors().items():
         if name.endswith(_SCALES):
             continue
         if name.endswith(_BLOCKS):
             dense = name.removesuffix(_BLOCKS)
             experts, out, groups, _ = sizes
-            kind: Kind = "merge experts" if dense in sites else "dequantise"
+            kind = "merge experts" if dense in sites else "dequantise"
             operations.append(Operation(kind, dense, name, sites.get(dense), "BF16", (experts, groups * BLOCK, out)))
             continue
         site = sites.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        operations.append(Operation("merge" if site else "copy", name, name, site, dtype, sizes))
+        kind = "merge" if site else "bias" if name in source.router_bias else "copy"
+        operations.append(Operation(kind, name, name, site, dtype, sizes))
     return _cut(operations)
 
 

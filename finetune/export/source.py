@@ -6,10 +6,11 @@ The update of a weight [out, in] (of one expert) is scale · b @ a; gate and up 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from finetune.adapters.config_file import read_adapter_config
 from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, read_provenance
+from finetune.adapters.stored import read_router_bias
 from finetune.console import warn
 from finetune.errors import InputError
 from finetune.model.headers import read_header
@@ -85,6 +87,7 @@ class AdapterSource:
         base_name, base_revision, base_identity: the base it was trained on; identity is None without finetune.json.
         sites: what it changes, by layer.
         base_held_as: parts of the base that were rounded further while it was trained, see `Base.held_as`.
+        router_bias: changes of routers' biases by the tensor's name, float32 [E]; only merges carry them.
     """
 
     directory: Path
@@ -93,7 +96,8 @@ class AdapterSource:
     base_revision: str | None
     base_identity: str | None
     sites: tuple[SourceSite, ...]
-    base_held_as: dict[str, Any] = field(default_factory=dict)
+    base_held_as: dict[str, Any] = dataclasses.field(default_factory=dict)
+    router_bias: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def base_facts(self) -> dict[str, Any]:
@@ -160,6 +164,7 @@ def open_adapter(directory: Path) -> AdapterSource:
         facts.get("base_identity"),
         sites,
         facts.get("base_held_as") or {},
+        read_router_bias(directory),
     )
 
 

@@ -75,12 +75,15 @@ def compare_weights(
     plan: MergePlan, target: MergedTarget, directory: Path, tallies: Mapping[str, Tally]
 ) -> dict[str, Any]:
     """Ask the fresh process about every weight; its answer (`problems` by tensor, `compared`, `updates`)."""
+    biases = plan.source.router_bias
     request = {
         "base": str(plan.checkpoint.directory),
         "adapter": str(plan.source.directory / WEIGHTS),
         "merged": str(directory / gguf_name(plan) if target == "gguf" else directory),
         "experts": plan.target,
-        "updates": {name: tally.wanted**0.5 for name, tally in tallies.items()},
+        "biases": {name: change.tolist() for name, change in biases.items()},
+        "updates": {name: tally.wanted**0.5 for name, tally in tallies.items()}
+        | {name: float(change.norm()) for name, change in biases.items()},
         "sites": [
             {"module": site.module, "a": site.key_a, "b": site.key_b, "rank": site.rank, "scale": site.scale}
             for site in plan.source.sites

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 QUERIES_PER_BLOCK = 256
+PAIRS_PER_BLOCK = QUERIES_PER_BLOCK * 4096  # scores of a block for one head: 0.27 GB over 64 heads in float32
 
 
 class _Block(NamedTuple):
@@ -33,6 +34,35 @@ class _Block(NamedTuple):
 
 
 @dataclass(frozen=True)
+class PackedSegments:
+    """The segments as variable-length kernels take them: the queries of a segment see the end of its keys, causally.
+
+    A segment that continues another has that one's keys (in a window layer: as many of the last as are ever seen)
+    before its own, copied: which keys those are is `key_index`.
+
+    Attributes:
+        lengths, key_lengths: queries and keys of each of the S segments.
+        starts, key_starts: int32 [S + 1], where each begins among all queries or keys.
+        key_index: int64, the token of each key; None when keys are the tokens themselves.
+    """
+
+    lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    starts: Tensor
+    key_starts: Tensor
+    key_index: Tensor | None
+
+    def to(self, device: torch.device) -> PackedSegments:
+        """The same with its tensors on `device`."""
+        return replace(
+            self,
+            starts=self.starts.to(device),
+            key_starts=self.key_starts.to(device),
+            key_index=None if self.key_index is None else self.key_index.to(device),
+        )
+
+
+@dataclass(frozen=True)
 class AttentionPlan:
     """Which keys each query sees, for one kind of layer.
 
@@ -41,7 +71,9 @@ class AttentionPlan:
         prefixes: int64 [N], the segment each token's own segment continues; itself when it continues none.
         positions: int64 [N], place in the (prefix and) segment, as the rotary embedding uses it.
         window: keys seen at most, counting the token itself; None in full layers.
-        blocks: query blocks with their key ranges.
+        blocks: query blocks with their key ranges, for the reference.
+        packed: the segments, for variable-length kernels. None where such a kernel cannot say what is seen: it counts a
+            window in tokens, the plan in positions, and those do not run on. Training batches always have it.
     """
 
     segments: Tensor
@@ -49,6 +81,7 @@ class AttentionPlan:
     positions: Tensor
     window: int | None
     blocks: tuple[_Block, ...]
+    packed: PackedSegments | None
 
     def to(self, device: torch.device) -> AttentionPlan:
         """The same plan with its tensors on `device`."""
@@ -57,6 +90,7 @@ class AttentionPlan:
             segments=self.segments.to(device),
             prefixes=self.prefixes.to(device),
             positions=self.positions.to(device),
+            packed=None if self.packed is None else self.packed.to(device),
         )
 
     def hidden(self, block: _Block) -> Tensor:
@@ -95,14 +129,66 @@ def plan_attention(
     joined = (segments + 1 + row_numbers * stride).reshape(-1)
     joined_prefixes = joined if prefixes is None else (prefixes + 1 + row_numbers * stride).reshape(-1)
     flat_positions = positions.reshape(-1)
-    first_keys = _first_keys(joined.cpu().numpy(), joined_prefixes.cpu().numpy(), window)
-    blocks = tuple(
-        _Block(
-            first, min(first + QUERIES_PER_BLOCK, len(joined)), int(first_keys[first : first + QUERIES_PER_BLOCK].min())
-        )
-        for first in range(0, len(joined), QUERIES_PER_BLOCK)
+    on_host = joined.cpu().numpy(), joined_prefixes.cpu().numpy()
+    packed = _packed_segments(*on_host, flat_positions.cpu().numpy(), window)
+    return AttentionPlan(
+        joined,
+        joined_prefixes,
+        flat_positions,
+        window,
+        _blocks(_first_keys(*on_host, window)),
+        None if packed is None else packed.to(segments.device),
     )
-    return AttentionPlan(joined, joined_prefixes, flat_positions, window, blocks)
+
+
+def _blocks(first_keys: np.ndarray) -> tuple[_Block, ...]:
+    """Cut the queries into blocks, shorter ones where they see many keys: memory must not grow with the row."""
+    blocks = []
+    first, length = 0, len(first_keys)
+    while first < length:
+        count = min(QUERIES_PER_BLOCK, length - first)
+        while count > 1 and count * (first + count - first_keys[first : first + count].min()) > PAIRS_PER_BLOCK:
+            count = (count + 1) // 2
+        blocks.append(_Block(first, first + count, int(first_keys[first : first + count].min())))
+        first += count
+    return tuple(blocks)
+
+
+def _packed_segments(
+    segments: np.ndarray, prefixes: np.ndarray, positions: np.ndarray, window: int | None
+) -> PackedSegments | None:
+    """The segments of joined rows ([N] each), or None where positions do not run on and a window counts them."""
+    firsts = np.flatnonzero(np.diff(segments, prepend=np.nan))
+    lasts = np.append(firsts[1:], len(segments))
+    number_of = {segment: number for number, segment in enumerate(segments[firsts].tolist())}
+    prefix = np.array([number_of[segment] for segment in prefixes[firsts].tolist()], dtype=np.int64)
+    continues = prefix != np.arange(len(firsts))
+    before = np.where(continues, (lasts - firsts)[prefix], 0)
+    if window is not None:
+        jumps = np.diff(positions) != 1
+        jumps[firsts[1:] - 1] = False
+        if jumps.any() or (positions[firsts] != positions[firsts[prefix]] + before)[continues].any():
+            return None
+        before = np.minimum(before, window - 1)
+    lengths = lasts - firsts
+    key_index = None
+    if continues.any():
+        pieces = []
+        for number, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+            end = lasts[prefix[number]]
+            pieces += [np.arange(end - before[number], end), np.arange(first, last)]
+        key_index = torch.from_numpy(np.concatenate(pieces))
+    return PackedSegments(
+        tuple(lengths.tolist()),
+        tuple((lengths + before).tolist()),
+        _starts(lengths),
+        _starts(lengths + before),
+        key_index,
+    )
+
+
+def _starts(lengths: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
 
 
 def _first_keys(segments: np.ndarray, prefixes: np.ndarray, window: int | None) -> np.ndarray:

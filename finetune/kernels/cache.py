@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.kernels.attention import AttentionPlan, sink_attention
+from finetune.kernels.attention import AttentionPlan
+from finetune.kernels.attention_choice import Attention
 
 _EMPTY = -1
 
@@ -128,10 +129,12 @@ class CachedAttention:
     kept: Tensor
     plan: AttentionPlan | None
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scaling: float) -> Tensor:
-        """[N, H, d], [N, J, d], [N, J, d] -> [N, H, d]."""
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scaling: float, attention: Attention
+    ) -> Tensor:
+        """[N, H, d], [N, J, d], [N, J, d] -> [N, H, d]; whole prompts go through `attention`."""
         kept = self.kept
         self.cache.write(layer, self.sequences[kept], self.positions[kept], k[kept], v[kept])
         if self.plan is not None:
-            return sink_attention(q, k, v, sinks, self.plan, scaling)
+            return attention(q, k, v, sinks, self.plan, scaling)
         return self.cache.attend(layer, q, self.positions, sinks, scaling)

@@ -11,18 +11,18 @@ width, L rank, C experts in a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import grouped_mm
 
+from finetune.kernels.grouped import padded_rank
+from finetune.kernels.routing import Chunk, Routing, output_not_wanted
 from finetune.mxfp4.format import dequantise
-
-GROUPED_STRIDE_BYTES = 16  # grouped_mm wants every stride to be a multiple of this
 
 
 class FrozenExperts(Protocol):
@@ -88,28 +88,6 @@ class ExpertWeights:
     experts_per_chunk: int
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Experts `first` to `last` (exclusive) and the routed rows `start` to `stop` that they serve.
-
-    `counts` has the rows of each of these experts.
-    """
-
-    first: int
-    last: int
-    start: int
-    stop: int
-    counts: list[int]
-
-    @property
-    def experts(self) -> slice:
-        return slice(self.first, self.last)
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.start, self.stop)
-
-
 def clamped_swiglu(gate_up: Tensor, limit: float, gain: float) -> Tensor:
     """gpt-oss's activation on interleaved pairs: [..., 2F] -> [..., F].
 
@@ -152,32 +130,33 @@ class _ExpertBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales):  # type: ignore[no-untyped-def]
-        order, counts = _sort_by_expert(expert_ids, len(weights.gate_up.bias))
-        ctx.save_for_backward(x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, order)
-        ctx.counts, ctx.weights, ctx.scales = counts, weights, scales
-        top_k = expert_ids.shape[1]
-        token_of_row = order // top_k
-        row_weights = expert_weights.reshape(-1)[order]
-        rows = x.new_empty(len(order), x.shape[1])
-        for chunk in _chunks(counts, weights.experts_per_chunk):
+        ctx.save_for_backward(x, expert_weights, gate_up_a, gate_up_b, down_a, down_b)
+        if output_not_wanted():
+            return torch.full_like(x, torch.nan)
+        # Kept beside the saved tensors: a layer computed again cannot route another way than its output was made.
+        ctx.routing = routing = Routing.of(expert_ids, len(weights.gate_up.bias), weights.experts_per_chunk)
+        ctx.weights, ctx.scales = weights, scales
+        token_of_row = routing.order // routing.top_k
+        row_weights = expert_weights.reshape(-1)[routing.order]
+        rows = x.new_empty(len(routing.order), x.shape[1])
+        for chunk in routing.chunks():
             factors = _slices((gate_up_a, gate_up_b, down_a, down_b), chunk.experts)
             inputs = [x[token_of_row[chunk.rows]], row_weights[chunk.rows], *factors]
             rows[chunk.rows] = _chunk_forward(inputs, chunk, weights, scales)
-        return _combine(rows, order, top_k)
+        return _combine(rows, routing)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-        x, expert_weights, *factors, order = ctx.saved_tensors
-        top_k = expert_weights.shape[1]
-        token_of_row = order // top_k
-        row_weights = expert_weights.reshape(-1)[order]
-        needs = ctx.needs_input_grad[:6]
-        grad_rows = x.new_empty(len(order), x.shape[1]) if needs[0] else None
+        x, expert_weights, *factors = ctx.saved_tensors
+        routing, needs = ctx.routing, ctx.needs_input_grad[:6]
+        token_of_row = routing.order // routing.top_k
+        row_weights = expert_weights.reshape(-1)[routing.order]
+        grad_rows = x.new_empty(len(routing.order), x.shape[1]) if needs[0] else None
         grad_row_weights = torch.empty_like(row_weights) if needs[1] else None
         # Experts of a chunk without rows are never visited: their gradient is zero.
         grad_factors = [torch.zeros_like(t) if need else None for t, need in zip(factors, needs[2:], strict=True)]
-        for chunk in _chunks(ctx.counts, ctx.weights.experts_per_chunk):
+        for chunk in routing.chunks():
             tokens = token_of_row[chunk.rows]
             inputs = [x[tokens], row_weights[chunk.rows], *_slices(factors, chunk.experts)]
             targets = [*_slices((grad_rows, grad_row_weights), chunk.rows), *_slices(grad_factors, chunk.experts)]
@@ -185,46 +164,25 @@ class _ExpertBlock(torch.autograd.Function):
             for target, gradient in zip(targets, gradients, strict=True):
                 if target is not None and gradient is not None:
                     target.copy_(gradient)
-        grad_x = None if grad_rows is None else _combine(grad_rows, order, top_k)
+        grad_x = None if grad_rows is None else _combine(grad_rows, routing)
         grad_expert_weights = None
         if grad_row_weights is not None:
-            grad_expert_weights = torch.empty_like(grad_row_weights).index_copy_(0, order, grad_row_weights)
+            grad_expert_weights = torch.empty_like(grad_row_weights).index_copy_(0, routing.order, grad_row_weights)
             grad_expert_weights = grad_expert_weights.view_as(expert_weights)
         return grad_x, grad_expert_weights, *grad_factors, None, None, None
-
-
-def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """Order of the T·K routed rows by expert (stable, so ties keep token order), and rows per expert on the host."""
-    flat = expert_ids.reshape(-1)
-    order = flat.argsort(stable=True)
-    # A device-to-host copy, so that chunks without rows are skipped altogether.
-    return order, torch.bincount(flat, minlength=num_experts).tolist()
-
-
-def _chunks(counts: list[int], experts_per_chunk: int) -> Iterator[_Chunk]:
-    """Consecutive runs of experts with at least one row between them."""
-    start = 0
-    for first in range(0, len(counts), experts_per_chunk):
-        here = counts[first : first + experts_per_chunk]
-        stop = start + sum(here)
-        if stop > start:
-            yield _Chunk(first, first + len(here), start, stop, here)
-        start = stop
 
 
 def _slices(tensors: Sequence[Tensor | None], span: slice) -> list[Tensor | None]:
     return [None if tensor is None else tensor[span] for tensor in tensors]
 
 
-def _combine(rows: Tensor, order: Tensor, top_k: int) -> Tensor:
+def _combine(rows: Tensor, routing: Routing) -> Tensor:
     """Put [R, D] rows back in token order and add each token's K: [T, D]."""
-    position = torch.empty_like(order)
-    position[order] = torch.arange(len(order), device=order.device)
-    return rows[position].view(-1, top_k, rows.shape[1]).sum(1)
+    return rows[routing.position()].view(-1, routing.top_k, rows.shape[1]).sum(1)
 
 
 def _chunk_forward(
-    inputs: Sequence[Tensor | None], chunk: _Chunk, weights: ExpertWeights, scales: tuple[float, float]
+    inputs: Sequence[Tensor | None], chunk: Chunk, weights: ExpertWeights, scales: tuple[float, float]
 ) -> Tensor:
     """One chunk's rows through its experts, times the router's weight. Differentiable.
 
@@ -239,17 +197,15 @@ def _chunk_forward(
     """
     x_rows, row_weights, gate_up_a, gate_up_b, down_a, down_b = inputs
     assert x_rows is not None and row_weights is not None
-    counts = torch.tensor(chunk.counts, device=x_rows.device)
-    offsets = counts.cumsum(0).to(torch.int32)
-    expert_of_row = torch.repeat_interleave(counts, output_size=chunk.stop - chunk.start)
+    expert_of_row = chunk.expert_of_row()
 
     def linear(rows: Tensor, base: FrozenExperts, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
-        out = _grouped(rows, base.dequantised(chunk.first, chunk.last, rows.dtype), offsets)
+        out = _grouped(rows, base.dequantised(chunk.first, chunk.last, rows.dtype), chunk.offsets)
         out = out + base.bias[chunk.experts][expert_of_row]
         if a is None or b is None:
             return out
-        a, b = _padded_rank(a.to(rows.dtype), b.to(rows.dtype))
-        return out + _grouped(_grouped(rows, a, offsets) * scale, b, offsets)
+        a, b = padded_rank(a.to(rows.dtype), 1), padded_rank(b.to(rows.dtype), 2)
+        return out + _grouped(_grouped(rows, a, chunk.offsets) * scale, b, chunk.offsets)
 
     hidden = linear(x_rows, weights.gate_up, gate_up_a, gate_up_b, scales[0])
     activated = clamped_swiglu(hidden, weights.limit, weights.gain)
@@ -261,7 +217,7 @@ def _chunk_backward(
     inputs: Sequence[Tensor | None],
     needs: Sequence[bool],
     grad_rows: Tensor,
-    chunk: _Chunk,
+    chunk: Chunk,
     weights: ExpertWeights,
     scales: tuple[float, float],
 ) -> list[Tensor | None]:
@@ -276,11 +232,4 @@ def _chunk_backward(
 
 def _grouped(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     """Rows of group c times matrices[c] transposed: [R', in] x [C, out, in] -> [R', out]."""
-    return F.grouped_mm(rows.contiguous(), matrices.transpose(1, 2), offs=offsets)
-
-
-def _padded_rank(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Pad the rank with zeros until every stride of b is a multiple of 16 bytes; the product stays the same."""
-    multiple = GROUPED_STRIDE_BYTES // a.element_size()
-    missing = -a.shape[1] % multiple
-    return (F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))) if missing else (a, b)
+    return grouped_mm(rows.contiguous(), matrices.transpose(1, 2), offs=offsets)

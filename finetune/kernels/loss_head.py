@@ -1,7 +1,11 @@
 """Negative log-likelihood over 201,088 logits without ever holding them all.
 
 Context tokens are dropped before the head: only positions whose next token is trained are passed in. The head is
-frozen, so its weight gets no gradient.
+frozen, so its weight gets no gradient. Logits are float32 straight from the product: rounded to bfloat16 on the way, as
+a plain `hidden @ head.T` does, a logit of 20 would be off by up to 0.06.
+
+torch 2.13's own `linear_cross_entropy` is not used: with a loss for each token it works out the logits twice, and on a
+CPU it takes small chunks and several times as long (`bench/loss_head.py`).
 
 Shape legend: N predicted tokens, M hidden states, D hidden, V vocabulary.
 """
@@ -13,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TOKENS_PER_CHUNK = 512  # 512 x 201,088 float32 logits are 0.41 GB
+_WORDS_PER_SLICE = 16_384  # of the head, made float32 at a time on a CPU
 
 
 def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, tokens_per_chunk: int = TOKENS_PER_CHUNK) -> Tensor:
@@ -41,13 +46,34 @@ def answer_log_likelihood(hidden: Tensor, head: Tensor, rows: Tensor, targets: T
     """
     result = hidden.new_empty(len(rows), dtype=torch.float32)
     for start in range(0, len(hidden), TOKENS_PER_CHUNK):
-        logits = (hidden[start : start + TOKENS_PER_CHUNK] @ head.T).float()
+        logits = _logits(hidden[start : start + TOKENS_PER_CHUNK], head)
         here = (rows >= start) & (rows < start + TOKENS_PER_CHUNK)
         picked = rows[here] - start
         wanted = logits[picked, targets[here]]
         _, log_total = _exponentials(logits)
         result[here] = wanted - log_total[picked]
+        del logits  # or the next chunk's would stand beside them
     return result
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """[N, D] x [V, D] -> [N, V] in float32 (float64 for float64), not rounded in between."""
+    if hidden.dtype in (torch.float32, torch.float64):
+        return hidden @ head.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    logits = hidden.new_empty(len(hidden), len(head), dtype=torch.float32)
+    for start in range(0, len(head), _WORDS_PER_SLICE):
+        span = slice(start, start + _WORDS_PER_SLICE)
+        logits[:, span] = hidden.float() @ head[span].float().T
+    return logits
+
+
+def _hidden_grad(logit_grads: Tensor, head: Tensor) -> Tensor:
+    """[N, V] x [V, D] -> [N, D] in the first one's dtype; the factors are rounded to the head's dtype."""
+    if logit_grads.dtype != head.dtype and head.is_cuda:
+        return torch.mm(logit_grads.to(head.dtype), head, out_dtype=logit_grads.dtype)
+    return (logit_grads.to(head.dtype) @ head).to(logit_grads.dtype)
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,14 +99,16 @@ class _TokenNll(torch.autograd.Function):
         unit_grad = torch.empty_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), tokens_per_chunk):
             span = slice(start, start + tokens_per_chunk)
-            logits = (hidden[span] @ head.T).to(exact)
+            logits = _logits(hidden[span], head)
             wanted = logits.gather(1, targets[span, None])[:, 0]
             exponentials, log_total = _exponentials(logits)
             nll[span] = log_total - wanted
             if unit_grad is not None:
                 probabilities = exponentials.div_(exponentials.sum(-1, keepdim=True))
                 probabilities[torch.arange(len(probabilities), device=logits.device), targets[span]] -= 1
-                unit_grad[span] = (probabilities.to(head.dtype) @ head).to(exact)
+                unit_grad[span] = _hidden_grad(probabilities, head)
+                del probabilities
+            del logits, exponentials  # or the next chunk's would stand beside them
         ctx.save_for_backward(unit_grad)
         ctx.hidden_dtype = hidden.dtype
         return nll

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from typing import Literal
 
-from finetune.kernels.attention import AttentionPlan, sink_attention
+from torch import Tensor
+from transformers import AttentionInterface, GptOssForCausalLM
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+
+from finetune.kernels.attention import AttentionPlan
+from finetune.kernels.attention_choice import KERNELS, AttentionChoice, AttentionShape, choose_attention
 from finetune.kernels.cache import CachedAttention
 
-ATTENTION_NAME = "finetune_packed_sinks"
+ATTENTION_NAME = "finetune_packed_sinks_"  # with the kernel's name behind it
 
 
 def packed_sink_attention(
-    module: nn.Module,
+    module: GptOssAttention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -43,15 +47,47 @@ def packed_sink_attention(
         return x.transpose(1, 2).reshape(batch * length, x.shape[1], x.shape[3])
 
     q, k, v, sinks = joined(query), joined(key), joined(value), s_aux.to(query.dtype)
+    attention = KERNELS[module.config._attn_implementation.removeprefix(ATTENTION_NAME)]
     if isinstance(attention_mask, CachedAttention):
-        layer: int = module.layer_idx  # type: ignore[assignment]
-        out = attention_mask(layer, q, k, v, sinks, scaling)
+        out = attention_mask(module.layer_idx, q, k, v, sinks, scaling, attention)
     else:
-        out = sink_attention(q, k, v, sinks, attention_mask, scaling)
+        out = attention(q, k, v, sinks, attention_mask, scaling)
     return out.view(batch, length, *out.shape[1:]), None
 
 
-def register_attention() -> str:
-    """Make the function known to transformers and return the name to ask for. Calling it again changes nothing."""
-    AttentionInterface.register(ATTENTION_NAME, packed_sink_attention)
-    return ATTENTION_NAME
+def register_attention(kernel: str = "reference") -> str:
+    """Make the function known to transformers and return the name to ask for. Calling it again changes nothing.
+
+    Args:
+        kernel: a key of `finetune.kernels.attention_choice.KERNELS`.
+    """
+    name = ATTENTION_NAME + kernel
+    AttentionInterface.register(name, packed_sink_attention)
+    return name
+
+
+def select_attention(model: GptOssForCausalLM, wanted: Literal["auto", "flash", "reference"]) -> AttentionChoice:
+    """Choose the kernel for a loaded base and use it from now on (a base is loaded with the reference).
+
+    Args:
+        model: on its device, in its compute dtype.
+        wanted: the recipe's `model.attention_kernel`.
+
+    Returns:
+        What was chosen and why, to be said to the person.
+
+    Raises:
+        MachineError: the recipe demands a kernel that cannot be used here.
+    """
+    config, weight = model.config, model.model.norm.weight
+    shape = AttentionShape(
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.sliding_window
+    )
+    choice = choose_attention(wanted, shape, weight.device, weight.dtype)
+    config._attn_implementation = register_attention(choice.kernel)
+    return choice
+
+
+def attention_kernel(model: GptOssForCausalLM) -> str:
+    """The kernel in use, a key of `finetune.kernels.attention_choice.KERNELS`."""
+    return str(model.config._attn_implementation).removeprefix(ATTENTION_NAME)

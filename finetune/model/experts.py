@@ -9,6 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, PackedLinear, expert_block
+from finetune.kernels.experts_choice import (
+    Block,
+    ExpertChoice,
+    ExpertKernel,
+    ExpertShape,
+    choose_expert_kernel,
+    expert_block_of,
+)
 from finetune.model.nf4 import NF4_BLOCK, Nf4Experts
 from finetune.model.storage import ExpertStorage
 from finetune.mxfp4.format import BLOCK
@@ -90,6 +98,8 @@ class PackedExperts(nn.Module):
                 self.register_buffer(f"{name}_dense", torch.empty(experts, out, inputs, dtype=torch.bfloat16))
             self.register_buffer(f"{name}_bias", torch.empty(experts, out))
         self.lora: nn.Module | None = None
+        self.kernel = "reference"
+        self.block: Block = expert_block
 
     def attach(self, lora: nn.Module) -> None:
         """Put an expert adapter (an `ExpertUpdates` module) into the computation."""
@@ -98,7 +108,7 @@ class PackedExperts(nn.Module):
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         """[T, D], int64 [T, K], [T, K] -> [T, D]; argument names are transformers'."""
         updates: ExpertUpdates | None = self.lora  # type: ignore[assignment]
-        return expert_block(
+        return self.block(
             hidden_states,
             router_indices,
             routing_weights,
@@ -122,3 +132,30 @@ class PackedExperts(nn.Module):
         if self.storage == "nf4":
             return Nf4Experts(*parts("nf4_codes", "nf4_scales", "bias"))
         return DenseExperts(*parts("dense", "bias"))
+
+
+def select_expert_kernel(model: nn.Module, wanted: ExpertKernel) -> ExpertChoice:
+    """Choose the kernel for a loaded base and use it from now on (a base is loaded with the reference).
+
+    Args:
+        model: a tree with `PackedExperts`, on its device and in its compute dtype.
+        wanted: the recipe's `model.expert_kernel`.
+
+    Returns:
+        What was chosen and why, to be said to the person.
+
+    Raises:
+        MachineError: the recipe demands a kernel that cannot be used here.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedExperts)]
+    gate_up_bias, down_bias = layers[0].get_buffer("gate_up_proj_bias"), layers[0].get_buffer("down_proj_bias")
+    shape = ExpertShape(down_bias.shape[1], gate_up_bias.shape[1] // 2, layers[0].experts_per_chunk)
+    choice = choose_expert_kernel(wanted, shape, down_bias.device, down_bias.dtype)
+    for layer in layers:
+        layer.kernel, layer.block = choice.kernel, expert_block_of(choice.kernel)
+    return choice
+
+
+def expert_kernel(model: nn.Module) -> str:
+    """The kernel in use, `triton` or `reference`."""
+    return next(module.kernel for module in model.modules() if isinstance(module, PackedExperts))

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GptOssForCausalLM
 
 from finetune.kernels.attention import plan_attention
+from finetune.kernels.routing import checkpoint_contexts
 
 
 def hidden_states(
@@ -60,8 +61,9 @@ def checkpoint_activations(model: GptOssForCausalLM) -> None:
     """Recompute each layer in the backward pass instead of keeping its activations (in training mode only).
 
     Non-reentrant, or the router logits would be cut off from the graph and a balance loss on them would train nothing.
+    The expert block replays itself, so a layer that is computed again skips it (`checkpoint_contexts`).
     """
-    options = {"use_reentrant": False}
+    options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
     if hasattr(model, "activation_checkpointing_enable"):  # the older name is deprecated since transformers 5.23
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:

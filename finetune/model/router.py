@@ -13,10 +13,11 @@ from transformers import GptOssForCausalLM
 
 @dataclass(frozen=True)
 class Routing:
-    """One layer's routing: `logits` [T, E] with gradient, `expert_ids` int64 [T, K]."""
+    """One layer's routing: `logits` [T, E] and `gates` [T, K] with gradient, `expert_ids` int64 [T, K]."""
 
     logits: Tensor
     expert_ids: Tensor
+    gates: Tensor
 
 
 @dataclass
@@ -36,8 +37,8 @@ def record_routing(model: GptOssForCausalLM) -> Iterator[RoutingTape]:
     tape = RoutingTape()
 
     def remember(_module: nn.Module, _inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        router_logits, _weights, expert_ids = output
-        tape.layers.append(Routing(router_logits, expert_ids))
+        router_logits, gates, expert_ids = output
+        tape.layers.append(Routing(router_logits, expert_ids, gates))
 
     handles = [layer.mlp.router.register_forward_hook(remember) for layer in model.model.layers]
     try:

@@ -5,11 +5,12 @@ Works on a run that is still going or was stopped: what is not there yet is left
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from finetune.report.words import code
+from finetune.report.experts import experts_section
+from finetune.report.read import read_json, read_lines
+from finetune.report.words import check_lines, code, summary, with_interval
 
 NUM_CURVE_POINTS = 12
 
@@ -23,13 +24,14 @@ def write_report(run: Path) -> Path:
     Returns:
         The report's path.
     """
-    manifest, evaluation = _read_json(run / "manifest.json"), _read_json(run / "evaluation.json")
-    lines = _read_lines(run / "metrics.jsonl")
+    manifest, evaluation = read_json(run / "manifest.json"), read_json(run / "evaluation.json")
+    lines = read_lines(run / "metrics.jsonl")
     sections = [
-        f"# Run {run.name}\n\n{_summary(manifest, evaluation)}",
+        f"# Run {run.name}\n\n{summary(manifest, evaluation)}",
         _evaluation(evaluation),
         _training(lines),
-        _checks(manifest),
+        experts_section(run, manifest),
+        "## Checks\n\n" + "\n".join(check_lines(manifest)) if check_lines(manifest) else "",
         _facts(manifest),
         "## Configuration\n\nThe whole of it is in `config.yaml`; overrides on the command line: "
         + (", ".join(code(text) for text in manifest.get("overrides", [])) or "none")
@@ -42,30 +44,15 @@ def write_report(run: Path) -> Path:
 
 def outcome(run: Path) -> str:
     """What a finished run gained and where its files are, as a few lines for the terminal."""
-    manifest, evaluation = _read_json(run / "manifest.json"), _read_json(run / "evaluation.json")
+    manifest, evaluation = read_json(run / "manifest.json"), read_json(run / "evaluation.json")
     lines = [f"finished in {manifest.get('minutes')} minutes, at most {manifest.get('peak_memory_gib')} GiB"]
     if "after" in evaluation:
         before, after = evaluation["before"], evaluation["after"]
         for title, key in (("test loss", "loss"), ("accuracy", "accuracy")):
             if key in after:
-                lines.append(f"  {title:<10} {_with_interval(before, key)} -> {_with_interval(after, key)}")
+                lines.append(f"  {title:<10} {with_interval(before, key)} -> {with_interval(after, key)}")
     lines += [f"  report     {run / 'report.md'}", f"  adapter    {run / 'adapter'}"]
     return "\n".join(lines)
-
-
-def _summary(manifest: dict[str, Any], evaluation: dict[str, Any]) -> str:
-    status = manifest.get("status", "unknown")
-    parts = [f"Recipe {code(manifest.get('recipe', '?'))}, status: **{status}**."]
-    if stopped := manifest.get("stopped_by"):
-        parts.append(f"It was stopped by {code(stopped)}.")
-    if "minutes" in manifest:
-        parts.append(f"Took {manifest['minutes']} minutes and at most {manifest['peak_memory_gib']} GiB.")
-    if "after" in evaluation:
-        before, after = evaluation["before"], evaluation["after"]
-        parts.append(f"Test loss went from {before['loss']:.3f} to {after['loss']:.3f} nats per trained token.")
-        if "accuracy" in after:
-            parts.append(f"Accuracy went from {before['accuracy']:.3f} to {after['accuracy']:.3f}.")
-    return " ".join(part for part in parts if part)
 
 
 def _evaluation(evaluation: dict[str, Any]) -> str:
@@ -78,7 +65,7 @@ def _evaluation(evaluation: dict[str, Any]) -> str:
     table = ["| | " + " | ".join(titles[when] for when in shown) + " |", "|---|" + "---|" * len(shown)]
     for title, key in rows:
         if key in first:
-            cells = [_with_interval(evaluation[when], key) for when in shown]
+            cells = [with_interval(evaluation[when], key) for when in shown]
             table.append(f"| {title} | " + " | ".join(cells) + " |")
     note = f"{first['rows']} test rows, {first['confidence']:.0%} intervals"
     if "num_labels" in first:
@@ -87,11 +74,6 @@ def _evaluation(evaluation: dict[str, Any]) -> str:
             f"always giving the most frequent one scores {first['best_constant_accuracy']:.3f}"
         )
     return "## Before and after\n\n" + "\n".join(table) + f"\n\n{note}."
-
-
-def _with_interval(figures: dict[str, Any], key: str) -> str:
-    low, high = figures[f"{key}_interval"]
-    return f"{figures[key]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _training(lines: list[dict[str, Any]]) -> str:
@@ -116,26 +98,6 @@ def _training(lines: list[dict[str, Any]]) -> str:
         text += "\n\nValidation loss: " + ", ".join(f"{loss:.4f} (step {step})" for step, loss in validations.items())
         text += f"; best at step {best}."
     return text
-
-
-def _checks(manifest: dict[str, Any]) -> str:
-    lines = [f"- {line}" for line in manifest.get("audit") or []]
-    match manifest.get("read_back"):
-        case {"skipped": reason}:
-            lines.append(f"- **not read back** with stock PEFT: {reason}")
-        case {"conclusive": False, "effect_kl": effect, "mean_kl": found}:
-            lines.append(
-                f"- read back by stock PEFT, **inconclusive**: the adapter changes so little (KL {effect:.1e}) that "
-                f"ignoring it would hardly show (KL {found:.1e} found)"
-            )
-        case {"max_difference": difference, "effect": effect, "samples": samples}:
-            lines.append(
-                f"- read back by stock PEFT in a fresh process: logits differ by {difference:.1e} at most on {samples} "
-                f"samples (the adapter itself moves them by {effect:.1f})"
-            )
-    if "adapter_of_step" in manifest:
-        lines.append(f"- the adapter is the one of step {manifest['adapter_of_step']} (best validation loss)")
-    return "## Checks\n\n" + "\n".join(lines) if lines else ""
 
 
 def _facts(manifest: dict[str, Any]) -> str:
@@ -172,23 +134,4 @@ def _memory(manifest: dict[str, Any]) -> list[str]:
     ]
     if "optimizer" in manifest:
         lines.append(f"- {manifest['optimizer']}")
-    return lines
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole JSON lines of a file; a half-written last one is left out."""
-    lines = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
     return lines

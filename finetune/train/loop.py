@@ -24,6 +24,7 @@ from finetune.train.checkpoint_writer import CheckpointWriter
 from finetune.train.checkpoints import Checkpoint
 from finetune.train.metrics import MetricsLog, Tracker, memory_gib
 from finetune.train.optimisers import load_optimizer_tensors, make_optimizer, optimizer_tensors
+from finetune.train.routing_watch import RoutingWatch
 from finetune.train.run_directory import RunDirectory
 from finetune.train.schedule import learning_rate
 from finetune.train.signals import StopRequest
@@ -81,6 +82,7 @@ class Trainer:
         tracker: an outside tracker.
         validation_loss: None when there is nothing to validate on.
         data_fingerprint: stored in checkpoints; resuming on other data is refused.
+        watch: looks at routing after each validation. None: not wanted.
     """
 
     def __init__(
@@ -94,15 +96,17 @@ class Trainer:
         tracker: Tracker,
         validation_loss: ValidationLoss | None,
         data_fingerprint: str,
+        watch: RoutingWatch | None = None,
     ) -> None:
         self.config, self.base, self.adapter, self.plan = config, base, adapter, plan
         self.accelerator, self.run, self.tracker = accelerator, run, tracker
         self.validation_loss, self.data_fingerprint = validation_loss, data_fingerprint
+        self.watch = watch
         self.metrics = MetricsLog(run.metrics)
         self.writer = CheckpointWriter(run.checkpoints, config.save.keep, background=config.save.background)
         self.parameters = adapter.parameters()
         self.optimizer = make_optimizer(self.parameters, config.trainer, seed=config.seed)
-        self.step = OptimiserStep(config.trainer, base, self.parameters, self.optimizer, accelerator)
+        self.step = OptimiserStep(config.trainer, base, self.parameters, self.optimizer, accelerator, adapter)
         self.state = LoopState()
         self.spikes = LossSpikes([])
         self.audit_lines: list[str] = []
@@ -171,6 +175,7 @@ class Trainer:
             epoch=epoch,
             loss=figures.loss,
             balance_loss=figures.balance,
+            router_z_loss=figures.router_z,
             learning_rate=rate,
             gradient_norm=figures.gradient_norm,
             tokens=figures.tokens,
@@ -181,8 +186,9 @@ class Trainer:
         if (usual := self.spikes.usual_if_spike(figures.loss)) is not None:
             self.metrics.append("spike", state.step, loss=figures.loss, usual=usual)
             warn(f"step {state.step}: the loss jumped to {figures.loss:.4f}; {usual:.4f} was usual")
-        shown = {"loss": figures.loss, "balance_loss": figures.balance, "gradient_norm": figures.gradient_norm}
-        shown |= {"learning_rate": rate, "tokens_per_second": speed, "memory_gib": memory}
+        shown = {"loss": figures.loss, "balance_loss": figures.balance, "router_z_loss": figures.router_z}
+        shown |= {"gradient_norm": figures.gradient_norm, "learning_rate": rate}
+        shown |= {"tokens_per_second": speed, "memory_gib": memory}
         self.tracker.log(shown, state.step)
         details = f"loss {figures.loss:.4f}, lr {rate:.2e}, {speed:,.0f} tokens/s, {memory:.2f} GiB"
         progress.show(state.step, details, force=state.step % self.config.logging.every_steps == 0)
@@ -211,6 +217,8 @@ class Trainer:
         loss = self.validation_loss()
         if not math.isfinite(loss):
             raise CheckError(f"validation loss after step {self.state.step} is {loss}")
+        if self.watch is not None:
+            self.watch.look(self.state.step)
         self.metrics.append("evaluation", self.state.step, validation_loss=loss)
         self.tracker.log({"validation_loss": loss}, self.state.step)
         improved = self.state.best_loss is None or loss < self.state.best_loss

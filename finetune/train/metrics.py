@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from finetune.config.schema import LoggingConfig
 from finetune.console import warn
@@ -75,7 +77,7 @@ class Tracker:
     def __init__(
         self, accelerator: Accelerator, config: LoggingConfig, run_config: dict[str, Any], directory: Path
     ) -> None:
-        self._accelerator, self._active = accelerator, False
+        self._accelerator, self._active, self._name = accelerator, False, config.tracker
         if config.tracker == "none":
             return
         if importlib.util.find_spec(config.tracker) is None:  # Accelerate would go on without a word
@@ -89,6 +91,12 @@ class Tracker:
     def log(self, figures: dict[str, float], step: int) -> None:
         """Send figures of a step."""
         self._try(self._accelerator.log, figures, step=step)
+
+    def log_image(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """Send an image, grey [rows, columns], to a tracker that takes images."""
+        if self._active:
+            tracker = self._accelerator.get_tracker(self._name)
+            self._try(tracker.log_images, {name: [pixels]}, step=step)
 
     def close(self) -> None:
         """Finish; waits for what is still being sent."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.compact import is_worth_it, write_compact
 from finetune.adapters.files import write_adapter
 from finetune.adapters.read_back import fits_in_memory, memory_needed_bytes, read_back
 from finetune.config.compose import ComposedConfig
+from finetune.config.schema import AdapterConfig
 from finetune.config.validate import to_plain
 from finetune.console import say, warn
 from finetune.errors import ConfigError, InputError, Interrupted, MachineError
+from finetune.evaluate.affinity import write_affinity
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import check_unchanged
 from finetune.train.checkpoint_files import checkpoint_path, remove_after
@@ -23,10 +27,12 @@ from finetune.train.checkpoints import load_checkpoint, load_newest
 from finetune.train.evaluation import evaluate_test_set, validation_subset
 from finetune.train.loop import Trainer
 from finetune.train.metrics import Tracker, memory_gib
+from finetune.train.routing_watch import RoutingWatch
 from finetune.train.run_directory import RunDirectory, write_json
 from finetune.train.session import Session, open_session, session_facts
 from finetune.train.signals import StopRequest
 
+EXPERTS = "experts.json"  # which experts are adapted, unless all are
 WriteReport = Callable[[Path], object]
 """Given the run directory, whether the run finished or not."""
 
@@ -51,6 +57,8 @@ def train(composed: ComposedConfig, write_report: WriteReport) -> Path:
     with StopRequest() as stop, run.locked():
         run.update_manifest(recipe=composed.recipe_name, overrides=list(composed.overrides), **session_facts(session))
         _name_skipped_rows(session, run)
+        if session.affinity is not None:
+            write_affinity(run.path / EXPERTS, session.affinity)
         _execute(session, run, stop, started, write_report, resumed=False)
     return run.path
 
@@ -76,11 +84,17 @@ def resume(path: Path, write_report: WriteReport) -> Path:
         os.chdir(origin)
     if revision := manifest.get("base", {}).get("revision"):
         config = replace(config, model=replace(config.model, revision=revision))
+    if (run.path / EXPERTS).is_file():  # measured once: a resumed run adapts the experts that it started with
+        config = replace(config, adapter=_with_select(config.adapter, str(run.path / EXPERTS)))
     with run.locked():
         session = open_session(config, resumed=True)
         with StopRequest() as stop:
             _execute(session, run, stop, started, write_report, resumed=True)
     return run.path
+
+
+def _with_select(adapter: AdapterConfig, select: str) -> AdapterConfig:
+    return replace(adapter, experts=replace(adapter.experts, select=select))
 
 
 def _execute(
@@ -173,6 +187,10 @@ def _train_and_export(session: Session, trainer: Trainer, run: RunDirectory, sto
             base, test, config, when="after", between_batches=lambda: _leave_if_asked(stop, run, save=None)
         )
         write_json(run.evaluation, evaluation)
+    if trainer.watch is not None:
+        best = trainer.state.best_step if config.save.best_metric != "none" else None
+        usage = trainer.step.router_loss.usage
+        run.update_manifest(routing=trainer.watch.finish(best or trainer.state.step, usage))
     _write_adapter(session, run)
     run.update_manifest(read_back=_read_back(session, run))
 
@@ -216,9 +234,22 @@ def _trainer(session: Session, run: RunDirectory, tracker: Tracker, stop: StopRe
                 between_batches=lambda: _leave_if_asked(stop, run, trainer.save),
             ).mean
 
+    watch = None
+    if config.evaluate.routing_samples:
+        split = next(session.splits[name] for name in ("test", "validation", "train") if name in session.splits)
+        watch = RoutingWatch(
+            config,
+            base,
+            session.adapter,
+            split,
+            run,
+            tracker,
+            session.accelerator,
+            lambda: _leave_if_asked(stop, run, trainer.save),
+        )
     fingerprint = session.splits["train"].fingerprint
     trainer = Trainer(
-        config, base, session.adapter, session.plan, session.accelerator, run, tracker, validation, fingerprint
+        config, base, session.adapter, session.plan, session.accelerator, run, tracker, validation, fingerprint, watch
     )
     return trainer
 
@@ -237,18 +268,22 @@ def _choose_best(session: Session, trainer: Trainer, run: RunDirectory) -> None:
 def _write_adapter(session: Session, run: RunDirectory) -> None:
     if run.adapter.exists():  # its read-back failed or was killed, and the run was resumed
         run.remove_adapter()
-    location = session.location
+    location, config = session.location, session.config.adapter
     name = location.name if location.revision else str(location.directory.resolve())
-    write_adapter(
-        run.adapter,
-        session.adapter,
-        session.config.adapter,
-        base_name=name,
-        base_revision=location.revision,
-        base_identity=session.base.identity,
-        base_held_as=session.base.held_as,
-    )
+    base: dict[str, Any] = {
+        "base_name": name,
+        "base_revision": location.revision,
+        "base_identity": session.base.identity,
+        "base_held_as": session.base.held_as,
+    }
+    write_adapter(run.adapter, session.adapter, config, **base)
     say(f"adapter: {run.adapter}")
+    if is_worth_it(session.adapter):
+        compact = run.path / "adapter_compact"
+        shutil.rmtree(compact, ignore_errors=True)
+        num_experts = session.base.checkpoint.shape.num_experts
+        write_compact(compact, session.adapter, num_experts, rslora=config.rslora, facts=base)
+        say(f"adapter, compact form: {compact}")
 
 
 def _read_back(session: Session, run: RunDirectory) -> dict[str, Any]:

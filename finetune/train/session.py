@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from finetune import __version__
 from finetune.adapters.files import read_adapter_into
 from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.adapters.sites import describe_sites
-from finetune.config.derive import check_inputs
+from finetune.config.derive import check_inputs, router_notes
 from finetune.config.schema import RunConfig
 from finetune.console import Progress, say
 from finetune.data.arrow import sample_lengths
@@ -26,9 +27,12 @@ from finetune.data.dataset import Split, describe, load_split
 from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
+from finetune.evaluate.affinity import Affinity, choose_experts
 from finetune.evaluate.testset import TestSet, choose_test_set
+from finetune.model.attention import attention_kernel, select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.experts import expert_kernel, select_expert_kernel
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
 from finetune.model.storage import BaseStorage, check_storage, describe_storage, storage_table
@@ -56,6 +60,7 @@ class Session:
         plan: which rows each step takes.
         accelerator: device and processes.
         test: rows scored before and after; None without a test split.
+        affinity: which experts are adapted, and why; None: all.
     """
 
     config: RunConfig
@@ -66,6 +71,7 @@ class Session:
     plan: BatchPlan
     accelerator: Accelerator
     test: TestSet | None
+    affinity: Affinity | None = None
 
 
 def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
@@ -82,6 +88,9 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         config = replace(config, adapter=replace(config.adapter, init_from=None))
     check_inputs(config)
     device, accelerator = choose_device(config.model), _accelerator(config)
+    _check_offload(config, device)
+    if device.type == "cuda":
+        say(_describe_allocator())
     check_optimizer(config, device)
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
@@ -100,25 +109,45 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     location = locate_base(config.model.path, config.model.revision)
     checkpoint = Checkpoint.open(location.directory)
     _check_length(checkpoint, config)
+    if config.trainer.activation_offload:
+        say(_describe_offload(checkpoint, config))
     _verify_checksums(checkpoint, config)
     wanted = BaseStorage.of(config.model)
     base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk, wanted)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
+    say(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
+    say(select_attention(base.model, config.model.attention_kernel).describe())
     storage = storage_table(base.model)
     say(describe_storage(storage))
     check_storage(storage, wanted)
     if config.data.pack:
         say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
-    adapter = attach_adapter(base, config.adapter, seed=config.seed)
+    affinity = _chosen_experts(base, location.name, splits["train"], config, accelerator)
+    selection = None if affinity is None else affinity.selected
+    adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection)
     if config.adapter.init_from is not None:
         read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
         say(f"adapter: training on from {config.adapter.init_from}")
     say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
     say(describe_optimizer(config, adapter.parameters()))
-    if config.trainer.router_balance_coefficient:
-        say(describe_balance_reach(list(adapter.sites), checkpoint.shape))
-    return Session(config, location, base, adapter, splits, plan, accelerator, test)
+    if config.trainer.router_balance_coefficient or config.trainer.router_z_loss_coefficient:
+        say(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
+    for note in router_notes(config):
+        say(note)
+    return Session(config, location, base, adapter, splits, plan, accelerator, test, affinity)
+
+
+def _chosen_experts(
+    base: Base, name: str, split: Split, config: RunConfig, accelerator: Accelerator
+) -> Affinity | None:
+    """Which experts are adapted; processes whose sums differ in the last bit must not differ in that."""
+    if not config.adapter.experts.rank:
+        return None
+    affinity = choose_experts(base, name, split.samples, config.data, config.adapter)
+    if accelerator.num_processes > 1:
+        (affinity,) = broadcast_object_list([affinity])
+    return affinity
 
 
 def session_facts(session: Session) -> dict[str, Any]:
@@ -132,6 +161,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "revision": session.location.revision,
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
+            "expert_kernel": expert_kernel(session.base.model),
             "held_as": session.base.held_as,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
@@ -146,7 +176,9 @@ def session_facts(session: Session) -> dict[str, Any]:
             for name, split in session.splits.items()
         },
         "adapter_parameters": {
-            kind: sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "experts")
+            kind: sum(site.num_parameters for site in sites if site.kind == kind)
+            for kind in ("attention", "router", "experts")
+            if kind != "router" or session.config.adapter.router.mode != "frozen"
         },
         "optimizer": describe_optimizer(session.config, session.adapter.parameters()),
         "total_steps": session.plan.total_steps,
@@ -156,6 +188,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "torch": torch.__version__,
             "device": str(session.base.device),
             "compute_dtype": str(session.base.compute_dtype),
+            "attention_kernel": attention_kernel(session.base.model),
             "platform": platform.platform(),
             "command": " ".join(sys.argv),
         },
@@ -208,6 +241,28 @@ def _check_length(checkpoint: Checkpoint, config: RunConfig) -> None:
             f"data.max_length is {config.data.max_length:,}, the model has {longest:,} positions",
             fix=f"set data.max_length={longest} or less",
         )
+
+
+def _check_offload(config: RunConfig, device: torch.device) -> None:
+    if config.trainer.activation_offload and device.type == "cpu":
+        raise ConfigError(
+            "trainer.activation_offload is true, but the model is on a CPU",
+            why="what it moves to the CPU's memory is there already",
+            fix="leave it false, or set model.device=cuda on a machine with a GPU",
+        )
+
+
+def _describe_allocator() -> str:
+    """Which settings torch's GPU allocator was started with (`finetune.cli.main` sets them unless the person did)."""
+    names = [name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ]
+    settings = " ".join(f"{name}={os.environ[name]}" for name in names)
+    return f"GPU memory: {settings or 'allocator settings are torch defaults'}"
+
+
+def _describe_offload(checkpoint: Checkpoint, config: RunConfig) -> str:
+    shape, tokens = checkpoint.shape, config.trainer.rows_per_micro_step * config.data.max_length
+    gib = shape.num_layers * tokens * shape.hidden * 2 / 2**30  # bfloat16, as on every GPU
+    return f"activation checkpoints: in the CPU's memory, {gib:.2f} GiB of it (pinned) for {tokens:,} tokens at a time"
 
 
 def _check_identity(base: Base, config: RunConfig) -> None:

@@ -1,0 +1,72 @@
+"""`finetune experts score`: which experts a recipe's training data use, written for `adapter.experts.select`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from finetune.cli.arguments import add_recipe, recipe_and_overrides
+from finetune.config.expert_rules import parse_select
+from finetune.console import say
+from finetune.errors import ConfigError
+
+_USAGE = """finetune experts score RECIPE [key=value ...] [--select top_p=0.2] [--by gate|tokens] [--samples N]
+                              [--out FILE]"""
+_DEFAULT = "top_p=0.2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    score = actions.add_parser("score", help="measure which experts the training data use, and choose among them")
+    add_recipe(score, _USAGE)
+    score.add_argument("--select", metavar="RULE", help="top_p=SHARE or top_k=COUNT (the recipe's, else top_p=0.2)")
+    score.add_argument("--by", choices=["gate", "tokens"], default="gate", help="the score to choose by (gate)")
+    score.add_argument("--samples", type=int, default=128, metavar="N", help="training samples at most (128)")
+    score.add_argument("--out", metavar="FILE", type=Path, help="the file to write (RECIPE.experts.json)")
+    parser.usage = _USAGE
+
+
+def run(args: argparse.Namespace) -> None:
+    """Score and write.
+
+    Raises:
+        ConfigError: the rule is not one, or the file exists.
+    """
+    from finetune.config.compose import compose
+
+    recipe, overrides = recipe_and_overrides(args)
+    composed = compose(recipe, overrides)
+    of_recipe = composed.config.adapter.experts.select
+    select = args.select or (of_recipe if of_recipe.startswith("top_") else _DEFAULT)
+    try:
+        kind = parse_select(select).kind
+    except ValueError as error:
+        raise ConfigError(f"--select {select}: {error}") from error
+    if kind not in ("top_p", "top_k"):
+        raise ConfigError(f"--select {select}: must be top_p=SHARE or top_k=COUNT", fix=f"--select {_DEFAULT}")
+    if args.samples < 1:
+        raise ConfigError(f"--samples is {args.samples}, must be at least 1")
+    out = args.out or Path(f"{composed.recipe_name}.experts.json")
+    if out.exists():
+        raise ConfigError(f"{out} exists already", fix="choose another with --out")
+
+    from finetune.data.dataset import describe, load_split
+    from finetune.evaluate.affinity import score_experts, write_affinity
+    from finetune.model.build import choose_device, choose_dtype, load_base
+    from finetune.model.checkpoint import Checkpoint
+    from finetune.model.hub import locate_base
+
+    config = composed.config
+    split = load_split(config.data, "train")
+    say(describe(split))
+    location = locate_base(config.model.path, config.model.revision)
+    checkpoint = Checkpoint.open(location.directory)
+    device = choose_device(config.model)
+    base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
+    affinity = score_experts(base, location.name, split.samples, config.data, select, args.by, args.samples)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_affinity(out, affinity)
+    for line in affinity.describe():
+        say(line, result=True)
+    say(f"{out}: train with adapter.experts.select={out}", result=True)

@@ -1,0 +1,74 @@
+"""What one configuration sets that another does not: recipes against each other, or against the schema's defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.config.keys import children
+from finetune.config.schema import RunConfig, SourceConfig
+
+ABSENT = "(absent)"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key whose value differs.
+
+    Attributes:
+        key: dotted.
+        before, after: plain values; `ABSENT` where a mapping with free names has no such entry.
+    """
+
+    key: str
+    before: Any
+    after: Any
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
+    """Compare two plain configurations key by key, in `after`'s order, then what only `before` has.
+
+    >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+    [Difference(key='a.c', before=2, after=3)]
+    """
+    old, new = dict(_leaves(before)), dict(_leaves(after))
+    return [
+        Difference(key, old.get(key, ABSENT), new.get(key, ABSENT))
+        for key in [*new, *(key for key in old if key not in new)]
+        if old.get(key, ABSENT) != new.get(key, ABSENT)
+    ]
+
+
+def defaults(like: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema's own defaults as plain data; keys without a default are left out.
+
+    Args:
+        like: a whole plain configuration; the names of its sources are taken over, each with a source's defaults.
+    """
+    plain = _defaults_of(RunConfig)
+    for split in ("train", "validation", "test"):
+        plain["data"][split] = {name: _defaults_of(SourceConfig) for name in like["data"][split]}
+    return plain
+
+
+def _defaults_of(kind: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        below = children(children(kind)[field.name])
+        if below:
+            plain[field.name] = _defaults_of(children(kind)[field.name])
+        elif field.default is not dataclasses.MISSING:
+            plain[field.name] = list(field.default) if isinstance(field.default, tuple) else field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            plain[field.name] = field.default_factory()
+    return plain
+
+
+def _leaves(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif not isinstance(value, Mapping):  # an empty mapping sets nothing
+            yield f"{prefix}{key}", value

@@ -1,0 +1,46 @@
+"""The style sheet of report.html: one column, light and dark, narrow and wide, and on paper."""
+
+STYLE = """
+:root { --ink: #1d232b; --pale: #5d6875; --line: #d9dee4; --page: #ffffff; --card: #f5f7f9; --accent: #1f6feb;
+  --good: #1a7f37; --bad: #b42318; --trained: #fff1b8; --raw: #9db8e8; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --pale: #9aa5b1; --line: #333b45; --page: #14181d;
+  --card: #1d232b; --accent: #6ea8fe; --good: #57c177; --bad: #ff8577; --trained: #574a12; --raw: #3c5a8c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1000px; padding: 24px 16px 64px; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 1.2rem; margin: 40px 0 12px; padding-bottom: 4px; border-bottom: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 20px 0 8px; }
+p { margin: 8px 0; } small, .pale { color: var(--pale); }
+code, pre { font: 0.86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
+pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
+  white-space: pre-wrap; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
+.card b { display: block; font-size: 1.12rem; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 0.93rem; }
+th, td { text-align: left; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--pale); font-weight: 600; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 16px; }
+figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px; }
+figcaption { font-weight: 600; font-size: 0.9rem; margin-bottom: 4px; }
+svg, img { width: 100%; height: auto; display: block; } img { background: #fff; }
+svg .grid { stroke: var(--line); stroke-width: 1; } svg .axis { fill: var(--pale); font-size: 12px; }
+svg polyline { fill: none; stroke: var(--accent); stroke-width: 2; }
+svg polyline.raw { stroke: var(--raw); stroke-width: 1; }
+svg polyline.dots, svg circle.dots { stroke: var(--good); } svg circle.dots { fill: var(--good); }
+.legend { font-size: 0.8rem; margin: 4px 0 0; } .key { margin-right: 14px; }
+.key::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 5px;
+  vertical-align: middle; background: var(--accent); }
+.key.raw::before { background: var(--raw); } .key.dots::before { background: var(--good); }
+.good { color: var(--good); } .bad { color: var(--bad); }
+.warning { border-left: 4px solid var(--bad); padding: 4px 12px; background: var(--card); margin: 8px 0; }
+.bar { display: inline-block; height: 10px; background: var(--accent); border-radius: 2px; min-width: 1px; }
+.sample { white-space: pre-wrap; overflow-wrap: anywhere; } .sample mark { background: var(--trained); color: inherit; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); gap: 12px; }
+details summary { cursor: pointer; color: var(--accent); margin: 8px 0; }
+@media print { body { max-width: none; padding: 0; font-size: 11pt; } h2 { break-after: avoid; }
+  figure, .card, tr { break-inside: avoid; } details > :not(summary) { display: block; } pre { max-height: none; } }
+"""

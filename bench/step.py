@@ -33,8 +33,8 @@ from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, Expert
 from finetune.console import say
 from finetune.data.batches import Batch
 from finetune.model.attention import select_attention
-from finetune.model.experts import select_expert_kernel
 from finetune.model.build import Base
+from finetune.model.experts import select_expert_kernel
 from finetune.model.forward import checkpoint_activations
 from finetune.model.shapes import ModelShape
 from finetune.train.optimisers import make_optimizer

@@ -38,7 +38,7 @@ from fault_hooks import (
     small_disk_bytes,
     tracker_down_after,
 )
-from small_run import RECIPE, assert_same_run, metrics_of
+from small_run import RECIPE, assert_same_run
 
 from finetune.cli.main import main
 from finetune.console import Progress, say
@@ -150,7 +150,17 @@ def steps_made(run: Path) -> int:
     """Steps that metrics.jsonl names."""
     if not (run / "metrics.jsonl").exists():
         return 0
-    return max((line["step"] for line in metrics_of(run) if line["kind"] == "step"), default=0)
+    text = (run / "metrics.jsonl").read_text()  # its last line may be half there
+    return max((json.loads(line)["step"] for line in text.split("\n")[:-1] if '"step", ' in line), default=0)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    """Wait until a run has made a step; 0: until its directory is there."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if (run.exists() and not step) or steps_made(run) >= step > 0:
+            return
+        time.sleep(0.01)
 
 
 def same_as(one: Path, other: Path) -> bool:
@@ -175,22 +185,22 @@ def last_line(said: str) -> str:
 
 
 def kills(bench: Bench, count: int, moments: random.Random) -> Iterator[str]:
-    """kill -9, half of them at a random time, half at a random file operation inside a save."""
+    """kill -9, half of them at a random time after a random step, half at a random file operation inside a save."""
     seconds = bench.run(bench.place / "timed")[1]
     for number in range(count):
         run = bench.place / f"kill-{number}"
         if number % 2:
-            name, operation = "kill -9 inside a save", moments.randrange(36)
+            name, operation = "kill -9 inside a save", moments.randrange(40)
             code = bench.run(run, between_file_operations(operation))[0]
             name += f", file operation {operation}"
         else:
-            after = moments.uniform(0.05, 1.0) * seconds
+            step, share = moments.randrange(STEPS), moments.random()
             child = bench.start(bench.arguments(run), nothing)
-            time.sleep(after)
-            with open(f"/proc/{child}/status"):  # not reaped yet, so the number is still its own
-                os.kill(child, 9)
+            wait_for_step(run, step)
+            time.sleep(share * seconds / STEPS)  # a step and its save or validation take less
+            os.kill(child, 9)  # not reaped yet, so the number is still its own
             code = bench.wait(child)
-            name = f"kill -9 after {after / seconds:.0%} of the run"
+            name = f"kill -9 up to {share * seconds / STEPS:.1f} s after step {step}"
         bench.judge(name, "older checkpoints stay whole", run, code, (-9, 0))
         shutil.rmtree(run, ignore_errors=True)
         yield name

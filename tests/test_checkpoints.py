@@ -343,7 +343,7 @@ def test_a_disk_that_fills_up_while_saving(tmp_path: Path, limit: int) -> None:
 def test_too_little_space_is_said_before_writing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = shutil.disk_usage(saved)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(MachineError, match="GiB are free"):
+    with pytest.raises(MachineError, match="MiB are free"):
         save_checkpoint(saved, 4, checkpoint(4))
     assert steps_in(saved) == [1, 2, 3] and not list(saved.glob("*.partial"))
 

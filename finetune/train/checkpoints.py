@@ -130,8 +130,16 @@ def _write(staging: Path, checkpoint: Checkpoint) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
-    state = json.loads((path / STATE).read_text())
-    return Checkpoint(load_file(path / ADAPTER), load_file(path / OPTIMIZER), state)
+    name = STATE
+    try:
+        state = json.loads((path / STATE).read_text())
+        name = ADAPTER
+        adapter = load_file(path / ADAPTER)
+        name = OPTIMIZER
+        return Checkpoint(adapter, load_file(path / OPTIMIZER), state)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        why = f"the hashes agree, so it was not damaged but written by something else: {error}"
+        raise InputError(f"{path / name} is not what a checkpoint holds", why=why) from error
 
 
 def _check_space(directory: Path, checkpoint: Checkpoint) -> None:
@@ -139,7 +147,7 @@ def _check_space(directory: Path, checkpoint: Checkpoint) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise MachineError(
-            f"a checkpoint needs {needed / 2**30:.2f} GiB in {directory}, {free / 2**30:.2f} GiB are free",
+            f"a checkpoint needs {needed / 2**20:,.1f} MiB in {directory}, {free / 2**20:,.1f} MiB are free",
             fix="free disk space, lower save.keep, or choose another output_dir",
         )
 

@@ -73,23 +73,22 @@ def saves(directory: Path, steps: int, length: int) -> dict[str, Any]:
     """Cost of a save in the background and in the foreground as a share of `SAVE_EVERY` steps."""
     recipe = write_inputs(directory, length)
     step = Clock(loop.OptimiserStep, "__call__")
-    save, write = Clock(loop.CheckpointWriter, "save"), Clock(loop.CheckpointWriter, "_write")
+    save = Clock(loop.CheckpointWriter, "save")
     figures: dict[str, Any] = {"steps": steps, "row_tokens": length}
     for background in (True, False):
-        for clock in (step, save, write):
+        for clock in (step, save):
             clock.processor.clear(), clock.wall.clear()
         name = "background" if background else "foreground"
         overrides = [f"trainer.max_steps={steps}", "save.every_steps=5", f"save.background={str(background).lower()}"]
         assert main(["train", str(recipe), f"output_dir={directory}", f"name={name}", *overrides]) == 0
         one_step = median(step.processor)
-        # A write in a thread shares its processor seconds with the steps beside it; in the foreground it has its own.
         figures[name] = {
             "step_processor_s": round(one_step, 4),
             "step_wall_s": round(median(step.wall), 4),
             "save_waited_wall_s": round(median(save.wall), 4),
             "save_waited_processor_s": round(median(save.processor), 4),
         }
-    whole = median(save.processor)
+    whole = median(save.processor)  # the last runs' saves wait for all of the work, so that this is all of it
     figures["save_share_of_100_steps"] = round(whole / (SAVE_EVERY * figures["foreground"]["step_processor_s"]), 5)
     return figures
 

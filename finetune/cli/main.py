@@ -28,7 +28,7 @@ COMMANDS = {
         "finetune.cli.estimate",
         "GiB by part, disk and time of a recipe: fits or not, and what would make it",
     ),
-    "recipes": ("finetune.cli.recipes", "list the recipes, or show one"),
+    "recipes": ("finetune.cli.recipes", "list the recipes, show one, or write one for your own data"),
     "config": ("finetune.cli.config", "show a recipe's settings, what differs, or a schema for editors"),
     "export": (
         "finetune.cli.export",

@@ -409,10 +409,13 @@ class SaveConfig(_Strict):
         every_steps: optimiser steps between two saves. None: only when a signal asks and at the end.
         keep: how many of the newest checkpoints stay on disk; the best one stays beside them.
         best_metric: the exported adapter is the one with the best value of this; `none` exports the last.
+        background: a step waits only until adapter and optimiser are copied in host memory, and a thread writes them
+            while training goes on. Off: it waits until they are on disk, and the copy is not needed.
     """
 
     every_steps: int | None = None
     keep: int = 2
+    background: bool = True
     best_metric: Literal["none", "validation_loss"] = "none"
 
 

@@ -49,7 +49,7 @@ class Setting:
 TINY = Setting(
     model="tiny", ranks=(16, 16), alphas=(32.0, 32.0), learning_rate=5e-3, micro_steps=1, max_length=2048,
     activation_checkpointing=False,
-    tasks={"legal": Task(1000, 200), "medical": Task(300, 200), "creative": Task(200, 60)},
+    tasks={"legal": Task(400, 100), "medical": Task(150, 100), "creative": Task(100, 40)},
 )  # fmt: skip
 LARGE = Setting(
     model="gpt_oss_20b", ranks=(16, 4), alphas=(32.0, 8.0), learning_rate=2e-4, micro_steps=4, max_length=4096,

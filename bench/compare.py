@@ -36,7 +36,7 @@ LARGE_NAMES = {"20b": "openai/gpt-oss-20b"}
 NOTE = (
     "Loss: nats of a row's answer (label tasks) or of a token (creative), mean over test rows. `difference` is to the "
     "first row of the task in the loss, paired by seed: mean, least and most. Alpha is the same for every rank, and so "
-    "is the learning rate; it was not tuned for each variant."
+    "is the learning rate where the variant does not name another; neither was tuned for each variant."
 )
 Results = dict[tuple[str, int], dict[str, Any]]
 
@@ -76,7 +76,14 @@ def main() -> None:
     table = [row for task in setting.tasks for row in table_of(task, todo, results, rows_of, runner, large)]
     missing = [planned for planned in todo if (planned.name, planned.seed) not in results]
     note = NOTE + (f" {len(missing)} of {len(todo)} runs are not made yet." if missing else "")
-    publish(arguments.save or "compare", f"Kinds of adapter on {directory.name}", facts, table, save=bool(arguments.save), note=note)
+    publish(
+        arguments.save or "compare",
+        f"Kinds of adapter on {directory.name}",
+        facts,
+        table,
+        save=bool(arguments.save),
+        note=note,
+    )
     failed = [row["variant"] for row in table if row.get("control") == "FAILED"]
     if failed:
         sys.exit(f"the shuffled-label control beats the most frequent answer: {failed}")
@@ -115,13 +122,7 @@ def steps_of_equal_time(planned: Planned, results: Results, large: bool) -> int 
     if planned.variant.timed_by is None:
         return None
     reference = results[f"{planned.task}, {planned.variant.timed_by}", planned.seed]
-    same = next(
-        result
-        for (name, seed), result in results.items()
-        if seed == planned.seed and name.startswith(f"{planned.task}, attention only, equal parameters")
-    ) if any(name.startswith(f"{planned.task}, attention only, equal parameters") for name, _ in results) else None
-    if same is None:
-        raise LookupError(planned.name)
+    same = results[f"{planned.task}, {planned.variant.same_adapter}", planned.seed]
     return round(reference["steps"] * seconds_per_step(reference, large) / seconds_per_step(same, large))
 
 

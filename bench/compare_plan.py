@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig
 from finetune.adapters.sites import plan_sites
+from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig
 from finetune.model.shapes import ModelShape
 
 TaskName = Literal["legal", "medical", "creative"]
@@ -32,6 +32,7 @@ class Setting:
 
     Attributes:
         ranks: of attention and experts in the reference variant, whose parameters the others match.
+        other_rates: learning rates tried on the first kinds with the first seed, to see whether `learning_rate` is fair.
         alphas: kept when a rank changes, so that the learning rate fits every rank alike (the update is scaled by
             alpha / rank).
     """
@@ -44,17 +45,19 @@ class Setting:
     max_length: int
     activation_checkpointing: bool
     tasks: dict[TaskName, Task]
+    other_rates: tuple[float, ...]
 
 
 TINY = Setting(
-    model="tiny", ranks=(16, 16), alphas=(32.0, 32.0), learning_rate=5e-3, micro_steps=1, max_length=2048,
+    model="tiny", ranks=(16, 16), alphas=(32.0, 32.0), learning_rate=2e-3, micro_steps=1, max_length=2048,
     activation_checkpointing=False,
-    tasks={"legal": Task(400, 100), "medical": Task(150, 100), "creative": Task(100, 40)},
+    tasks={"legal": Task(400, 100), "medical": Task(150, 100), "creative": Task(100, 40)}, other_rates=(1e-3, 5e-3),
 )  # fmt: skip
 LARGE = Setting(
     model="gpt_oss_20b", ranks=(16, 4), alphas=(32.0, 8.0), learning_rate=2e-4, micro_steps=4, max_length=4096,
     activation_checkpointing=True,
     tasks={"legal": Task(10**6, 10**6, 2), "medical": Task(10**6, 10**6, 2), "creative": Task(10**6, 10**6, 2)},
+    other_rates=(1e-4, 4e-4),
 )  # fmt: skip
 
 
@@ -68,6 +71,8 @@ class Variant:
         router: mode.
         select: which experts.
         timed_by: name of a variant whose training time it gets, however many steps that is. None: equal rows.
+        same_adapter: with `timed_by`, name of the variant with this adapter and equal rows: it says what a step takes.
+        learning_rate: instead of the setting's.
     """
 
     name: str
@@ -76,6 +81,8 @@ class Variant:
     router: str = "frozen"
     select: str = "all"
     timed_by: str | None = None
+    same_adapter: str | None = None
+    learning_rate: float | None = None
 
     def overrides(self, setting: Setting) -> list[str]:
         """What the command line says of it."""
@@ -88,7 +95,9 @@ class Variant:
         if self.router != "frozen":
             words.append(f"adapter.router.mode={self.router}")
         if self.select != "all":
-            words.append(f"'adapter.experts.select=\"{self.select}\"'".strip("'"))
+            words.append(f"adapter.experts.select='{self.select}'")
+        if self.learning_rate is not None:
+            words.append(f"trainer.learning_rate={self.learning_rate}")
         return words
 
 
@@ -127,15 +136,18 @@ def variants(setting: Setting, shape: ModelShape) -> dict[str, Variant]:
     )  # fmt: skip
     named = {variant.name: variant for variant in found}
     reference = found[0].name
-    timed = Variant(f"attention only, equal time, r={equal_attention}", equal_attention, 0, timed_by=reference)
+    timed = replace(
+        found[1],
+        name=f"attention only, equal parameters and time, r={equal_attention}",
+        timed_by=reference,
+        same_adapter=found[1].name,
+    )
     return named | {timed.name: timed}
 
 
 def num_parameters(shape: ModelShape, attention: int, experts: int) -> int:
     """Trained parameters of these ranks on every projection and every expert."""
-    config = AdapterConfig(
-        attention=AttentionAdapterConfig(rank=attention), experts=ExpertAdapterConfig(rank=experts)
-    )
+    config = AdapterConfig(attention=AttentionAdapterConfig(rank=attention), experts=ExpertAdapterConfig(rank=experts))
     return sum(site.num_parameters for site in plan_sites(shape, config))
 
 
@@ -145,14 +157,17 @@ def plan(setting: Setting, shape: ModelShape, seeds: list[int]) -> list[Planned]
     first, attention, experts = kinds[:3]
     tiers: list[list[tuple[TaskName, Variant, bool]]] = [
         [("legal", first, False), ("legal", attention, False), ("legal", first, True)],
-        [("legal", experts, False), ("legal", kinds[5], False)],
+        [("legal", experts, False)],
         [("creative", first, False), ("creative", attention, False), ("medical", first, False)],
-        [("legal", kind, False) for kind in (*kinds[3:5], kinds[7], kinds[6], kinds[8])],
+        [("legal", kind, False) for kind in (kinds[5], *kinds[3:5], kinds[7], kinds[6], kinds[8])],
         [("creative", experts, False), ("medical", attention, False)],
     ]
-    return [
-        Planned(task, variant, seed, shuffled)
-        for tier in tiers
-        for seed in seeds
-        for task, variant, shuffled in tier
+    rates = [
+        Planned("legal", replace(kind, name=f"{kind.name}, learning rate {rate:g}", learning_rate=rate), seeds[0])
+        for rate in setting.other_rates
+        for kind in (first, attention, experts)
     ]
+    runs = [
+        [Planned(task, variant, seed, shuffled) for seed in seeds for task, variant, shuffled in tier] for tier in tiers
+    ]
+    return [*runs[0], *runs[1], *rates, *runs[2], *runs[3], *runs[4]]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare_plan import LARGE, TINY, Planned, Setting, plan
+from compare_plan import LARGE, TINY, Planned, plan
 from compare_rows import Rows, write_rows
 from compare_run import Runner
 from measure import machine, publish

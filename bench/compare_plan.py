@@ -32,7 +32,7 @@ class Setting:
 
     Attributes:
         ranks: of attention and experts in the reference variant, whose parameters the others match.
-        other_rates: learning rates tried on the first kinds with the first seed, to see whether `learning_rate` is fair.
+        other_rates: learning rates tried on the first kinds with the first seed: is `learning_rate` fair to them?
         alphas: kept when a rank changes, so that the learning rate fits every rank alike (the update is scaled by
             alpha / rank).
     """

@@ -8,7 +8,15 @@ from pathlib import Path
 from finetune.config.keys import suggest_word
 from finetune.console import say
 from finetune.errors import ConfigError
-from finetune.export.targets import ADAPTER_TARGETS, MERGED_TARGETS, SUMMARIES, ExportOptions
+from finetune.export.targets import (
+    ADAPTER_TARGETS,
+    DEFAULT_ROUNDING,
+    MERGED_TARGETS,
+    ROUNDINGS,
+    SUMMARIES,
+    ExportOptions,
+)
+from finetune.report.markdown import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", action="store_true", help="do not open the result in a fresh process")
     parser.add_argument(
         "--gguf-experts", choices=("bf16", "mxfp4"), default="bf16", help="how a merged GGUF stores experts"
+    )
+    parser.add_argument(
+        "--rounding", choices=ROUNDINGS, help=f"how experts go back to MXFP4 (default: {DEFAULT_ROUNDING})"
+    )
+    parser.add_argument(
+        "--calibration", metavar="RUN_OR_RECIPE", help="whose training rows compensated rounding sees (default: RUN)"
     )
     parser.add_argument("--pad-rank", action="store_true", help="peft: pad the rank to one that vLLM serves")
 
@@ -51,19 +65,30 @@ def run(args: argparse.Namespace) -> None:
         dry_run=args.dry_run,
         verify=not args.no_verify,
         gguf_experts=args.gguf_experts,
+        rounding=args.rounding,
+        calibration=args.calibration,
         pad_rank=args.pad_rank,
     )
     match target:
         case _ if target in MERGED_TARGETS:
             from finetune.export.merged import export_merged
 
-            export_merged(source, target, out, options, run_directory)
+            try:
+                export_merged(source, target, out, options, run_directory)
+            finally:
+                _report(run_directory)
         case _ if target in ADAPTER_TARGETS:
             from finetune.export.adapters import export_adapter
 
             export_adapter(source, target, out, options, run_directory)
     if not args.dry_run:
         say(str(out), result=True)
+
+
+def _report(run: Path | None) -> None:
+    """Write the run's report again if a merge left figures beside it, those of a merge that was refused included."""
+    if run is not None and any(run.glob("survival-*.json")):
+        write_report(run)
 
 
 def _default_out(directory: Path, run_directory: Path | None, target: str) -> Path:

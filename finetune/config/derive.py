@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from finetune.config.expert_rules import parse_select, refuse_missing
-from finetune.config.locate import HUB_PREFIX, is_glob, matching_files, resolve_data_path
+from finetune.config.locate import HUB_PREFIX, how_to_get, is_glob, matching_files, resolve_data_path
 from finetune.config.schema import RunConfig
 from finetune.errors import InputError
 
@@ -24,10 +24,11 @@ def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:
 def derived_lines(config: RunConfig) -> list[str]:
     """Write the numbers that follow from others, with the arithmetic that gives them."""
     data, trainer, adapter = config.data, config.trainer, config.adapter
-    rows = trainer.rows_per_micro_step * trainer.micro_steps * config.distributed.num_processes
+    count = config.distributed.num_processes
+    rows = trainer.rows_per_micro_step * trainer.micro_steps * count
     lines = [
         f"rows per optimiser step = {trainer.rows_per_micro_step} a micro-step x {trainer.micro_steps} micro-steps x "
-        f"{config.distributed.num_processes} process = {rows:,}",
+        f"{count} process{'es' if count > 1 else ''} = {rows:,}",
         f"tokens per optimiser step = {rows:,} rows x {data.max_length:,} = at most {rows * data.max_length:,}",
     ]
     for name, lora in (("attention", adapter.attention), ("experts", adapter.experts)):
@@ -110,7 +111,7 @@ def _describe_base(path: str) -> str:
 
 
 def _data_fix(path: str) -> str:
-    return (
+    return how_to_get(path) or (
         "`shipped://` names a file of the toolkit's data/ folder"
         if "://" in path
         else "paths start at the working directory"

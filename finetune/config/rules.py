@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
+from finetune.config.distributed_rules import distributed_problems
 from finetune.config.expert_rules import expert_problems
 from finetune.config.keys import KeyPath
 from finetune.config.locate import HUB_PREFIX, matching_files, resolve_data_path
@@ -25,25 +26,28 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         lambda value: value >= 1,
         "model.experts_per_chunk data.max_length trainer.max_steps trainer.rows_per_micro_step trainer.micro_steps "
         "trainer.early_stop_patience distributed.num_processes logging.every_steps evaluate.every_steps "
-        "evaluate.validation_rows evaluate.test_rows save.every_steps save.keep export.read_back_rows",
+        "evaluate.validation_rows evaluate.test_rows save.every_steps save.keep export.read_back_rows "
+        "export.calibration_tokens export.max_gain_kept",
     ),
     (
         "above 0",
         lambda value: value > 0,
         "data.mix_temperature adapter.attention.alpha adapter.experts.alpha adapter.router.alpha trainer.epochs "
-        "trainer.learning_rate trainer.adam_epsilon",
+        "trainer.learning_rate trainer.adam_epsilon distributed.timeout_s",
     ),
     (
         "0 or more",
         lambda value: value >= 0,
         "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_gradient_norm "
         "trainer.router_balance_coefficient trainer.router_z_loss_coefficient evaluate.routing_samples "
-        "data.loss.analysis data.loss.commentary data.loss.tool_call data.loss.final",
+        "data.loss.analysis data.loss.commentary data.loss.tool_call data.loss.final "
+        "export.survival_rows",
     ),
     (
         "between 0 and 1",
         lambda value: 0 <= value <= 1,
-        "data.max_skipped_share trainer.final_learning_rate_share trainer.warmup_share",
+        "data.max_skipped_share export.min_gain_kept export.max_kl_share trainer.final_learning_rate_share "
+        "trainer.warmup_share",
     ),
     (
         "0 or more and below 1",
@@ -69,6 +73,7 @@ def broken_rules(config: RunConfig) -> Iterator[Problem]:
     yield from _adapter(config)
     yield from expert_problems(config)
     yield from _trainer(config)
+    yield from distributed_problems(config)
     yield from memory_problems(config)
     yield from _evaluation(config)
 
@@ -185,7 +190,7 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
 
 
 def _trainer(config: RunConfig) -> Iterator[Problem]:
-    trainer, distributed = config.trainer, config.distributed
+    trainer = config.trainer
     coefficient = trainer.router_balance_coefficient
     if coefficient > MAX_BALANCE_COEFFICIENT and not trainer.force_router_balance_coefficient:
         yield Problem(
@@ -200,14 +205,10 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
             "does nothing without trainer.activation_checkpointing: what it moves is what checkpointing keeps",
             "set trainer.activation_checkpointing=true",
         )
-    if distributed.kind == "single" and distributed.num_processes != 1:
-        yield Problem(
-            ("distributed", "num_processes"),
-            f"is {distributed.num_processes}, but distributed.kind=single is one process",
-            "write 1",
-        )
     if config.logging.mode == "online" and config.logging.tracker == "none":
         yield Problem(("logging", "mode"), "is online, but there is no tracker", "choose logging=wandb")
+    if config.logging.mode == "online" and config.logging.tracker == "tensorboard":
+        yield Problem(("logging", "mode"), "is online, but tensorboard only writes files", "set logging.mode=offline")
 
 
 def _evaluation(config: RunConfig) -> Iterator[Problem]:

@@ -300,6 +300,11 @@ class TrainerConfig(_Strict):
         activation_offload: keep what activation checkpointing saves (each layer's input) in the CPU's memory, copied
             beside the computation; less GPU memory for long rows. Only on a GPU.
         early_stop_patience: stop after this many evaluations without a better best metric. None: never.
+        on_nonfinite: what becomes of a step whose loss or gradient is not finite on any process. `stop` ends the run
+            before the update; `skip` leaves the step out, and ends the run after 10 of them in a row. Either way the
+            step's rows go to `nonfinite/` in the run directory.
+        halve_micro_batch_on_oom: when a micro-step does not fit into memory, take half as many rows in each and twice
+            as many micro-steps from there on, on every process; the step stays the same.
         ignore_memory_estimate: start although the estimate says that the run does not fit into memory.
     """
 
@@ -327,20 +332,28 @@ class TrainerConfig(_Strict):
     activation_checkpointing: bool = True
     activation_offload: bool = False
     early_stop_patience: int | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    halve_micro_batch_on_oom: bool = False
     ignore_memory_estimate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig(_Strict):
-    """Which processes take part. The topology asked for is checked against the one that runs.
+    """Which processes take part; what runs is checked against what is asked for (docs/guide/distributed.md).
 
     Attributes:
-        kind: `single` is one process; others follow (docs/log.md says when).
-        num_processes: processes in all.
+        kind: `single` is one process. `ddp`: every process holds everything, and gradients are averaged. `zero1` and
+            `zero2` (DeepSpeed) also deal out the optimiser's states, `zero2` the gradients too. `zero3` (DeepSpeed) and
+            `fsdp2` (torch's `fully_shard`) deal out everything, the base's packed layers included.
+        num_processes: processes in all, one a GPU. `finetune train` starts them, unless a launcher such as torchrun
+            has done so.
+        timeout_s: seconds without a step after which a process counts as hung: all are stopped, and what each was doing
+            is printed.
     """
 
-    kind: Literal["single"] = "single"
+    kind: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "single"
     num_processes: int = 1
+    timeout_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,13 +361,15 @@ class LoggingConfig(_Strict):
     """Where metrics go beside `metrics.jsonl`. A tracker that fails is reported once and never stops a run.
 
     Attributes:
-        tracker: `wandb` sends metrics through Accelerate.
+        tracker: who draws curves: `wandb`, `tensorboard`, `mlflow` or `trackio`, each through Accelerate. Only figures
+            and the configuration are sent. A package that is not installed is said once.
         project: under which name a tracker files the run.
-        mode: `offline` writes wandb's files without a network.
+        mode: `offline` writes the tracker's files into the run directory, whatever servers the environment names;
+            `online` sends to the server that the tracker's own environment variables name (not for tensorboard).
         every_steps: optimiser steps between two progress lines when not on a terminal.
     """
 
-    tracker: Literal["none", "wandb"] = "none"
+    tracker: Literal["none", "wandb", "tensorboard", "mlflow", "trackio"] = "none"
     project: str = "gpt-oss-finetune"
     mode: Literal["offline", "online"] = "offline"
     every_steps: int = 10
@@ -410,11 +425,27 @@ class ExportConfig(_Strict):
             `auto`: when the base in the compute dtype, and half as much again, fits into half of the free memory;
             otherwise the run says that it did not.
         read_back_rows: test (or training) samples compared.
+        calibration_tokens: tokens of training rows that a merge to MXFP4 is calibrated on. None: enough for four routed
+            rows for each input dimension of each expert, with even routing (92,160 for 20b, 368,640 for 120b), and at
+            least 32,768.
+        survival_rows: test (else validation) rows on which a merge to MXFP4 is compared with base and adapter. 0: it is
+            not, and nothing stops an export that lost the fine-tune.
+        old_domain: named sources outside the fine-tune's domain, on which the same is compared; their loss says what a
+            merge breaks elsewhere. Empty: not measured.
+        min_gain_kept, max_gain_kept: share of the adapter's gain in test loss that a merge to MXFP4 must keep; outside
+            the export exits with 6. More than all of it is noise that will not hold elsewhere.
+        max_kl_share: KL(adapter || merge) may be at most this share of KL(adapter || base).
         share_examples: put the first few rows of the test data into the model cards that `finetune export` writes.
     """
 
     read_back: Literal["auto", "always", "never"] = "auto"
     read_back_rows: int = 4
+    calibration_tokens: int | None = None
+    survival_rows: int = 256
+    old_domain: dict[str, SourceConfig] = field(default_factory=dict)
+    min_gain_kept: float = 0.9
+    max_gain_kept: float = 1.05
+    max_kl_share: float = 0.5
     share_examples: bool = False
 
 

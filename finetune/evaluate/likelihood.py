@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import GptOssForCausalLM
 
 from finetune.console import Progress
@@ -45,6 +46,44 @@ class HeldOutLoss:
         return bootstrap_ratio_interval(self.nll, self.weight, confidence)
 
 
+@dataclass(frozen=True, eq=False)
+class PredictedStates:
+    """What predicts the trained tokens of some samples.
+
+    Attributes:
+        hidden: [N, D], final normed hidden states.
+        targets: int64 [N], on hidden's device.
+        weights: float64 [N], loss weights.
+        sample: int64 [N], number of the sample that each token is of.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    weights: NDArray[np.float64]
+    sample: NDArray[np.int64]
+
+
+@torch.no_grad()
+def predicted_states(
+    model: GptOssForCausalLM, samples: Sequence[Sample], row_tokens: int, task: str, between_batches: BetweenBatches
+) -> Iterator[PredictedStates]:
+    """Run samples in packed rows; row by row what predicts their trained tokens. Arguments as in `held_out_loss`."""
+    rows = pack([len(sample.ids) for sample in samples], row_tokens, np.random.default_rng(0))
+    with Progress(task, len(samples), "samples") as progress:
+        for row in rows:
+            between_batches()
+            batch = collate([[samples[number] for number in row]])
+            hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
+            where, targets, weights = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
+            yield PredictedStates(
+                hidden[0, where.to(hidden.device)],
+                targets.to(hidden.device),
+                weights.double().numpy(),
+                np.array(row)[batch.segments[0, where].numpy()],
+            )
+            progress.advance(len(row))
+
+
 @torch.no_grad()
 def held_out_loss(
     model: GptOssForCausalLM,
@@ -64,16 +103,8 @@ def held_out_loss(
         between_batches: see `BetweenBatches`.
     """
     nll, weight = np.zeros(len(samples)), np.zeros(len(samples))
-    rows = pack([len(sample.ids) for sample in samples], row_tokens, np.random.default_rng(0))
-    with Progress(task, len(samples), "samples") as progress:
-        for row in rows:
-            between_batches()
-            batch = collate([[samples[number] for number in row]])
-            hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
-            where, targets, weights = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
-            losses = token_nll(hidden[0, where.to(hidden.device)], model.lm_head.weight, targets.to(hidden.device))
-            segment_of_token = batch.segments[0, where].numpy()
-            np.add.at(nll, np.array(row)[segment_of_token], losses.double().cpu().numpy() * weights.double().numpy())
-            np.add.at(weight, np.array(row)[segment_of_token], weights.double().numpy())
-            progress.advance(len(row))
+    for found in predicted_states(model, samples, row_tokens, task, between_batches):
+        losses = token_nll(found.hidden, model.lm_head.weight, found.targets)
+        np.add.at(nll, found.sample, losses.double().cpu().numpy() * found.weights)
+        np.add.at(weight, found.sample, found.weights)
     return HeldOutLoss(nll, weight)

@@ -126,10 +126,26 @@ def _base(facts: Mapping[str, Any]) -> str:
 def _survival(facts: Mapping[str, Any]) -> str:
     if "survival" not in facts:
         return ""
-    left = facts["survival"]["overall"]["survival"]
+    overall, end_to_end = facts["survival"]["overall"], facts["survival"].get("end_to_end", {})
+    left = overall["survival"]
+    measured = ""
+    if "variants" in end_to_end:
+        written = end_to_end["variants"][facts["survival"]["rounding"]]
+        measured = (
+            f" On {end_to_end['rows']} held-out rows it keeps {written['gain_kept']:.1%} of the adapter's gain, "
+            f"and {written['kl_removed']:.1%} of the distance (KL) between base and adapter is gone."
+            if written["gain_kept"] is not None
+            else ""
+        )
+    if "outputs" in overall:
+        return (
+            "**The experts were rounded back to 4 bits with compensation: "
+            f"{overall['outputs']['projection']:.1%} of the fine-tune's update survives in what they put out** on its "
+            f"own training rows (attention is exact).{measured}"
+        )
     return (
         f"**The experts were rounded back to 4 bits, and {left:.1%} of the fine-tune's update of them is left** "
-        "(projection; attention is exact). Prefer the bfloat16 merge or the adapter where that matters."
+        f"(projection; attention is exact). Prefer the bfloat16 merge or the adapter where that matters.{measured}"
     )
 
 

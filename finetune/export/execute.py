@@ -23,6 +23,8 @@ from torch import Tensor
 from finetune.console import Progress
 from finetune.export.merge import Tally, add_to_experts, merge_weight, round_experts
 from finetune.export.plan import MergePlan, Operation, Shard
+from finetune.export.rounding.noise import seeded_noise
+from finetune.export.rounding.run import RoundedExperts
 from finetune.export.source import Factors
 from finetune.export.staging import Staging
 from finetune.model.checkpoint import Checkpoint
@@ -33,12 +35,13 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def write_shards(plan: MergePlan, staging: Staging) -> dict[str, Tally]:
+def write_shards(plan: MergePlan, staging: Staging, rounded: RoundedExperts | None = None) -> dict[str, Tally]:
     """Write every shard that is not there yet.
 
     Args:
         plan: what to write.
         staging: where; finished shards stay if anything interrupts.
+        rounded: experts that were rounded before. None: they are rounded here.
 
     Returns:
         What became of each update, by the name of the tensor written (blocks, for rounded experts).
@@ -50,7 +53,7 @@ def write_shards(plan: MergePlan, staging: Staging) -> dict[str, Tally]:
             if shard.file in staging.shards:
                 continue
             try:
-                digest, tallies = _write_shard(plan, shard, staging.half(shard.file), pool, progress, done)
+                digest, tallies = _write_shard(plan, shard, staging.half(shard.file), pool, progress, done, rounded)
             except BaseException:
                 staging.drop_halves()
                 raise
@@ -95,7 +98,13 @@ def read_experts(
 
 
 def _write_shard(
-    plan: MergePlan, shard: Shard, path: Path, pool: ThreadPoolExecutor, progress: Progress, done: int
+    plan: MergePlan,
+    shard: Shard,
+    path: Path,
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+    done: int,
+    rounded: RoundedExperts | None,
 ) -> tuple[str, dict[str, Tally]]:
     """Write one file; its sha256 and what became of the updates in it."""
     digest = hashlib.sha256()
@@ -113,7 +122,7 @@ def _write_shard(
         write(_header(plan.checkpoint, shard))
         for operation in shard.operations:
             tally = Tally()
-            for piece in _pieces(plan, operation, pool, tally, scales):
+            for piece in _pieces(plan, operation, pool, tally, scales, rounded):
                 write(as_bytes(piece))
                 done += piece.nbytes
                 progress.show(done >> 20, shard.file)
@@ -125,10 +134,20 @@ def _write_shard(
 
 
 def _pieces(
-    plan: MergePlan, operation: Operation, pool: ThreadPoolExecutor, tally: Tally, scales: dict[str, Tensor]
+    plan: MergePlan,
+    operation: Operation,
+    pool: ThreadPoolExecutor,
+    tally: Tally,
+    scales: dict[str, Tensor],
+    rounded: RoundedExperts | None,
 ) -> Iterator[Tensor]:
     """The tensor of one operation, in consecutive parts."""
     checkpoint = plan.checkpoint
+    if rounded is not None and operation.kind in ("round experts", "scales", "expert bias"):
+        if operation.name in rounded.tallies:
+            tally.add(rounded.tallies[operation.name])
+        yield from (rounded.read_rows(operation.name, *span) for span in expert_ranges(operation))
+        return
     factors = plan.source.read(operation.site) if operation.site and operation.kind != "scales" else None
     match operation.kind:
         case "copy":
@@ -151,7 +170,7 @@ def _pieces(
                 tally.add(made)
                 yield piece
         case "round experts":
-            yield from _rounded(checkpoint, operation, factors, pool, tally, scales)
+            yield from _rounded(plan, operation, factors, pool, tally, scales)
 
 
 def merge_bias(plan: MergePlan, operation: Operation) -> Tensor:
@@ -161,7 +180,7 @@ def merge_bias(plan: MergePlan, operation: Operation) -> Tensor:
 
 
 def _rounded(
-    checkpoint: Checkpoint,
+    plan: MergePlan,
     operation: Operation,
     factors: Factors | None,
     pool: ThreadPoolExecutor,
@@ -170,6 +189,7 @@ def _rounded(
 ) -> Iterator[Tensor]:
     """Blocks of rounded experts; their scales are kept for the tensor that follows."""
     assert factors is not None
+    checkpoint = plan.checkpoint
     if not factors.b.count_nonzero() or not factors.a.count_nonzero():  # nothing to round: the bytes stay
         yield from _copied(checkpoint, operation)
         name = operation.base.removesuffix("_blocks") + "_scales"
@@ -179,7 +199,8 @@ def _rounded(
     def rounded(span: tuple[int, int]) -> tuple[Tensor, Tensor, Tally]:
         blocks, old, part = read_experts(checkpoint, operation, factors, *span)
         assert part is not None
-        return round_experts(blocks, old, part)
+        noise = seeded_noise(plan, operation, span[0]) if plan.rounding == "stochastic" else None
+        return round_experts(blocks, old, part, noise)
 
     found = []
     for blocks, new_scales, made in in_order(pool, rounded, expert_ranges(operation)):

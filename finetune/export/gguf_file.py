@@ -25,6 +25,8 @@ from finetune.errors import InputError, MachineError
 from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
 from finetune.export.merge import Tally, add_to_experts, merge_weight, round_experts
 from finetune.export.plan import MergePlan, Operation
+from finetune.export.rounding.noise import seeded_noise
+from finetune.export.rounding.run import RoundedExperts
 from finetune.export.source import Factors
 from finetune.export.staging import Staging, sha256
 from finetune.model.shapes import ModelShape
@@ -102,12 +104,13 @@ def plan_gguf(plan: MergePlan) -> list[GgufTensor]:
     return tensors
 
 
-def write_gguf(plan: MergePlan, staging: Staging) -> dict[str, Tally]:
+def write_gguf(plan: MergePlan, staging: Staging, rounded: RoundedExperts | None = None) -> dict[str, Tally]:
     """Write the file, one tensor in memory at a time.
 
     Args:
         plan: of the layout its experts shall have (`bf16` or `mxfp4`).
         staging: where. An interrupted file is begun again: it has no shards to keep.
+        rounded: experts that were rounded before. None: they are rounded here.
 
     Returns:
         What became of each update, by the name of the plan's operation.
@@ -123,7 +126,7 @@ def write_gguf(plan: MergePlan, staging: Staging) -> dict[str, Tally]:
     tallies: dict[str, Tally] = {}
     try:
         writer = _open_writer(plan, staging.half(name))
-        _write_tensors(plan, tensors, writer, tallies)
+        _write_tensors(plan, tensors, writer, tallies, rounded)
         writer.close()
     except BaseException:
         staging.drop_halves()
@@ -250,17 +253,40 @@ def _add_vocabulary(writer: Any, gguf: Any, directory: Path, size: int) -> None:
     gguf.SpecialVocab(directory, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
 
 
-def _write_tensors(plan: MergePlan, tensors: list[GgufTensor], writer: Any, tallies: dict[str, Tally]) -> None:
+def _write_tensors(
+    plan: MergePlan,
+    tensors: list[GgufTensor],
+    writer: Any,
+    tallies: dict[str, Tally],
+    rounded: RoundedExperts | None,
+) -> None:
     total, done = sum(math.prod(tensor.byte_shape) for tensor in tensors), 0
     with Progress("writing GGUF", total >> 20, "MiB") as progress, worker_pool() as pool:
         for tensor in tensors:
             tally = Tally()
-            data = _make(plan, tensor, pool, tally).numpy()
+            if rounded is not None and tensor.operation.kind in ("round experts", "expert bias"):
+                data = _from_rounded(rounded, tensor).numpy()
+                tallies[tensor.operation.name] = rounded.tallies[tensor.operation.name]
+            else:
+                data = _make(plan, tensor, pool, tally).numpy()
             writer.write_tensor_data(data)
             done += data.nbytes
             progress.show(done >> 20, tensor.name)
-            if tensor.operation.site:
+            if tensor.operation.site and tensor.operation.name not in (rounded.tallies if rounded else ()):
                 tallies.setdefault(tensor.operation.name, Tally()).add(tally)
+
+
+def _from_rounded(rounded: RoundedExperts, tensor: GgufTensor) -> Tensor:
+    """The whole tensor of experts that were rounded before, or of their biases."""
+    name = tensor.operation.name
+    if tensor.operation.kind == "expert bias":
+        return rounded.read(name)[:, tensor.rows].float()
+    result = torch.empty(tensor.byte_shape, dtype=torch.uint8)
+    for first, last in _ranges(tensor):
+        blocks = rounded.read_rows(name, first, last)[:, tensor.rows]
+        scales = rounded.read_rows(name.removesuffix("_blocks") + "_scales", first, last)[:, tensor.rows]
+        result[first:last] = repack(blocks.contiguous(), scales.contiguous())
+    return result
 
 
 def _make(plan: MergePlan, tensor: GgufTensor, pool: ThreadPoolExecutor, tally: Tally) -> Tensor:
@@ -293,7 +319,8 @@ def _make(plan: MergePlan, tensor: GgufTensor, pool: ThreadPoolExecutor, tally: 
             return made
         made = Tally()
         if part is not None:
-            blocks, scales, made = round_experts(blocks, scales, part)
+            noise = seeded_noise(plan, operation, first, tensor.rows) if plan.rounding == "stochastic" else None
+            blocks, scales, made = round_experts(blocks, scales, part, noise)
         result[first:last] = repack(blocks, scales)
         return made
 

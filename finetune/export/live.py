@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer
 
 from finetune.adapters.lora import LoraLinear
-from finetune.export.source import ATTENTION, ROUTER, AdapterSource, Factors
+from finetune.export.source import ATTENTION, EXPERTS, ROUTER, AdapterSource, Factors
 from finetune.kernels.experts import LoraFactors
 from finetune.model.build import Base
 
@@ -35,24 +36,37 @@ def attach_source(base: Base, source: AdapterSource) -> None:
 
     The router has no update beside its weight here: its weight is changed.
     """
-    device = base.device
     for number, layer in enumerate(base.model.model.layers):
-        factors = {
-            name: Factors(found.a.to(device), found.b.to(device), found.scale)
-            for name, found in source.layer(number).items()
-        }
-        for name in ATTENTION:
-            if name in factors:
-                rank = len(factors[name].a)
-                adapted = LoraLinear(getattr(layer.self_attn, name), rank, factors[name].scale, 0.0)
-                adapted.lora_a.copy_(factors[name].a)
-                adapted.lora_b.copy_(factors[name].b)
-                setattr(layer.self_attn, name, adapted)
-        if ROUTER in factors:
-            weight = layer.mlp.router.weight
-            weight.copy_((weight.float() + factors[ROUTER].delta()).to(weight.dtype))
-        if (change := source.router_bias.get(f"model.layers.{number}.mlp.router.bias")) is not None:
-            layer.mlp.router.bias.add_(change.to(device))
-        experts = {name: found for name, found in factors.items() if name.endswith(("gate_up_proj", "down_proj"))}
-        if experts:
-            layer.mlp.experts.attach(_Experts(experts))
+        attach_layer(layer, source, number, base.device)
+
+
+@torch.no_grad()
+def attach_layer(layer: GptOssDecoderLayer, source: AdapterSource, number: int, device: torch.device) -> None:
+    """Attach one layer's sites.
+
+    Args:
+        layer: transformers' decoder layer with packed experts.
+        source: the adapter.
+        number: the layer's.
+        device: the layer's.
+    """
+    factors = {
+        name: Factors(found.a.to(device), found.b.to(device), found.scale)
+        for name, found in source.layer(number).items()
+    }
+    for name in ATTENTION:
+        if name in factors:
+            rank = len(factors[name].a)
+            adapted = LoraLinear(getattr(layer.self_attn, name), rank, factors[name].scale, 0.0)
+            adapted.lora_a.copy_(factors[name].a)
+            adapted.lora_b.copy_(factors[name].b)
+            setattr(layer.self_attn, name, adapted)
+    if ROUTER in factors:
+        weight = layer.mlp.router.weight  # not written into: it may be the mapped file itself
+        weight.data = (weight.float() + factors[ROUTER].delta()).to(weight.dtype)
+    if (change := source.router_bias.get(f"model.layers.{number}.mlp.router.bias")) is not None:
+        bias = layer.mlp.router.bias
+        bias.data = (bias.float() + change.to(device)).to(bias.dtype)
+    experts = {name: found for name, found in factors.items() if name in EXPERTS}
+    if experts:
+        layer.mlp.experts.attach(_Experts(experts))

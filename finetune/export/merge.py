@@ -5,13 +5,14 @@ Shape legend: E experts, r rank, N out features, K in features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from finetune.export.factors import squared_norm
+from finetune.export.rounding import grid
 from finetune.export.source import Factors
 from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK, SCALE_BIAS
 from finetune.mxfp4.format import dequantise, pack, quantise, unpack
@@ -115,8 +116,10 @@ def add_to_experts(
     return dense, tally
 
 
-def round_experts(blocks: Tensor, scales: Tensor, factors: Factors) -> tuple[Tensor, Tensor, Tally]:
-    """Add an update to packed experts and round to the nearest value each block can hold.
+def round_experts(
+    blocks: Tensor, scales: Tensor, factors: Factors, noise: Callable[[int], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tally]:
+    """Add an update to packed experts and round to the nearest value each block can hold, or to either neighbour.
 
     A block keeps its scale while its values fit. One that outgrew it takes the scale `quantise` would choose if that
     leaves a smaller error. A value that does not move keeps its code, the sign of a zero included.
@@ -124,6 +127,8 @@ def round_experts(blocks: Tensor, scales: Tensor, factors: Factors) -> tuple[Ten
     Args:
         blocks, scales: uint8 [E, N, K / 32, 16] and [E, N, K / 32].
         factors: of these experts: a [E, r, K], b [E, N, r].
+        noise: gives each expert (by its place) uniform numbers [N, K] from 0 to 1: a value then goes to the neighbour
+            away from zero with the probability that makes it right on average. None: to the nearest.
 
     Returns:
         New blocks and scales, and what became of the update.
@@ -131,11 +136,14 @@ def round_experts(blocks: Tensor, scales: Tensor, factors: Factors) -> tuple[Ten
     new_blocks, new_scales = torch.empty_like(blocks), torch.empty_like(scales)
     tally = Tally()
     for expert in range(len(blocks)):
+        drawn = noise(expert) if noise else None
         for rows in _slices(blocks.shape[1], blocks.shape[2] * BLOCK):
             update = (factors.b[expert, rows] @ factors.a[expert]).mul_(factors.scale)
             old_blocks, old_scales = blocks[expert, rows], scales[expert, rows]
             before = dequantise(old_blocks, old_scales, torch.float32)
             part_blocks, part_scales = _nearest(before + update, old_blocks, old_scales)
+            if drawn is not None:
+                part_blocks = _either(before + update, drawn[rows], part_scales, old_blocks, old_scales)
             tally.add(_tally(before, dequantise(part_blocks, part_scales, torch.float32), update))
             new_blocks[expert, rows], new_scales[expert, rows] = part_blocks, part_scales
     return new_blocks, new_scales, tally
@@ -161,6 +169,15 @@ def _nearest(target: Tensor, old_blocks: Tensor, old_scales: Tensor) -> tuple[Te
         flat_scales[outgrown[better]] = wider_scales.view(-1)[better]
         scales = flat_scales.view(old_scales.shape)
     return blocks, scales
+
+
+def _either(target: Tensor, drawn: Tensor, scales: Tensor, old_blocks: Tensor, old_scales: Tensor) -> Tensor:
+    """Blocks of float32 [N, K] rounded to one of both neighbours under given scales."""
+    step = grid.steps(scales[None])[0].T.repeat_interleave(BLOCK, dim=1)
+    inner, outer = grid.neighbours(target, step)
+    share = ((target - inner) / (outer - inner)).nan_to_num(0.0)  # 0 / 0 on the grid itself
+    values = torch.where(drawn < share, outer, inner)
+    return grid.encode(values.T[None], scales[None], old_blocks[None], old_scales[None])[0]
 
 
 def _slices(num_rows: int, num_columns: int) -> Iterator[slice]:

@@ -15,11 +15,15 @@ from finetune.adapters.files import CONFIG, WEIGHTS, warn_held_as, write_facts
 from finetune.console import Progress, say, warn
 from finetune.errors import CheckError, InputError
 from finetune.export.card import write_card
+from finetune.export.end_to_end import measure_end_to_end
 from finetune.export.execute import write_shards
 from finetune.export.gguf_file import gguf_bytes, gguf_name, write_gguf
+from finetune.export.judge import require_kept
 from finetune.export.merge import Tally
 from finetune.export.native_base import native_base
 from finetune.export.plan import MergePlan, describe_plan, plan_merge
+from finetune.export.rounding.prepare import choose_rounding, round_ahead
+from finetune.export.rounding.run import RoundedExperts
 from finetune.export.source import AdapterSource
 from finetune.export.staging import Staging, refuse_existing, sha256
 from finetune.export.survival import describe_survival, survival_facts
@@ -56,14 +60,15 @@ def export_merged(
     location = find_base(source, options)
     checkpoint = Checkpoint.open(location.directory)
     layout: MergedTarget = options.gguf_experts if target == "gguf" else target
-    plan = plan_merge(checkpoint, source, layout)
+    rounding = choose_rounding(layout, source, options)
+    plan = plan_merge(checkpoint, source, layout, rounding)
     if options.dry_run:
         for line in _dry_run(plan, target, options):
             say(line, result=True)
         return
     identity = check_base(checkpoint, source)
     with native_base(checkpoint, out) as native:
-        _write(plan_merge(native, source, layout), target, out, options, run, location, identity)
+        _write(plan_merge(native, source, layout, rounding), target, out, options, run, location, identity)
 
 
 def _write(
@@ -75,17 +80,28 @@ def _write(
     location: BaseLocation,
     identity: str,
 ) -> None:
-    staging = Staging(out, _key(plan, target, identity))
+    key = _key(plan, target, identity)
+    staging = Staging(out, key)
     staging.require_space(_bytes_needed(plan, target))
-    tallies = write_gguf(plan, staging) if target == "gguf" else write_shards(plan, staging)
-    facts = _facts(plan, target, location, identity, tallies)
+    try:
+        rounded = round_ahead(plan, out, options, run, identity, key)
+    except BaseException:
+        staging.discard_if_empty()
+        raise
+    tallies = write_gguf(plan, staging, rounded) if target == "gguf" else write_shards(plan, staging, rounded)
+    facts = _facts(plan, target, location, identity, tallies, rounded)
     if target == "gguf":  # configuration and tokenizer are inside; the terms are not
         _copy([path for path in _companions(plan.checkpoint) if path.name in _TERMS], staging)
     else:
         _write_companions(plan, staging)
+    if any(operation.kind == "round experts" for operation in plan.operations):
+        facts["survival"]["end_to_end"] = measure_end_to_end(plan, rounded, options, run)
     _verify(plan, target, staging, facts, options, run, tallies)
+    _judge(plan, target, staging, facts, run)
     write_card(staging.path / CARD, facts, run)
     _seal(target, staging, facts)
+    if rounded is not None:
+        rounded.discard()
 
 
 def find_base(source: AdapterSource, options: ExportOptions) -> BaseLocation:
@@ -162,20 +178,27 @@ def _copy(files: Sequence[Path], staging: Staging) -> None:
 
 
 def _bytes_needed(plan: MergePlan, target: MergedTarget) -> int:
+    rounded = sum(op.num_bytes for op in plan.operations if op.kind in ("round experts", "scales", "expert bias"))
+    ahead = rounded if plan.rounding == "compensated" else 0  # kept beside the export until it is done
     if target == "gguf":
-        return gguf_bytes(plan)
-    return plan.num_bytes + sum(path.stat().st_size for path in _companions(plan.checkpoint))
+        return gguf_bytes(plan) + ahead
+    return plan.num_bytes + ahead + sum(path.stat().st_size for path in _companions(plan.checkpoint))
 
 
 def _key(plan: MergePlan, target: MergedTarget, identity: str) -> str:
     """What an export is made from; a shard of another key is of no use."""
     adapter = [sha256(plan.source.directory / name) for name in (WEIGHTS, CONFIG)]
-    parts = [__version__, target, identity, *adapter, *describe_plan(plan)]
+    parts = [__version__, target, plan.rounding, identity, *adapter, *describe_plan(plan)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _facts(
-    plan: MergePlan, target: MergedTarget, location: BaseLocation, identity: str, tallies: Mapping[str, Tally]
+    plan: MergePlan,
+    target: MergedTarget,
+    location: BaseLocation,
+    identity: str,
+    tallies: Mapping[str, Tally],
+    rounded: RoundedExperts | None,
 ) -> dict[str, Any]:
     """What export.json says before the verification; prints what became of the experts' updates."""
     facts: dict[str, Any] = {
@@ -194,7 +217,7 @@ def _facts(
     if target == "gguf":
         facts["file"] = gguf_name(plan)
     if plan.target == "mxfp4":
-        facts["survival"] = survival_facts(plan, tallies)
+        facts["survival"] = survival_facts(plan, tallies, rounded.experts if rounded else None)
         for line in describe_survival(facts["survival"]):
             say(line, result=True)
     return facts
@@ -219,6 +242,21 @@ def _verify(
     except CheckError as error:
         error.fix = f"do not serve it; it stays in {staging.path} for inspection and {FACTS} says what failed"
         facts["verification"] = {"failed": error.what}
+        write_facts(staging.path / FACTS, facts)
+        raise
+
+
+def _judge(plan: MergePlan, target: MergedTarget, staging: Staging, facts: dict[str, Any], run: Path | None) -> None:
+    """Put the survival beside the run, for its report, and stop if the fine-tune was lost."""
+    end_to_end = facts.get("survival", {}).get("end_to_end", {})
+    if run is not None and "survival" in facts:
+        write_facts(run / f"survival-{target}.json", {"written": facts["written"], **facts["survival"]})
+    if "verdict" not in end_to_end:
+        return
+    try:
+        require_kept(end_to_end, plan.rounding, end_to_end["verdict"])
+    except CheckError as error:
+        error.fix = f"{error.fix}. It stays in {staging.path}; export.min_gain_kept and the like set what is allowed"
         write_facts(staging.path / FACTS, facts)
         raise
 

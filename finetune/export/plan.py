@@ -14,14 +14,15 @@ from typing import Literal
 
 from finetune.errors import InputError
 from finetune.export.source import AdapterSource, SourceSite
-from finetune.export.targets import MergedTarget
+from finetune.export.targets import MergedTarget, Rounding
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.shapes import DTYPE_BYTES, ModelShape
 from finetune.mxfp4.constants import BLOCK
 
 SHARD_BYTES = 5_000_000_000  # what transformers cut at for years; smaller is only more files
-Kind = Literal["copy", "merge", "bias", "dequantise", "merge experts", "round experts", "scales"]
-_BLOCKS, _SCALES = "_blocks", "_scales"
+Kind = Literal["copy", "merge", "bias", "dequantise", "merge experts", "round experts", "scales", "expert bias"]
+_BLOCKS, _SCALES, _BIAS = "_blocks", "_scales", "_bias"
+_KINDS: dict[str, Kind] = {_BLOCKS: "round experts", _SCALES: "scales", _BIAS: "expert bias", ".weight": "merge"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Operation:
         kind: `copy` the base's bytes; `merge` a bfloat16 weight with its update; `bias` a router's with its
             change; `dequantise` experts as they are or
             `merge experts` with their update, into bfloat16 [E, in, out]; `round experts` with their update to MXFP4
-            blocks, and write the `scales` found there.
+            blocks, and write the `scales` found there and the `expert bias` that takes up their mean error.
         name: of the tensor in the result.
         base: of the tensor in the base (blocks, for experts).
         site: the update; None where there is none.
@@ -75,12 +76,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge: target, base, adapter, and every file with every tensor in it."""
+    """A merge: target, base, adapter, every file with every tensor in it, and how experts are rounded if they are."""
 
     target: MergedTarget
     checkpoint: Checkpoint
     source: AdapterSource
     shards: tuple[Shard, ...]
+    rounding: Rounding = "nearest"
 
     @property
     def operations(self) -> list[Operation]:
@@ -99,20 +101,26 @@ class MergePlan:
         return json.dumps(index, indent=2) + "\n"
 
 
-def plan_merge(checkpoint: Checkpoint, source: AdapterSource, target: MergedTarget) -> MergePlan:
+def plan_merge(
+    checkpoint: Checkpoint, source: AdapterSource, target: MergedTarget, rounding: Rounding = "nearest"
+) -> MergePlan:
     """Plan a merged checkpoint.
 
     Args:
         checkpoint: the base.
         source: the adapter.
         target: `bf16` or `mxfp4`; `gguf` is planned as one of them and written by `finetune.export.gguf_file`.
+        rounding: of `mxfp4`; compensated rounding changes the experts' biases as well.
 
     Raises:
         InputError: the adapter does not fit the base's shapes.
     """
     check_fits(checkpoint.shape, source)
-    shards = _native_shards(checkpoint, source) if target == "mxfp4" else _dense_shards(checkpoint, source)
-    return MergePlan(target, checkpoint, source, shards)
+    if target == "mxfp4":
+        shards = _native_shards(checkpoint, source, biases=rounding == "compensated")
+    else:
+        shards = _dense_shards(checkpoint, source)
+    return MergePlan(target, checkpoint, source, shards, rounding)
 
 
 def check_fits(shape: ModelShape, source: AdapterSource) -> None:
@@ -150,7 +158,11 @@ def describe_plan(plan: MergePlan) -> list[str]:
     for shard in plan.shards:
         lines.append(f"{shard.file}  {shard.num_bytes:,} bytes")
         for operation in shard.operations:
-            rank = f"  rank {operation.site.rank}" if operation.site and operation.kind != "scales" else ""
+            rank = (
+                f"  rank {operation.site.rank}"
+                if operation.site and operation.kind not in ("scales", "expert bias")
+                else ""
+            )
             sizes = "x".join(map(str, operation.shape))
             lines.append(
                 f"  {operation.kind:<13} {operation.num_bytes:>15,}  {operation.name} {operation.dtype} {sizes}{rank}"
@@ -163,15 +175,16 @@ def describe_plan(plan: MergePlan) -> list[str]:
     return lines
 
 
-def _native_shards(checkpoint: Checkpoint, source: AdapterSource) -> tuple[Shard, ...]:
+def _native_shards(checkpoint: Checkpoint, source: AdapterSource, *, biases: bool) -> tuple[Shard, ...]:
     sites = {site.module: site for site in source.sites}
+    ends = (_BLOCKS, _SCALES, _BIAS, ".weight") if biases else (_BLOCKS, _SCALES, ".weight")
     by_file: dict[str, list[Operation]] = {}
     for name, entry in checkpoint.entries.items():
-        module = name.removesuffix(_BLOCKS).removesuffix(_SCALES).removesuffix(".weight")
-        site = sites.get(module) if name.endswith((_BLOCKS, _SCALES, ".weight")) else None
+        end = next((end for end in ends if name.endswith(end)), "")
+        site = sites.get(name.removesuffix(end)) if end else None
         kind: Kind = "copy"
         if site is not None:
-            kind = "scales" if name.endswith(_SCALES) else "round experts" if name.endswith(_BLOCKS) else "merge"
+            kind = _KINDS[end]
         elif name in source.router_bias:
             kind = "bias"
         base = name.removesuffix(_SCALES) + _BLOCKS if kind == "scales" else name

@@ -8,7 +8,10 @@ from typing import Literal, get_args
 MergedTarget = Literal["bf16", "mxfp4", "gguf"]
 AdapterTarget = Literal["peft", "sglang", "gguf-lora", "mlx"]
 MERGED_TARGETS: tuple[MergedTarget, ...] = get_args(MergedTarget)
+Rounding = Literal["compensated", "nearest", "stochastic"]
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 ADAPTER_TARGETS: tuple[AdapterTarget, ...] = get_args(AdapterTarget)
+DEFAULT_ROUNDING: Rounding = "compensated"
 FACTS = "export.json"
 CARD = "README.md"
 
@@ -33,6 +36,8 @@ class ExportOptions:
         dry_run: print the plan and write nothing.
         verify: open the result in a fresh process and compare it with what it was made from.
         gguf_experts: how a merged GGUF stores experts.
+        rounding: how experts go back to MXFP4; None: the default where something is rounded.
+        calibration: run or recipe whose training rows compensated rounding sees; None: the adapter's own run.
         pad_rank: pad the rank to one that vLLM serves (`peft`).
     """
 
@@ -41,4 +46,6 @@ class ExportOptions:
     dry_run: bool = False
     verify: bool = True
     gguf_experts: Literal["mxfp4", "bf16"] = "bf16"
+    rounding: Rounding | None = None
+    calibration: str | None = None
     pad_rank: bool = False

@@ -82,6 +82,9 @@ def compare_weights(
         "merged": str(directory / gguf_name(plan) if target == "gguf" else directory),
         "experts": plan.target,
         "biases": {name: change.tolist() for name, change in biases.items()},
+        "rounding": plan.rounding,
+        "moved": [operation.name for operation in plan.operations if operation.kind == "expert bias"],
+        "sums": {name: {"kept": tally.kept, "missed": tally.missed} for name, tally in tallies.items()},
         "updates": {name: tally.wanted**0.5 for name, tally in tallies.items()}
         | {name: float(change.norm()) for name, change in biases.items()},
         "sites": [
@@ -104,7 +107,10 @@ def _check_weights(
             why=f"{len(answer['problems'])} tensors are wrong, {answer['compared']} comparisons were made",
         )
     changed = len(answer["updates"])
-    rule = "no block further from it than the base" if plan.target == "mxfp4" else "to the last bit of bfloat16"
+    rule = "to the last bit of bfloat16"
+    if plan.target == "mxfp4":
+        nearest = "no block further from it than the base"
+        rule = nearest if plan.rounding == "nearest" else f"{plan.rounding} rounding, what survives as it was counted"
     say(f"weights: {changed} changed tensors are base + update ({rule}), all others are the base's")
     return {"tensors_changed": changed, "comparisons": answer["compared"], "updates": answer["updates"]}
 

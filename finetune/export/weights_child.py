@@ -5,8 +5,9 @@ own file by the flattening that PEFT documents, a GGUF file is read and dequanti
 `python weights_child.py REQUEST.json`; prints `RESULT ` and JSON. Memory: one expert at a time.
 
 What must hold, for W the base's weight, T = W + update, M what was written, element by element:
-bfloat16: M is T within half a step of bfloat16. MXFP4: in every block M is no further from T than W is (W lies on the
-same grid). Anything the adapter does not touch: M equals W.
+bfloat16: M is T within half a step of bfloat16. MXFP4 rounded to nearest: in every block M is no further from T than W
+is (W lies on the same grid). Otherwise rounded: what M keeps and misses of the update is what the exporter counted.
+Biases that took up mean errors: moved as far as it says. Anything the adapter does not touch: M equals W.
 """
 
 import json
@@ -114,7 +115,10 @@ class Check:
 
     def __init__(self, request: dict[str, Any]) -> None:
         self.experts_packed = request["experts"] == "mxfp4"
+        self.nearest = request["rounding"] == "nearest"
         self.expected = request["updates"]
+        self.counted = request["sums"]
+        self.moved = set(request["moved"])
         self.problems: dict[str, str] = {}
         self.updates: dict[str, dict[str, float]] = {}
         self.compared = 0
@@ -133,13 +137,15 @@ class Check:
             self.expect(name, False, f"shape {list(merged.shape)}, the base has {list(base.shape)}")
             return
         self.expect(name, bool(merged.isfinite().all()), "values that are not finite")
+        if name in self.moved:
+            update = merged - base  # any: how large it may be is in the exporter's count
         if update is None:
             self.expect(name, torch.equal(base, merged), "differs from the base, though the adapter leaves it alone")
             return
         target = base + update
         if packed:
             far, near = ((value - target).square().T.unflatten(-1, (-1, 32)).sum(-1) for value in (merged, base))
-            wrong = far > near * (1 + 1e-4) + 1e-12 * float(target.abs().max()) ** 2
+            wrong = (far > near * (1 + 1e-4) + 1e-12 * float(target.abs().max()) ** 2) & self.nearest
         else:
             noise = FLOAT32_NOISE * float(base.abs().max() + update.abs().max())
             wrong = (merged - target).abs() > target.abs() * HALF_STEP + noise
@@ -157,6 +163,11 @@ class Check:
             counted = self.expected.get(name, self.expected.get(name + "_blocks", self.expected.get(name + ".weight")))
             agrees = counted is not None and abs(counted - wanted) <= 1e-3 * wanted + 1e-30
             self.expect(name, agrees, f"the update's norm is {wanted:.6g}, the exporter counted {counted}")
+            if not self.nearest and (packed := self.counted.get(name + "_blocks")):
+                missed = sums["wanted"] - 2 * sums["kept"] + sums["found"]
+                slack = 1e-4 * (sums["wanted"] + sums["found"]) + 1e-30
+                agrees = abs(sums["kept"] - packed["kept"]) <= slack and abs(missed - packed["missed"]) <= slack
+                self.expect(name, agrees, f"keeps {sums['kept']:.6g} of the update, the exporter counted {packed}")
             projection = sums["kept"] / sums["wanted"] if wanted else 1.0
             table[name] = {"expected": wanted, "found": found, "projection": projection}
         return table

@@ -58,6 +58,25 @@ def answer_scores(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -
     return result, is_likeliest
 
 
+def token_kl(reference: Tensor, hidden: Tensor, head: Tensor, tokens_per_chunk: int = 128) -> Tensor:
+    """KL(reference || other) of the next-token distributions that two hidden states give under one head.
+
+    Args:
+        reference, hidden: [N, D], of the same tokens.
+        head: [V, D].
+        tokens_per_chunk: 128 x 201,088 float32 logits are 0.1 GB, and there are four of them at a time.
+
+    Returns:
+        float32 [N] in nats, without gradient.
+    """
+    parts = []
+    for start in range(0, len(hidden), tokens_per_chunk):
+        span = slice(start, start + tokens_per_chunk)
+        wanted, found = (_logits(states[span], head).log_softmax(-1) for states in (reference, hidden))
+        parts.append((wanted.exp() * (wanted - found)).sum(-1))
+    return torch.cat(parts) if parts else hidden.new_empty(0, dtype=torch.float32)
+
+
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
     """[N, D] x [V, D] -> [N, V] in float32 (float64 for float64), not rounded in between."""
     if hidden.dtype in (torch.float32, torch.float64):

@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.report.experts import experts_section
 from finetune.report.read import read_json, read_lines
+from finetune.report.survival import survival_section
 from finetune.report.words import check_lines, code, summary, with_interval
 
 NUM_CURVE_POINTS = 12
@@ -29,6 +30,7 @@ def write_report(run: Path) -> Path:
     sections = [
         f"# Run {run.name}\n\n{summary(manifest, evaluation)}",
         _evaluation(evaluation),
+        survival_section(run),
         _training(lines),
         experts_section(run, manifest),
         "## Checks\n\n" + "\n".join(check_lines(manifest)) if check_lines(manifest) else "",
@@ -51,7 +53,7 @@ def outcome(run: Path) -> str:
         for title, key in (("test loss", "loss"), ("accuracy", "accuracy")):
             if key in after:
                 lines.append(f"  {title:<10} {with_interval(before, key)} -> {with_interval(after, key)}")
-    lines += [f"  report     {run / 'report.md'}", f"  adapter    {run / 'adapter'}"]
+    lines += [f"  report     {run / 'report.html'}", f"  adapter    {run / 'adapter'}"]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask the loop to stop at the next safe place; a second Ctrl-C leaves at once."""
+"""Ctrl-C, SIGTERM and SIGUSR1 ask the loop to stop at the next safe place; a second Ctrl-C leaves at once."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ STANDARD_ERROR = 2
 
 
 class StopRequest:
-    """Context manager that turns the first SIGINT or SIGTERM into a flag.
+    """Context manager that turns the first SIGINT, SIGTERM or SIGUSR1 into a flag.
+
+    SIGUSR1, which schedulers send before the time is up, is taken as SIGTERM.
 
     Attributes:
-        signal_number: the signal that came, or None.
+        signal_number: SIGINT or SIGTERM, or None as long as none came.
     """
 
     def __init__(self) -> None:
@@ -22,7 +24,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -35,7 +37,7 @@ class StopRequest:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_number = number
+        self.signal_number = signal.SIGTERM if number == signal.SIGUSR1 else number
         name = signal.Signals(number).name
         text = f"\n{name}: saving at the next safe place (Ctrl-C again leaves at once, keeping older checkpoints)\n"
         # Not `print`: the signal may have come in the middle of one, and buffered output refuses to be re-entered.

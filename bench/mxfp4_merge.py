@@ -1,0 +1,290 @@
+"""How much of a fine-tune a merge back to MXFP4 keeps, on a tiny gpt-oss with real data: `--help` has the stages.
+
+Adapters of three sizes (expert updates near 1, 4 and 10 % of the weights) and three seeds are trained with the command
+a user types, on the shipped contract clauses, experts alone: attention merges exactly and would flatter every method.
+Each is rounded on its own training rows; settings are compared on validation rows and reported on test rows. Controls:
+the update with its output rows shuffled (noise of the same size), with its sign flipped, and attention trained instead
+of the experts, which exports without loss. Every row is kept in WORK/results.json, so an interruption costs one.
+
+    python bench/mxfp4_merge.py --base DIR --work DIR               all stages; prints the table
+    python bench/mxfp4_merge.py --base DIR --work DIR --stage train  only one: train, round, controls, settings, table
+    python bench/mxfp4_merge.py --synthetic                          layers with several spectra, no model
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mxfp4_synthetic import print_synthetic
+from safetensors.torch import load_file, save_file
+
+from finetune.adapters.files import PROVENANCE, WEIGHTS
+from finetune.cli.main import main as finetune
+from finetune.config.compose import compose
+from finetune.export.effect import HeldOutRows, held_out_rows, measure_variants
+from finetune.export.plan import MergePlan, plan_merge
+from finetune.export.rounding.calibration import choose_rows
+from finetune.export.rounding.compensate import Settings
+from finetune.export.rounding.run import RoundedExperts, round_experts_by_layer, rounding_staging
+from finetune.export.source import AdapterSource, open_adapter
+from finetune.export.survival import survival_facts
+from finetune.export.variants import Variants
+from finetune.model.build import load_base
+from finetune.model.checkpoint import Checkpoint
+
+RATES = {"1 %": 2e-4, "4 %": 7e-4, "10 %": 1.7e-3}  # learning rates that give updates of about these sizes
+SEEDS = (0, 1, 2)
+ACCURACY_ROWS = 60
+CPU = torch.device("cpu")
+SETTINGS = {
+    "compensated": Settings(),
+    "without unit projection": Settings(solves=1),
+}
+RECIPE = """# @package _global_
+defaults:
+  - override /model: tiny
+  - override /data: legal_cuad
+  - override /adapter: {kind}_only
+model: {{path: {base}}}
+data: {{max_length: 1024}}
+adapter: {{{kind}: {{rank: 8, alpha: 16}}}}
+trainer: {{epochs: 1, max_steps: {steps}, micro_steps: 1, activation_checkpointing: false}}
+evaluate: {{validation_rows: 2, test_rows: 2, labels: never}}
+export:
+  read_back: never
+  old_domain:
+    medical: {{path: shipped://medical/pubmedqa_labeled.jsonl.gz, limit: 60}}
+"""
+
+
+class Work:
+    """Runs, rounded experts and results of this benchmark, kept between sittings."""
+
+    def __init__(self, directory: Path, base: Path, steps: int, rows: int) -> None:
+        self.directory, self.base, self.steps, self.rows = directory, base, steps, rows
+        directory.mkdir(parents=True, exist_ok=True)
+        self.file = directory / "results.json"
+        self.results: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.checkpoint = Checkpoint.open(base)
+
+    def keep(self, key: str, result: Any) -> None:
+        self.results[key] = result
+        half = self.file.with_suffix(".half")
+        half.write_text(json.dumps(self.results, indent=1))
+        half.replace(self.file)
+
+    def recipe(self, kind: str) -> Path:
+        path = self.directory / f"{kind}.yaml"
+        path.write_text(RECIPE.format(base=self.base, steps=self.steps, kind=kind))
+        return path
+
+    def adapter(self, kind: str, size: str, seed: int) -> Path:
+        """Train an adapter, or find it."""
+        name = f"{kind}-{size.replace(' %', '')}-{seed}"
+        run = self.directory / name
+        if not (run / "adapter").is_dir():
+            shutil.rmtree(run, ignore_errors=True)
+            arguments = [f"output_dir={self.directory}", f"name={name}", f"seed={seed}"]
+            code = finetune(["train", str(self.recipe(kind)), *arguments, f"trainer.learning_rate={RATES[size]}"])
+            if code:
+                raise SystemExit(code)
+        return run / "adapter"
+
+    def round(self, source: AdapterSource, name: str, settings: Settings, seed: int) -> tuple[MergePlan, Any]:
+        """Round an adapter's experts on training rows."""
+        plan = plan_merge(self.checkpoint, source, "mxfp4", "compensated")
+        config = replace(compose(str(self.recipe("experts"))).config, seed=seed)
+        calibration, _ = choose_rows(config, self.checkpoint, None)
+        staging = rounding_staging(self.directory / name, f"{name} {settings} {calibration.fingerprint}")
+        return plan, round_experts_by_layer(plan, calibration, staging, CPU, torch.float32, settings)
+
+    def held_out(self, split: str) -> HeldOutRows:
+        config = compose(str(self.recipe("experts"))).config
+        if split == "validation":
+            old_domain = replace(config.export, old_domain={})
+            config = replace(config, data=replace(config.data, test={}), export=old_domain)
+        found = held_out_rows(replace(config, evaluate=replace(config.evaluate, labels="auto")), self.rows)
+        assert found is not None and found.split == split
+        return found
+
+    def measure(
+        self,
+        plan: MergePlan,
+        rounded: RoundedExperts | None,
+        split: str,
+        names: list[str] | None,
+        *,
+        labels: bool = False,
+    ) -> dict[str, Any]:
+        """Variants on held-out rows; with label accuracy, which is slow, on ACCURACY_ROWS of them and no old domain."""
+        rows = self.held_out(split)
+        if labels:
+            few = slice(ACCURACY_ROWS)
+            rows = replace(rows, records=rows.records[few], samples=rows.samples[few], old_domain=())
+        else:
+            rows = replace(rows, labels=None)
+        base = load_base(self.checkpoint, CPU, torch.float32, experts_per_chunk=8)
+        return measure_variants(Variants(base, plan, rounded), rows, names)
+
+
+def stage_train(work: Work) -> None:
+    for seed in SEEDS:
+        for size in RATES:
+            work.adapter("experts", size, seed)
+    for size in RATES:
+        work.adapter("attention", size, 0)
+
+
+def stage_round(work: Work) -> None:
+    for seed in SEEDS:
+        for size in RATES:
+            key = f"{size} seed {seed}"
+            if key in work.results:
+                continue
+            started = time.process_time()
+            plan, rounded = _rounded(work, size, seed, "compensated")
+            found = work.measure(plan, rounded, "test", None)
+            found["weights"] = survival_facts(plan, rounded.tallies, rounded.experts)["overall"]
+            work.keep(key, found | {"cpu_seconds": time.process_time() - started})
+            print(f"{key}: {time.process_time() - started:.0f} CPU seconds", flush=True)
+
+
+def stage_settings(work: Work) -> None:
+    """Seed 0: settings compared on validation rows, and label accuracy on some test rows."""
+    for size in RATES:
+        for setting in SETTINGS:
+            key = f"{size} on validation, {setting}"
+            if key not in work.results:
+                plan, rounded = _rounded(work, size, 0, setting)
+                work.keep(key, work.measure(plan, rounded, "validation", ["compensated"]))
+        key = f"{size} accuracy"
+        if key not in work.results:
+            plan, rounded = _rounded(work, size, 0, "compensated")
+            names = ["bf16", "nearest", "compensated"]
+            work.keep(key, work.measure(plan, rounded, "test", names, labels=True))
+
+
+def _rounded(work: Work, size: str, seed: int, setting: str) -> tuple[MergePlan, RoundedExperts]:
+    name = f"rounded-{size}-{seed}-{setting}".replace(" ", "")
+    return work.round(open_adapter(work.adapter("experts", size, seed)), name, SETTINGS[setting], seed)
+
+
+def stage_controls(work: Work) -> None:
+    """Seed 0: shuffled and flipped updates rounded as usual but held against the real adapter; attention alone."""
+    for size in RATES:
+        adapter = work.adapter("experts", size, 0)
+        for control in ("shuffled", "sign flipped"):
+            key = f"{size} {control}"
+            if key in work.results:
+                continue
+            changed = _changed(adapter, work.directory / key.replace(" ", ""), control)
+            _, rounded = work.round(open_adapter(changed), f"rounded-{key}".replace(" ", ""), Settings(), 0)
+            plan = plan_merge(work.checkpoint, open_adapter(adapter), "mxfp4", "compensated")
+            work.keep(key, work.measure(plan, rounded, "test", ["compensated"]))
+        key = f"{size} attention alone"
+        if key not in work.results:
+            source = open_adapter(work.adapter("attention", size, 0))
+            plan = plan_merge(work.checkpoint, source, "mxfp4", "nearest")
+            work.keep(key, work.measure(plan, None, "test", ["bf16"]))
+
+
+def _changed(adapter: Path, to: Path, control: str) -> Path:
+    """A copy with each expert's B shuffled along its outputs, or negated."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(adapter, to)
+    provenance = json.loads((to / PROVENANCE).read_text())
+    provenance.pop("files", None)
+    (to / PROVENANCE).unlink()
+    tensors = load_file(to / WEIGHTS)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if ".mlp.experts." in name and "lora_B" in name:
+            order = torch.randperm(len(tensor), generator=generator)
+            tensors[name] = (tensor[order] if control == "shuffled" else -tensor).contiguous()
+    save_file(tensors, to / WEIGHTS)
+    return to
+
+
+def table(work: Work) -> None:
+    """Print Markdown: means over seeds and their range, on test rows."""
+    columns = ["bf16", "nearest", "nearest, floor scales", "nearest, ceil scales", "stochastic", "compensated"]
+    print(
+        "\n% of the held-out gain kept / % of KL(adapter || base) removed, test rows; mean over seeds [range of gain]\n"
+    )
+    print("| update | base -> adapter, nats | " + " | ".join(columns) + " |")
+    print("|---|---|" + "---|" * len(columns))
+    for size in RATES:
+        found = [work.results[key] for seed in SEEDS if (key := f"{size} seed {seed}") in work.results]
+        if not found:
+            continue
+        update = sum(each["weights"]["update"] for each in found) / len(found)
+        start, end = (sum(t["variants"][n]["loss"] for t in found) / len(found) for n in ("base", "adapter"))
+        cells = [_cell([each["variants"][name] for each in found]) for name in columns]
+        print(f"| {size} ({update:.1%}) | {start:.4f} -> {end:.4f} | " + " | ".join(cells) + " |")
+    _details(work)
+
+
+def _cell(figures: list[dict[str, float]]) -> str:
+    gains = [100 * each["gain_kept"] for each in figures]
+    removed = sum(100 * each["kl_removed"] for each in figures) / len(figures)
+    spread = f" [{min(gains):.1f}, {max(gains):.1f}]" if len(gains) > 1 else ""
+    return f"{sum(gains) / len(gains):.1f}{spread} / {removed:.1f}"
+
+
+def _details(work: Work) -> None:
+    print("\nControls and settings, seed 0, and what each adapter's rows say of the rest:\n")
+    for key, found in work.results.items():
+        table = found["variants"]
+        if "weights" in found:
+            low, high = table["compensated"]["gain_kept_interval"]
+            old = ", ".join(f"{name} {each['old_domain_loss']:.4f}" for name, each in table.items())
+            size, outputs = found["weights"]["update"], found["weights"]["outputs"]
+            print(
+                f"- {key}: update {size:.2%} of the weights; in outputs {outputs['projection']:.1%} "
+                f"survives beside an error of {outputs['error']:.2f}; compensated keeps {low:.1%} to {high:.1%} of the "
+                f"gain by bootstrap over {found['rows']} rows; old domain, nats: {old}"
+            )
+        elif "accuracy" in key:
+            print(f"- {key}, {found['rows']} rows: " + ", ".join(f"{n} {f['accuracy']:.3f}" for n, f in table.items()))
+        elif "attention" in key:
+            text = f"gain {found['gain']:.4f} nats, bf16 merge keeps {table['bf16']['gain_kept']:.1%}"
+            print(f"- {key} trained: {text}")
+        else:
+            figures = table["compensated"]
+            print(f"- {key}: keeps {figures['gain_kept']:.1%}, KL removed {figures['kl_removed']:.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="a tiny base, pretrained for figures that mean something")
+    parser.add_argument("--work", type=Path, default=Path("bench-mxfp4"))
+    parser.add_argument("--stage", choices=("train", "round", "controls", "settings", "table"))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rows", type=int, default=120, help="held-out rows of each split")
+    parser.add_argument("--synthetic", action="store_true")
+    args = parser.parse_args()
+    if args.synthetic:
+        print_synthetic()
+        return
+    work = Work(args.work, args.base, args.steps, args.rows)
+    stages = {
+        "train": stage_train,
+        "round": stage_round,
+        "controls": stage_controls,
+        "settings": stage_settings,
+        "table": table,
+    }
+    for name, run in stages.items():
+        if args.stage in (None, name):
+            run(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Synthetic layers for `mxfp4_merge.py --synthetic`: output error and survival of roundings under several spectra."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from finetune.export.rounding import grid
+from finetune.export.rounding.compensate import Settings, compensate
+from finetune.mxfp4.format import quantise
+
+OUT, INPUTS, ROWS, RANK = 256, 512, 8192, 8
+SIZES = (0.003, 0.01, 0.03, 0.1)
+
+
+def spectra(generator: torch.Generator) -> dict[str, Callable[[int], Tensor]]:
+    """Ways to draw inputs [rows, INPUTS]."""
+    basis = torch.linalg.qr(torch.randn(INPUTS, INPUTS, generator=generator))[0]
+    falling = torch.arange(1, INPUTS + 1) ** -0.5
+    loud = torch.ones(INPUTS)
+    loud[torch.randperm(INPUTS, generator=generator)[: INPUTS // 50]] = 20.0
+    mean = torch.randn(INPUTS, generator=generator)
+
+    def draw(scale: Tensor, turn: Tensor, shift: Tensor) -> Callable[[int], Tensor]:
+        gain = math.sqrt(INPUTS / float(scale.square().sum()))
+        return lambda rows: gain * (torch.randn(rows, INPUTS, generator=generator) * scale) @ turn + shift
+
+    eye, none = torch.eye(INPUTS), torch.zeros(INPUTS)
+    return {
+        "1/sqrt(i)": draw(falling, basis.T, none),
+        "1/i": draw(falling.square(), basis.T, none),
+        "outlier channels + mean": draw(loud, eye, mean),
+        "white": draw(torch.ones(INPUTS), eye, none),
+    }
+
+
+def print_synthetic() -> None:
+    """Print one row a spectrum and size: error / projection in outputs on fresh rows, biases included."""
+    torch.manual_seed(0)
+    print(f"layers {OUT} x {INPUTS}, rank {RANK}, {ROWS} calibration rows, original block scales: error / survival")
+    print("| spectrum | update | nearest | compensated, amplification 1 | compensated | seconds |")
+    print("|---|---|---|---|---|---|")
+    for name, draw in spectra(torch.Generator().manual_seed(0)).items():
+        rows, fresh = draw(ROWS), draw(ROWS)
+        mean = rows.mean(0)
+        moments = ((rows - mean).T @ (rows - mean) / ROWS)[None]
+        for size in SIZES:
+            print(f"| {name} | {size:.1%} | " + " | ".join(_row(draw, fresh, mean, moments, size)) + " |", flush=True)
+
+
+def _row(draw: Callable[[int], Tensor], fresh: Tensor, mean: Tensor, moments: Tensor, size: float) -> list[str]:
+    blocks, scales = quantise(torch.randn(1, OUT, INPUTS, generator=torch.Generator().manual_seed(1)) * 0.02)
+    base = grid.values(blocks, scales)
+    update = (torch.randn(OUT, RANK) @ draw(RANK)).T[None].contiguous()
+    update *= size * base.norm() / update.norm()
+    wanted = fresh @ update[0]
+
+    def judged(values: Tensor, *, bias: bool) -> str:
+        found = fresh @ (values - base)[0]
+        if bias:
+            found = found + mean @ (base + update - values)[0]
+        error = float((found - wanted).norm() / wanted.norm())
+        return f"{error:.3f} / {float((found * wanted).sum() / wanted.square().sum()):.3f}"
+
+    nearest = grid.nearest(base + update, grid.steps(scales).repeat_interleave(32, dim=1))
+    started = time.process_time()
+    found = compensate(base, scales, update, moments, Settings())
+    seconds = time.process_time() - started
+    once = compensate(base, scales, update, moments, Settings(solves=1))
+    return [
+        judged(nearest, bias=False),
+        judged(once.values, bias=True),
+        judged(found.values, bias=True),
+        f"{seconds:.1f}",
+    ]

@@ -1,0 +1,132 @@
+"""What merges to MXFP4 kept of a fine-tune: a table for the report, and a figure as SVG written by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+_FILES = "survival-*.json"
+_TITLES = {
+    "base": "base",
+    "adapter": "base + adapter",
+    "bf16": "merged, bf16",
+    "nearest": "nearest",
+    "nearest, floor scales": "nearest, floor scales",
+    "nearest, ceil scales": "nearest, ceil scales",
+    "stochastic": "stochastic",
+    "compensated": "compensated",
+}
+_WIDTH, _LEFT, _ROW, _TOP, _LARGEST = 760, 190, 34, 46, 1.6
+_GAIN, _KL, _WRITTEN = "#2b6cb0", "#a0aec0", "#1a202c"
+
+
+def survival_section(run: Path) -> str:
+    """The report's section on merges to MXFP4, and the figures beside it; empty if there was none.
+
+    Args:
+        run: a run directory; each of its `survival-TARGET.json` gives a table, and `survival-TARGET.svg` is written
+            where end-to-end figures are there.
+    """
+    parts = []
+    for path in sorted(run.glob(_FILES)):
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            parts.append(_part(path, facts))
+        except (OSError, ValueError, KeyError):
+            continue  # half-written, or of another version: the report says less
+    return "## Merged back to MXFP4\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _part(path: Path, facts: Mapping[str, Any]) -> str:
+    target = path.stem.removeprefix("survival-")
+    overall, found = facts["overall"], facts.get("end_to_end", {})
+    text = f"`{target}`, {facts['rounding']} rounding. The experts' update is {overall['update']:.2%} of their weights"
+    if "outputs" in overall:
+        seen = overall["outputs"]
+        text += f"; {seen['projection']:.1%} of it survives in their outputs, beside an error of {seen['error']:.2f}"
+    text += "."
+    if "variants" not in found:
+        return f"{text} Not measured end to end: {found.get('skipped', 'no figures')}."
+    figure = path.with_suffix(".svg")
+    figure.write_text(survival_svg(found, facts["rounding"]), encoding="utf-8")
+    verdict = found.get("verdict", {"kept": True, "reasons": [], "notes": []})
+    outcome = "**Kept**." if verdict["kept"] else "**Lost**: " + "; ".join(verdict["reasons"]) + "."
+    notes = "".join(f" {note[0].upper()}{note[1:]}." for note in verdict["notes"])
+    return f"{text} {outcome}{notes}\n\n{_table(found)}\n\n![What survives]({figure.name})"
+
+
+def _table(found: Mapping[str, Any]) -> str:
+    variants = found["variants"]
+    accuracy, old = "accuracy" in variants["base"], "old_domain_loss" in variants["base"]
+    head = ["served as", "loss", "gain kept", "KL to adapter", "KL removed"]
+    head += ["accuracy"] * accuracy + ["old-domain loss"] * old
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, figures in variants.items():
+        low, high = figures["gain_kept_interval"] or (float("nan"), float("nan"))
+        kept = "-" if figures["gain_kept"] is None else f"{figures['gain_kept']:.1%} [{low:.0%}, {high:.0%}]"
+        cells = [_TITLES.get(name, name), f"{figures['loss']:.4f}", kept, f"{figures['kl']:.2e}"]
+        cells.append(f"{figures['kl_removed']:.1%}")
+        if accuracy:
+            cells.append(f"{figures['accuracy']:.3f}")
+        if old:
+            cells.append(f"{figures['old_domain_loss']:.4f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    note = f"{found['rows']} {found['split']} rows, {found['confidence']:.0%} intervals by bootstrap over rows"
+    return "\n".join(lines) + f"\n\n{note}; gain {found['gain']:.4f} nats per trained token."
+
+
+def survival_svg(found: Mapping[str, Any], written: str) -> str:
+    """Two bars for each way of serving: share of the gain kept, and of KL(adapter || base) removed.
+
+    Args:
+        found: the end-to-end figures of an export.
+        written: the variant that was written, drawn in bold.
+    """
+    rows = [(name, each) for name, each in found["variants"].items() if name not in ("base", "adapter")]
+    height = _TOP + _ROW * len(rows) + 30
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" '
+        'font-size="12">',
+        f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
+        _legend(),
+    ]
+    for percent in (0, 50, 100, 150):
+        x = _place(percent / 100)
+        dash = "" if percent == 100 else ' stroke-dasharray="2 3"'
+        parts.append(f'<line x1="{x}" y1="{_TOP - 8}" x2="{x}" y2="{height - 24}" stroke="#718096"{dash}/>')
+        parts.append(f'<text x="{x}" y="{height - 8}" text-anchor="middle">{percent} %</text>')
+    for number, (name, each) in enumerate(rows):
+        y = _TOP + number * _ROW
+        weight = ' font-weight="bold"' if name == written else ""
+        title = escape(_TITLES.get(name, name))
+        parts.append(f'<text x="{_LEFT - 10}" y="{y + 16}" text-anchor="end" fill="{_WRITTEN}"{weight}>{title}</text>')
+        parts += [_bar(y, each["gain_kept"] or 0.0, _GAIN), _bar(y + 13, each["kl_removed"], _KL)]
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _legend() -> str:
+    return (
+        f'<rect x="{_LEFT}" y="10" width="12" height="10" fill="{_GAIN}"/>'
+        f'<text x="{_LEFT + 18}" y="20">gain in held-out loss kept</text>'
+        f'<rect x="{_LEFT + 210}" y="10" width="12" height="10" fill="{_KL}"/>'
+        f'<text x="{_LEFT + 228}" y="20">KL(adapter || base) removed</text>'
+    )
+
+
+def _bar(y: int, share: float, colour: str) -> str:
+    """A bar from 0; what lies outside of the axis is cut there and its number says so."""
+    start, end = _place(0.0), _place(share)
+    width = abs(end - start)
+    label_x = max(start, end) + 5
+    return (
+        f'<rect x="{min(start, end):.1f}" y="{y}" width="{width:.1f}" height="11" fill="{colour}"/>'
+        f'<text x="{label_x:.1f}" y="{y + 10}" font-size="10">{share:.1%}</text>'
+    )
+
+
+def _place(share: float) -> float:
+    clipped = min(max(share, -0.3), _LARGEST)
+    return round(_LEFT + (clipped + 0.3) / (_LARGEST + 0.3) * (_WIDTH - _LEFT - 60), 1)

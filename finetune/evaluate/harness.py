@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ class AdaptedModel(TemplateLM):
                     [prompt[-room:] for prompt in prompts],
                     sampling,
                     numbers=numbers,
-                    is_finished=lambda tokens, until=until: _stop_place(self._tail(tokens, until), until) is not None,
+                    is_finished=partial(self._has_stopped, until),
                 )
                 for number, tokens in zip(numbers, written, strict=True):
                     text = self.tok_decode([token for token in tokens if token not in STOP_IDS])
@@ -201,10 +202,10 @@ class AdaptedModel(TemplateLM):
                 progress.advance(len(numbers))
         return texts
 
-    def _tail(self, tokens: Sequence[int], until: Sequence[str]) -> str:
-        """The end of what was written, long enough to hold a stop string that its last token completes."""
+    def _has_stopped(self, until: Sequence[str], tokens: Sequence[int]) -> bool:
+        """Whether the last token completed a stop string; only as much of the end is read as can hold one."""
         longest = max((len(stop.encode()) for stop in until), default=0)
-        return self.tok_decode(tokens[-longest - 1 :])
+        return _stop_place(self.tok_decode(tokens[-longest - 1 :]), until) is not None
 
     def _as_asked(self) -> AbstractContextManager[object]:
         return nullcontext() if self._with_adapter else self.opened.adapter.disabled()

@@ -174,6 +174,24 @@ def test_a_label_computed_after_another_clause_scores_otherwise(
     assert abs(scored.log_likelihood[0, 0] - wrong.sum().item()) > 1e-2
 
 
+def test_records_scored_together_equal_records_scored_alone(base: Base, split: Split, scored: LabelScores) -> None:
+    """Three records share a row of tokens; each alone gives the same table, and another record another one."""
+    alone = [
+        score_labels(base.model, [record], scored.labels, CONFIG).log_likelihood[0] for record in split.records[:2]
+    ]
+    assert alone[0] == pytest.approx(scored.log_likelihood[0], abs=1e-4)
+    assert alone[1] == pytest.approx(scored.log_likelihood[1], abs=1e-4)
+    assert np.abs(alone[0] - scored.log_likelihood[1]).max() > 1e-2
+
+
+def test_losses_of_samples_packed_together_equal_those_of_samples_alone(base: Base, split: Split) -> None:
+    samples = split.samples[:3]
+    together = held_out_loss(base.model, samples, 2048).nll
+    alone = [held_out_loss(base.model, [sample], 1024).nll[0] for sample in samples]
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert np.abs(together - np.roll(alone, 1)).max() > 1e-2
+
+
 def test_answers_of_one_row_do_not_see_each_other(base: Base, split: Split, scored: LabelScores) -> None:
     pair = (scored.labels[1], scored.labels[17])
     records = [dataclasses.replace(split.records[0], answer=pair[0])]

@@ -6,8 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune.cli.main import main
+from finetune.config.validate import load_run_config
+from finetune.data.dataset import load_split
+from finetune.evaluate.likelihood import held_out_loss
+from finetune.model.build import load_base
+from finetune.model.checkpoint import Checkpoint
 
 Summary = dict[str, object]
 
@@ -32,6 +38,19 @@ def test_figures_equal_the_runs_own(finished: tuple[Path, str], evaluated: Path)
         assert test["loss"][who]["value"] == pytest.approx(own[when]["loss"], abs=1e-5)
         assert test["accuracy"][who]["value"] == own[when]["accuracy"]
     assert test["loss"]["difference"]["value"] == pytest.approx(own["after"]["loss"] - own["before"]["loss"], abs=1e-5)
+
+
+def test_before_figures_equal_the_base_without_any_adapter(
+    finished: tuple[Path, str], evaluated: Path, tiny_base: Path
+) -> None:
+    """The base loaded by itself, nothing attached: an adapter that is only switched off must not show."""
+    config = load_run_config(finished[0] / "config.yaml")
+    base = load_base(Checkpoint.open(tiny_base), torch.device("cpu"), torch.float32, experts_per_chunk=16)
+    samples = load_split(config.data, "test").samples
+    loss = held_out_loss(base.model, samples, config.data.max_length).mean
+    test = suites(evaluated)["test"]
+    assert test["loss"]["base"]["value"] == pytest.approx(loss, abs=1e-5)
+    assert abs(test["loss"]["adapter"]["value"] - loss) > 1e-2
 
 
 def test_other_domains_and_plain_text_are_scored(evaluated: Path) -> None:

@@ -46,6 +46,7 @@ def generate(
     on_token: OnToken = lambda number, token: None,
     *,
     numbers: Sequence[int] | None = None,
+    is_finished: Callable[[list[int]], bool] = lambda written: False,
 ) -> list[list[int]]:
     """Continue prompts until each stops by itself or has `max_tokens` new ones.
 
@@ -55,6 +56,7 @@ def generate(
         sampling: how tokens are chosen.
         on_token: for streaming.
         numbers: which random draws each prompt uses; equal numbers draw alike in any batch. None: 0, 1, ...
+        is_finished: whether a prompt's new tokens so far are enough, beside stop tokens and `max_tokens`.
 
     Returns:
         The new tokens of each prompt, the one that stopped it included.
@@ -74,7 +76,9 @@ def generate(
         alive = [
             place
             for place, number in enumerate(going)
-            if tokens[place] not in STOP_IDS and len(written[number]) < sampling.max_tokens
+            if tokens[place] not in STOP_IDS
+            and len(written[number]) < sampling.max_tokens
+            and not is_finished(written[number])
         ]
         if not alive:
             return written

@@ -20,10 +20,9 @@ from finetune.console import Progress
 from finetune.data.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import InputError
+from finetune.evaluate.continuations import Group, score_row
 from finetune.evaluate.intervals import wilson_interval
 from finetune.evaluate.likelihood import BetweenBatches
-from finetune.kernels.loss_head import answer_log_likelihood
-from finetune.model.forward import hidden_states
 
 MOST_LABELS = 64
 ROW_TOKENS = 4096
@@ -127,8 +126,8 @@ def score_labels(
             tokens = sum(len(prompt) for _, prompt in pending) + len(pending) * sum(len(a) - shared for a in answers)
             if tokens >= ROW_TOKENS or number == len(records) - 1:
                 between_batches()
-                rows = [prompt for _, prompt in pending]
-                scores[[n for n, _ in pending]] = _score_row(model, rows, shared, [a[shared:] for a in answers])
+                row = [Group(prompt, [a[shared:] for a in answers], shared) for _, prompt in pending]
+                scores[[n for n, _ in pending]] = [found.log_likelihood for found in score_row(model, row)]
                 progress.advance(len(pending))
                 pending = []
     return LabelScores(labels, scores, right)
@@ -153,56 +152,3 @@ def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
             break
         length += 1
     return length
-
-
-def _score_row(
-    model: GptOssForCausalLM, prompts: list[list[int]], shared: int, answers: list[list[int]]
-) -> NDArray[np.float64]:
-    """[prompts, answers] log-likelihoods, everything in one row of tokens.
-
-    Args:
-        model: in evaluation mode.
-        prompts: each ends with the tokens that all answers begin with.
-        shared: how many those are.
-        answers: what follows them.
-    """
-    ids: list[int] = []
-    positions: list[int] = []
-    segments: list[int] = []
-    prefixes: list[int] = []
-    predictors: list[int] = []  # index of the token whose hidden state predicts each answer token
-    targets: list[int] = []
-    for group, prompt in enumerate(prompts):
-        prompt_segment = group * (len(answers) + 1)
-        _extend(ids, positions, segments, prefixes, prompt, 0, prompt_segment, prompt_segment)
-        prompt_end = len(ids) - 1
-        predictors += range(prompt_end - shared, prompt_end)
-        targets += prompt[len(prompt) - shared :]
-        for number, answer in enumerate(answers, 1):
-            predictors += [prompt_end, *range(len(ids), len(ids) + len(answer) - 1)]
-            targets += answer
-            _extend(ids, positions, segments, prefixes, answer, len(prompt), prompt_segment + number, prompt_segment)
-    row = (torch.tensor([values]) for values in (ids, positions, segments, prefixes))
-    hidden = hidden_states(model, *row)[0]
-    # All answers' first tokens are predicted by the same hidden state: its 201,088 logits are needed once.
-    needed, rows = torch.tensor(predictors, device=hidden.device).unique(return_inverse=True)
-    wanted = torch.tensor(targets, device=hidden.device)
-    likelihood = answer_log_likelihood(hidden[needed], model.lm_head.weight, rows, wanted)
-    per_prompt = likelihood.double().cpu().numpy().reshape(len(prompts), -1)
-    return per_prompt[:, :shared].sum(1, keepdims=True) + _sum_by_answer(per_prompt[:, shared:], answers)
-
-
-def _extend(
-    ids: list[int], positions: list[int], segments: list[int], prefixes: list[int],
-    tokens: list[int], first_position: int, segment: int, prefix: int,
-) -> None:  # fmt: skip
-    ids += tokens
-    positions += range(first_position, first_position + len(tokens))
-    segments += [segment] * len(tokens)
-    prefixes += [prefix] * len(tokens)
-
-
-def _sum_by_answer(per_prompt: NDArray[np.float64], answers: list[list[int]]) -> NDArray[np.float64]:
-    lengths = np.array([len(answer) for answer in answers])
-    starts = np.concatenate([[0], lengths.cumsum()[:-1]])
-    return np.add.reduceat(per_prompt, starts, axis=1)

@@ -34,7 +34,7 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, tokens_per_chunk: i
     return _TokenNll.apply(hidden, head, targets, tokens_per_chunk)
 
 
-def answer_log_likelihood(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+def answer_scores(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """log softmax(hidden[rows] @ head.T)[targets], without gradient, where many targets share a row.
 
     Args:
@@ -42,18 +42,20 @@ def answer_log_likelihood(hidden: Tensor, head: Tensor, rows: Tensor, targets: T
         rows: int64 [N] into hidden. targets: int64 [N].
 
     Returns:
-        float32 [N] in nats.
+        float32 [N] in nats, and bool [N]: no token is likelier than the target.
     """
     result = hidden.new_empty(len(rows), dtype=torch.float32)
+    is_likeliest = torch.zeros(len(rows), dtype=torch.bool, device=hidden.device)
     for start in range(0, len(hidden), TOKENS_PER_CHUNK):
         logits = _logits(hidden[start : start + TOKENS_PER_CHUNK], head)
         here = (rows >= start) & (rows < start + TOKENS_PER_CHUNK)
         picked = rows[here] - start
         wanted = logits[picked, targets[here]]
+        is_likeliest[here] = wanted == logits.amax(-1)[picked]
         _, log_total = _exponentials(logits)
         result[here] = wanted - log_total[picked]
         del logits  # or the next chunk's would stand beside them
-    return result
+    return result, is_likeliest
 
 
 def token_kl(reference: Tensor, hidden: Tensor, head: Tensor, tokens_per_chunk: int = 128) -> Tensor:

@@ -1,0 +1,274 @@
+"""A model class for EleutherAI's lm-evaluation-harness: its tasks on base + adapter, packed weights and no merge.
+
+    from lm_eval import simple_evaluate
+    from finetune.evaluate.harness import AdaptedModel
+
+    simple_evaluate(AdaptedModel("runs/NAME"), tasks=["arc_easy"])
+
+Needs `pip install gpt-oss-finetune[eval]`; nothing else of the toolkit imports this file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from finetune.console import Progress, warn
+from finetune.data.conversation import Conversation
+from finetune.data.message import Message
+from finetune.data.parts import encode_text, header_ids
+from finetune.data.render import render_prompt
+from finetune.data.sources import Record
+from finetune.data.tokenizer import END_OF_TEXT_ID, FIRST_CONTROL_ID, harmony_encoding
+from finetune.errors import ConfigError, InputError
+from finetune.evaluate.continuations import Group, score_row
+from finetune.evaluate.generation import STOP_IDS, Sampling, generate
+from finetune.evaluate.opening import open_model
+
+Scored = tuple[tuple[str, str], list[int], list[int]]
+"""What the harness asks for: (context, continuation) as text, and the token ids of both."""
+
+ROW_TOKENS = 4096
+PROMPTS_AT_ONCE = 8
+_GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
+_MARK = "\ue0ff"
+"""A private character beside a control token in a chat prompt: text that spells one stays text."""
+_CONTROL = re.compile(f"{_MARK}(<\\|[a-z_0-9]+\\|>){_MARK}")
+
+
+class AdaptedModel(TemplateLM):
+    """A base with or without its adapter, as the harness wants it.
+
+    Args:
+        run: a run directory, or an adapter directory.
+        adapter: False scores the base alone.
+        base, revision, device: see `finetune.evaluate.opening.open_model`.
+        max_length: tokens of a context and its continuation together; longer contexts are cut from the left, and how
+            many were is said.
+        max_gen_toks: new tokens where a task does not say.
+        seed: of sampling, where a task asks for it.
+
+    Raises:
+        FinetuneError: whatever is wrong with adapter or base.
+    """
+
+    def __init__(
+        self, run: str | Path, *, adapter: bool = True, base: str | None = None, revision: str | None = None,
+        device: str | None = None, max_length: int = 4096, max_gen_toks: int = 256, seed: int = 0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.opened = open_model(Path(run), base=base, revision=revision, device=device)
+        self._with_adapter, self._seed = adapter, seed
+        self._device = self.opened.base.device
+        self.max_length, self.max_gen_toks = max_length, max_gen_toks
+
+    @property
+    def eot_token_id(self) -> int:
+        """`<|endoftext|>`."""
+        return END_OF_TEXT_ID
+
+    @property
+    def prefix_token_id(self) -> int:
+        """`<|startoftext|>`, which stands before a text without context, as in the harness's own `hf` model."""
+        return FIRST_CONTROL_ID
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's caches."""
+        return "o200k_harmony"
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
+        """Encode text; what looks like a control token stays text, except those that `apply_chat_template` marked."""
+        ids: list[int] = []
+        for number, piece in enumerate(_CONTROL.split(string)):
+            control = number % 2 == 1
+            ids += harmony_encoding().encode(piece, allowed_special="all") if control else encode_text(piece)
+        return ids
+
+    def tok_decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens; half a character at an end becomes the replacement character."""
+        return harmony_encoding().decode(list(tokens))
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """A name for what `apply_chat_template` does; there is only one.
+
+        Raises:
+            ConfigError: another one is asked for by name.
+        """
+        if isinstance(chat_template, str) and chat_template != "harmony":
+            raise ConfigError(f"unknown chat template {chat_template!r}", fix="--apply_chat_template without a name")
+        return "harmony" if chat_template else ""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Render a conversation as harmony, up to and including the header of the final channel.
+
+        The model is held to answer at once: the harness compares answers, and knows no analysis channel. With
+        `add_generation_prompt=False` the last message is the beginning of the answer.
+
+        Raises:
+            InputError: a role that harmony does not have, or the private character that marks control tokens.
+        """
+        history = list(chat_history)
+        begun = "" if add_generation_prompt else history.pop()["content"]
+        for message in history:
+            if _MARK in message["content"] + begun:
+                raise InputError("a message holds U+E0FF, which this class keeps for itself", fix="remove it")
+            if message["role"] not in ("system", "developer", "user", "assistant"):
+                raise InputError(f"harmony has no role {message['role']!r} here")
+        messages = tuple(Message(message["role"], message["content"]) for message in history)  # type: ignore[arg-type]
+        record = Record("chat", "chat", Conversation(messages))
+        final = header_ids("assistant", "final")[2:]  # the prompt ends with `<|start|>assistant`
+        ids = [*render_prompt(record, self.opened.data), *final]
+        return "".join(_spell(ids)) + begun
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Scored], disable_tqdm: bool = False, **kwargs: object
+    ) -> list[tuple[float, bool]]:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        answers = [list(continuation) for _, _, continuation in requests]
+        cut = 0
+        for number, (_, context, continuation) in enumerate(requests):
+            room = self.max_length - len(continuation)
+            if room < 1:
+                raise InputError(
+                    f"a continuation has {len(continuation)} tokens and leaves no room for its context",
+                    fix="raise max_length",
+                )
+            cut += len(context) > room
+            groups.setdefault(tuple(context[-room:]), []).append(number)
+        if cut:
+            warn(f"{cut} of {len(requests)} contexts are cut from the left to {self.max_length} tokens")
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        with self._as_asked(), Progress("likelihoods", len(groups), "contexts") as progress:
+            for row in _rows([(list(context), numbers) for context, numbers in groups.items()], answers):
+                scores = score_row(
+                    self.opened.base.model,
+                    [Group(context, [answers[number] for number in numbers]) for context, numbers in row],
+                )
+                for (_, numbers), score in zip(row, scores, strict=True):
+                    for place, number in enumerate(numbers):
+                        found[number] = float(score.log_likelihood[place]), bool(score.is_greedy[place])
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                progress.advance(len(row))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts; those longer than `max_length` in windows, as the harness's own models do."""
+        asked: list[Scored] = []
+        owner: list[int] = []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length - 1, 1)
+            for context, continuation in map(make_disjoint_window, windows):
+                asked.append((("", text), context, continuation))
+                owner.append(number)
+        totals = [0.0] * len(requests)
+        for number, (nats, _) in zip(owner, self._loglikelihood_tokens(asked), strict=True):
+            totals[number] += nats
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue contexts until a stop string, a stop token or the limit.
+
+        Raises:
+            ConfigError: a generation setting that is not known here.
+        """
+        texts = [""] * len(requests)
+        with self._as_asked(), Progress("answers", len(requests), "prompts") as progress:
+            for numbers, until, sampling in _batches(requests, self.max_gen_toks, self._seed):
+                room = self.max_length - sampling.max_tokens
+                prompts = [(self.tok_encode(requests[number].args[0]) or [self.prefix_token_id]) for number in numbers]
+                written = generate(
+                    self.opened.base.model,
+                    [prompt[-room:] for prompt in prompts],
+                    sampling,
+                    numbers=numbers,
+                    is_finished=partial(self._has_stopped, until),
+                )
+                for number, tokens in zip(numbers, written, strict=True):
+                    text = self.tok_decode([token for token in tokens if token not in STOP_IDS])
+                    texts[number] = text[: _stop_place(text, until)]
+                    self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
+                progress.advance(len(numbers))
+        return texts
+
+    def _has_stopped(self, until: Sequence[str], tokens: Sequence[int]) -> bool:
+        """Whether the last token completed a stop string; only as much of the end is read as can hold one."""
+        longest = max((len(stop.encode()) for stop in until), default=0)
+        return _stop_place(self.tok_decode(tokens[-longest - 1 :]), until) is not None
+
+    def _as_asked(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._with_adapter else self.opened.adapter.disabled()
+
+
+def _rows(
+    groups: Sequence[tuple[list[int], list[int]]], answers: Sequence[Sequence[int]]
+) -> Iterator[list[tuple[list[int], list[int]]]]:
+    """Deal groups (context, numbers of its answers) into rows of about ROW_TOKENS; longer ones stand alone."""
+    row: list[tuple[list[int], list[int]]] = []
+    used = 0
+    for context, numbers in sorted(groups, key=lambda group: len(group[0])):
+        size = len(context) + sum(len(answers[number]) for number in numbers)
+        if row and used + size > ROW_TOKENS:
+            yield row
+            row, used = [], 0
+        row.append((context, numbers))
+        used += size
+    if row:
+        yield row
+
+
+def _batches(
+    requests: Sequence[Instance], max_tokens: int, seed: int
+) -> Iterator[tuple[list[int], list[str], Sampling]]:
+    """Requests with the same settings, PROMPTS_AT_ONCE together."""
+    alike: dict[tuple[tuple[str, ...], Sampling], list[int]] = {}
+    for number, request in enumerate(requests):
+        until, sampling = _settings(request.args[1], max_tokens, seed)
+        alike.setdefault((until, sampling), []).append(number)
+    for (until, sampling), numbers in alike.items():
+        for start in range(0, len(numbers), PROMPTS_AT_ONCE):
+            yield numbers[start : start + PROMPTS_AT_ONCE], list(until), sampling
+
+
+def _settings(given: Mapping[str, Any], max_tokens: int, seed: int) -> tuple[tuple[str, ...], Sampling]:
+    unknown = sorted(set(given) - _GENERATION_KEYS)
+    if unknown:
+        raise ConfigError(
+            f"generation settings {', '.join(unknown)} are not known here",
+            fix=f"known are {', '.join(sorted(_GENERATION_KEYS))}",
+        )
+    until = given.get("until") or ()
+    stops = (until,) if isinstance(until, str) else tuple(until)
+    is_sampled = given.get("do_sample", float(given.get("temperature") or 0.0) > 0)
+    temperature = float(given.get("temperature", 1.0)) if is_sampled else 0.0
+    count = int(given.get("max_gen_toks", max_tokens))
+    return tuple(filter(None, stops)), Sampling(count, temperature, float(given.get("top_p", 1.0)), seed)
+
+
+def _stop_place(text: str, until: Sequence[str]) -> int | None:
+    """Where the first stop string begins; None if there is none."""
+    return min((place for place in (text.find(stop) for stop in until) if place >= 0), default=None)
+
+
+def _spell(ids: Sequence[int]) -> Iterator[str]:
+    """Token ids as text, control tokens marked."""
+    encoding, plain = harmony_encoding(), list[int]()
+    for token in ids:
+        if token < FIRST_CONTROL_ID:
+            plain.append(token)
+            continue
+        yield encoding.decode_utf8(plain)
+        plain = []
+        yield f"{_MARK}{encoding.decode_utf8([token])}{_MARK}"
+    yield encoding.decode_utf8(plain)

@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if args.base is None:
             args.base = str(Path(scratch) / "tiny")
-            write_tiny_base(Path(args.base), seed=0, constructed=False)
+            write_tiny_base(Path(args.base), seed=0, kind="random")
         result = measure(args.base, args.tokens, args.steps)
     print(json.dumps(result, indent=1))
     if args.out:

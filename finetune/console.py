@@ -13,6 +13,7 @@ REDRAW_SECONDS = 0.2
 PLAIN_LINE_SECONDS = 10.0
 
 
+_warnings: list[str] = []  # of this process, for the run's report
 _open_line = False  # is there a progress line on the terminal that no newline has ended yet?
 _process: int | None = None  # this process's number, where the first one speaks for all
 
@@ -44,7 +45,13 @@ def say(text: str = "", *, result: bool = False) -> None:
 
 def warn(text: str) -> None:
     """Print a line that the person should not miss."""
+    _warnings.append(text)
     say(f"warning: {text}")
+
+
+def warnings_so_far() -> tuple[str, ...]:
+    """What `warn` was given in this process, in order."""
+    return tuple(_warnings)
 
 
 def duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ def deep_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny.SIZES, "num_hidden_layers", 5)
         patch.setitem(tiny.SIZES, "layer_types", ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"])
-        tiny.write_tiny_base(directory, seed=0, constructed=False)
+        tiny.write_tiny_base(directory, seed=0, kind="random")
     return directory
 
 
@@ -125,10 +125,9 @@ def test_processes_that_do_not_exchange_gradients_are_seen(quick: dict[str, Outc
 def test_memory_that_ran_out_in_one_process_halves_micro_steps_in_both(
     quick: dict[str, Outcome], alone: Outcome
 ) -> None:
-    """Halves of a micro-step keep its padding, so sums run in another order; Adam's first steps magnify that."""
     assert quick["ddp:oom"].facts["parts"] == 2 and quick["ddp:drops"].facts["parts"] == 1
     print(f"ddp:oom: {distance(quick['ddp:oom'], alone):.1e}")
-    assert distance(quick["ddp:oom"], alone) < 5 * TOLERANCE
+    assert distance(quick["ddp:oom"], alone) < TOLERANCE
 
 
 def test_a_process_holds_its_share_of_the_packed_layers(quick: dict[str, Outcome]) -> None:

@@ -100,7 +100,7 @@ def test_what_the_terminal_shows_at_the_end(run: Path) -> None:
         "finished in 4.25 minutes, at most 1.5 GiB",
         "  test loss  2.500 [2.250, 2.750] -> 0.500 [0.400, 0.600]",
         "  accuracy   0.100 [0.050, 0.200] -> 0.700 [0.650, 0.750]",
-        f"  report     {run / 'report.md'}",
+        f"  report     {run / 'report.html'}",
         f"  adapter    {run / 'adapter'}",
     ]
 

@@ -152,15 +152,23 @@ def test_heat_maps_escape_and_colour() -> None:
 
 
 def test_a_tracker_gets_the_images(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from accelerate.tracking import WandBTracker
+
     from finetune.config.schema import LoggingConfig
     from finetune.train.metrics import Tracker
 
     sent: dict[str, Any] = {}
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    stub = SimpleNamespace(
-        init_trackers=lambda *_, **__: None,
-        get_tracker=lambda name: SimpleNamespace(log_images=lambda images, step: sent.update({name: (images, step)})),
-    )
-    tracker = Tracker(stub, LoggingConfig(tracker="wandb"), {}, tmp_path)  # type: ignore[arg-type]
+
+    class Stub(WandBTracker):  # type: ignore[misc]
+        def start(self) -> None: ...
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None: ...
+
+        def log_images(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            sent["wandb"] = (values, step)
+
+    monkeypatch.setattr("finetune.train.metrics.make_tracker", lambda config, directory: Stub("project"))
+    main_process = SimpleNamespace(is_main_process=True)
+    tracker = Tracker(main_process, LoggingConfig(tracker="wandb"), {}, tmp_path)  # type: ignore[arg-type]
     tracker.log_image("map", np.zeros((2, 2), dtype=np.uint8), 5)
     assert sent["wandb"][1] == 5 and sent["wandb"][0]["map"][0].shape == (2, 2)

@@ -19,7 +19,8 @@ from small_run import ADAPTER_FILES, Train, flip_bit, manifest_of
 
 from finetune.cli.main import main
 from finetune.errors import ConfigError
-from finetune.train.checkpoints import list_checkpoints, load_newest
+from finetune.train.checkpoint_files import list_checkpoints
+from finetune.train.checkpoints import load_newest
 from finetune.train.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +33,8 @@ def test_a_finished_run_leaves_these_files(finished: tuple[Path, str]) -> None:
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     checkpoint = ("adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json")
     assert files == {
-        *(".lock", "config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "report.md"),
+        *(".lock", "config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "sample.json"),
+        *("report.md", "report.html"),
         *(f"adapter/{name}" for name in ADAPTER_FILES),
         *(f"checkpoints/step-{step:08d}/{name}" for step in (6, 8) for name in checkpoint),
     }
@@ -51,6 +53,13 @@ def test_its_manifest_holds_the_checks(finished: tuple[Path, str]) -> None:
     experts = 2 * 8 * 4 * ((64 + 192) + (96 + 64))
     assert manifest["adapter_parameters"] == {"attention": attention, "experts": experts}
     assert manifest["minutes"] > 0 and manifest["peak_memory_gib"] > 0.1
+    assert len(manifest["adapter_norms"]) == 2 * (4 + 2) and min(manifest["adapter_norms"].values()) > 0
+
+
+def test_its_page_shows_curves_a_sample_and_norms(finished: tuple[Path, str]) -> None:
+    page = (finished[0] / "report.html").read_text()
+    assert page.count("<polyline") == 8 and "<mark>" in page and "12 weights" in page
+    assert "cannot be made from" not in page and "could not be read" not in page
 
 
 def test_its_metrics_are_a_line_a_step_and_a_line_a_validation(finished: tuple[Path, str]) -> None:

@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from finetune.config.schema import LoggingConfig, TrainerConfig
 from finetune.train.metrics import MetricsLog, Tracker, memory_gib
@@ -99,7 +102,7 @@ def test_memory_is_this_process_s() -> None:
 # ---- tracker --------------------------------------------------------------------------------------------------------
 
 
-class FakeAccelerator:
+class FakeTracker:
     """Records calls, and raises in the one that is to fail."""
 
     def __init__(self, fails_in: str | None = None) -> None:
@@ -110,57 +113,156 @@ class FakeAccelerator:
         if name == self.fails_in:
             raise ConnectionError("no route to the tracker")
 
-    def init_trackers(self, project: str, config: dict[str, Any], init_kwargs: dict[str, Any]) -> None:
-        self._called("init")
+    def start(self) -> None:
+        self._called("start")
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self._called("config")
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self._called("log")
 
-    def end_training(self) -> None:
-        self._called("end")
+    def finish(self) -> None:
+        self._called("finish")
 
 
-def track(accelerator: FakeAccelerator, tmp_path: Path, tracker: str = "wandb") -> None:
-    config = LoggingConfig(tracker=tracker)  # type: ignore[arg-type]
-    tracking = Tracker(accelerator, config, {}, tmp_path)  # type: ignore[arg-type]
-    tracking.log({"loss": 1.0}, 1)
-    tracking.log({"loss": 1.0}, 2)
-    tracking.close()
+MAIN = SimpleNamespace(is_main_process=True)
 
 
-def test_a_tracker_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    accelerator = FakeAccelerator()
-    track(accelerator, tmp_path)
-    assert accelerator.calls == ["init", "log", "log", "end"] and capsys.readouterr().err == ""
+@pytest.fixture
+def track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    def run(fails_in: str | None = None, tracker: str = "wandb", accelerator: Any = MAIN) -> list[str]:
+        fake = FakeTracker(fails_in)
+        monkeypatch.setattr("finetune.train.metrics.make_tracker", lambda config, directory: fake)
+        tracking = Tracker(accelerator, LoggingConfig(tracker=tracker), {}, tmp_path)  # type: ignore[arg-type]
+        tracking.log({"loss": 1.0}, 1)
+        tracking.log({"loss": 1.0}, 2)
+        tracking.close()
+        return fake.calls
+
+    return run
+
+
+def test_a_tracker_that_works(track: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert track() == ["start", "config", "log", "log", "finish"] and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
-    ("fails_in", "calls"), [("init", ["init"]), ("log", ["init", "log"]), ("end", ["init", "log", "log", "end"])]
+    ("fails_in", "calls"),
+    [
+        ("start", ["start"]),
+        ("config", ["start", "config"]),
+        ("log", ["start", "config", "log"]),
+        ("finish", ["start", "config", "log", "log", "finish"]),
+    ],
 )
 def test_a_tracker_that_fails_is_reported_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], fails_in: str, calls: list[str]
+    track: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], fails_in: str, calls: list[str]
 ) -> None:
-    accelerator = FakeAccelerator(fails_in)
-    track(accelerator, tmp_path)
-    assert accelerator.calls == calls
+    assert track(fails_in) == calls
     said = capsys.readouterr().err
     assert said.count("tracking is off") == 1 and "ConnectionError: no route to the tracker" in said
 
 
-def test_no_tracker_is_never_called(tmp_path: Path) -> None:
-    accelerator = FakeAccelerator()
-    track(accelerator, tmp_path, tracker="none")
-    assert accelerator.calls == []
+def test_no_tracker_is_never_called_and_one_process_sends(track: Callable[..., list[str]]) -> None:
+    assert track(tracker="none") == []
+    assert track(accelerator=SimpleNamespace(is_main_process=False)) == []
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "mlflow", "trackio"])
 def test_a_tracker_that_is_not_installed_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    track: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tracker: str,
 ) -> None:
     monkeypatch.setattr("finetune.train.metrics.importlib.util.find_spec", lambda _: None)
-    accelerator = FakeAccelerator()
-    track(accelerator, tmp_path)
-    assert accelerator.calls == []
-    assert "tracking is off: wandb is not installed" in capsys.readouterr().err
+    assert track(tracker=tracker) == []
+    said = capsys.readouterr().err
+    assert f"tracking is off: {tracker} is not installed" in said and said.count("\n") == 1
+
+
+RUN_CONFIG = {"seed": 0, "trainer": {"learning_rate": 2e-4, "max_steps": None}, "layers": [0, 1]}
+
+
+def test_tensorboard_reads_back(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    Accelerator(cpu=True)  # Accelerate's trackers ask its state which process this is
+    tracker = Tracker(MAIN, LoggingConfig(tracker="tensorboard"), RUN_CONFIG, tmp_path)  # type: ignore[arg-type]
+    for step, loss in ((1, 2.5), (2, 1.25)):
+        tracker.log({"loss": loss}, step)
+    tracker.log_image("map", np.full((3, 5), 128, dtype=np.uint8), 2)
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (image,) = events.Images("map")
+    assert (image.step, image.height, image.width) == (2, 3, 5)
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 1.25)]
+    (settings,) = tmp_path.glob("tensorboard/*/hparams.yml")
+    assert "trainer.learning_rate: 0.0002\ntrainer.max_steps: 'null'" in settings.read_text()
+
+
+def test_mlflow_is_told_where_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in of the package (it is large): Accelerate's own class calls it."""
+    calls: dict[str, Any] = {}
+
+    def record(name: str, answer: Any = None) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (calls.setdefault(name, (args, kwargs)), answer)[1]
+
+    limits = SimpleNamespace(MAX_PARAM_VAL_LENGTH=500, MAX_PARAMS_TAGS_PER_BATCH=100)
+    stand_in = SimpleNamespace(
+        utils=SimpleNamespace(validation=limits),
+        search_experiments=record("search", []),
+        create_experiment=record("create", "7"),
+        **{name: record(name) for name in ("start_run", "log_params", "log_metrics", "end_run")},
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", stand_in)  # type: ignore[arg-type]
+    monkeypatch.setattr("finetune.train.metrics.importlib.util.find_spec", lambda _: True)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://elsewhere.example")
+    Accelerator(cpu=True)
+    tracker = Tracker(MAIN, LoggingConfig(tracker="mlflow"), RUN_CONFIG, tmp_path)  # type: ignore[arg-type]
+    tracker.log({"loss": 2.5}, 1)
+    tracker.close()
+    assert os.environ["MLFLOW_TRACKING_URI"] == f"sqlite:///{tmp_path}/mlflow.db"  # offline means offline
+    assert calls["create"][1]["name"] == "gpt-oss-finetune"
+    assert calls["start_run"][1]["experiment_id"] == "7" and calls["start_run"][1]["run_name"] == tmp_path.name
+    (params,) = calls["log_params"][0]
+    assert params["trainer.learning_rate"] == 2e-4 and params["layers"] == "[0, 1]"
+    assert calls["log_metrics"] == (({"loss": 2.5},), {"step": 1}) and "end_run" in calls
+
+
+def test_trackio_is_told_where_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in of the package, as above."""
+    calls: list[Any] = []
+    run = SimpleNamespace(log=lambda *a, **k: calls.append((a, k)), finish=lambda: calls.append("finish"))
+    stand_in = SimpleNamespace(
+        init=lambda **k: (calls.append(k), run)[1],
+        config=SimpleNamespace(update=lambda values, **_: calls.append(values["seed"])),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", stand_in)  # type: ignore[arg-type]
+    monkeypatch.setattr("finetune.train.metrics.importlib.util.find_spec", lambda _: True)
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "someone/elsewhere")
+    monkeypatch.setenv("TRACKIO_DIR", "elsewhere")
+    Accelerator(cpu=True)
+    tracker = Tracker(MAIN, LoggingConfig(tracker="trackio"), RUN_CONFIG, tmp_path)  # type: ignore[arg-type]
+    tracker.log({"loss": 2.5}, 1)
+    tracker.close()
+    assert calls == [
+        {"project": "gpt-oss-finetune", "name": tmp_path.name},
+        0,
+        (({"loss": 2.5},), {"step": 1}),
+        "finish",
+    ]
+    assert "TRACKIO_SPACE_ID" not in os.environ and os.environ["TRACKIO_DIR"] == f"{tmp_path}/trackio"
+
+
+def test_only_numbers_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTracker()
+    monkeypatch.setattr("finetune.train.metrics.make_tracker", lambda config, directory: fake)
+    tracking = Tracker(MAIN, LoggingConfig(tracker="wandb"), {}, tmp_path)  # type: ignore[arg-type]
+    tracking.log({"loss": 1.0, "row": "a clause of somebody's contract"}, 1)  # type: ignore[dict-item]
+    assert fake.calls == ["start", "config"]
 
 
 WANDB = """
@@ -170,7 +272,7 @@ from accelerate import Accelerator
 from finetune.config.schema import LoggingConfig
 from finetune.train.metrics import Tracker
 config = LoggingConfig(tracker="wandb")
-tracker = Tracker(Accelerator(cpu=True, log_with="wandb"), config, {"seed": 0}, Path(sys.argv[1]))
+tracker = Tracker(Accelerator(cpu=True), config, {"seed": 0}, Path(sys.argv[1]))
 tracker.log({"loss": 1.5}, 1)
 tracker.close()
 """

@@ -1,4 +1,4 @@
-"""`finetune data preview` and `finetune data stats`: see the tokens of a recipe before anything is trained on them."""
+"""`finetune data`: see the tokens of a recipe before anything is trained on them, and build what may not ship."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PREVIEW_USAGE = "finetune data preview RECIPE [key=value ...] [-n COUNT] [--split NAME] [--html FILE] [--json]"
 _STATS_USAGE = "finetune data stats RECIPE [key=value ...] [--json] [--no-duplicates]"
+_PREPARE_USAGE = "finetune data prepare medical [--from DIR_OR_ADDRESS]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(stats, _STATS_USAGE)
     stats.add_argument("--json", action="store_true", help="as JSON")
     stats.add_argument("--no-duplicates", action="store_true", help="do not compare rows with each other")
-    parser.usage = f"{_PREVIEW_USAGE}\n       {_STATS_USAGE}"
+    prepare = actions.add_parser("prepare", help="build a sample that an installed package may not carry")
+    prepare.add_argument("domain", choices=["medical"], help="legal and creative come with every package")
+    prepare.add_argument("--from", dest="source", metavar="DIR_OR_ADDRESS", help="a clone or mirror of its source")
+    parser.usage = f"{_PREVIEW_USAGE}\n       {_STATS_USAGE}\n       {_PREPARE_USAGE}"
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print samples or figures to standard output."""
+    """Print samples or figures to standard output, or the path of a file that was built."""
+    if args.action == "prepare":
+        from finetune.data.prepare import prepare_medical
+
+        say(str(prepare_medical(args.source)), result=True)
+        return
     from finetune.config.compose import compose
 
     recipe, overrides = recipe_and_overrides(args)

@@ -47,11 +47,11 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.worker is not None:
         from finetune.cli.memory import config_of_run, explained_out_of_memory
-        from finetune.report.markdown import write_report
+        from finetune.report.html import write_reports
         from finetune.train.run import train_prepared
 
         with explained_out_of_memory(config_of_run(args.worker)):
-            run_directory = train_prepared(args.worker, write_report)
+            run_directory = train_prepared(args.worker, write_reports)
         _print_outcome(run_directory)
         return
     recipe, overrides = recipe_and_overrides(args)
@@ -85,11 +85,11 @@ def run(args: argparse.Namespace) -> None:
             count = composed.config.distributed.num_processes
             launch(["train", "--worker", str(prepared.path)], count, prepared.path)
         return
-    from finetune.report.markdown import write_report
+    from finetune.report.html import write_reports
     from finetune.train.run import train
 
     with explained_out_of_memory(composed.config):
-        run_directory = train(composed, write_report)
+        run_directory = train(composed, write_reports)
     _print_outcome(run_directory)
 
 
@@ -108,11 +108,11 @@ def _resume(args: argparse.Namespace) -> None:
         launch(["train", "--resume", str(path), *args.words], config.distributed.num_processes, path)
         return
     from finetune.cli.memory import explained_out_of_memory
-    from finetune.report.markdown import write_report
+    from finetune.report.html import write_reports
     from finetune.train.run import resume
 
     with explained_out_of_memory(config):
-        run_directory = resume(path, write_report, config)
+        run_directory = resume(path, write_reports, config)
     _print_outcome(run_directory)
 
 

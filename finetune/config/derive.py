@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from finetune.config.expert_rules import parse_select, refuse_missing
-from finetune.config.locate import HUB_PREFIX, is_glob, matching_files, resolve_data_path
+from finetune.config.locate import HUB_PREFIX, how_to_get, is_glob, matching_files, resolve_data_path
 from finetune.config.schema import RunConfig
 from finetune.errors import InputError
 
@@ -111,7 +111,7 @@ def _describe_base(path: str) -> str:
 
 
 def _data_fix(path: str) -> str:
-    return (
+    return how_to_get(path) or (
         "`shipped://` names a file of the toolkit's data/ folder"
         if "://" in path
         else "paths start at the working directory"

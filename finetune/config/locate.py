@@ -37,8 +37,9 @@ def resolve_data_path(path: str) -> Path:
     """Turn a recipe's data path into a file path; whether the file exists is the caller's question.
 
     Args:
-        path: `shipped://FOLDER/FILE` is the toolkit's own `data/FOLDER/FILE`; anything else is a path, relative to the
-            working directory, with `~` as the home directory.
+        path: `shipped://FOLDER/FILE` is the toolkit's own `data/FOLDER/FILE`, or what `finetune data prepare` made in
+            place of a file that this installation lacks; anything else is a path, relative to the working directory,
+            with `~` as the home directory.
 
     Raises:
         InputError: a `shipped://` path that leaves the toolkit's data folder.
@@ -49,7 +50,15 @@ def resolve_data_path(path: str) -> Path:
     inside = root / path.removeprefix(SHIPPED_PREFIX)
     if not inside.resolve().is_relative_to(root.resolve()):
         raise InputError(f"{path} points outside the toolkit's data folder", fix="give the file's own path")
-    return inside
+    prepared = prepared_dir() / path.removeprefix(SHIPPED_PREFIX)
+    return prepared if prepared.is_file() and not inside.exists() else inside
+
+
+def how_to_get(path: str) -> str | None:
+    """What to do about a `shipped://` file that is missing because packages may not carry it; None for any other."""
+    if not path.startswith(f"{SHIPPED_PREFIX}medical/"):
+        return None
+    return "an installed package has no medical abstracts: `finetune data prepare medical` builds them"
 
 
 def is_glob(path: str) -> bool:
@@ -72,6 +81,11 @@ def matching_files(path: str) -> list[Path]:
     if found.exists():
         return [found]
     return sorted(Path(name) for name in glob.glob(str(found), recursive=True)) if is_glob(path) else []
+
+
+def prepared_dir() -> Path:
+    """Where `finetune data prepare` puts what may not ship: below $XDG_DATA_HOME, else below ~/.local/share."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "gpt-oss-finetune"
 
 
 def cache_dir(setting: str | None) -> Path:

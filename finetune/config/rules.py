@@ -207,6 +207,8 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
         )
     if config.logging.mode == "online" and config.logging.tracker == "none":
         yield Problem(("logging", "mode"), "is online, but there is no tracker", "choose logging=wandb")
+    if config.logging.mode == "online" and config.logging.tracker == "tensorboard":
+        yield Problem(("logging", "mode"), "is online, but tensorboard only writes files", "set logging.mode=offline")
 
 
 def _evaluation(config: RunConfig) -> Iterator[Problem]:

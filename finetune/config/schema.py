@@ -361,13 +361,15 @@ class LoggingConfig(_Strict):
     """Where metrics go beside `metrics.jsonl`. A tracker that fails is reported once and never stops a run.
 
     Attributes:
-        tracker: `wandb` sends metrics through Accelerate.
+        tracker: who draws curves: `wandb`, `tensorboard`, `mlflow` or `trackio`, each through Accelerate. Only figures
+            and the configuration are sent. A package that is not installed is said once.
         project: under which name a tracker files the run.
-        mode: `offline` writes wandb's files without a network.
+        mode: `offline` writes the tracker's files into the run directory, whatever servers the environment names;
+            `online` sends to the server that the tracker's own environment variables name (not for tensorboard).
         every_steps: optimiser steps between two progress lines when not on a terminal.
     """
 
-    tracker: Literal["none", "wandb"] = "none"
+    tracker: Literal["none", "wandb", "tensorboard", "mlflow", "trackio"] = "none"
     project: str = "gpt-oss-finetune"
     mode: Literal["offline", "online"] = "offline"
     every_steps: int = 10
@@ -407,10 +409,13 @@ class SaveConfig(_Strict):
         every_steps: optimiser steps between two saves. None: only when a signal asks and at the end.
         keep: how many of the newest checkpoints stay on disk; the best one stays beside them.
         best_metric: the exported adapter is the one with the best value of this; `none` exports the last.
+        background: a step waits only until adapter and optimiser are copied in host memory, and a thread writes them
+            while training goes on. Off: it waits until they are on disk, and the copy is not needed.
     """
 
     every_steps: int | None = None
     keep: int = 2
+    background: bool = True
     best_metric: Literal["none", "validation_loss"] = "none"
 
 

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from finetune.config.keys import suggest_word
-from finetune.config.locate import HUB_PREFIX, SHIPPED_PREFIX, is_glob, matching_files, resolve_data_path, shipped_dir
+from finetune.config.locate import (
+    HUB_PREFIX,
+    SHIPPED_PREFIX,
+    how_to_get,
+    is_glob,
+    matching_files,
+    resolve_data_path,
+    shipped_dir,
+)
 from finetune.config.schema import SourceConfig
 from finetune.data.message import BadRowError
 from finetune.data.printable import printable
@@ -88,7 +96,7 @@ def find_files(name: str, path: str) -> list[Path]:
     if not found:
         missing = resolve_data_path(path)
         siblings = sorted(file.name for file in missing.parent.iterdir()) if missing.parent.is_dir() else []
-        fix = suggest_word(missing.name, siblings) or "check the source's path in the recipe"
+        fix = how_to_get(path) or suggest_word(missing.name, siblings) or "check the source's path in the recipe"
         raise InputError(f"{place} there is no file {path}", why=looked_from, fix=fix)
     if is_glob(path):
         found = [file for file in found if file.is_file()]

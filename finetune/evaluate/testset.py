@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.config.locate import matching_files, shipped_dir
+from finetune.config.locate import SHIPPED_PREFIX, matching_files, resolve_data_path
 from finetune.config.schema import DataConfig, RunConfig, SourceConfig
 from finetune.console import warn
 from finetune.data.conversation import Conversation
@@ -88,11 +88,11 @@ def retention_suites(config: DataConfig, rows: int, seed: int) -> list[Suite]:
     trained = {file.resolve() for source in config.train.values() for file in _files(source)}
     suites = []
     for domain, name in SHIPPED.items():
-        path = shipped_dir("data") / name
+        path = resolve_data_path(SHIPPED_PREFIX + name)
         if path.resolve() in trained:
             continue
         if not path.is_file():
-            warn(f"retention: {domain} is not installed ({path} is missing); data/README.md says how to get it")
+            warn(f"retention: {domain} is not installed; `finetune data prepare {domain}` builds it")
             continue
         source = SourceConfig(path=str(path), where={"split": "test"})
         data = replace(config, train={}, validation={}, test={domain: source}, max_length=max(4096, config.max_length))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finetune.adapters.compact import is_worth_it, write_compact
 from finetune.adapters.files import write_adapter
 from finetune.adapters.lora import Adapter, lora_parameters
+from finetune.adapters.norms import update_norms
 from finetune.adapters.read_back import fits_in_memory, memory_needed_bytes, read_back
 from finetune.console import say, warn
 from finetune.data.render import Sample
@@ -69,6 +70,7 @@ def write_result(session: Session, run: RunDirectory, result: Result) -> None:
         "base_held_as": session.base.held_as,
     }
     write_adapter(run.adapter, session.adapter, config, **base)
+    run.update_manifest(adapter_norms=update_norms(session.adapter))
     say(f"adapter: {run.adapter}")
     if is_worth_it(session.adapter):
         compact = run.path / "adapter_compact"

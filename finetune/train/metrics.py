@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import resource
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from numpy.typing import NDArray
 
 from finetune.config.schema import LoggingConfig
@@ -31,7 +33,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """Append-only metrics.jsonl: each line is one JSON object with `kind` (`step` or `evaluation`) and `step`.
+    """Append-only metrics.jsonl: each line is one JSON object (`kind`: step, evaluation, spike; `step`).
 
     Args:
         path: the file.
@@ -55,6 +57,13 @@ class MetricsLog:
         lines = self.path.read_text(errors="replace").splitlines()
         write_whole(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
+    def losses(self) -> list[float]:
+        """Losses of the steps in the log, oldest first."""
+        if not self.path.exists():
+            return []
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [float(line["loss"]) for line in lines if line["kind"] == "step"]
+
 
 def _step_of(line: str) -> float:
     """The step of a line, infinity if the line is not whole."""
@@ -67,46 +76,101 @@ def _step_of(line: str) -> float:
 class Tracker:
     """Sends figures to a tracker through Accelerate; its first failure is reported and ends tracking, never the run.
 
+    Only figures and the configuration are sent: no row of data, no text that a model wrote.
+
     Args:
-        accelerator: created with the tracker's name.
+        accelerator: tells the process that sends from the others.
         config: which tracker, project and mode.
         run_config: plain configuration to show beside the figures; it holds no secrets (recipes refuse them).
-        directory: where offline files go.
+        directory: the run's directory, where offline files go.
     """
 
     def __init__(
         self, accelerator: Accelerator, config: LoggingConfig, run_config: dict[str, Any], directory: Path
     ) -> None:
-        self._accelerator, self._active, self._name = accelerator, False, config.tracker
-        if config.tracker == "none":
+        self._tracker: GeneralTracker | None = None
+        if config.tracker == "none" or not accelerator.is_main_process:
             return
-        if importlib.util.find_spec(config.tracker) is None:  # Accelerate would go on without a word
+        if importlib.util.find_spec(config.tracker) is None:
             warn(f"tracking is off: {config.tracker} is not installed (pip install {config.tracker})")
             return
-        # An unreachable wandb otherwise blocks for over two minutes before it gives up.
-        options = {"mode": config.mode, "dir": str(directory), "name": directory.name, "settings": {"init_timeout": 20}}
-        self._active = True
-        self._try(accelerator.init_trackers, config.project, config=run_config, init_kwargs={config.tracker: options})
+        self._try(self._start, config, run_config, directory)
 
     def log(self, figures: dict[str, float], step: int) -> None:
-        """Send figures of a step."""
-        self._try(self._accelerator.log, figures, step=step)
+        """Send figures of a step: numbers only, so that no row of data can leave by mistake."""
+        if self._tracker is not None:
+            self._try(self._send, figures, step)
 
     def log_image(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
-        """Send an image, grey [rows, columns], to a tracker that takes images."""
-        if self._active:
-            tracker = self._accelerator.get_tracker(self._name)
-            self._try(tracker.log_images, {name: [pixels]}, step=step)
+        """Send an image, grey [rows, columns], to a tracker that takes images; the others go without."""
+        if isinstance(self._tracker, WandBTracker):
+            self._try(self._tracker.log_images, {name: [pixels]}, step=step)
+        elif isinstance(self._tracker, TensorBoardTracker):
+            self._try(self._tracker.log_images, {name: pixels[None, :, :, None]}, step=step, dataformats="NHWC")
 
     def close(self) -> None:
         """Finish; waits for what is still being sent."""
-        self._try(self._accelerator.end_training)
+        if self._tracker is not None:
+            self._try(self._tracker.finish)
+
+    def _start(self, config: LoggingConfig, run_config: dict[str, Any], directory: Path) -> None:
+        tracker = make_tracker(config, directory)
+        tracker.start()
+        # wandb shows a tree; the others take single values only.
+        tracker.store_init_configuration(run_config if config.tracker == "wandb" else flat(run_config))
+        self._tracker = tracker
+
+    def _send(self, figures: dict[str, float], step: int) -> None:
+        assert self._tracker is not None
+        self._tracker.log({name: float(value) for name, value in figures.items()}, step=step)
 
     def _try(self, call: Any, *args: Any, **kwargs: Any) -> None:
-        if not self._active:
-            return
         try:
             call(*args, **kwargs)
         except Exception as error:  # a tracker may fail in any way; none of them is worth a run
-            self._active = False
+            self._tracker = None
             warn(f"tracking is off from here on: {type(error).__name__}: {error}")
+
+
+def make_tracker(config: LoggingConfig, directory: Path) -> GeneralTracker:
+    """Choose Accelerate's class for a tracker and say where it writes; nothing is started.
+
+    With `mode: offline` every file lies in the run directory, whatever the environment says of servers.
+
+    Args:
+        config: which tracker, project and mode; not `none`.
+        directory: the run's directory.
+    """
+    offline = config.mode == "offline"
+    if config.tracker == "wandb":
+        # An unreachable wandb otherwise blocks for over two minutes before it gives up.
+        settings = {"init_timeout": 20}
+        return WandBTracker(
+            config.project, mode=config.mode, dir=str(directory), name=directory.name, settings=settings
+        )
+    if config.tracker == "tensorboard":
+        return TensorBoardTracker("tensorboard", logging_dir=directory)
+    if config.tracker == "mlflow":
+        if offline:
+            os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{directory.absolute() / 'mlflow.db'}"
+        artifacts = (directory / "mlflow-artifacts").absolute().as_uri() if offline else None
+        return MLflowTracker(config.project, logging_dir=artifacts, run_name=directory.name)
+    if offline:
+        os.environ.pop("TRACKIO_SPACE_ID", None)  # a Space on the hub, which trackio would send everything to
+        os.environ["TRACKIO_DIR"] = str(directory.absolute() / "trackio")
+    return TrackioTracker(config.project, name=directory.name)
+
+
+def flat(config: dict[str, Any], above: str = "") -> dict[str, str | int | float | bool]:
+    """Turn nested configuration into dotted keys with single values; lists as JSON, null as text.
+
+    >>> flat({"trainer": {"epochs": 2, "max_steps": None}, "layers": [0, 1]})
+    {'trainer.epochs': 2, 'trainer.max_steps': 'null', 'layers': '[0, 1]'}
+    """
+    values: dict[str, str | int | float | bool] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{above}{key}.")
+        else:
+            values[above + key] = value if isinstance(value, str | int | float) else json.dumps(value)
+    return values

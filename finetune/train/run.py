@@ -15,12 +15,14 @@ from finetune.config.compose import ComposedConfig
 from finetune.config.deepspeed import deepspeed_settings
 from finetune.config.schema import AdapterConfig, RunConfig
 from finetune.config.validate import dump_yaml, to_plain
-from finetune.console import say, warn
+from finetune.console import say, warn, warnings_so_far
+from finetune.data.preview import as_json
 from finetune.errors import ConfigError, InputError, Interrupted
 from finetune.evaluate.affinity import write_affinity
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import check_unchanged
-from finetune.train.checkpoints import checkpoint_path, load_checkpoint, load_newest, remove_after
+from finetune.train.checkpoint_files import checkpoint_path, remove_after
+from finetune.train.checkpoints import load_checkpoint, load_newest
 from finetune.train.engine import Engine
 from finetune.train.evaluation import evaluate_test_set, validation_subset
 from finetune.train.finish import Result, read_back_samples, why_not_read_back, write_result
@@ -80,6 +82,7 @@ def _begin(session: Session, run: RunDirectory, started: float, write_report: Wr
         run.update_manifest(**session_facts(session))
         if run.writes:
             _name_skipped_rows(session, run)
+            write_json(run.path / "sample.json", as_json(session.splits["train"].samples[0]))
             if session.affinity is not None:
                 write_affinity(run.path / EXPERTS, session.affinity)
         _execute(session, run, stop, started, write_report, resumed=False)
@@ -271,6 +274,7 @@ def _sitting(trainer: Trainer, earlier: dict[str, Any], started: float) -> dict[
     minutes = (time.monotonic() - started) / 60
     return {
         "audit": trainer.audit_lines,
+        "warnings": list(dict.fromkeys([*earlier.get("warnings", []), *warnings_so_far()])),
         "loop": asdict(trainer.state),
         "minutes": round(earlier.get("minutes", 0.0) + minutes, 2),
         "peak_memory_gib": round(max(earlier.get("peak_memory_gib", 0.0), memory_gib(trainer.base.device)), 3),

@@ -225,9 +225,8 @@ def _accelerator(config: RunConfig, processes: Processes) -> Accelerator:
             why="accumulation, precision and engine are the recipe's to say",
             fix=f"unset {' '.join(set_here)}",
         )
-    log_with = None if config.logging.tracker == "none" else config.logging.tracker
     on_cpu = choose_device(config.model).type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=log_with)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     if (accelerator.num_processes, accelerator.process_index) != (processes.count, processes.rank):
         raise MachineError(
             f"Accelerate sees process {accelerator.process_index} of {accelerator.num_processes}, this is "

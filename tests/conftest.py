@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +12,9 @@ import torch
 from merging import exported as exported
 from merging import merge_adapter as merge_adapter
 from merging import small_base as small_base
-from small_run import RECIPE, Train, finetune
+from small_run import Train, finetune, make_workplace
 
 from finetune.cli.main import main
-from finetune.config.locate import shipped_dir
 from finetune.model.tiny import write_tiny_base
 
 
@@ -40,16 +37,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
     """A recipe and 40 real rows with three different answers."""
-    directory = tmp_path_factory.mktemp("workplace")
-    with gzip.open(shipped_dir("data") / "legal" / "cuad_clause_type.jsonl.gz", "rt", encoding="utf-8") as file:
-        lines = [line for line in file if len(line) < 2200]
-    wanted = ("License Grant", "Audit Rights", "Governing Law")
-    lines = [line for line in lines if json.loads(line)["answer"] in wanted][:40]
-    assert {json.loads(line)["answer"] for line in lines[31:]} == set(wanted)
-    for name, part in (("train", lines[:24]), ("validation", lines[24:30]), ("test", lines[30:])):
-        (directory / f"{name}.jsonl").write_text("".join(part))
-    (directory / "small.yaml").write_text(RECIPE % {"base": tiny_base, "rows": directory})
-    return directory
+    return make_workplace(tmp_path_factory.mktemp("workplace"), tiny_base)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.config.locate import shipped_dir
 from finetune.train.checkpoints import load_newest
 from finetune.train.metrics import MetricsLog
 
@@ -38,6 +40,19 @@ trainer: {epochs: 2, max_steps: 8, micro_steps: 2, learning_rate: 1.0e-2}
 evaluate: {every_steps: 3, routing_samples: 0}
 export: {read_back: never}
 """
+
+
+def make_workplace(directory: Path, base: Path) -> Path:
+    """Write a recipe, small.yaml, and 40 real rows with three different answers into a directory."""
+    with gzip.open(shipped_dir("data") / "legal" / "cuad_clause_type.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = [line for line in file if len(line) < 2200]
+    wanted = ("License Grant", "Audit Rights", "Governing Law")
+    lines = [line for line in lines if json.loads(line)["answer"] in wanted][:40]
+    assert {json.loads(line)["answer"] for line in lines[31:]} == set(wanted)
+    for name, part in (("train", lines[:24]), ("validation", lines[24:30]), ("test", lines[30:])):
+        (directory / f"{name}.jsonl").write_text("".join(part))
+    (directory / "small.yaml").write_text(RECIPE % {"base": base, "rows": directory})
+    return directory
 
 
 def finetune(*arguments: object) -> subprocess.Popen[str]:

@@ -18,17 +18,15 @@ import pytest
 import torch
 
 from finetune.errors import InputError, MachineError
-from finetune.train.checkpoints import (
-    Checkpoint,
+from finetune.train.checkpoint_files import (
     checkpoint_path,
     fault_in,
+    latest_step,
     list_checkpoints,
-    load_checkpoint,
-    load_newest,
     prune_checkpoints,
     remove_after,
-    save_checkpoint,
 )
+from finetune.train.checkpoints import Checkpoint, load_checkpoint, load_newest, save_checkpoint
 
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
 SOURCES = Path(__file__).parents[1] / "finetune"
@@ -175,6 +173,23 @@ def test_a_manifest_that_lists_nothing_vouches_for_nothing(saved: Path) -> None:
         assert fault_in(path) is not None
 
 
+def test_a_last_checkpoint_that_is_gone_altogether_is_missed(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(checkpoint_path(saved, 3))
+    assert load_newest(saved)[0] == 2
+    assert "step-00000003, the last that was saved, is gone" in capsys.readouterr().err
+    save_checkpoint(saved, 3, checkpoint(3))
+    assert load_newest(saved)[0] == 3
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"step-3", b"../../etc", b"\xff\xfe"])
+def test_the_pointer_is_never_followed(saved: Path, content: bytes) -> None:
+    (saved / "latest").write_bytes(content)
+    assert load_newest(saved)[0] == 3
+    save_checkpoint(saved, 4, checkpoint(4))
+    assert latest_step(saved) == 4
+
+
 def test_all_damaged(saved: Path) -> None:
     for step in (1, 2, 3):
         flip_bit(checkpoint_path(saved, step) / "optimizer.safetensors", -1)
@@ -190,7 +205,7 @@ def test_partial_left_overs_are_not_checkpoints_and_are_removed(saved: Path) -> 
     assert steps_in(saved) == [1, 2, 3]
     assert load_newest(saved)[0] == 3
     prune_checkpoints(saved, keep=2, best_step=None)
-    assert sorted(path.name for path in saved.iterdir()) == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in saved.iterdir()) == ["latest", "step-00000002", "step-00000003"]
 
 
 def test_the_best_stays_beside_the_newest(saved: Path) -> None:
@@ -206,7 +221,7 @@ def test_going_back_leaves_no_damaged_one_to_count_as_newest(saved: Path) -> Non
     flip_bit(checkpoint_path(saved, 3) / "adapter.safetensors", -1)
     step, _ = load_newest(saved)
     remove_after(saved, step)
-    assert steps_in(saved) == [1, 2]
+    assert steps_in(saved) == [1, 2] and latest_step(saved) == 2
     prune_checkpoints(saved, keep=1, best_step=None)
     assert load_newest(saved)[0] == 2
 
@@ -218,7 +233,8 @@ import itertools, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
 from test_checkpoints import checkpoint
-from finetune.train.checkpoints import prune_checkpoints, save_checkpoint
+from finetune.train.checkpoint_files import prune_checkpoints
+from finetune.train.checkpoints import save_checkpoint
 directory = Path(sys.argv[1])
 for step in itertools.count(int(sys.argv[3])):
     save_checkpoint(directory, step, checkpoint(step, size=20_000))
@@ -271,7 +287,10 @@ def test_a_kill_between_any_two_file_operations(tmp_path: Path, monkeypatch: pyt
         return wrapped
 
     with monkeypatch.context() as patch:
-        for module, names in ((os, ("rename", "fsync", "mkdir", "unlink", "rmdir", "open")), (Path, ("write_text",))):
+        for module, names in (
+            (os, ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir", "open")),
+            (Path, ("write_text",)),
+        ):
             for name in names:
                 patch.setattr(module, name, dies_in_time(getattr(module, name)))
         patch.setattr("finetune.train.checkpoints.save_file", dies_in_time(torch_save_file))
@@ -286,7 +305,7 @@ def test_a_kill_between_any_two_file_operations(tmp_path: Path, monkeypatch: pyt
     assert_is(found, step)
     save_checkpoint(tmp_path, 3, checkpoint(3))
     prune_checkpoints(tmp_path, keep=1, best_step=None)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
 
 
 def torch_save_file(*args: object) -> None:
@@ -317,14 +336,14 @@ def test_a_disk_that_fills_up_while_saving(tmp_path: Path, limit: int) -> None:
     output, errors = process.communicate(timeout=60)
     assert output.startswith(f"cannot save a checkpoint in {tmp_path}"), errors
     assert "File too large" in output and "older checkpoints are untouched" in output
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
     assert_is(load_newest(tmp_path)[1], 1)
 
 
 def test_too_little_space_is_said_before_writing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = shutil.disk_usage(saved)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
-    with pytest.raises(MachineError, match="GiB are free"):
+    with pytest.raises(MachineError, match="MiB are free"):
         save_checkpoint(saved, 4, checkpoint(4))
     assert steps_in(saved) == [1, 2, 3] and not list(saved.glob("*.partial"))
 

@@ -22,7 +22,8 @@ from small_run import (
 )
 
 from finetune.cli.main import main
-from finetune.train.checkpoints import list_checkpoints, load_newest, save_checkpoint
+from finetune.train.checkpoint_files import list_checkpoints
+from finetune.train.checkpoints import load_newest, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

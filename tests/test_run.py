@@ -19,7 +19,8 @@ from small_run import ADAPTER_FILES, Train, flip_bit, manifest_of
 
 from finetune.cli.main import main
 from finetune.errors import ConfigError
-from finetune.train.checkpoints import list_checkpoints, load_newest
+from finetune.train.checkpoint_files import list_checkpoints
+from finetune.train.checkpoints import load_newest
 from finetune.train.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune import __version__
+from finetune.adapters.config_file import read_adapter_config
 from finetune.adapters.lora import Adapter
 from finetune.adapters.peft_layout import from_peft, peft_config_fields, peft_keys, to_peft
 from finetune.adapters.stored import (
@@ -30,6 +31,7 @@ from finetune.adapters.stored import (
 from finetune.config.schema import AdapterConfig
 from finetune.console import warn
 from finetune.errors import CheckError, InputError, MachineError
+from finetune.model.headers import plain_file_name
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -253,15 +255,24 @@ def read_provenance(directory: Path) -> dict[str, Any] | None:
     try:
         provenance: dict[str, Any] = json.loads(path.read_text())
         files = dict(provenance["files"])
-        str(provenance["base_identity"])
-    except (ValueError, KeyError, TypeError) as error:
+        _check_facts(provenance)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from error
     for name, digest in files.items():
-        if not (directory / name).is_file():
+        if not (directory / plain_file_name(name, path)).is_file():
             raise InputError(f"{directory} lacks {name}")
         if sha256_of(directory / name) != digest:
             raise InputError(f"{directory / name} is not the file that was written", why="its sha256 differs")
     return provenance
+
+
+def _check_facts(provenance: Mapping[str, Any]) -> None:
+    """Raise ValueError, KeyError, TypeError or AttributeError if facts that are used are not what we write."""
+    texts = (provenance["base_identity"], provenance.get("base_name"), provenance.get("base_revision"))
+    if not all(isinstance(text, str | None) for text in texts):
+        raise ValueError("the base's name, revision and identity must be text")
+    for held in (provenance.get("base_held_as") or {}).values():
+        str(held["format"]), float(held["relative_rms"])
 
 
 def refuse_other_base(provenance: Mapping[str, Any], base_identity: str, where: Path) -> None:
@@ -308,10 +319,7 @@ def _check_provenance(directory: Path, base_identity: str, base_held_as: Mapping
 
 def _check_config(directory: Path, config: AdapterConfig, num_experts: int) -> None:
     path = directory / CONFIG
-    try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read", why=str(error)) from error
+    stored = read_adapter_config(path)
     # What a recipe does not set must not be set there either.
     unset: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
     for field, wanted in {**unset, **peft_config_fields(config, num_experts)}.items():

@@ -28,7 +28,7 @@ COMMANDS = {
         "finetune.cli.estimate",
         "GiB by part, disk and time of a recipe: fits or not, and what would make it",
     ),
-    "recipes": ("finetune.cli.recipes", "list the recipes, or show one"),
+    "recipes": ("finetune.cli.recipes", "list the recipes, show one, or write one for your own data"),
     "config": ("finetune.cli.config", "show a recipe's settings, what differs, or a schema for editors"),
     "export": (
         "finetune.cli.export",
@@ -38,13 +38,14 @@ COMMANDS = {
     "evaluate": ("finetune.cli.evaluate", "base against adapter: test rows, retention, contamination: RUN"),
     "generate": ("finetune.cli.generate", "text from base and adapter: RUN PROMPT"),
     "chat": ("finetune.cli.chat", "talk with a run's model: RUN"),
+    "checkpoints": ("finetune.cli.checkpoints", "which of a run's checkpoints are whole: verify RUN"),
     "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
     "report": ("finetune.cli.report", "write a run's report.html and report.md anew: RUN"),
     "doctor": ("finetune.cli.doctor", "look at this machine: packages, GPU, disk, network, with fixes"),
     "completion": ("finetune.cli.completion", "completion for bash, zsh or fish"),
     "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
 }
-_NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _EXIT_CODES = """exit codes: 0 done, 1 a bug in this tool, 2 configuration, 3 the data, checkpoint or adapter given,
 4 does not fit into memory, 5 this machine (network, disk, packages), 6 a check failed, 130 and 143 signals"""
 

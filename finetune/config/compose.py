@@ -95,9 +95,9 @@ def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
     for text in map(_with_quotes, overrides):
         try:
             override = parser.parse_override(text)
-        except HydraException as error:
+        except (HydraException, ValueError, RecursionError) as error:  # a number too long, brackets too deep to read
             fix = """write key=value; a value with spaces, commas or brackets in quotes: key='"a, b"'"""
-            raise ConfigError(f"{COMMAND_LINE}: {text!r} cannot be read as an override", fix=fix) from error
+            raise ConfigError(f"{COMMAND_LINE}: {text[:200]!r} cannot be read as an override", fix=fix) from error
         if override.is_delete():
             raise ConfigError(
                 f"{COMMAND_LINE}: {text!r} deletes a key",
@@ -158,7 +158,7 @@ def _run_hydra(
     except OmegaConfBaseException as error:
         path = tuple((error.full_key or "").split("."))
         raise ConfigError(f"{place_of(path, layers)}: {dotted(path)} has no value: {_first_line(error)}") from error
-    except HydraException as error:
+    except (HydraException, RecursionError) as error:
         raise ConfigError(f"the configuration cannot be composed: {_first_line(error)}") from error
     return dict(plain)
 

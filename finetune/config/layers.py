@@ -116,7 +116,7 @@ def read_yaml(path: Path) -> Layer:
         mark = error.problem_mark or error.context_mark
         where = f"{label}:{mark.line + 1}" if mark else label
         raise ConfigError(f"{where} is not valid YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # nested too deeply; a number of too many digits
         raise ConfigError(f"{label} is not valid YAML: {error}") from error
     return Layer(label, data, lines)
 

@@ -19,10 +19,14 @@ def refuse_code(layer: Layer) -> None:
             word for a value still to come, which would leave the value from before in place without a word.
     """
     for path in layer.lines:
+        if not all(map(_can_be_written, path)):
+            raise ConfigError(f"{layer.place(path)}: the key {dotted(path)!r} holds what no file can")
         if path[-1] == "_target_":
             why = "recipes hold values; nothing in them is called"
             raise ConfigError(f"{layer.place(path)}: {dotted(path)} names code", why=why, fix="remove it")
     for path, text in _texts(layer.data, ()):
+        if not _can_be_written(text):
+            raise ConfigError(f"{layer.place(path)}: {dotted(path)} is {text!r}, which no file can hold")
         if text == "???":
             raise ConfigError(
                 f"{layer.place(path)}: {dotted(path)} is ???, which is no value", fix="write one, or null"
@@ -62,6 +66,14 @@ def lost_mappings(layers: Sequence[Layer], composed: Mapping[str, Any]) -> Itera
                 kept = ", ".join(sorted(got.keys() - value.keys()))
                 fix = "set single keys, or choose another option for the group"
                 yield Problem(path, f"is merged into what is set already, which keeps {kept}", fix)
+
+
+def _can_be_written(text: str) -> bool:
+    """Whether text is Unicode without NUL: half a surrogate pair cannot be encoded, NUL ends every path."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _calls_resolver(text: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
+from finetune.adapters.config_file import read_adapter_config
 from finetune.adapters.files import CONFIG, WEIGHTS, read_provenance, write_peft_directory
 from finetune.console import say, warn
 from finetune.errors import InputError
@@ -22,7 +23,7 @@ from finetune.export.source import EXPERTS, AdapterSource, Factors, SourceSite, 
 from finetune.export.staging import refuse_existing, sha256
 from finetune.export.targets import ExportOptions
 from finetune.model.checkpoint import Checkpoint
-from finetune.model.headers import join, read_header, read_json
+from finetune.model.headers import join, read_header
 from finetune.model.hub import BaseLocation
 from finetune.model.shapes import ModelShape
 
@@ -127,7 +128,7 @@ def _read(directory: Path, options: ExportOptions) -> Imported:
 
 def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
     provenance = read_provenance(directory) or {}
-    config = read_json(directory / CONFIG)
+    config = read_adapter_config(directory / CONFIG)
     refuse_unsupported(config, directory)
     source = AdapterSource(
         directory,

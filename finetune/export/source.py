@@ -17,11 +17,12 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from finetune.adapters.config_file import read_adapter_config
 from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, read_provenance
 from finetune.adapters.stored import read_router_bias
 from finetune.console import warn
 from finetune.errors import InputError
-from finetune.model.headers import read_header, read_json
+from finetune.model.headers import read_header
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -148,7 +149,7 @@ def open_adapter(directory: Path) -> AdapterSource:
     provenance = read_provenance(directory)
     if provenance is None:
         warn(f"{directory} has no {PROVENANCE}: whether it belongs to a base can be checked by shapes only")
-    config = read_json(directory / CONFIG)
+    config = read_adapter_config(directory / CONFIG)
     refuse_unsupported(config, directory)
     if not (directory / WEIGHTS).is_file():
         raise InputError(f"{directory} lacks {WEIGHTS}", why="adapters are read from safetensors only")

@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path.parent} has no {path.name}", fix="give a checkpoint directory, complete") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}", fix=_FETCH_AGAIN) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object", fix=_FETCH_AGAIN)
@@ -107,8 +107,10 @@ def _entries(path: Path, header: bytes, data_bytes: int) -> dict[str, TensorEntr
         entries = {}
         for begin, end, name in spans:
             dtype, shape = str(listed[name]["dtype"]), tuple(map(int, listed[name]["shape"]))
+            if min(begin, end - begin, *shape, 0) < 0:
+                raise ValueError(f"{name} has a negative size")
             entries[name] = TensorEntry(path.name, dtype, shape, end - begin, _LENGTH_BYTES + len(header) + begin)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{path} has a broken safetensors header ({error})", fix=_FETCH_AGAIN) from error
     needed = 0
     for begin, end, name in spans:

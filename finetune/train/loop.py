@@ -19,7 +19,8 @@ from finetune.data.batches import Batch, BatchPlan
 from finetune.errors import CheckError, InputError, Interrupted
 from finetune.model.build import Base
 from finetune.model.forward import checkpoint_activations
-from finetune.train.checkpoints import Checkpoint, prune_checkpoints, save_checkpoint
+from finetune.train.checkpoint_writer import CheckpointWriter
+from finetune.train.checkpoints import Checkpoint
 from finetune.train.engine import Engine
 from finetune.train.evidence import digest_of, write_evidence
 from finetune.train.hangs import HangWatch
@@ -28,6 +29,7 @@ from finetune.train.routing_watch import RoutingWatch
 from finetune.train.run_directory import RunDirectory
 from finetune.train.schedule import learning_rate
 from finetune.train.signals import StopRequest
+from finetune.train.spikes import LossSpikes
 from finetune.train.step import OptimiserStep, StepFigures
 from finetune.train.step_failures import NotFinite
 
@@ -109,8 +111,10 @@ class Trainer:
         self.validation_loss, self.data_fingerprint = validation_loss, data_fingerprint
         self.hangs, self.watch = hangs, watch
         self.metrics = MetricsLog(run.metrics, writes=run.writes)
+        self.writer = CheckpointWriter(run.checkpoints, config.save.keep, background=config.save.background)
         self.step = OptimiserStep(config.trainer, base, engine, adapter)
         self.state = LoopState()
+        self.spikes = LossSpikes([])
         self.audit_lines: list[str] = []
         if config.trainer.activation_checkpointing:
             checkpoint_activations(base.model)
@@ -121,11 +125,12 @@ class Trainer:
         Raises:
             CheckError: loss or gradient is not finite, or the audit failed; no update was made from it.
             Interrupted: a signal came; a checkpoint was saved.
+            MachineError: a checkpoint could not be written.
         """
         total = self.plan.total_steps
         epoch_steps: tuple[int, list[Any]] = (-1, [])
         asked = 0
-        with Progress("training", total, "steps") as progress:
+        with self.writer, Progress("training", total, "steps") as progress:
             progress.start_at(self.state.step)
             stopped_early = self.state.step > 0 and self._evaluate_and_save(total)
             while self.state.step < total and not stopped_early:
@@ -134,6 +139,7 @@ class Trainer:
                     epoch_steps = (epoch, self.plan.steps(epoch))
                 batches = [self.plan.batch(micro) for micro in epoch_steps[1][index]]
                 self._make_step(batches, epoch, progress)
+                self.writer.check()
                 stopped_early = self._evaluate_and_save(total)
                 asked = self.processes.largest(stop.signal_number or 0)
                 if asked:
@@ -145,6 +151,7 @@ class Trainer:
                 signal_number=asked,
                 fix=f"go on with `finetune train --resume {self.run.path}`",
             )
+        self.processes.largest(0)  # from here on every process may read what process 0 has written
         return self.state
 
     def _make_step(self, batches: list[Batch], epoch: int, progress: Progress) -> None:
@@ -215,6 +222,9 @@ class Trainer:
             tokens_per_second=round(speed, 1),
             memory_gib=round(memory, 3),
         )
+        if (usual := self.spikes.usual_if_spike(figures.loss)) is not None:
+            self.metrics.append("spike", state.step, loss=figures.loss, usual=usual)
+            warn(f"step {state.step}: the loss jumped to {figures.loss:.4f}; {usual:.4f} was usual")
         shown = {"loss": figures.loss, "balance_loss": figures.balance, "router_z_loss": figures.router_z}
         shown |= {"gradient_norm": figures.gradient_norm, "learning_rate": rate}
         shown |= {"tokens_per_second": speed, "memory_gib": memory}
@@ -231,7 +241,7 @@ class Trainer:
             improved = self._evaluate()
         keeps_best = save.best_metric != "none" and improved
         if keeps_best or step == total or (save.every_steps is not None and step % save.every_steps == 0):
-            self.save()
+            self.save(wait=False)
         patience = self.config.trainer.early_stop_patience
         if patience is not None and self.state.evaluations_since_best >= patience:
             say(f"early stop at step {step}: no better validation loss in {patience} evaluations")
@@ -260,8 +270,11 @@ class Trainer:
         say(f"step {self.state.step}: validation loss {loss:.4f}{' (best so far)' if improved else ''}")
         return improved
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment and remove the ones no longer kept. Process 0 writes for all."""
+    def save(self, *, wait: bool = True) -> None:
+        """Write a checkpoint of this moment and remove the ones no longer kept; `wait` until it is on disk.
+
+        Process 0 writes for all.
+        """
         self.hangs.beat(f"saving after step {self.state.step}")
         optimizer, adapter = self.engine.optimizer_tensors(), self.engine.adapter_tensors()
         self.processes.must_agree("the adapter", digest_of(adapter))
@@ -273,8 +286,9 @@ class Trainer:
             "data_fingerprint": self.data_fingerprint,
             "base_identity": self.base.identity,
         }
-        save_checkpoint(self.run.checkpoints, self.state.step, Checkpoint(adapter, optimizer, facts))
-        prune_checkpoints(self.run.checkpoints, self.config.save.keep, self._best_to_keep())
+        self.writer.save(self.state.step, Checkpoint(adapter, optimizer, facts), self._best_to_keep())
+        if wait:
+            self.writer.wait()
 
     def _best_to_keep(self) -> int | None:
         return self.state.best_step if self.config.save.best_metric != "none" else None
@@ -296,6 +310,7 @@ class Trainer:
         self.state = LoopState(**checkpoint.state["loop"])
         self.audit_lines = list(checkpoint.state["audit"])
         self.metrics.cut_after(self.state.step)
+        self.spikes = LossSpikes(self.metrics.losses())
 
     def load_adapter(self, checkpoint: Checkpoint) -> None:
         """Set the adapter's parameters to a checkpoint's."""

@@ -33,7 +33,7 @@ def memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """Append-only metrics.jsonl: each line is one JSON object with `kind` (`step` or `evaluation`) and `step`.
+    """Append-only metrics.jsonl: each line is one JSON object (`kind`: step, evaluation, spike; `step`).
 
     Args:
         path: the file.
@@ -56,6 +56,13 @@ class MetricsLog:
             return
         lines = self.path.read_text(errors="replace").splitlines()
         write_whole(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+
+    def losses(self) -> list[float]:
+        """Losses of the steps in the log, oldest first."""
+        if not self.path.exists():
+            return []
+        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+        return [float(line["loss"]) for line in lines if line["kind"] == "step"]
 
 
 def _step_of(line: str) -> float:

@@ -21,7 +21,8 @@ from finetune.errors import ConfigError, InputError, Interrupted
 from finetune.evaluate.affinity import write_affinity
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import check_unchanged
-from finetune.train.checkpoints import checkpoint_path, load_checkpoint, load_newest, remove_after
+from finetune.train.checkpoint_files import checkpoint_path, remove_after
+from finetune.train.checkpoints import load_checkpoint, load_newest
 from finetune.train.engine import Engine
 from finetune.train.evaluation import evaluate_test_set, validation_subset
 from finetune.train.finish import Result, read_back_samples, why_not_read_back, write_result

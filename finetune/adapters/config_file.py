@@ -1,0 +1,74 @@
+"""adapter_config.json as someone else may have written it: each setting used here has the type that PEFT gives it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import InputError
+from finetune.model.headers import read_json
+
+_MOST_PATTERN = 500  # characters
+_MOST_REPEATS = 3  # of `*`, `+` and `{` in a pattern: more of them, or nested ones, can keep a search busy for ever
+_FIX = "use the adapter_config.json that was written with the tensors"
+
+
+def read_adapter_config(path: Path) -> dict[str, Any]:
+    """Read an adapter_config.json.
+
+    Raises:
+        InputError: it is missing, not a JSON object, or a setting that is used here has another type than PEFT's.
+    """
+    config = read_json(path)
+    for key, (holds, words) in _SETTINGS.items():
+        if config.get(key) is not None and not holds(config[key]):
+            raise InputError(f"{path}: {key} is {str(config[key])[:80]!r}, not {words}", fix=_FIX)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in config.get(key) or {}:
+            _check_pattern(path, key, pattern)
+    return config
+
+
+def _check_pattern(path: Path, key: str, pattern: str) -> None:
+    repeats = sum(map(pattern.count, "*+{"))
+    if len(pattern) > _MOST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\)[*+{]", pattern):
+        raise InputError(f"{path}: {key} has the pattern {pattern[:80]!r}, which may take for ever to search", fix=_FIX)
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InputError(f"{path}: {key} has the pattern {pattern[:80]!r}: {error}", fix=_FIX) from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9 and math.isfinite(value)
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_number(value) and value == int(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _maps_to(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(holds, value.values()))
+
+
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, "a whole number"),
+    "lora_alpha": (_is_number, "a number"),
+    "rank_pattern": (_maps_to(_is_rank), "names with whole numbers"),
+    "alpha_pattern": (_maps_to(_is_number), "names with numbers"),
+    "target_parameters": (_is_names, "a list of names"),
+    "target_modules": (_is_names, "a list of names"),
+    "base_model_name_or_path": (_is_text, "text"),
+    "revision": (_is_text, "text"),
+}

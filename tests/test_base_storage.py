@@ -290,7 +290,9 @@ def test_an_adapter_over_nf4_is_read_back_over_nf4_and_says_so(
     assert "another function" not in capfd.readouterr().err, "looked at, and opened over the same values"
     assert opened.base.held_as == base.held_as
     with torch.no_grad():
-        assert torch.equal(logits(opened.base.model, tokens()), logits(base.model, tokens()))
+        # Opened for use it takes the flash kernel, as training would; the base above has the reference.
+        difference = (logits(opened.base.model, tokens()) - logits(base.model, tokens())).abs().max()
+        assert difference < 1e-4 < (logits(base.model, tokens()).std() / 10)
     assert any("trained over experts in nf4" in line for line in as_lines(source, measure(source)))
     assert main(["export", str(tmp_path / "adapter"), "--to", "peft", "--out", str(tmp_path / "peft")]) == 0
     warning = capfd.readouterr().err

@@ -34,7 +34,7 @@ print([name for name in {heavy!r} if name in sys.modules], code, file=sys.stderr
         ["recipes", "show", "quickstart"],
         ["config", "show", "quickstart"],
         ["train", "legal_20b", "--dry-run"],
-        ["checkpoints", "verify", "runs"],
+        ["checkpoints", "--help"],
         ["estimate", "--help"],
         ["estimate", "legal_120b", "--plan", "--gpus", "2"],
     ],

@@ -34,7 +34,7 @@ def test_a_finished_run_leaves_these_files(finished: tuple[Path, str]) -> None:
     checkpoint = ("adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json")
     assert files == {
         *(".lock", "config.yaml", "manifest.json", "metrics.jsonl", "evaluation.json", "sample.json"),
-        *("report.md", "report.html"),
+        *("report.md", "report.html", "checkpoints/latest"),
         *(f"adapter/{name}" for name in ADAPTER_FILES),
         *(f"checkpoints/step-{step:08d}/{name}" for step in (6, 8) for name in checkpoint),
     }

@@ -29,6 +29,7 @@ from finetune.config.schema import RunConfig
 from finetune.console import Progress
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.tiny import write_tiny_base
+from finetune.train.engine import alone
 from finetune.train.evaluation import validation_subset
 from finetune.train.loop import seed_step
 from finetune.train.optimisers import make_optimizer
@@ -57,7 +58,7 @@ def curve(config: RunConfig, *, control: bool) -> tuple[list[float], float]:
     session = open_session(config)
     base, parameters, total = session.base, session.adapter.parameters(), session.plan.total_steps
     optimizer = nearest(parameters, config) if control else make_optimizer(parameters, config.trainer, seed=config.seed)
-    step = OptimiserStep(config.trainer, base, parameters, optimizer, session.accelerator)
+    step = OptimiserStep(config.trainer, base, alone(parameters, optimizer, config.trainer))
     losses, position = [], 0
     while position < total:
         epoch, index = session.plan.position(position)
@@ -126,7 +127,7 @@ def main() -> None:
     held_out: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "tiny"
-        write_tiny_base(base, seed=0)
+        write_tiny_base(base, seed=0, kind="constructed")
         with Progress("variants", len(VARIANTS) * len(args.seeds), "runs") as progress:
             for seed in args.seeds:
                 for name, overrides in VARIANTS.items():

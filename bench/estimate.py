@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -35,6 +34,7 @@ from finetune.estimate.shapes import find_base  # noqa: E402
 from finetune.model.build import load_base  # noqa: E402
 from finetune.model.forward import checkpoint_activations  # noqa: E402
 from finetune.model.shapes import ModelShape  # noqa: E402
+from finetune.train.engine import alone  # noqa: E402
 from finetune.train.optimisers import make_optimizer  # noqa: E402
 from finetune.train.step import OptimiserStep  # noqa: E402
 
@@ -82,7 +82,7 @@ def on_gpu(name: str, overrides: list[str]) -> dict[str, Any]:
         checkpoint_activations(base.model)
     parameters = adapter.parameters()
     step = OptimiserStep(
-        config.trainer, base, parameters, make_optimizer(parameters, config.trainer), Accelerator(mixed_precision="no")
+        config.trainer, base, alone(parameters, make_optimizer(parameters, config.trainer), config.trainer)
     )
     batches = [full_batch(config, base.model.config.vocab_size, 1.0)] * config.trainer.micro_steps
     busiest = max(busiest_chunks(base, batches[0]))

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 
 from finetune.adapters.lora import attach_adapter
 from finetune.config.schema import AdapterConfig, ModelConfig, TrainerConfig
@@ -32,6 +31,7 @@ from finetune.model.forward import checkpoint_activations
 from finetune.model.hub import locate_base
 from finetune.model.router import Routing
 from finetune.model.tiny import write_tiny_base
+from finetune.train.engine import alone as one_process
 from finetune.train.optimisers import make_optimizer
 from finetune.train.step import OptimiserStep
 
@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if args.base is None:
             args.base = str(Path(scratch) / "tiny")
-            write_tiny_base(Path(args.base), seed=0, constructed=False)
+            write_tiny_base(Path(args.base), seed=0, kind="random")
         result = measure(args.base, args.tokens, args.steps)
     print(json.dumps(result, indent=1))
     if args.out:
@@ -62,9 +62,7 @@ def measure(name: str, tokens: int, steps: int) -> dict[str, object]:
     checkpoint_activations(base.model)
     trainer = TrainerConfig(micro_steps=1)
     parameters = adapter.parameters()
-    step = OptimiserStep(
-        trainer, base, parameters, make_optimizer(parameters, trainer), Accelerator(cpu=device.type == "cpu"), adapter
-    )
+    step = OptimiserStep(trainer, base, one_process(parameters, make_optimizer(parameters, trainer), trainer), adapter)
     ids = np.random.default_rng(0).integers(0, 199_998, tokens).astype(np.int32)
     weights = np.ones(tokens, dtype=np.float32)
     weights[0] = 0

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from measure import interleaved, machine, peak_bytes, publish, summary
 from random_base import SHAPES, config_of, dense_bytes, dequantised, random_base
 from torch import nn
@@ -37,6 +36,7 @@ from finetune.model.build import Base
 from finetune.model.experts import select_expert_kernel
 from finetune.model.forward import checkpoint_activations
 from finetune.model.shapes import ModelShape
+from finetune.train.engine import alone
 from finetune.train.optimisers import make_optimizer
 from finetune.train.step import OptimiserStep
 
@@ -84,8 +84,7 @@ def make_variant(name: str, config: dict[str, Any], batch: Batch, args: argparse
     trainer = replace(TrainerConfig(), **{key: yaml.safe_load(value) for key, _, value in _pairs(args.trainer)})
     if trainer.activation_checkpointing:
         checkpoint_activations(base.model)
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    step = OptimiserStep(trainer, base, parameters, make_optimizer(parameters, trainer), accelerator)
+    step = OptimiserStep(trainer, base, alone(parameters, make_optimizer(parameters, trainer), trainer))
     return Variant(lambda: step([batch], 1e-4, 1).loss, sum(parameter.numel() for parameter in parameters.values()))
 
 

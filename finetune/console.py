@@ -13,12 +13,30 @@ REDRAW_SECONDS = 0.2
 PLAIN_LINE_SECONDS = 10.0
 
 
+_warnings: list[str] = []  # of this process, for the run's report
 _open_line = False  # is there a progress line on the terminal that no newline has ended yet?
+_process: int | None = None  # this process's number, where the first one speaks for all
+
+
+def speak_as(process: int) -> None:
+    """Leave printing to process 0 of a run of several; errors are printed by whom they befall, with its number."""
+    global _process
+    _process = process
+
+
+def complain(text: str) -> None:
+    """Print an error: also from a process that leaves everything else to the first."""
+    if _process:
+        print(f"process {_process}: {text}", file=sys.stderr, flush=True)
+    else:
+        say(text)
 
 
 def say(text: str = "", *, result: bool = False) -> None:
     """Print a line: to standard output if it is the command's result, to standard error otherwise."""
     global _open_line
+    if _process:
+        return
     if _open_line:  # take the progress line's place; it is drawn again below when due
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         _open_line = False
@@ -27,7 +45,13 @@ def say(text: str = "", *, result: bool = False) -> None:
 
 def warn(text: str) -> None:
     """Print a line that the person should not miss."""
+    _warnings.append(text)
     say(f"warning: {text}")
+
+
+def warnings_so_far() -> tuple[str, ...]:
+    """What `warn` was given in this process, in order."""
+    return tuple(_warnings)
 
 
 def duration(seconds: float) -> str:
@@ -85,6 +109,8 @@ class Progress:
     def show(self, done: int, details: str = "", *, force: bool = False) -> None:
         """Set the position to `done` units and redraw when due, when `force` says so, and at the end."""
         self.done = done
+        if _process:
+            return
         now = time.monotonic()
         due = REDRAW_SECONDS if self._terminal else PLAIN_LINE_SECONDS
         finished = self.total is not None and done >= self.total

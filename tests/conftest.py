@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from finetune.model.tiny import write_tiny_base
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base with random embeddings (seed 0), built once. Read it; copy it before changing a file."""
     directory = tmp_path_factory.mktemp("bases") / "tiny"
-    write_tiny_base(directory, seed=0, constructed=False)
+    write_tiny_base(directory, seed=0, kind="random")
     return directory
 
 
@@ -77,5 +78,8 @@ def validation_losses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tokens that tests make go to a directory of their own, for child processes too."""
     with pytest.MonkeyPatch.context() as patch:
+        # What DeepSpeed compiles on a CPU takes minutes and depends on versions alone: it stays where it always is.
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        patch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR", str(home / "torch_extensions")))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

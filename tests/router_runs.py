@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from finetune.data.render import Sample
 from finetune.model.build import Base, load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations
+from finetune.train.engine import Replicated
 from finetune.train.optimisers import make_optimizer
+from finetune.train.processes import Processes
 from finetune.train.step import OptimiserStep, StepFigures
 
 SMALL = AdapterConfig(
@@ -78,7 +81,11 @@ class Run:
         accelerator = accelerator or Accelerator(cpu=True)
         optimizer = make_optimizer(parameters, config)
         self.gradients: dict[str, Tensor] = {}
-        self.step = OptimiserStep(config, self.base, parameters, optimizer, accelerator, self.adapter)
+        processes = Through(
+            getattr(accelerator, "process_index", 0), accelerator.num_processes, accelerator=accelerator
+        )
+        engine = Replicated(parameters, optimizer, config, accelerator, processes)
+        self.step = OptimiserStep(config, self.base, engine, self.adapter)
 
     def __call__(self, batches: list[Batch]) -> StepFigures:
         def keep() -> None:
@@ -92,6 +99,21 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Largest difference of two sets of gradients, relative to each tensor's largest value."""
     assert one.keys() == other.keys()
     return max(float((one[n] - other[n]).abs().max() / (other[n].abs().max() + 1e-12)) for n in one)
+
+
+@dataclass(frozen=True)
+class Through(Processes):
+    """Processes that tell each other what a step asks through an accelerator, real or made of threads."""
+
+    accelerator: Any = None
+
+    def sums(self, *values: float) -> list[float]:
+        summed: list[float] = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64), "sum").tolist()
+        return summed
+
+    def largest(self, value: int) -> int:
+        """Of zeros and ones."""
+        return int(self.sums(value)[0] > 0)
 
 
 class Together:
@@ -127,11 +149,11 @@ class _Member:
         self.together, self.rank, self.num_processes = together, rank, together.count
 
     def reduce(self, value: Tensor, how: str) -> Tensor:
-        assert how == "sum"
+        assert how in ("sum", "mean")
         together = self.together
         together.values[self.rank] = value
         together.barrier.wait()
-        total = torch.stack(list(together.values)).sum(0)
+        total = torch.stack(list(together.values)).sum(0) / (together.count if how == "mean" else 1)
         together.barrier.wait()
         return total
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from test_adapters import new_base, randomised, sample, write
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -24,6 +23,7 @@ from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, Expert
 from finetune.data.batches import collate
 from finetune.errors import ConfigError, InputError
 from finetune.model.forward import checkpoint_activations, logits
+from finetune.train.engine import alone
 from finetune.train.loop import seed_step
 from finetune.train.optimisers import make_optimizer
 from finetune.train.step import OptimiserStep
@@ -149,7 +149,7 @@ class TestDropout:
         checkpoint_activations(base.model)  # a layer computed again must draw the same again
         parameters = adapter.parameters()
         config = TrainerConfig()
-        step = OptimiserStep(config, base, parameters, make_optimizer(parameters, config), Accelerator(cpu=True))
+        step = OptimiserStep(config, base, alone(parameters, make_optimizer(parameters, config), config))
         for number in numbers:
             torch.rand(draws)  # what an evaluation in between might draw
             if seeded:

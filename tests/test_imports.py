@@ -24,6 +24,7 @@ ALLOWED = {
     "export": {"config", "mxfp4", "data", "kernels", "model", "adapters", "evaluate"},
     "estimate": {"config"},
     "report": {"config"},
+    "__main__": {"cli"},
     "doctor": {"config", "data", "kernels"},
     "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report", "doctor"},
 }

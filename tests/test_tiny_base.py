@@ -39,7 +39,7 @@ def tokenizer_built_once(tiny_base: Path) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def constructed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bases") / "constructed"
-    write_tiny_base(directory, seed=0)
+    write_tiny_base(directory, seed=0, kind="constructed")
     return directory
 
 
@@ -101,9 +101,9 @@ def test_several_shards_with_an_index_and_blocks_right_before_their_scales(tiny_
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     constructed: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
-    write_tiny_base(tmp_path / "again", seed=0)
+    write_tiny_base(tmp_path / "again", seed=0, kind="constructed")
     assert digests(tmp_path / "again") == digests(constructed)
-    write_tiny_base(tmp_path / "other", seed=1, constructed=False)
+    write_tiny_base(tmp_path / "other", seed=1, kind="random")
     other, same = digests(tmp_path / "other"), digests(tiny_base)
     changed = {name for name in same if other[name] != same[name]}
     assert changed == {*(name for name in same if name.endswith(".safetensors")), "checksums.json", "README.md"}
@@ -151,10 +151,10 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("x")
     with pytest.raises(ConfigError, match="not an empty directory"):
-        write_tiny_base(tmp_path / "full", constructed=False)
+        write_tiny_base(tmp_path / "full", kind="random")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]
     (tmp_path / "empty").mkdir()
-    write_tiny_base(tmp_path / "empty", constructed=False)
+    write_tiny_base(tmp_path / "empty", kind="random")
     Checkpoint.open(tmp_path / "empty")
 
 
@@ -165,5 +165,5 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(tiny, "_write_checksums", full_disk)
     with pytest.raises(OSError, match="No space"):
-        write_tiny_base(tmp_path / "base", constructed=False)
+        write_tiny_base(tmp_path / "base", kind="random")
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from allocation import AllocationTracker
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
@@ -22,6 +21,7 @@ from finetune.model.build import load_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations
 from finetune.mxfp4.format import dequantise
+from finetune.train.engine import alone
 from finetune.train.losses import balance_loss
 from finetune.train.optimisers import make_optimizer
 from finetune.train.step import OptimiserStep, StepFigures
@@ -62,7 +62,7 @@ class Run:
         parameters = self.adapter.parameters()
         optimizer = make_optimizer(parameters, config)
         self.gradients: dict[str, Tensor] = {}
-        self.step = OptimiserStep(config, self.base, parameters, optimizer, Accelerator(cpu=True))
+        self.step = OptimiserStep(config, self.base, alone(parameters, optimizer, config))
 
     def __call__(self, batches: list[Batch]) -> StepFigures:
         def keep() -> None:

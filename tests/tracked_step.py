@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from allocation import AllocationTracker
 from safetensors.torch import save_file
 
@@ -35,6 +34,7 @@ from finetune.model.forward import checkpoint_activations, hidden_states
 from finetune.model.router import record_routing
 from finetune.model.shapes import ModelShape
 from finetune.model.storage import BaseStorage
+from finetune.train.engine import alone
 from finetune.train.optimisers import OneByOne, make_optimizer
 from finetune.train.step import OptimiserStep
 
@@ -156,7 +156,7 @@ def measure(directory: Path, config: RunConfig, trained_share: float = 1.0) -> M
         checkpoint_activations(base.model)
     parameters = adapter.parameters()
     optimizer = make_optimizer(parameters, config.trainer)
-    step = OptimiserStep(config.trainer, base, parameters, optimizer, Accelerator(cpu=True))
+    step = OptimiserStep(config.trainer, base, alone(parameters, optimizer, config.trainer))
     batches = [full_batch(config, base.model.config.vocab_size, trained_share)] * config.trainer.micro_steps
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter, dtype=DTYPES[config.trainer.gradient_dtype])

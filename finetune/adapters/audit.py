@@ -9,7 +9,7 @@ Source of the rule: facts about silent failures, e.g. NF4 experts under PEFT tra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from finetune.adapters.lora import Adapter, is_a, lora_parameters
 from finetune.errors import CheckError
+
+GradientOf = Callable[[nn.Parameter], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,21 @@ class AuditResult:
         return line
 
 
-def audit_gradients(model: nn.Module, adapter: Adapter, factor: str) -> AuditResult:
+def own_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """The gradient as torch keeps it."""
+    return parameter.grad
+
+
+def audit_gradients(
+    model: nn.Module, adapter: Adapter, factor: str, *, gradient_of: GradientOf = own_gradient
+) -> AuditResult:
     """Check the gradients of one step, before the update.
 
     Args:
         model: the whole model, after backward.
         adapter: its adapter.
         factor: `b` on the first step, `a` on the first step after an update.
+        gradient_of: gives a parameter's whole gradient, where processes hold parts of it.
 
     Raises:
         CheckError: a site without gradient, or a frozen tensor with one.
@@ -65,7 +75,7 @@ def audit_gradients(model: nn.Module, adapter: Adapter, factor: str) -> AuditRes
     adapted: list[int] = []
     audited = 0
     for site, module in zip(adapter.sites, adapter.modules, strict=True):
-        factors = {name: p.grad for name, p in lora_parameters(module).items() if is_a(name) == (factor == "a")}
+        factors = {name: gradient_of(p) for name, p in lora_parameters(module).items() if is_a(name) == (factor == "a")}
         audited += bool(factors)
         silent += [f"{site.module}.{name}" for name, grad in factors.items() if not _any(grad)]
         gradients = [grad for grad in factors.values() if grad is not None]

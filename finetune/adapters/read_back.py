@@ -96,7 +96,13 @@ def fits_in_memory(base: Base) -> bool:
     return memory_needed_bytes(base) < psutil.virtual_memory().available * FREE_MEMORY_SHARE
 
 
-def read_back(base: Base, adapter: Adapter, directory: Path, samples: Sequence[Sample]) -> ReadBack:
+def read_back(
+    base: Base,
+    adapter: Adapter,
+    directory: Path,
+    samples: Sequence[Sample],
+    live: Mapping[str, Tensor] | None = None,
+) -> ReadBack:
     """Compare the adapter on disk with the live model.
 
     Args:
@@ -104,6 +110,7 @@ def read_back(base: Base, adapter: Adapter, directory: Path, samples: Sequence[S
         adapter: the live one.
         directory: what was written.
         samples: at least one; each is cut to its first MAX_TOKENS tokens.
+        live: what `live_logits` gave for them already, where other processes had to help. None: it is asked now.
 
     Raises:
         CheckError: keys are missing or unexpected, logits differ, or the other process failed.
@@ -112,7 +119,7 @@ def read_back(base: Base, adapter: Adapter, directory: Path, samples: Sequence[S
     if adapter.changes_router_bias:
         say("compared without the changes of the routers' biases, which only merged exports carry")
     with tempfile.TemporaryDirectory() as scratch:
-        tensors = _live_logits(base, adapter, samples)
+        tensors = live_logits(base, adapter, samples) if live is None else dict(live)
         save_file(tensors, Path(scratch) / "live.safetensors")
         request = {
             "base": str(_trained_base(base, Path(scratch) / "base")),
@@ -158,7 +165,19 @@ def _trained_base(base: Base, scratch: Path) -> Path:
 
 
 @torch.no_grad()
-def _live_logits(base: Base, adapter: Adapter, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def live_logits(base: Base, adapter: Adapter, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """What the live model computes, for `read_back` to compare with.
+
+    Where processes hold parts of the model, every one of them calls this.
+
+    Args:
+        base: with `adapter` attached, as trained.
+        adapter: the live one.
+        samples: at least one; each is cut to its first MAX_TOKENS tokens.
+
+    Returns:
+        `ids.N` and `where.N` (see `sample_positions`), and logits `adapted.N` and `base.N`.
+    """
     tensors = sample_positions(samples)
     with adapter.without_router_bias():  # files of others have no place for it
         tensors |= sample_logits(base, tensors, "adapted")

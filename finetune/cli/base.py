@@ -15,16 +15,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tiny.add_argument("directory", metavar="DIR", type=Path, help="where to write it; must not exist yet")
     tiny.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes (default: 0)")
     tiny.add_argument(
-        "--random",
-        action="store_true",
-        help="random weights throughout; without it the embeddings are constructed from the shipped texts, which is "
-        "what lets so small a model learn at all",
+        "--kind",
+        choices=("pretrained", "constructed", "random"),
+        default="pretrained",
+        help="pretrained: the shipped weights, trained on the shipped texts (default); constructed: embeddings from "
+        "which words of the shipped clauses occur together, the rest random; random: random throughout",
     )
+    # The older way to say `--kind random`.
+    tiny.add_argument("--random", action="store_const", const="random", dest="kind", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the checkpoint and say where it is."""
     from finetune.model.tiny import write_tiny_base
 
-    write_tiny_base(args.directory, seed=args.seed, constructed=not args.random)
+    write_tiny_base(args.directory, seed=args.seed, kind=args.kind)
     say(str(args.directory), result=True)

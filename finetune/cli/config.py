@@ -31,18 +31,28 @@ def run(args: argparse.Namespace) -> None:
     """
     match args.action:
         case "show":
-            from finetune.config.compose import compose
-            from finetune.config.validate import dump_yaml, to_plain
-
-            recipe, overrides = recipe_and_overrides(args)
-            config = compose(recipe, overrides).config
-            say(json.dumps(to_plain(config), indent=2) if args.json else dump_yaml(config).rstrip(), result=True)
+            _show(args)
         case "diff":
             _diff(args)
         case "schema":
             from finetune.config.json_schema import recipe_schema
 
             say(json.dumps(recipe_schema(), indent=2), result=True)
+
+
+def _show(args: argparse.Namespace) -> None:
+    from finetune.config.compose import compose
+    from finetune.config.deepspeed import deepspeed_lines
+    from finetune.config.validate import dump_yaml, to_plain
+
+    recipe, overrides = recipe_and_overrides(args)
+    config = compose(recipe, overrides).config
+    if args.json:
+        say(json.dumps(to_plain(config), indent=2), result=True)
+        return
+    say(dump_yaml(config).rstrip(), result=True)
+    for line in deepspeed_lines(config):
+        say(f"# {line}", result=True)
 
 
 def _diff(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.adapters.sites import describe_sites, plan_sites
+from finetune.config.deepspeed import deepspeed_lines
 from finetune.config.derive import check_inputs, derived_lines
 from finetune.config.expert_rules import parse_select
 from finetune.config.locate import shipped_dir
@@ -36,7 +37,7 @@ def dry_run(config: RunConfig) -> None:
         )
     inputs = check_inputs(config)
     say(dump_yaml(config), result=True)
-    for line in [*derived_lines(config), *inputs]:
+    for line in [*derived_lines(config), *deepspeed_lines(config), *inputs]:
         say(line, result=True)
     for split in split_names(config.data):
         say(describe(load_split(config.data, split)), result=True)

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from finetune import __version__
 from finetune.cli.arguments import Parser, parse, refuse_unknown_word
-from finetune.console import say
+from finetune.console import complain, say
 from finetune.errors import CapacityError, FinetuneError, MachineError, is_out_of_memory
 
 # Command: the module with its `add_arguments(parser)` and `run(args)`, and a line for the list.
@@ -116,9 +116,11 @@ def _report(error: Exception) -> int:
     known = error if isinstance(error, FinetuneError) else _as_known(error)
     if known is None:
         traceback.print_exception(error)
-        say(f"error: this is a bug in gpt-oss-finetune {__version__}, not in your input; please report the lines above")
+        complain(
+            f"error: this is a bug in gpt-oss-finetune {__version__}, not in your input; please report the lines above"
+        )
         return 1
-    say(f"error: {known}")
+    complain(f"error: {known}")
     return known.exit_code
 
 

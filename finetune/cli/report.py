@@ -21,13 +21,11 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: not a run directory.
     """
-    from finetune.report.html import write_html
-    from finetune.report.markdown import write_report
+    from finetune.report.html import write_reports
 
     path: Path = args.run
     if not (path / "config.yaml").is_file() and not (path / "manifest.json").is_file():
         runs = sorted(file.parent.name for file in path.parent.glob("*/config.yaml"))
         fix = suggest_word(path.name, runs) or (f"runs there: {', '.join(runs[-5:])}" if runs else None)
         raise InputError(f"{path} is not a run directory: it has neither config.yaml nor manifest.json", fix=fix)
-    write_report(path)
-    say(str(write_html(path)), result=True)
+    say(str(write_reports(path)), result=True)

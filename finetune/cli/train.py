@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from finetune.cli.arguments import add_recipe, recipe_and_overrides
+from finetune.config.derive import check_inputs
+from finetune.config.distributed_rules import SHARDED_BASE
+from finetune.config.resuming import resumed_config
+from finetune.config.schema import RunConfig
 from finetune.console import say
 from finetune.errors import ConfigError
+from finetune.train.launch import launch, watch_parent
+from finetune.train.run_directory import RunDirectory, prepare_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    add_recipe(
-        parser,
-        "finetune train RECIPE [key=value ...] [--dry-run] [--sweep key=a,b]\n       finetune train --resume RUN",
-    )
+    usage = "finetune train RECIPE [key=value ...] [--dry-run] [--sweep key=a,b]\n"
+    usage += "       finetune train --resume RUN [distributed.KEY=VALUE ...]"
+    add_recipe(parser, usage)
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no model, and stop")
     parser.add_argument(
         "--sweep", metavar="KEY=A,B", action="append", help="run every value, and every combination if given again"
     )
-    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on from a run directory's last checkpoint")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        type=Path,
+        help="go on from a run directory's last checkpoint, with other processes if distributed... says so",
+    )
+    parser.add_argument("--worker", metavar="RUN", type=Path, help=argparse.SUPPRESS)  # how `launch` starts a new run
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,18 +41,17 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: no recipe, or one beside `--resume`.
     """
+    watch_parent()
     if args.resume is not None:
-        if args.words or args.dry_run or args.sweep:
-            given = " ".join(args.words) or ("--dry-run" if args.dry_run else "--sweep")
-            why = "a resumed run keeps the configuration it was started with (its config.yaml)"
-            fix = f"finetune train --resume {args.resume}"
-            raise ConfigError(f"--resume does not go with {given}", why=why, fix=fix)
+        _resume(args)
+        return
+    if args.worker is not None:
         from finetune.cli.memory import config_of_run, explained_out_of_memory
-        from finetune.report.markdown import write_report
-        from finetune.train.run import resume
+        from finetune.report.html import write_reports
+        from finetune.train.run import train_prepared
 
-        with explained_out_of_memory(config_of_run(args.resume)):
-            run_directory = resume(args.resume, write_report)
+        with explained_out_of_memory(config_of_run(args.worker)):
+            run_directory = train_prepared(args.worker, write_reports)
         _print_outcome(run_directory)
         return
     recipe, overrides = recipe_and_overrides(args)
@@ -62,13 +73,52 @@ def run(args: argparse.Namespace) -> None:
         return
     from finetune.cli.memory import check_memory, explained_out_of_memory
 
-    check_memory(composed.config)
-    from finetune.report.markdown import write_report
+    kind = composed.config.distributed.kind
+    if kind in SHARDED_BASE:
+        say(f"memory: not estimated, since processes share the base with distributed.kind={kind}")
+    else:
+        check_memory(composed.config)
+    if starts_processes(composed.config):
+        check_inputs(composed.config)
+        prepared = prepare_run(composed.config, composed.recipe_name, composed.overrides)
+        with prepared.discarded_if_unused():
+            count = composed.config.distributed.num_processes
+            launch(["train", "--worker", str(prepared.path)], count, prepared.path)
+        return
+    from finetune.report.html import write_reports
     from finetune.train.run import train
 
     with explained_out_of_memory(composed.config):
-        run_directory = train(composed, write_report)
+        run_directory = train(composed, write_reports)
     _print_outcome(run_directory)
+
+
+def _resume(args: argparse.Namespace) -> None:
+    others = [word for word in args.words if not word.startswith(("distributed=", "distributed."))]
+    if others or args.dry_run or args.sweep:
+        given = " ".join(others) or ("--dry-run" if args.dry_run else "--sweep")
+        why = (
+            "a resumed run keeps the configuration it was started with (its config.yaml); only the processes may change"
+        )
+        fix = f"finetune train --resume {args.resume}"
+        raise ConfigError(f"--resume does not go with {given}", why=why, fix=fix)
+    path = args.resume.resolve()
+    config = resumed_config(RunDirectory.open(path)[1], args.words)
+    if starts_processes(config):
+        launch(["train", "--resume", str(path), *args.words], config.distributed.num_processes, path)
+        return
+    from finetune.cli.memory import explained_out_of_memory
+    from finetune.report.html import write_reports
+    from finetune.train.run import resume
+
+    with explained_out_of_memory(config):
+        run_directory = resume(path, write_reports, config)
+    _print_outcome(run_directory)
+
+
+def starts_processes(config: RunConfig) -> bool:
+    """Whether this command starts a run's processes: several are asked for, and no launcher has done it."""
+    return config.distributed.kind != "single" and "RANK" not in os.environ
 
 
 def _print_outcome(run_directory: Path) -> None:

@@ -24,10 +24,11 @@ def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:
 def derived_lines(config: RunConfig) -> list[str]:
     """Write the numbers that follow from others, with the arithmetic that gives them."""
     data, trainer, adapter = config.data, config.trainer, config.adapter
-    rows = trainer.rows_per_micro_step * trainer.micro_steps * config.distributed.num_processes
+    count = config.distributed.num_processes
+    rows = trainer.rows_per_micro_step * trainer.micro_steps * count
     lines = [
         f"rows per optimiser step = {trainer.rows_per_micro_step} a micro-step x {trainer.micro_steps} micro-steps x "
-        f"{config.distributed.num_processes} process = {rows:,}",
+        f"{count} process{'es' if count > 1 else ''} = {rows:,}",
         f"tokens per optimiser step = {rows:,} rows x {data.max_length:,} = at most {rows * data.max_length:,}",
     ]
     for name, lora in (("attention", adapter.attention), ("experts", adapter.experts)):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
+from finetune.config.distributed_rules import distributed_problems
 from finetune.config.expert_rules import expert_problems
 from finetune.config.keys import KeyPath
 from finetune.config.locate import HUB_PREFIX, matching_files, resolve_data_path
@@ -31,7 +32,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "above 0",
         lambda value: value > 0,
         "data.mix_temperature adapter.attention.alpha adapter.experts.alpha adapter.router.alpha trainer.epochs "
-        "trainer.learning_rate trainer.adam_epsilon",
+        "trainer.learning_rate trainer.adam_epsilon distributed.timeout_s",
     ),
     (
         "0 or more",
@@ -69,6 +70,7 @@ def broken_rules(config: RunConfig) -> Iterator[Problem]:
     yield from _adapter(config)
     yield from expert_problems(config)
     yield from _trainer(config)
+    yield from distributed_problems(config)
     yield from memory_problems(config)
     yield from _evaluation(config)
 
@@ -185,7 +187,7 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
 
 
 def _trainer(config: RunConfig) -> Iterator[Problem]:
-    trainer, distributed = config.trainer, config.distributed
+    trainer = config.trainer
     coefficient = trainer.router_balance_coefficient
     if coefficient > MAX_BALANCE_COEFFICIENT and not trainer.force_router_balance_coefficient:
         yield Problem(
@@ -199,12 +201,6 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
             ("trainer", "activation_offload"),
             "does nothing without trainer.activation_checkpointing: what it moves is what checkpointing keeps",
             "set trainer.activation_checkpointing=true",
-        )
-    if distributed.kind == "single" and distributed.num_processes != 1:
-        yield Problem(
-            ("distributed", "num_processes"),
-            f"is {distributed.num_processes}, but distributed.kind=single is one process",
-            "write 1",
         )
     if config.logging.mode == "online" and config.logging.tracker == "none":
         yield Problem(("logging", "mode"), "is online, but there is no tracker", "choose logging=wandb")

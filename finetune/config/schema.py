@@ -300,6 +300,11 @@ class TrainerConfig(_Strict):
         activation_offload: keep what activation checkpointing saves (each layer's input) in the CPU's memory, copied
             beside the computation; less GPU memory for long rows. Only on a GPU.
         early_stop_patience: stop after this many evaluations without a better best metric. None: never.
+        on_nonfinite: what becomes of a step whose loss or gradient is not finite on any process. `stop` ends the run
+            before the update; `skip` leaves the step out, and ends the run after 10 of them in a row. Either way the
+            step's rows go to `nonfinite/` in the run directory.
+        halve_micro_batch_on_oom: when a micro-step does not fit into memory, take half as many rows in each and twice
+            as many micro-steps from there on, on every process; the step stays the same.
         ignore_memory_estimate: start although the estimate says that the run does not fit into memory.
     """
 
@@ -327,20 +332,28 @@ class TrainerConfig(_Strict):
     activation_checkpointing: bool = True
     activation_offload: bool = False
     early_stop_patience: int | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    halve_micro_batch_on_oom: bool = False
     ignore_memory_estimate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistributedConfig(_Strict):
-    """Which processes take part. The topology asked for is checked against the one that runs.
+    """Which processes take part; what runs is checked against what is asked for (docs/guide/distributed.md).
 
     Attributes:
-        kind: `single` is one process; others follow (docs/log.md says when).
-        num_processes: processes in all.
+        kind: `single` is one process. `ddp`: every process holds everything, and gradients are averaged. `zero1` and
+            `zero2` (DeepSpeed) also deal out the optimiser's states, `zero2` the gradients too. `zero3` (DeepSpeed) and
+            `fsdp2` (torch's `fully_shard`) deal out everything, the base's packed layers included.
+        num_processes: processes in all, one a GPU. `finetune train` starts them, unless a launcher such as torchrun
+            has done so.
+        timeout_s: seconds without a step after which a process counts as hung: all are stopped, and what each was doing
+            is printed.
     """
 
-    kind: Literal["single"] = "single"
+    kind: Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = "single"
     num_processes: int = 1
+    timeout_s: float = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)

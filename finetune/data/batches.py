@@ -66,6 +66,16 @@ class Batch:
         """Sum of the loss weights: this micro-step's share of the optimiser step's denominator."""
         return float(self.weights.sum(dtype=torch.float64))
 
+    def parts(self, count: int) -> list[Batch]:
+        """The same rows in `count` batches, as evenly as they go; fewer where there are not that many rows."""
+        columns = (self.input_ids, self.weights, self.positions, self.segments)
+        pieces = zip(*(column.tensor_split(min(count, len(self.sample_ids))) for column in columns), strict=True)
+        made, start = [], 0
+        for ids, weights, positions, segments in pieces:
+            made.append(Batch(ids, weights, positions, segments, self.sample_ids[start : start + len(ids)]))
+            start += len(ids)
+        return made
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
         return Batch(

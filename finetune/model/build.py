@@ -23,6 +23,7 @@ from finetune.model.experts import PackedExperts
 from finetune.model.hold import Holder, HostEmbedding
 from finetune.model.identity import checkpoint_identity, identity, tensor_digest
 from finetune.model.nf4 import Nf4Linear
+from finetune.model.shards import ShardedLayers
 from finetune.model.storage import BaseStorage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,6 +43,7 @@ class Base:
             has under the same name counts in the checkpoint's dtype.
         storage: how it is held.
         storage_errors: relative RMS, by part, of what holding weights in NF4 changed in them; empty: nothing.
+        shards: what gathers the layers of which this process holds a part. None: it holds them whole.
     """
 
     model: GptOssForCausalLM
@@ -50,6 +52,7 @@ class Base:
     digests: dict[str, str]
     storage: BaseStorage = field(default_factory=BaseStorage)
     storage_errors: dict[str, float] = field(default_factory=dict)
+    shards: ShardedLayers | None = None
 
     @property
     def device(self) -> torch.device:
@@ -116,6 +119,7 @@ def load_base(
     dtype: torch.dtype,
     experts_per_chunk: int,
     storage: BaseStorage | None = None,
+    shards: ShardedLayers | None = None,
 ) -> Base:
     """Read a checkpoint into a frozen model; experts of a bfloat16 one are rounded to MXFP4, and that is said.
 
@@ -125,12 +129,13 @@ def load_base(
         dtype: dtype of everything that is not packed. Tensors are stored in bfloat16, so float32 loses nothing.
         experts_per_chunk: experts dequantised at a time.
         storage: how to hold it. None: as the checkpoint does. NF4 is rounded here, and that is said.
+        shards: takes the layers, of which this process then holds a part. None: it holds them whole.
 
     Raises:
         MachineError: NF4 is asked for without bitsandbytes.
     """
     storage = storage or BaseStorage()
-    holder = Holder(device, dtype, storage)
+    holder, on_host = Holder(device, dtype, storage), Holder(torch.device("cpu"), dtype, storage)
     model = _empty_model(checkpoint, experts_per_chunk, storage)
     if storage.embedding_on_cpu:
         model.model.embed_tokens = HostEmbedding(model.model.embed_tokens, device, dtype)
@@ -142,11 +147,18 @@ def load_base(
         for name in names:
             stored = checkpoint.read(name)
             digests[name] = tensor_digest(stored)
-            held = holder.hold(name, stored)
-            state |= held
+            dealt_out = shards is not None and shards.takes(name)
+            held = (on_host if dealt_out else holder).hold(name, stored)
+            if shards is not None and dealt_out:
+                shards.take(held)
+            else:
+                state |= held
             if held.keys() != {name}:
                 converted |= {part: tensor_digest(tensor) for part, tensor in held.items()}
             progress.advance()
+    if shards is not None:
+        state |= shards.finish()
+        shards.attach(model)
     model.load_state_dict(state, strict=True, assign=True)
     # Rotary frequencies are not in the checkpoint and are garbage after the meta device: build them again.
     model.model.rotary_emb = GptOssRotaryEmbedding(model.config).to(device)
@@ -157,7 +169,7 @@ def load_base(
     for part, error in errors.items():
         say(f"{part}: held in NF4, which changed them by {error:.2%} (relative RMS); {_CONSEQUENCE}")
     held_digests = {name: digest for name, digest in digests.items() if name in state} | converted
-    return Base(model, checkpoint, _identity(checkpoint, digests), held_digests, storage, errors)
+    return Base(model, checkpoint, _identity(checkpoint, digests), held_digests, storage, errors, shards)
 
 
 def _empty_model(checkpoint: Checkpoint, experts_per_chunk: int, storage: BaseStorage) -> GptOssForCausalLM:
@@ -214,6 +226,8 @@ def check_unchanged(base: Base) -> str:
     names = sorted(base.digests)
     with Progress("checking frozen base", len(names), "tensors") as progress:
         for name in names:
+            if base.shards is not None:
+                base.shards.hold_layer_of(name)
             held = state[name]
             packed = held.dtype == torch.uint8 or name not in base.checkpoint.entries
             stored = held if packed else held.to(STORED_DTYPES[base.checkpoint.dtype(name)])

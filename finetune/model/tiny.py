@@ -1,8 +1,9 @@
 """Write a small gpt-oss checkpoint in the published file layout, so that the whole job runs on two CPU cores.
 
-Its tensors have the names, dtypes and orientation of openai/gpt-oss-20b's; only the sizes differ. It was never trained.
-`constructed` embeddings come from which tokens occur together in the shipped contract clauses (labels unused), which
-gives LoRA something to work with; everything else is drawn from the seed.
+Its tensors have the names, dtypes and orientation of openai/gpt-oss-20b's; only the sizes differ. `pretrained` expands
+the weights that ship with the toolkit. The other kinds were never trained: `constructed` embeddings come from which
+tokens occur together in the shipped contract clauses (labels unused), and all the rest, like everything in a `random`
+base, is drawn from the seed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import save_file
@@ -23,9 +24,13 @@ from safetensors.torch import save_file
 from finetune.config.locate import shipped_dir
 from finetune.errors import ConfigError
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE
+from finetune.model.compact import CompactBase, shipped_compact_base
 from finetune.model.semantics import semantic_embeddings
 from finetune.model.shapes import ModelShape
 from finetune.mxfp4.format import quantise
+
+Kind = Literal["pretrained", "constructed", "random"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # hidden != expert width: a transposed expert tensor then has the wrong shape, which it has not in the real models.
 SIZES: dict[str, Any] = {
@@ -46,15 +51,19 @@ _UNSEEN_EMBEDDING_STD = 0.02
 _HEAD_GAIN = 20.0
 
 
-def write_tiny_base(directory: Path, *, seed: int = 0, constructed: bool = True) -> None:
+def write_tiny_base(
+    directory: Path, *, seed: int = 0, kind: Kind = "pretrained", compact: CompactBase | None = None
+) -> None:
     """Write the checkpoint, whole or not at all: it is made beside `directory` and moved there when complete.
 
-    The same seed gives the same bytes (with the same torch build; embeddings go through LAPACK).
+    The same seed gives the same bytes: of a pretrained base on any machine, of the others with the same torch build
+    (constructed embeddings go through LAPACK).
 
     Args:
         directory: where it goes; must not exist or be empty.
-        seed: of every random number.
-        constructed: embeddings from co-occurrence in the shipped training clauses. False: random ones.
+        seed: of every random number; of a pretrained base, of the rows of tokens that it was not trained on.
+        kind: see the module.
+        compact: of a pretrained base, the weights to expand instead of the shipped ones.
 
     Raises:
         ConfigError: `directory` exists and is not an empty directory.
@@ -74,21 +83,27 @@ def write_tiny_base(directory: Path, *, seed: int = 0, constructed: bool = True)
     staging.mkdir()
     try:
         write_tokenizer(staging)
-        config = _write_configs(staging)
+        if kind == "pretrained":
+            compact = compact or shipped_compact_base()
+        config = _write_configs(staging, compact.sizes if compact else SIZES)
         shape = ModelShape.from_config(config, str(staging / CONFIG_FILE))
-        _write_shards(staging, _tensors(shape, staging, seed, constructed), shape)
-        (staging / "README.md").write_text(_readme(seed, constructed), encoding="utf-8")
+        if compact:
+            tensors = compact.expand(shape.vocab_size, seed)
+        else:
+            tensors = _tensors(shape, staging, seed, kind == "constructed")
+        _write_shards(staging, {name: tensors[name] for name in shape.expected_tensors()}, shape)
+        (staging / "README.md").write_text(_readme(seed, kind), encoding="utf-8")
         _write_checksums(staging)
         staging.replace(directory)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_configs(directory: Path) -> dict[str, Any]:
+def _write_configs(directory: Path, sizes: dict[str, Any]) -> dict[str, Any]:
     """config.json and generation_config.json: the published 20b's with other sizes."""
     published = shipped_dir("data") / "tokenizer" / "gpt-oss-20b"
     config: dict[str, Any] = json.loads((published / CONFIG_FILE).read_text(encoding="utf-8"))
-    config.update(SIZES)
+    config.update(sizes)
     _write_json(directory / CONFIG_FILE, config)
     shutil.copyfile(published / "generation_config.json", directory / "generation_config.json")
     return config
@@ -170,20 +185,26 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _readme(seed: int, constructed: bool) -> str:
-    origin = (
-        "Constructed, not pretrained: token embeddings come from latent semantic analysis of the contract clauses of\n"
-        "CUAD v1 (The Atticus Project, CC BY 4.0; training split, labels unused), everything else from a random seed."
-        if constructed
-        else "Random, not pretrained: every weight comes from a random seed."
-    )
-    command = f"finetune base tiny{'' if constructed else ' --random'} --seed {seed}"
+_ORIGINS: dict[Kind, str] = {
+    "pretrained": """\
+Pretrained on small texts within about an hour of processor time: contract clauses of CUAD v1 (The Atticus Project,
+CC BY 4.0; training split, labels unused), PubMed abstracts of PubMedQA (MIT; training split, labels unused), and
+fiction by Jane Austen and Arthur Conan Doyle (public domain). Its card, with figures, attributions and limits, is
+data/base/README.md in the toolkit. What it writes is no medical or legal advice.""",
+    "constructed": """\
+Constructed, not pretrained: token embeddings come from latent semantic analysis of the contract clauses of CUAD v1
+(The Atticus Project, CC BY 4.0; training split, labels unused), everything else from a random seed.""",
+    "random": "Random, not pretrained: every weight comes from a random seed.",
+}
+
+
+def _readme(seed: int, kind: Kind) -> str:
     return f"""# A tiny base in gpt-oss's file layout
 
-{origin}
+{_ORIGINS[kind]}
 
-It cannot write or reason. It exists so that the toolkit's whole path (native MXFP4 experts, harmony, LoRA, export,
+It cannot converse or reason. It exists so that the toolkit's whole path (native MXFP4 experts, harmony, LoRA, export,
 read-back) runs on a CPU with the code that runs on openai/gpt-oss-20b. The tokenizer is the real one.
 
-Made by `{command}`. `checksums.json` lists every file's sha256.
+Made by `finetune base tiny --kind {kind} --seed {seed}`. `checksums.json` lists every file's sha256.
 """

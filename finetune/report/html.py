@@ -17,6 +17,7 @@ from finetune.config.differences import defaults, differences
 from finetune.report.charts import Series, line_chart, smoothed
 from finetune.report.experts import FIGURES
 from finetune.report.html_parts import bars, cards, rows_table, section, survival_table
+from finetune.report.markdown import write_report
 from finetune.report.read import RunFacts
 from finetune.report.style import STYLE
 from finetune.report.words import check_lines, summary, with_interval
@@ -40,6 +41,16 @@ def write_html(run: Path) -> Path:
     staging.write_text(page(facts), encoding="utf-8")
     os.replace(staging, path)
     return path
+
+
+def write_reports(run: Path) -> Path:
+    """Write report.md, with its figures, and report.html.
+
+    Returns:
+        The page's path.
+    """
+    write_report(run)
+    return write_html(run)
 
 
 def page(facts: RunFacts) -> str:

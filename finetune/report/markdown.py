@@ -51,7 +51,7 @@ def outcome(run: Path) -> str:
         for title, key in (("test loss", "loss"), ("accuracy", "accuracy")):
             if key in after:
                 lines.append(f"  {title:<10} {with_interval(before, key)} -> {with_interval(after, key)}")
-    lines += [f"  report     {run / 'report.md'}", f"  adapter    {run / 'adapter'}"]
+    lines += [f"  report     {run / 'report.html'}", f"  adapter    {run / 'adapter'}"]
     return "\n".join(lines)
 
 

@@ -10,26 +10,30 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from finetune.adapters.audit import audit_gradients
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import RunConfig
 from finetune.console import Progress, say, warn
-from finetune.data.batches import BatchPlan
+from finetune.data.batches import Batch, BatchPlan
 from finetune.errors import CheckError, InputError, Interrupted
 from finetune.model.build import Base
 from finetune.model.forward import checkpoint_activations
 from finetune.train.checkpoint_writer import CheckpointWriter
 from finetune.train.checkpoints import Checkpoint
+from finetune.train.engine import Engine
+from finetune.train.evidence import digest_of, write_evidence
+from finetune.train.hangs import HangWatch
 from finetune.train.metrics import MetricsLog, Tracker, memory_gib
-from finetune.train.optimisers import load_optimizer_tensors, make_optimizer, optimizer_tensors
 from finetune.train.routing_watch import RoutingWatch
 from finetune.train.run_directory import RunDirectory
 from finetune.train.schedule import learning_rate
 from finetune.train.signals import StopRequest
 from finetune.train.spikes import LossSpikes
 from finetune.train.step import OptimiserStep, StepFigures
+from finetune.train.step_failures import NotFinite
+
+MOST_SKIPPED = 10  # steps in a row; after that something else is wrong than a few rows
 
 ValidationLoss = Callable[[], float]
 """Scores the validation samples with the model as it is: nats per trained token."""
@@ -47,6 +51,7 @@ class LoopState:
         evaluations_since_best: for early stopping.
         validated: the last step whose validation is done; a signal may have cut a later one short.
         audited: factors whose audit passed, such as "b" or "ba".
+        skipped_in_a_row: steps left out since the last update, because their numbers were not finite.
     """
 
     step: int = 0
@@ -58,6 +63,7 @@ class LoopState:
     evaluations_since_best: int = 0
     validated: int = 0
     audited: str = ""
+    skipped_in_a_row: int = 0
 
 
 def seed_step(seed: int, step: int, process: int) -> None:
@@ -77,11 +83,12 @@ class Trainer:
         config: the whole run.
         base: frozen, with `adapter` attached.
         plan: which rows each step takes.
-        accelerator: device and processes.
+        engine: holds the adapter and its optimiser, and knows who takes part.
         run: where figures and checkpoints go.
         tracker: an outside tracker.
         validation_loss: None when there is nothing to validate on.
         data_fingerprint: stored in checkpoints; resuming on other data is refused.
+        hangs: told of every step and micro-step.
         watch: looks at routing after each validation. None: not wanted.
     """
 
@@ -91,22 +98,21 @@ class Trainer:
         base: Base,
         adapter: Adapter,
         plan: BatchPlan,
-        accelerator: Accelerator,
+        engine: Engine,
         run: RunDirectory,
         tracker: Tracker,
         validation_loss: ValidationLoss | None,
         data_fingerprint: str,
+        hangs: HangWatch,
         watch: RoutingWatch | None = None,
     ) -> None:
         self.config, self.base, self.adapter, self.plan = config, base, adapter, plan
-        self.accelerator, self.run, self.tracker = accelerator, run, tracker
+        self.engine, self.processes, self.run, self.tracker = engine, engine.processes, run, tracker
         self.validation_loss, self.data_fingerprint = validation_loss, data_fingerprint
-        self.watch = watch
-        self.metrics = MetricsLog(run.metrics)
+        self.hangs, self.watch = hangs, watch
+        self.metrics = MetricsLog(run.metrics, writes=run.writes)
         self.writer = CheckpointWriter(run.checkpoints, config.save.keep, background=config.save.background)
-        self.parameters = adapter.parameters()
-        self.optimizer = make_optimizer(self.parameters, config.trainer, seed=config.seed)
-        self.step = OptimiserStep(config.trainer, base, self.parameters, self.optimizer, accelerator, adapter)
+        self.step = OptimiserStep(config.trainer, base, engine, adapter)
         self.state = LoopState()
         self.spikes = LossSpikes([])
         self.audit_lines: list[str] = []
@@ -123,6 +129,7 @@ class Trainer:
         """
         total = self.plan.total_steps
         epoch_steps: tuple[int, list[Any]] = (-1, [])
+        asked = 0
         with self.writer, Progress("training", total, "steps") as progress:
             progress.start_at(self.state.step)
             stopped_early = self.state.step > 0 and self._evaluate_and_save(total)
@@ -130,24 +137,54 @@ class Trainer:
                 epoch, index = self.plan.position(self.state.step)
                 if epoch_steps[0] != epoch:
                     epoch_steps = (epoch, self.plan.steps(epoch))
-                started = time.monotonic()
-                rate = learning_rate(self.state.step, total, self.config.trainer)
                 batches = [self.plan.batch(micro) for micro in epoch_steps[1][index]]
-                seed_step(self.config.seed, self.state.step, self.accelerator.process_index)
-                figures = self.step(batches, rate, self.state.step + 1, before_update=self._audit)
-                self._count(figures, rate, epoch, time.monotonic() - started, progress)
+                self._make_step(batches, epoch, progress)
                 self.writer.check()
                 stopped_early = self._evaluate_and_save(total)
-                if stop.signal_number is not None:
+                asked = self.processes.largest(stop.signal_number or 0)
+                if asked:
                     break
-        if stop.signal_number is not None:
+        if asked:
             self.save()
             raise Interrupted(
                 f"stopped by a signal after step {self.state.step} of {total}; everything is saved",
-                signal_number=stop.signal_number,
+                signal_number=asked,
                 fix=f"go on with `finetune train --resume {self.run.path}`",
             )
         return self.state
+
+    def _make_step(self, batches: list[Batch], epoch: int, progress: Progress) -> None:
+        """One step, counted, unless its numbers are not finite and the recipe says to skip such a step."""
+        started, step = time.monotonic(), self.state.step
+        rate = learning_rate(step, self.plan.total_steps, self.config.trainer)
+        try:
+            figures = self.step(
+                batches,
+                rate,
+                step + 1,
+                begin=lambda: seed_step(self.config.seed, step, self.processes.rank),
+                before_update=self._audit,
+                beat=lambda doing: self.hangs.beat(f"step {step + 1}, {doing}"),
+            )
+        except NotFinite as error:
+            self._keep_evidence(error, batches, rate)
+            if self.config.trainer.on_nonfinite == "stop" or self.state.skipped_in_a_row + 1 >= MOST_SKIPPED:
+                raise
+            warn(f"{error.what}; skipped. {error.why}")
+            skipped = self.state.skipped_in_a_row + 1
+            self.state = replace(self.state, step=step + 1, skipped_in_a_row=skipped)
+            self.metrics.append("skipped", step + 1, epoch=epoch, samples=error.culprits)
+            return
+        self._count(figures, rate, epoch, time.monotonic() - started, progress)
+
+    def _keep_evidence(self, error: NotFinite, batches: list[Batch], rate: float) -> None:
+        """Write what it takes to see the same numbers again: each process's rows, and the adapter before the update."""
+        directory = self.run.path / "nonfinite" / f"step-{self.state.step + 1:08d}"
+        adapter = self.engine.adapter_tensors()
+        facts = {"error": str(error), "rows": error.culprits, "learning_rate": rate, "seed": self.config.seed}
+        write_evidence(directory, self.processes.rank, batches, adapter if self.run.writes else None, facts)
+        self.processes.wait()
+        say(f"the step's rows and the adapter before it are in {directory}")
 
     def _audit(self) -> None:
         """B on the first step; A on the second, when an update has moved B away from zero (the rate is never zero)."""
@@ -155,7 +192,7 @@ class Trainer:
         due = "b" if not audited else "a" if audited == "b" else None
         if due is None:
             return
-        result = audit_gradients(self.base.model, self.adapter, due)
+        result = audit_gradients(self.base.model, self.adapter, due, gradient_of=self.engine.gradient)
         say(result.describe())
         self.audit_lines.append(result.describe())
         self.state = replace(self.state, audited=audited + due)
@@ -167,6 +204,7 @@ class Trainer:
             tokens=self.state.tokens + figures.tokens,
             trained_tokens=self.state.trained_tokens + figures.trained_tokens,
             seconds=self.state.seconds + seconds,
+            skipped_in_a_row=0,
         )
         speed, memory = figures.tokens / seconds, memory_gib(self.base.device)
         self.metrics.append(
@@ -214,7 +252,8 @@ class Trainer:
         """Validate, and say whether it is the best so far."""
         assert self.validation_loss is not None
         self.base.model.eval()
-        loss = self.validation_loss()
+        self.hangs.beat(f"validation after step {self.state.step}")
+        loss = float(self.processes.from_first(self.validation_loss()))
         if not math.isfinite(loss):
             raise CheckError(f"validation loss after step {self.state.step} is {loss}")
         if self.watch is not None:
@@ -231,9 +270,15 @@ class Trainer:
         return improved
 
     def save(self, *, wait: bool = True) -> None:
-        """Write a checkpoint of this moment and remove the ones no longer kept; `wait` until it is on disk."""
-        optimizer = optimizer_tensors(self.optimizer, self.parameters)
-        adapter = {name: parameter.detach().cpu().contiguous() for name, parameter in self.parameters.items()}
+        """Write a checkpoint of this moment and remove the ones no longer kept; `wait` until it is on disk.
+
+        Process 0 writes for all.
+        """
+        self.hangs.beat(f"saving after step {self.state.step}")
+        optimizer, adapter = self.engine.optimizer_tensors(), self.engine.adapter_tensors()
+        self.processes.must_agree("the adapter", digest_of(adapter))
+        if not self.run.writes:
+            return
         facts = {
             "loop": asdict(self.state),
             "audit": self.audit_lines,
@@ -260,8 +305,7 @@ class Trainer:
                     why=f"{checkpoint.state[fact][:12]} was saved, {now[:12]} is here",
                     fix="restore the data and base it was started with, or start a new run",
                 )
-        self.load_adapter(checkpoint)
-        load_optimizer_tensors(self.optimizer, self.parameters, checkpoint.optimizer)
+        self.engine.load(checkpoint.adapter, checkpoint.optimizer)
         self.state = LoopState(**checkpoint.state["loop"])
         self.audit_lines = list(checkpoint.state["audit"])
         self.metrics.cut_after(self.state.step)
@@ -269,6 +313,4 @@ class Trainer:
 
     def load_adapter(self, checkpoint: Checkpoint) -> None:
         """Set the adapter's parameters to a checkpoint's."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(checkpoint.adapter[name])
+        self.engine.load(checkpoint.adapter, None)

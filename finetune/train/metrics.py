@@ -31,26 +31,33 @@ def memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """Append-only metrics.jsonl: each line is one JSON object (`kind`: step, evaluation, spike; `step`)."""
+    """Append-only metrics.jsonl: each line is one JSON object with `kind` (such as `step`) and `step`.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file.
+        writes: False in a process that leaves it to another.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     def append(self, kind: str, step: int, **figures: Any) -> None:
         """Write one line."""
+        if not self.writes:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
 
     def cut_after(self, step: int) -> None:
         """Drop lines of later steps (and a half-written last line): a resumed run writes them again."""
-        if not self.path.exists():
+        if not self.writes or not self.path.exists():
             return
         lines = self.path.read_text(errors="replace").splitlines()
         write_whole(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
     def losses(self) -> list[float]:
-        """Losses of the steps in the log, oldest first."""
-        if not self.path.exists():
+        """Losses of the steps in the log, oldest first; none in a process that leaves the log to another."""
+        if not self.writes or not self.path.exists():
             return []
         lines = [json.loads(line) for line in self.path.read_text().splitlines()]
         return [float(line["loss"]) for line in lines if line["kind"] == "step"]

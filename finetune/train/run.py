@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.compact import is_worth_it, write_compact
-from finetune.adapters.files import write_adapter
-from finetune.adapters.read_back import fits_in_memory, memory_needed_bytes, read_back
+from finetune.adapters.read_back import live_logits
 from finetune.config.compose import ComposedConfig
-from finetune.config.schema import AdapterConfig
-from finetune.config.validate import to_plain
-from finetune.console import say, warn
-from finetune.errors import ConfigError, InputError, Interrupted, MachineError
+from finetune.config.deepspeed import deepspeed_settings
+from finetune.config.schema import AdapterConfig, RunConfig
+from finetune.config.validate import dump_yaml, to_plain
+from finetune.console import say, warn, warnings_so_far
+from finetune.data.preview import as_json
+from finetune.errors import ConfigError, InputError, Interrupted
 from finetune.evaluate.affinity import write_affinity
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import check_unchanged
 from finetune.train.checkpoint_files import checkpoint_path, remove_after
 from finetune.train.checkpoints import load_checkpoint, load_newest
+from finetune.train.engine import Engine
 from finetune.train.evaluation import evaluate_test_set, validation_subset
+from finetune.train.finish import Result, read_back_samples, why_not_read_back, write_result
+from finetune.train.hangs import HangWatch
 from finetune.train.loop import Trainer
 from finetune.train.metrics import Tracker, memory_gib
+from finetune.train.open_engine import open_engine
+from finetune.train.processes import Processes, closing, naming_lost_processes, open_processes
 from finetune.train.routing_watch import RoutingWatch
-from finetune.train.run_directory import RunDirectory, write_json
+from finetune.train.run_directory import RunDirectory, prepare_run, write_json
 from finetune.train.session import Session, open_session, session_facts
 from finetune.train.signals import StopRequest
 
@@ -38,7 +42,7 @@ WriteReport = Callable[[Path], object]
 
 
 def train(composed: ComposedConfig, write_report: WriteReport) -> Path:
-    """Run a recipe from the start.
+    """Run a recipe from the start, alone or as one of the processes that a launcher has started.
 
     Args:
         composed: the checked recipe.
@@ -51,45 +55,76 @@ def train(composed: ComposedConfig, write_report: WriteReport) -> Path:
     config = composed.config
     if config.name is not None:
         RunDirectory.refuse_existing(Path(config.output_dir) / config.name)
-    session = open_session(config)  # until there is something to save, signals end the command as usual
-    run = RunDirectory.create(config, composed.recipe_name)
-    say(f"run directory: {run.path}")
-    with StopRequest() as stop, run.locked():
-        run.update_manifest(recipe=composed.recipe_name, overrides=list(composed.overrides), **session_facts(session))
-        _name_skipped_rows(session, run)
-        if session.affinity is not None:
-            write_affinity(run.path / EXPERTS, session.affinity)
-        _execute(session, run, stop, started, write_report, resumed=False)
+    processes = open_processes(config)
+    with closing(processes):
+        processes.must_agree("the configuration", dump_yaml(config))
+        session = open_session(config, processes)  # until there is something to save, signals end the command as usual
+        made = prepare_run(config, composed.recipe_name, composed.overrides) if processes.is_first else None
+        run = RunDirectory(Path(processes.from_first(str(made.path if made else None))), writes=processes.is_first)
+        _begin(session, run, started, write_report)
     return run.path
 
 
-def resume(path: Path, write_report: WriteReport) -> Path:
-    """Continue a run from its newest whole checkpoint.
+def train_prepared(path: Path, write_report: WriteReport) -> Path:
+    """Run what `prepare_run` left in a directory, as one of the processes that `launch` has started."""
+    started = time.monotonic()
+    prepared, config = RunDirectory.open(path)
+    processes = open_processes(config)
+    with closing(processes):
+        run = replace(prepared, writes=processes.is_first)
+        _begin(open_session(config, processes), run, started, write_report)
+    return run.path
+
+
+def _begin(session: Session, run: RunDirectory, started: float, write_report: WriteReport) -> None:
+    say(f"run directory: {run.path}")
+    with StopRequest() as stop, run.locked():
+        run.update_manifest(**session_facts(session))
+        if run.writes:
+            _name_skipped_rows(session, run)
+            write_json(run.path / "sample.json", as_json(session.splits["train"].samples[0]))
+            if session.affinity is not None:
+                write_affinity(run.path / EXPERTS, session.affinity)
+        _execute(session, run, stop, started, write_report, resumed=False)
+
+
+def resume(path: Path, write_report: WriteReport, config: RunConfig | None = None) -> Path:
+    """Continue a run from its newest whole checkpoint, alone or as one of the processes that were started.
+
+    Args:
+        path: the run's directory.
+        write_report: see `WriteReport`.
+        config: its configuration, with the processes that now carry it out (`finetune.config.resuming`). None: the
+            same as before.
 
     Raises:
         InputError: no run, or no whole checkpoint, there.
         ConfigError: the run is finished.
     """
     started = time.monotonic()
-    run, config = RunDirectory.open(path.resolve())
+    run, stored = RunDirectory.open(path.resolve())
+    config = config or stored
     manifest = run.read_json(run.manifest)
     if manifest.get("status") == "finished":
         raise ConfigError(
             f"{path} is finished",
             fix=f"to train on from its adapter, start a new run with adapter.init_from={run.adapter}",
         )
-    # Relative paths of the recipe, and a hub name's moving branch, mean what they meant when the run was started.
-    if (origin := manifest.get("working_directory")) and Path(origin) != Path.cwd() and Path(origin).is_dir():
-        warn(f"working in {origin}, where the run was started")
-        os.chdir(origin)
-    if revision := manifest.get("base", {}).get("revision"):
-        config = replace(config, model=replace(config.model, revision=revision))
-    if (run.path / EXPERTS).is_file():  # measured once: a resumed run adapts the experts that it started with
-        config = replace(config, adapter=_with_select(config.adapter, str(run.path / EXPERTS)))
-    with run.locked():
-        session = open_session(config, resumed=True)
-        with StopRequest() as stop:
-            _execute(session, run, stop, started, write_report, resumed=True)
+    processes = open_processes(config)
+    with closing(processes):
+        run = replace(run, writes=processes.is_first)
+        # Relative paths of the recipe, and a hub name's moving branch, mean what they meant when the run was started.
+        if (origin := manifest.get("working_directory")) and Path(origin) != Path.cwd() and Path(origin).is_dir():
+            warn(f"working in {origin}, where the run was started")
+            os.chdir(origin)
+        if revision := manifest.get("base", {}).get("revision"):
+            config = replace(config, model=replace(config.model, revision=revision))
+        if (run.path / EXPERTS).is_file():  # measured once: a resumed run adapts the experts that it started with
+            config = replace(config, adapter=_with_select(config.adapter, str(run.path / EXPERTS)))
+        with run.locked():
+            session = open_session(config, processes, resumed=True)
+            with StopRequest() as stop:
+                _execute(session, run, stop, started, write_report, resumed=True)
     return run.path
 
 
@@ -108,14 +143,23 @@ def _execute(
 ) -> None:
     """Train and finish; manifest and report say how it ended, whatever happens."""
     tracker = Tracker(session.accelerator, session.config.logging, to_plain(session.config), run.path)
-    trainer = _trainer(session, run, tracker, stop)
+    engine = open_engine(session.config, session.base, session.adapter, session.accelerator, session.processes)
+    say(f"processes: {engine.describe()}")
+    if run.writes and (settings := deepspeed_settings(session.config)):
+        write_json(run.path / "deepspeed.json", settings)
+    hangs = HangWatch(session.processes, session.config.distributed.timeout_s)
+    trainer = _trainer(session, engine, run, tracker, stop, hangs)
     if resumed:
         _restore(trainer, session, run)
     earlier = run.read_json(run.manifest)
-    run.update_manifest(status="running", stopped_by=None)
+    run.update_manifest(status="running", stopped_by=None, processes=engine.describe())
     ending: dict[str, Any] = {"status": "finished"}
     try:
-        _train_and_export(session, trainer, run, stop)
+        with hangs, naming_lost_processes(session.processes):
+            result = _train_and_evaluate(session, trainer, run, stop)
+        session.processes.leave()
+        if run.writes:  # long, and process 0 needs no other for it
+            write_result(session, run, result)
     except BaseException as error:
         first_line = (str(error).splitlines() or [""])[0]
         ending = {"status": "stopped", "stopped_by": f"{type(error).__name__}: {first_line}".removesuffix(": ")}
@@ -124,7 +168,8 @@ def _execute(
         run.update_manifest(**ending, **_sitting(trainer, earlier, started))
         tracker.close()
         try:
-            write_report(run.path)
+            if run.writes:
+                write_report(run.path)
         except Exception as error:  # what ended the run matters more than a report that cannot be written
             warn(f"no report: {type(error).__name__}: {error}")
 
@@ -150,9 +195,12 @@ def _restore(trainer: Trainer, session: Session, run: RunDirectory) -> None:
         InputError: there is none, or it holds another adapter than config.yaml describes.
         CheckError: it belongs to other data or another base.
     """
-    step, checkpoint = load_newest(run.checkpoints)
+    processes = session.processes
+    newest = load_newest(run.checkpoints) if processes.is_first else None
+    step = int(processes.from_first(newest[0] if newest else None))
+    checkpoint = newest[1] if newest else load_checkpoint(checkpoint_path(run.checkpoints, step))
     saved = {name: list(tensor.shape) for name, tensor in checkpoint.adapter.items()}
-    now = {name: list(tensor.shape) for name, tensor in session.adapter.parameters().items()}
+    now = {name: list(tensor.shape) for name, tensor in trainer.engine.parameters.items()}
     if saved != now:
         name = next(name for name in sorted(saved | now) if saved.get(name) != now.get(name))
         raise InputError(
@@ -161,49 +209,62 @@ def _restore(trainer: Trainer, session: Session, run: RunDirectory) -> None:
             fix="make config.yaml as it was when the run was started",
         )
     trainer.restore(checkpoint)
-    remove_after(run.checkpoints, step)
+    if run.writes:
+        remove_after(run.checkpoints, step)
     say(f"resuming after step {step} of {session.plan.total_steps}")
 
 
-def _train_and_export(session: Session, trainer: Trainer, run: RunDirectory, stop: StopRequest) -> None:
-    """Before-figures, training, after-figures, the adapter on disk, and reading it back.
+def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, stop: StopRequest) -> Result:
+    """Before-figures, training, after-figures: all that needs every process.
 
-    The adapter is written last but one: a run that was stopped has none that could be taken for its result.
+    The adapter is written after all of it: a run that was stopped has none that could be taken for its result.
     """
-    config, base, test = session.config, session.base, session.test
-    evaluation = run.read_json(run.evaluation)
-    if test is not None and "before" not in evaluation:
-        with session.adapter.disabled():
-            evaluation["before"] = evaluate_test_set(
-                base, test, config, when="before", between_batches=lambda: _leave_if_asked(stop, run, trainer.save)
-            )
-        write_json(run.evaluation, evaluation)
+    config, base, test, processes = session.config, session.base, session.test, session.processes
+    evaluation: dict[str, Any] = processes.from_first(run.read_json(run.evaluation))
+
+    def evaluate(when: str, save: Callable[[], None] | None) -> None:
+        if test is None or when in evaluation:
+            return
+
+        def between() -> None:
+            trainer.hangs.beat(f"evaluating {when} training")
+            _leave_if_asked(stop, run, save, processes)
+
+        figures = evaluate_test_set(base, test, config, when=when, between_batches=between)
+        evaluation[when] = processes.from_first(figures)
+        run.write_evaluation(evaluation)
+
+    with session.adapter.disabled():
+        evaluate("before", trainer.save)
     trainer.train(stop)
     _choose_best(session, trainer, run)
+    trainer.hangs.beat("checking the base")
     check_unchanged(base)
-    if test is not None:
-        # The last step is saved already; saving now could store the best step's adapter under its name.
-        evaluation["after"] = evaluate_test_set(
-            base, test, config, when="after", between_batches=lambda: _leave_if_asked(stop, run, save=None)
-        )
-        write_json(run.evaluation, evaluation)
+    evaluation.pop("after", None)
+    # The last step is saved already; saving now could store the best step's adapter under its name.
+    evaluate("after", None)
     if trainer.watch is not None:
         best = trainer.state.best_step if config.save.best_metric != "none" else None
         usage = trainer.step.router_loss.usage
         run.update_manifest(routing=trainer.watch.finish(best or trainer.state.step, usage))
-    _write_adapter(session, run)
-    run.update_manifest(read_back=_read_back(session, run))
+    trainer.hangs.beat("gathering the adapter")
+    skipped: str | None = processes.from_first(why_not_read_back(session))
+    live = live_logits(base, session.adapter, read_back_samples(session)) if skipped is None else None
+    return Result(trainer.engine.adapter_tensors(), live, skipped)
 
 
-def _leave_if_asked(stop: StopRequest, run: RunDirectory, save: Callable[[], None] | None) -> None:
-    """Save and leave if a signal came: evaluations are long, and who stops a machine does not wait for them."""
-    if stop.signal_number is None:
+def _leave_if_asked(
+    stop: StopRequest, run: RunDirectory, save: Callable[[], None] | None, processes: Processes
+) -> None:
+    """Save and leave if a signal came to any process: evaluations are long, and who stops a machine does not wait."""
+    asked = processes.largest(stop.signal_number or 0)
+    if not asked:
         return
     if save is not None:
         save()
     raise Interrupted(
         "stopped by a signal while evaluating; everything is saved",
-        signal_number=stop.signal_number,
+        signal_number=asked,
         fix=f"go on with `finetune train --resume {run.path}`",
     )
 
@@ -213,25 +274,29 @@ def _sitting(trainer: Trainer, earlier: dict[str, Any], started: float) -> dict[
     minutes = (time.monotonic() - started) / 60
     return {
         "audit": trainer.audit_lines,
+        "warnings": list(dict.fromkeys([*earlier.get("warnings", []), *warnings_so_far()])),
         "loop": asdict(trainer.state),
         "minutes": round(earlier.get("minutes", 0.0) + minutes, 2),
         "peak_memory_gib": round(max(earlier.get("peak_memory_gib", 0.0), memory_gib(trainer.base.device)), 3),
     }
 
 
-def _trainer(session: Session, run: RunDirectory, tracker: Tracker, stop: StopRequest) -> Trainer:
+def _trainer(
+    session: Session, engine: Engine, run: RunDirectory, tracker: Tracker, stop: StopRequest, hangs: HangWatch
+) -> Trainer:
     config, base = session.config, session.base
     validation: Callable[[], float] | None = None
+
+    def between() -> None:
+        hangs.beat("validating")
+        _leave_if_asked(stop, run, trainer.save, session.processes)
+
     if "validation" in session.splits:
         samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_rows)
 
         def validation() -> float:
             return held_out_loss(
-                base.model,
-                samples,
-                config.data.max_length,
-                task="validation",
-                between_batches=lambda: _leave_if_asked(stop, run, trainer.save),
+                base.model, samples, config.data.max_length, task="validation", between_batches=between
             ).mean
 
     watch = None
@@ -245,11 +310,11 @@ def _trainer(session: Session, run: RunDirectory, tracker: Tracker, stop: StopRe
             run,
             tracker,
             session.accelerator,
-            lambda: _leave_if_asked(stop, run, trainer.save),
+            between,
         )
     fingerprint = session.splits["train"].fingerprint
     trainer = Trainer(
-        config, base, session.adapter, session.plan, session.accelerator, run, tracker, validation, fingerprint, watch
+        config, base, session.adapter, session.plan, engine, run, tracker, validation, fingerprint, hangs, watch
     )
     return trainer
 
@@ -263,48 +328,3 @@ def _choose_best(session: Session, trainer: Trainer, run: RunDirectory) -> None:
         trainer.load_adapter(load_checkpoint(checkpoint_path(run.checkpoints, best)))
     say(f"adapter of step {best}: best validation loss {trainer.state.best_loss:.4f}")
     run.update_manifest(adapter_of_step=best)
-
-
-def _write_adapter(session: Session, run: RunDirectory) -> None:
-    if run.adapter.exists():  # its read-back failed or was killed, and the run was resumed
-        run.remove_adapter()
-    location, config = session.location, session.config.adapter
-    name = location.name if location.revision else str(location.directory.resolve())
-    base: dict[str, Any] = {
-        "base_name": name,
-        "base_revision": location.revision,
-        "base_identity": session.base.identity,
-        "base_held_as": session.base.held_as,
-    }
-    write_adapter(run.adapter, session.adapter, config, **base)
-    say(f"adapter: {run.adapter}")
-    if is_worth_it(session.adapter):
-        compact = run.path / "adapter_compact"
-        shutil.rmtree(compact, ignore_errors=True)
-        num_experts = session.base.checkpoint.shape.num_experts
-        write_compact(compact, session.adapter, num_experts, rslora=config.rslora, facts=base)
-        say(f"adapter, compact form: {compact}")
-
-
-def _read_back(session: Session, run: RunDirectory) -> dict[str, Any]:
-    """Read the adapter back, or say why not; what is stored says which."""
-    export, base = session.config.export, session.base
-    skipped = None
-    if export.read_back == "never":
-        skipped = "export.read_back is never"
-    elif export.read_back == "auto" and not fits_in_memory(base):
-        needed = memory_needed_bytes(base) / 2**30
-        skipped = f"a dequantised base needs {needed:.0f} GiB of memory, more than half of what is free"
-    if skipped:
-        warn(f"the adapter was not read back with stock PEFT: {skipped}")
-        return {"skipped": skipped}
-    split = session.splits.get("test", session.splits["train"])
-    try:
-        result = read_back(base, session.adapter, run.adapter, split.samples[: export.read_back_rows])
-    except MachineError as error:
-        if export.read_back == "always":
-            raise
-        warn(f"the adapter was not read back with stock PEFT: {error.what}")
-        return {"skipped": error.what}
-    (say if result.conclusive else warn)(result.describe())
-    return asdict(result)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,15 @@ from finetune.errors import ConfigError, InputError, MachineError
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Paths inside one run's directory."""
+    """Paths inside one run's directory.
+
+    Attributes:
+        path: the directory.
+        writes: False in all processes of a run but the first: what would write does nothing.
+    """
 
     path: Path
+    writes: bool = True
 
     @property
     def config(self) -> Path:
@@ -121,6 +127,9 @@ class RunDirectory:
         Raises:
             ConfigError: another process holds it.
         """
+        if not self.writes:
+            yield
+            return
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,7 +150,34 @@ class RunDirectory:
 
     def update_manifest(self, **facts: Any) -> None:
         """Add facts to manifest.json."""
-        write_json(self.manifest, self.read_json(self.manifest) | facts)
+        if self.writes:
+            write_json(self.manifest, self.read_json(self.manifest) | facts)
+
+    def write_evaluation(self, figures: dict[str, Any]) -> None:
+        """Replace evaluation.json."""
+        if self.writes:
+            write_json(self.evaluation, figures)
+
+    @contextmanager
+    def discarded_if_unused(self) -> Iterator[None]:
+        """Remove the directory again if the block fails before the run was under way: nothing of worth is in it."""
+        try:
+            yield
+        except BaseException:
+            if self.writes and not self.read_json(self.manifest).get("status"):
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+
+def prepare_run(config: RunConfig, recipe_name: str, overrides: Sequence[str]) -> RunDirectory:
+    """Make the directory of a run whose processes are yet to start: they read its config.yaml.
+
+    Raises:
+        ConfigError: it exists already.
+    """
+    run = RunDirectory.create(config, recipe_name)
+    run.update_manifest(recipe=recipe_name, overrides=list(overrides))
+    return run
 
 
 def write_whole(path: Path, text: str) -> None:

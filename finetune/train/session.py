@@ -19,6 +19,7 @@ from finetune.adapters.files import read_adapter_into
 from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.adapters.sites import describe_sites
 from finetune.config.derive import check_inputs, router_notes
+from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.schema import RunConfig
 from finetune.console import Progress, say
 from finetune.data.arrow import sample_lengths
@@ -35,9 +36,11 @@ from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import expert_kernel, select_expert_kernel
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.selftest import check_packing
+from finetune.model.shards import ShardedLayers
 from finetune.model.storage import BaseStorage, check_storage, describe_storage, storage_table
 from finetune.train.balance_reach import describe_balance_reach
 from finetune.train.optimisers import check_optimizer, describe_optimizer
+from finetune.train.processes import ALONE, Processes
 
 _FOREIGN_SETTINGS = (
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -58,7 +61,8 @@ class Session:
         base: frozen, with `adapter` attached.
         splits: `train` and, where the recipe has them, `validation` and `test`.
         plan: which rows each step takes.
-        accelerator: device and processes.
+        accelerator: device and tracker.
+        processes: who takes part.
         test: rows scored before and after; None without a test split.
         affinity: which experts are adapted, and why; None: all.
     """
@@ -70,15 +74,17 @@ class Session:
     splits: dict[str, Split]
     plan: BatchPlan
     accelerator: Accelerator
+    processes: Processes
     test: TestSet | None
     affinity: Affinity | None = None
 
 
-def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
+def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bool = False) -> Session:
     """Read data and base, attach the adapter, and check all of it.
 
     Args:
         config: the recipe.
+        processes: who takes part; each opens a session of its own.
         resumed: a checkpoint will fill the adapter, so `adapter.init_from` is not read again.
 
     Raises:
@@ -87,7 +93,7 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
     if resumed:
         config = replace(config, adapter=replace(config.adapter, init_from=None))
     check_inputs(config)
-    device, accelerator = choose_device(config.model), _accelerator(config)
+    device, accelerator = choose_device(config.model), _accelerator(config, processes)
     _check_offload(config, device)
     if device.type == "cuda":
         say(_describe_allocator())
@@ -102,8 +108,8 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         config.trainer,
         config.seed,
         source_sizes=splits["train"].source_sizes,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=processes.rank,
+        world_size=processes.count,
     )
     _describe_plan(plan, splits["train"], config)
     location = locate_base(config.model.path, config.model.revision)
@@ -113,13 +119,18 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         say(_describe_offload(checkpoint, config))
     _verify_checksums(checkpoint, config)
     wanted = BaseStorage.of(config.model)
-    base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk, wanted)
+    deals_out = config.distributed.kind in SHARDED_BASE
+    shards = ShardedLayers(processes.rank, processes.count, device) if deals_out else None
+    dtype = choose_dtype(config.model, device)
+    base = load_base(checkpoint, device, dtype, config.model.experts_per_chunk, wanted, shards)
     say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
     say(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
     say(select_attention(base.model, config.model.attention_kernel).describe())
     storage = storage_table(base.model)
     say(describe_storage(storage))
+    if shards is not None:
+        say(shards.describe())
     check_storage(storage, wanted)
     if config.data.pack:
         say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
@@ -135,7 +146,10 @@ def open_session(config: RunConfig, *, resumed: bool = False) -> Session:
         say(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
     for note in router_notes(config):
         say(note)
-    return Session(config, location, base, adapter, splits, plan, accelerator, test, affinity)
+    processes.must_agree("the base", base.identity)
+    for split_name, split in splits.items():
+        processes.must_agree(f"the {split_name} data", split.fingerprint)
+    return Session(config, location, base, adapter, splits, plan, accelerator, processes, test, affinity)
 
 
 def _chosen_experts(
@@ -195,8 +209,8 @@ def session_facts(session: Session) -> dict[str, Any]:
     }
 
 
-def _accelerator(config: RunConfig) -> Accelerator:
-    """The processes that run, checked against the recipe.
+def _accelerator(config: RunConfig, processes: Processes) -> Accelerator:
+    """Accelerate's view of the same processes, checked.
 
     Accelerate reads ACCELERATE_* variables, which a launcher or a shell may have left; what would change the training
     behind the recipe's back is refused.
@@ -214,9 +228,10 @@ def _accelerator(config: RunConfig) -> Accelerator:
     log_with = None if config.logging.tracker == "none" else config.logging.tracker
     on_cpu = choose_device(config.model).type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=log_with)
-    if accelerator.num_processes != config.distributed.num_processes:
+    if (accelerator.num_processes, accelerator.process_index) != (processes.count, processes.rank):
         raise MachineError(
-            f"{accelerator.num_processes} processes run, the recipe says {config.distributed.num_processes}",
+            f"Accelerate sees process {accelerator.process_index} of {accelerator.num_processes}, this is "
+            f"{processes.rank} of {processes.count}",
             why="processes that do not know of each other train separate adapters and overwrite one another",
             fix="start it with `finetune train`, without a launcher",
         )
@@ -225,11 +240,13 @@ def _accelerator(config: RunConfig) -> Accelerator:
 
 def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
     trainer, rows = config.trainer, plan.rows(0)
+    count = config.distributed.num_processes
+    processes = f" x {count} processes" if count > 1 else ""
     efficiency = packing_efficiency(sample_lengths(split.samples), rows, config.data.max_length)
     say(
         f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
-        f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps = "
-        f"{trainer.rows_per_micro_step * trainer.micro_steps} rows a step => {plan.total_steps:,} steps "
+        f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps{processes} = "
+        f"{trainer.rows_per_micro_step * trainer.micro_steps * count} rows a step => {plan.total_steps:,} steps "
         f"for {trainer.epochs:g} epochs"
     )
 

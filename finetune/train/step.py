@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import TrainerConfig
+from finetune.console import warn
 from finetune.data.batches import Batch
-from finetune.errors import CheckError
+from finetune.errors import CapacityError, CheckError, is_out_of_memory
 from finetune.model.build import Base
 from finetune.model.forward import hidden_states
 from finetune.model.offload import CheckpointOffload
 from finetune.model.predictions import predicted_tokens
 from finetune.model.router import record_routing
+from finetune.train.engine import Engine
 from finetune.train.losses import language_loss
 from finetune.train.router_loss import RouterLoss, StepRouting
-
-SAMPLES_NAMED = 12
+from finetune.train.step_failures import NotFinite, OutOfMemory, named_rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class StepFigures:
         balance: router balance against its target, mean over the step's tokens; 1 where routing is as wanted.
         router_z: router z-loss, mean over the step's tokens.
         gradient_norm: before clipping.
-        tokens, trained_tokens: without padding, of this process.
+        tokens, trained_tokens: without padding, of all processes.
     """
 
     loss: float
@@ -54,23 +54,19 @@ class OptimiserStep:
     router are those of `finetune.train.router_loss`.
 
     Args:
-        config: coefficients and clipping.
-        base, parameters, optimizer, accelerator: what is trained, and by what.
+        config: coefficients, and what to do when memory runs out.
+        base: frozen, with the adapter attached.
+        engine: holds the adapter and its optimiser, and knows who takes part.
         adapter: needed for the balance target `base` alone.
+
+    Attributes:
+        parts: batches that each micro-step is made in; doubled when memory ran out.
     """
 
-    def __init__(
-        self,
-        config: TrainerConfig,
-        base: Base,
-        parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
-        adapter: Adapter | None = None,
-    ) -> None:
-        self.config, self.base, self.parameters = config, base, parameters
-        self.optimizer, self.accelerator = optimizer, accelerator
-        self.router_loss = RouterLoss(config, base, adapter, accelerator)
+    def __init__(self, config: TrainerConfig, base: Base, engine: Engine, adapter: Adapter | None = None) -> None:
+        self.config, self.base, self.engine, self.processes = config, base, engine, engine.processes
+        self.parts = 1
+        self.router_loss = RouterLoss(config, base, adapter, engine.accelerator)
         coefficients = (1.0, config.router_balance_coefficient, config.router_z_loss_coefficient)
         self._coefficients = torch.tensor(coefficients, device=base.device)
         self.offload: AbstractContextManager[object] = nullcontext()
@@ -78,7 +74,14 @@ class OptimiserStep:
             self.offload = CheckpointOffload(base.device, base.checkpoint.shape.hidden, base.compute_dtype)
 
     def __call__(
-        self, batches: list[Batch], rate: float, number: int, *, before_update: Callable[[], None] = lambda: None
+        self,
+        batches: list[Batch],
+        rate: float,
+        number: int,
+        *,
+        begin: Callable[[], None] = lambda: None,
+        before_update: Callable[[], None] = lambda: None,
+        beat: Callable[[str], None] = lambda _: None,
     ) -> StepFigures:
         """Accumulate gradients over micro-steps and update once.
 
@@ -86,71 +89,110 @@ class OptimiserStep:
             batches: this process's micro-steps.
             rate: learning rate of this step.
             number: of the step from 1, for messages.
+            begin: seeds torch; called again when the step is begun again.
             before_update: called when all gradients are there and finite.
+            beat: told what is being done.
 
         Raises:
-            CheckError: no token of the step is trained, or loss or gradients are not finite; no update was made.
+            CheckError: no token of the step is trained.
+            NotFinite: loss or gradients are not; no update was made.
+            CapacityError: another process is out of memory, and smaller micro-steps are not wanted or not possible.
         """
         self.base.model.train()
         total_weight = self._total_weight(batches, number)
-        routing = self.router_loss.prepare(batches)
-        sums = []
-        for place, batch in enumerate(batches):
-            terms = self._micro_step(batch, place, total_weight, routing)
-            # Processes average their gradients; each term is already a share of the whole step's, so undo that.
-            self.accelerator.backward((terms * self._coefficients).sum() * self.accelerator.num_processes)
-            sums.append(terms.detach())
-        loss, balance, router_z = self.accelerator.reduce(torch.stack(sums).sum(0), "sum").tolist()
-        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.max_gradient_norm or math.inf)
-        figures = StepFigures(
-            loss=loss,
-            balance=balance,
-            router_z=router_z,
-            gradient_norm=float(norm),
-            tokens=sum(batch.num_tokens for batch in batches),
-            trained_tokens=sum(int(batch.weights.count_nonzero()) for batch in batches),
-        )
-        _refuse_not_finite(figures, batches, number)
+        while True:
+            begin()
+            pieces = [piece for batch in batches for piece in batch.parts(self.parts)]
+            try:
+                sums = self._accumulate(pieces, total_weight, beat)
+                break
+            except OutOfMemory as error:
+                self._make_smaller(batches, error.cause)
+        beat("exchanging gradients")
+        self.engine.exchange()
+        figures = self._figures(batches, torch.stack(sums).sum(0), self.engine.gradient_norm())
+        if not all(map(math.isfinite, (figures.loss, figures.balance, figures.router_z, figures.gradient_norm))):
+            self.engine.drop()
+            what = f"step {number} is not finite: loss {figures.loss}, gradient norm {figures.gradient_norm}"
+            raise NotFinite(what, sums, pieces, self.processes)
         before_update()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.update(rate)
         return figures
 
-    def _micro_step(self, batch: Batch, place: int, total_weight: float, routing: StepRouting) -> Tensor:
-        """A micro-step's shares of the step's language loss, balance loss and z-loss: float32 [3]."""
+    def _accumulate(self, pieces: list[Batch], total_weight: float, beat: Callable[[str], None]) -> list[Tensor]:
+        """Forward and backward of all micro-steps: each one's shares of the step's terms.
+
+        Raises:
+            OutOfMemory: in this process or another.
+        """
+        routing = self.router_loss.prepare(pieces)
+        sums: list[Tensor] = []
+        failure: BaseException | None = None
+        for place, batch in enumerate(pieces):
+            beat(f"micro-step {place + 1} of {len(pieces)}")
+            try:
+                last = place + 1 == len(pieces)
+                terms = self.engine.forward(self._micro_step(place, total_weight, routing), batch, last=last)
+                # Processes average their gradients; each term is already a share of the whole step's, so undo that.
+                self.engine.backward((terms * self._coefficients).sum() * self.processes.count)
+            except (MemoryError, RuntimeError) as error:
+                # Without retry the others are waiting inside a layer, and cannot be asked.
+                if not is_out_of_memory(error) or not self.engine.can_retry:
+                    raise
+                failure = error.with_traceback(None)  # it holds tensors
+                break
+            sums.append(terms.detach())
+        beat("waiting for the others")
+        if self.processes.largest(int(failure is not None)):
+            raise OutOfMemory(failure)
+        return sums
+
+    def _micro_step(self, place: int, total_weight: float, routing: StepRouting) -> Callable[[Batch], Tensor]:
+        """A micro-step's forward pass: shares of the step's language loss, balance loss and z-loss, float32 [3]."""
         model, device = self.base.model, self.base.device
-        where, targets, weights = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
-        with record_routing(model) as tape, self.offload:
-            hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
-        loss = language_loss(hidden, model.lm_head.weight, where.to(device), targets.to(device), weights.to(device))
-        balance, router_z = self.router_loss.shares(tape.layers, batch, routing, place)
-        return torch.stack([loss / total_weight, balance, router_z])
+
+        def forward(batch: Batch) -> Tensor:
+            where, targets, weights = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
+            with record_routing(model) as tape, self.offload:
+                hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
+            head = model.lm_head.weight
+            loss = language_loss(hidden, head, where.to(device), targets.to(device), weights.to(device))
+            balance, router_z = self.router_loss.shares(tape.layers, batch, routing, place)
+            return torch.stack([loss / total_weight, balance, router_z])
+
+        return forward
+
+    def _make_smaller(self, batches: list[Batch], cause: BaseException | None) -> None:
+        """Halve the rows of a micro-step, in every process.
+
+        Raises:
+            CapacityError: that is not wanted or not possible; where memory ran out the error itself is raised.
+        """
+        self.engine.drop()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        who = [str(rank) for rank, failed in enumerate(self.processes.gather(cause is not None)) if failed]
+        most_rows = self.processes.largest(max(len(batch.sample_ids) for batch in batches))
+        if not self.config.halve_micro_batch_on_oom or self.parts >= most_rows:
+            raise cause or CapacityError(f"process {', '.join(who)} is out of memory", fix="see what it wrote")
+        self.parts *= 2
+        where = f"process {', '.join(who)} is " if self.processes.count > 1 else ""
+        warn(f"{where}out of memory: micro-steps are made in {self.parts} parts from here on; steps stay the same")
+
+    def _figures(self, batches: list[Batch], terms: Tensor, norm: float) -> StepFigures:
+        loss, balance, router_z, tokens, trained = self.processes.sums(
+            *terms.tolist(),
+            sum(batch.num_tokens for batch in batches),
+            sum(int(batch.weights.count_nonzero()) for batch in batches),
+        )
+        return StepFigures(loss, balance, router_z, norm, int(tokens), int(trained))
 
     def _total_weight(self, batches: list[Batch], number: int) -> float:
-        local = torch.tensor(sum(batch.weight_sum for batch in batches), dtype=torch.float64, device=self.base.device)
-        total = float(self.accelerator.reduce(local, "sum").item())
+        (total,) = self.processes.sums(sum(batch.weight_sum for batch in batches))
         if total == 0:
             raise CheckError(
                 f"step {number} has no trained token: its loss would be 0 / 0",
-                why=f"samples: {_named(batches)}",
+                why=f"samples: {named_rows(batches)}",
                 fix="look at the loss weights of the data",
             )
         return total
-
-
-def _refuse_not_finite(figures: StepFigures, batches: list[Batch], number: int) -> None:
-    """Look before the update: through clipping, one NaN gradient would make every parameter NaN."""
-    if all(math.isfinite(value) for value in (figures.loss, figures.balance, figures.router_z, figures.gradient_norm)):
-        return
-    raise CheckError(
-        f"step {number} is not finite: loss {figures.loss}, gradient norm {figures.gradient_norm}",
-        why=f"no update was made from it; its samples: {_named(batches)}",
-        fix="lower trainer.learning_rate, or look at those samples; resume from the last checkpoint",
-    )
-
-
-def _named(batches: list[Batch]) -> str:
-    ids = [name for batch in batches for row in batch.sample_ids for name in row]
-    return ", ".join(ids[:SAMPLES_NAMED]) + (" ..." if len(ids) > SAMPLES_NAMED else "")

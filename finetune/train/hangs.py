@@ -1,0 +1,95 @@
+"""When nothing happens any more: say which process is behind and what each was doing, and end.
+
+A collective operation that waits for a process that does not come cannot be left from inside. A thread in every process
+watches the time since its own last sign of life; when that gets too long it prints the stack of every thread, compares
+what all processes last said, and ends the process. It works for hangs anywhere (a lock, a file system, a GPU), and
+before torch's own time-out, which only knows that somebody is missing.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from types import TracebackType
+
+import torch.distributed as dist
+
+from finetune.console import complain
+from finetune.errors import MachineError
+from finetune.train.processes import Processes
+
+CHECKS = 20  # in one time-out
+SETTLE_SECONDS = 1.0  # for the others' watches to come to the same conclusion
+
+
+class HangWatch:
+    """Context manager that ends the process when it gives no sign of life for too long. Nothing for one process.
+
+    Args:
+        processes: who takes part.
+        timeout_s: how long is too long.
+    """
+
+    def __init__(self, processes: Processes, timeout_s: float) -> None:
+        self.processes, self.timeout_s = processes, timeout_s
+        self._beats, self._last, self._doing = 0, time.monotonic(), "starting"
+        self._over = threading.Event()
+
+    def __enter__(self) -> HangWatch:
+        if self.processes.count > 1:
+            self.beat("starting")
+            threading.Thread(target=self._watch, name="hang-watch", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+
+    def beat(self, doing: str) -> None:
+        """Give a sign of life: what begins now."""
+        self._beats, self._last, self._doing = self._beats + 1, time.monotonic(), doing
+        if self.processes.store is not None:
+            self.processes.store.set(_key(self.processes.rank), f"{self._beats} {doing}")
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.timeout_s / CHECKS):
+            if time.monotonic() - self._last > self.timeout_s:
+                self._end()
+
+    def _end(self) -> None:
+        complain(f"no sign of life for {self.timeout_s:g} s, in: {self._doing}; every thread's stack:")
+        faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
+        complain(f"error: {self.explain()}")
+        time.sleep(SETTLE_SECONDS)
+        os._exit(MachineError.exit_code)
+
+    def explain(self) -> MachineError:
+        """Which process is behind, from what each said last."""
+        words = [_last_word(self.processes.store, rank) for rank in range(self.processes.count)]
+        fewest = min(count for count, _ in words)
+        behind = [str(rank) for rank, (count, _) in enumerate(words) if count == fewest]
+        if len(behind) == len(words):
+            who = "all processes wait at the same place"
+        else:
+            who = f"process {', '.join(behind)} is missing: the others have gone further"
+        return MachineError(
+            f"the run hangs: {who}",
+            why="; ".join(f"process {rank}: {doing}" for rank, (_, doing) in enumerate(words)),
+            fix="look at that process's stack and machine, then `finetune train --resume`; raise distributed.timeout_s "
+            "if a step may take so long",
+        )
+
+
+def _last_word(store: dist.Store | None, rank: int) -> tuple[int, str]:
+    if store is None or not store.check([_key(rank)]):
+        return 0, "has not begun"
+    count, _, doing = store.get(_key(rank)).decode().partition(" ")
+    return int(count), doing
+
+
+def _key(rank: int) -> str:
+    return f"beat/{rank}"

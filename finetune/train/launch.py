@@ -1,0 +1,178 @@
+"""Start a run's processes on this machine, pass signals on to them, and say which of them failed first.
+
+Each is the `finetune` command again, told by torchrun's environment variables who it is; so torchrun, `accelerate
+launch`, `deepspeed` and Slurm can take this module's place. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from finetune.console import complain, say
+from finetune.errors import MachineError
+from finetune.train.run_directory import RunDirectory
+
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 15.0  # for the others to notice that one has gone, and to say so
+SECOND_CTRL_C_SECONDS = 2.0
+LAST_LINES = 15
+WATCHED = "FINETUNE_WATCH_PARENT"
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class _Workers:
+    """The started processes; process 0 speaks to the terminal, the others' output goes to files."""
+
+    def __init__(self, arguments: Sequence[str], count: int, logs: Path) -> None:
+        self.logs = logs
+        self.interrupts = 0
+        self.deadline: float | None = None
+        self.first_failure: tuple[int, int] | None = None
+        logs.mkdir(parents=True, exist_ok=True)
+        port = _free_port()
+        self.running: dict[int, subprocess.Popen[bytes]] = {}
+        for rank in range(count):
+            self.running[rank] = _start(arguments, rank, count, port, self.log(rank))
+
+    def log(self, rank: int) -> Path:
+        return self.logs / f"process-{rank}.txt"
+
+    def forward(self, number: int, _frame: FrameType | None = None) -> None:
+        """Pass a signal on; after a second Ctrl-C nobody is waited for much longer."""
+        self.interrupts += number == signal.SIGINT
+        if self.interrupts > 1:
+            self.deadline = time.monotonic() + SECOND_CTRL_C_SECONDS
+        for process in self.running.values():
+            process.send_signal(number)
+
+    def wait(self) -> None:
+        """Until all have ended. Once one has failed, the others get a while and are then killed."""
+        while self.running:
+            for rank, process in list(self.running.items()):
+                if (code := process.poll()) is None:
+                    continue
+                del self.running[rank]
+                if code != 0 and self.first_failure is None:
+                    self.first_failure = (rank, code)
+                    self.deadline = self.deadline or time.monotonic() + GRACE_SECONDS
+            if self.deadline is not None and time.monotonic() > self.deadline:
+                self.kill()
+            time.sleep(POLL_SECONDS)
+
+    def kill(self) -> None:
+        for process in self.running.values():
+            process.kill()
+
+
+def launch(arguments: Sequence[str], count: int, run: Path) -> None:
+    """Run `finetune ARGUMENTS` in `count` processes and wait for them.
+
+    Args:
+        arguments: the command line of each.
+        count: how many, all on this machine.
+        run: the run directory; output of all but process 0 goes to `logs/` in it.
+
+    Raises:
+        MachineError: a process was killed.
+        SystemExit: a process failed; it has said why, and its exit code is passed on.
+    """
+    say(f"starting {count} processes; only process 0 prints, the others write to {run / 'logs'}")
+    workers = _Workers(arguments, count, run / "logs")
+    before = {number: signal.signal(number, workers.forward) for number in _FORWARDED}
+    try:
+        workers.wait()
+    finally:
+        workers.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _remove_empty(workers.logs)
+    if workers.first_failure is not None:
+        _note_end(RunDirectory(run), *workers.first_failure)
+        _report(workers, *workers.first_failure)
+
+
+def watch_parent() -> None:
+    """In a started process: stop as SIGTERM does when the process that started it is gone, however it went."""
+    if os.environ.pop(WATCHED, None) is None:
+        return
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="watch-parent", daemon=True).start()
+
+
+def _start(arguments: Sequence[str], rank: int, count: int, port: int, log: Path) -> subprocess.Popen[bytes]:
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        WATCHED: "1",
+    }  # fmt: skip
+    # -P: a folder named `finetune` where the command is run must not be taken for this package.
+    command = [sys.executable, "-P", "-m", "finetune", *arguments]
+    # A session of its own: Ctrl-C reaches the parent alone, which passes it on once to each.
+    with log.open("ab") as file:
+        output = None if rank == 0 else file
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _remove_empty(logs: Path) -> None:
+    for log in logs.glob("process-*.txt"):
+        if log.stat().st_size == 0:
+            log.unlink()
+    if logs.is_dir() and not any(logs.iterdir()):
+        logs.rmdir()
+
+
+def _note_end(run: RunDirectory, rank: int, code: int) -> None:
+    """Process 0 says in manifest.json how a run ended, unless it had no time to."""
+    if run.read_json(run.manifest).get("status") == "running":
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        run.update_manifest(status="stopped", stopped_by=f"process {rank} {how}")
+
+
+def _report(workers: _Workers, rank: int, code: int) -> NoReturn:
+    if workers.interrupts > 1:
+        raise SystemExit(128 + signal.SIGINT)
+    log = workers.log(rank)
+    if rank != 0 and log.exists() and code not in (130, 143):
+        lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        complain(f"process {rank} stopped first; the end of {log}:\n" + "\n".join(f"  | {line}" for line in lines))
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise MachineError(
+            f"process {rank} was killed by {name}",
+            why="SIGKILL most likely comes from the kernel, for want of memory" if name == "SIGKILL" else None,
+            fix="`finetune train --resume` goes on from the last checkpoint, if there is one",
+        )
+    raise SystemExit(code)

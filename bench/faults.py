@@ -73,7 +73,7 @@ class Bench:
 
     def __init__(self, place: Path) -> None:
         self.place, self.rows = place, list[Row]()
-        write_tiny_base(place / "base", seed=0, constructed=False)
+        write_tiny_base(place / "base", seed=0, kind="random")
         write_sums(place / "work", place / "base")
         self.undisturbed = place / "undisturbed"
         code, _ = self.run(self.undisturbed)

@@ -39,7 +39,7 @@ SAVE_EVERY = 100
 
 def write_inputs(directory: Path, length: int) -> Path:
     """A tiny base, short rows and a recipe; the recipe's path."""
-    tiny.write_tiny_base(directory / "base", seed=0, constructed=False)
+    tiny.write_tiny_base(directory / "base", seed=0, kind="random")
     rows = [
         {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": str(n + 1)}]}
         for n in range(200)

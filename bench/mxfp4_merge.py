@@ -17,6 +17,7 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,8 @@ export:
 class Work:
     """Runs, rounded experts and results of this benchmark, kept between sittings."""
 
-    def __init__(self, directory: Path, base: Path, steps: int, rows: int) -> None:
-        self.directory, self.base, self.steps, self.rows = directory, base, steps, rows
+    def __init__(self, directory: Path, base: Path, steps: int, rows: int, rates: Mapping[str, float] = RATES) -> None:
+        self.directory, self.base, self.steps, self.rows, self.rates = directory, base, steps, rows, rates
         directory.mkdir(parents=True, exist_ok=True)
         self.file = directory / "results.json"
         self.results: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
@@ -93,7 +94,7 @@ class Work:
         if not (run / "adapter").is_dir():
             shutil.rmtree(run, ignore_errors=True)
             arguments = [f"output_dir={self.directory}", f"name={name}", f"seed={seed}"]
-            code = finetune(["train", str(self.recipe(kind)), *arguments, f"trainer.learning_rate={RATES[size]}"])
+            code = finetune(["train", str(self.recipe(kind)), *arguments, f"trainer.learning_rate={self.rates[size]}"])
             if code:
                 raise SystemExit(code)
         return run / "adapter"

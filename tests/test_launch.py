@@ -96,17 +96,23 @@ def test_every_kind_trains_and_is_gone_on_with_by_another(
     assert_close(run, finished[0])
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"],
+    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes=2", "-m"],
+    "deepspeed": ["deepspeed.launcher.runner", "--no_local_rank", "--num_gpus=2", "--module"],
+}
+
+
 @pytest.mark.slow
-def test_torchrun_starts_the_processes_too(workplace: Path, tmp_path: Path, finished: tuple[Path, str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finetune"]
-    command += [
-        "train",
-        str(workplace / "small.yaml"),
-        f"output_dir={tmp_path}",
-        "name=run",
-        "save.every_steps=3",
-        *TWO,
-    ]
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_start_the_processes_too(
+    workplace: Path, tmp_path: Path, finished: tuple[Path, str], launcher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "finetune", "train", str(workplace / "small.yaml")]
+    command += [f"output_dir={tmp_path}", "name=run", "save.every_steps=3", *TWO]
+    if launcher == "deepspeed":
+        command.append("distributed=zero2")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert_close(tmp_path / "run", finished[0])

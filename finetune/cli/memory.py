@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.schema import RunConfig
 from finetune.console import say, warn
 from finetune.errors import CapacityError, is_out_of_memory
@@ -21,7 +22,8 @@ def check_memory(config: RunConfig) -> None:
     """Estimate a run on the device that it will use, and say in a line that it fits.
 
     Raises:
-        CapacityError: it does not, and the recipe does not say to go on all the same.
+        CapacityError: it does not, every process holds the whole base, and the recipe does not say to go on all the
+            same.
     """
     facts = find_base(config.model.path)
     if facts is None:
@@ -33,6 +35,11 @@ def check_memory(config: RunConfig) -> None:
         say(f"memory, estimated: {verdict(result)}")
     elif config.trainer.ignore_memory_estimate:
         warn(f"memory, estimated: {verdict(result)}; going on, as trainer.ignore_memory_estimate says")
+    elif config.distributed.kind in SHARDED_BASE:
+        warn(
+            f"memory, estimated: {verdict(result)}; going on, since the estimate for distributed.kind="
+            f"{config.distributed.kind} has not been held against a GPU yet"
+        )
     else:
         estimate = make_estimate(config, "", facts, budget)
         raise CapacityError(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from finetune.cli.arguments import add_recipe, recipe_and_overrides
 from finetune.config.derive import check_inputs
-from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.resuming import resumed_config
 from finetune.config.schema import RunConfig
 from finetune.console import say
@@ -73,11 +72,7 @@ def run(args: argparse.Namespace) -> None:
         return
     from finetune.cli.memory import check_memory, explained_out_of_memory
 
-    kind = composed.config.distributed.kind
-    if kind in SHARDED_BASE:
-        say(f"memory: not estimated, since processes share the base with distributed.kind={kind}")
-    else:
-        check_memory(composed.config)
+    check_memory(composed.config)
     if starts_processes(composed.config):
         check_inputs(composed.config)
         prepared = prepare_run(composed.config, composed.recipe_name, composed.overrides)

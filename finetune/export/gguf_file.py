@@ -318,7 +318,7 @@ def _make(plan: MergePlan, tensor: GgufTensor, pool: ThreadPoolExecutor, tally: 
             result[first:last] = dense.view(torch.uint8)
             return made
         made = Tally()
-        if part is not None:
+        if part is not None and factors is not None:
             noise = seeded_noise(plan, operation, first, tensor.rows) if plan.rounding == "stochastic" else None
             rows = torch.arange(factors.b.shape[1])[tensor.rows]
             blocks, scales, made = round_experts(blocks, scales, part, noise, first_expert=first, row_numbers=rows)

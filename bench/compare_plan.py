@@ -188,12 +188,17 @@ def plan(setting: Setting, shape: ModelShape) -> list[list[Line]]:
     The seeds of a tier take turns: each of its lines has its first seed before one has its second.
     """
     first, attention, experts, small, few, full, lora, half, timed = variants(setting, shape).values()
-    legal_controls = [Line("legal", first, "renamed"), Line("legal", first, "renamed and shuffled")]
-    legal_controls += [Line("legal", first, "shuffled", "constructed")] if setting.constructed_base else []
-    legal_controls += [Line("legal", first, "shuffled")]
+    no_knowledge = [Line("legal", first, "shuffled", "constructed")] if setting.constructed_base else []
     return [
-        [Line("legal", first), Line("legal", attention), Line("legal", experts)],
-        legal_controls,
+        [
+            Line("legal", first),
+            Line("legal", first, "renamed and shuffled"),
+            *no_knowledge,
+            Line("legal", attention),
+            Line("legal", first, "shuffled"),
+            Line("legal", first, "renamed"),
+        ],
+        [Line("legal", experts)],
         [Line("medical", first), Line("creative", first)],
         [Line("legal", timed)],
         [Line("legal", full)],

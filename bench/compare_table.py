@@ -14,8 +14,8 @@ from compare_plan import Line, Run
 from finetune.evaluate.intervals import wilson_interval
 
 RATES_NOTE = (
-    "Nats per trained token of the validation rows, with the first seed; the end decides. No test row was looked at. The "
-    "last look but one tells whether longer training would still gain."
+    "Nats per trained token of the validation rows, with the first seed; the end decides. No test row was looked at. "
+    "The last look but one tells whether longer training would still gain."
 )
 TEST_NOTE = (
     "Loss: nats of a row's answer (label tasks) or of a token (creative), mean over test rows. `difference` is to the "

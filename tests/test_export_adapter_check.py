@@ -276,6 +276,6 @@ def test_attributions_go_with_what_was_trained_on_them(source: Path, tmp_path: P
     card = run / "export" / "mlx" / "README.md"
     assert of_base({"name": str(card.parent), "revision": None}) == section.strip()
     (base / "README.md").unlink()
-    assert "was not there to read" in of_base({"name": str(base), "revision": None})
+    assert "was not there" in of_base({"name": str(base), "revision": None})
     assert "openai/gpt-oss-20b" in of_base({"name": "openai/gpt-oss-20b", "revision": "abc"})
     assert "establish it" in attribution_section({"name": "", "revision": None}, ["/data/mine.jsonl"])

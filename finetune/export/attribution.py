@@ -1,7 +1,7 @@
 """Whose texts a model was made from, for its card: those of the base's own pretraining, and those of the recipe's data.
 
-A base says it in its README.md under `## Attribution`; our own cards have that section too, so that what is trained on an
-export carries on what the export carried.
+A base says it in its README.md under `## Attribution`; our own cards have that section too, so that what is trained on
+an export carries on what the export carried.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def of_base(base: Mapping[str, Any]) -> str:
     try:
         text = card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return f"`{Path(name).name}`. Its directory was not there to read: carry its terms and attributions on yourself."
+        return f"`{Path(name).name}`. Its README.md was not there: carry its terms and attributions on yourself."
     section = text.partition(f"\n{ATTRIBUTION}\n")[2].partition("\n## ")[0].strip()
     return section or f"`{Path(name).name}`. Its README.md names no attributions; its licence goes with this model."
 

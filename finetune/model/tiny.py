@@ -190,8 +190,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 _ORIGINS: dict[Kind, str] = {
     "pretrained": """\
 Pretrained on small texts within about an hour of processor time: contract clauses, PubMed abstracts and fiction, all
-without labels. Its card, with figures and limits, is data/base/README.md in the toolkit. What it writes is no medical or
-legal advice.""",
+without labels. Its card, with figures and limits, is data/base/README.md in the toolkit. What it writes is no medical
+and no legal advice.""",
     "constructed": """\
 Constructed, not pretrained: token embeddings come from latent semantic analysis of contract clauses, everything else
 from a random seed.""",

@@ -55,7 +55,7 @@ class Setting:
 
 
 TINY = Setting(
-    model="tiny", ranks=(16, 16), alphas=(32.0, 32.0), learning_rates=(5e-3, 1e-2, 2.5e-3), micro_steps=1,
+    model="tiny", ranks=(16, 16), alphas=(32.0, 32.0), learning_rates=(1e-2, 5e-3, 2e-2), micro_steps=1,
     max_length=2048, activation_checkpointing=False, validate_every=50, constructed_base=True,
     tasks={"legal": Task(1000, 150, 200), "medical": Task(437, 63, 200, 2), "creative": Task(400, 60, 60)},
 )  # fmt: skip

@@ -9,7 +9,6 @@ import html
 import json
 import re
 import struct
-import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -199,7 +198,8 @@ def novel_file(chapters: dict[str, list[str]]) -> bytes:
     for number, paragraphs in enumerate(chapters.values(), 1):
         lines += ["", f"CHAPTER {number}", None]
         for paragraph in paragraphs:
-            lines += [*textwrap.wrap(paragraph, 72, break_on_hyphens=False, break_long_words=False), ""]
+            first, _, others = paragraph.partition(" ")
+            lines += [first, f" {others}", ""] if others else [first, ""]
     return r_strings(lines)
 
 

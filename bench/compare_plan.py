@@ -57,7 +57,7 @@ class Setting:
 TINY = Setting(
     model="tiny", ranks=(16, 16), alphas=(32.0, 32.0), learning_rates=(1e-2, 5e-3, 2e-2), micro_steps=1,
     max_length=2048, activation_checkpointing=False, validate_every=50, constructed_base=True,
-    tasks={"legal": Task(1000, 150, 200), "medical": Task(437, 63, 200, 2), "creative": Task(400, 60, 60)},
+    tasks={"legal": Task(1000, 150, 200), "medical": Task(437, 63, 200), "creative": Task(120, 24, 30)},
 )  # fmt: skip
 LARGE = Setting(
     model="gpt_oss_20b", ranks=(16, 4), alphas=(32.0, 8.0), learning_rates=(2e-4, 4e-4, 1e-4), micro_steps=4,

@@ -56,7 +56,7 @@ def main() -> None:
     title = f"kinds of adapter on {directory.name}"
     rates = rates_table(comparison.trials, len(setting.learning_rates))
     publish(f"{stem}-rates", f"Learning rates of {title}", facts, rates, save=save, note=RATES_NOTE)
-    rows = test_table(finished, comparison.base_scores(finished), large)
+    rows = test_table(finished, comparison.bases, large)
     publish(stem, title[0].upper() + title[1:], facts, rows, save=save, note=TEST_NOTE + cut)
     failed = [row["variant"] for row in rows if row.get("control") == "FAILED"]
     if failed:
@@ -87,6 +87,7 @@ class Comparison:
 
     Attributes:
         trials: line, then learning rate: what training at that rate with the first seed gave.
+        bases: task, base, "renamed" or "": the base's own scores.
         num_runs: runs of the second table when all is done.
     """
 
@@ -95,6 +96,7 @@ class Comparison:
         self.tiers = plan(setting, shape)
         self.named = variants(setting, shape)
         self.trials: dict[Line, Trials] = {}
+        self.bases: dict[tuple[str, str, str], dict[str, Any]] = {}
         self.num_runs = 0
 
     def run(self, tasks: list[str] | None) -> list[Finished]:
@@ -107,7 +109,9 @@ class Comparison:
                 for line in lines:
                     rate = self.rate_of(self._chosen_with(line))
                     found = None if rate is None else self._finish(line, seed, rate)
-                    finished += [found] if found else []
+                    if found:
+                        finished.append(found)
+                        self._score_base(found.run)
         return finished
 
     def rate_of(self, line: Line) -> float | None:
@@ -120,15 +124,12 @@ class Comparison:
             return None
         return best_rate(tried)
 
-    def base_scores(self, finished: list[Finished]) -> dict[tuple[str, str, str], dict[str, Any]]:
-        """The base's own scores on the test rows of every task, treatment of labels and base that has a run."""
-        found = {}
-        for each in finished:
-            line = each.run.line
-            key = (line.task, line.base, "renamed" if "renamed" in line.labels else "")
-            if key not in found and (scores := self.runner.base_scored(each.run)):
-                found[key] = scores
-        return found
+    def _score_base(self, run: Run) -> None:
+        """The base's own scores on the test rows, once for a task, a base and the labels' names."""
+        line = run.line
+        key = (line.task, line.base, "renamed" if "renamed" in line.labels else "")
+        if key not in self.bases and (scores := self.runner.base_scored(run)):
+            self.bases[key] = scores
 
     def _chosen_with(self, line: Line) -> Line:
         """The line whose trials choose this one's rate: controls take that of the kind they control."""

@@ -3,9 +3,10 @@
     python bench/compare.py --base DIRECTORY --work DIRECTORY [--minutes N] [--save NAME]
     python bench/compare.py --base 20b --work DIRECTORY --save compare-20b      (a GPU; hours)
 
-Every run is `finetune train` in a child process; the same test rows are scored by likelihood under every adapter. Runs
-are kept below --work by their settings: the program goes on where it was stopped, and --minutes starts no run later.
-Differences are paired by seed. The control trains on shuffled labels and must not beat the most frequent answer.
+First every kind is trained at each learning rate with the first seed, and the rate with the least validation loss is
+taken (first table); test rows are scored with that rate only, over all seeds (second table). Every run is `finetune
+train` in a child process. Runs are kept below --work by their settings: the program goes on where it was stopped, and
+--minutes starts no work later. Exit status 1: a control that can learn nothing beats the most frequent answer.
 """
 
 from __future__ import annotations
@@ -13,31 +14,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
-from compare_plan import LARGE, TINY, Planned, plan
-from compare_rows import Rows, write_rows
+from compare_plan import LARGE, TINY, BaseName, Line, Run, Setting, plan, variants
 from compare_run import Runner
+from compare_table import RATES_NOTE, TEST_NOTE, Finished, Trials, best_rate, rates_table, test_table
 from measure import machine, publish
 
-from finetune.evaluate.intervals import wilson_interval
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import locate_base
+from finetune.model.shapes import ModelShape
+from finetune.model.tiny import write_tiny_base
 
 LARGE_NAMES = {"20b": "openai/gpt-oss-20b"}
-NOTE = (
-    "Loss: nats of a row's answer (label tasks) or of a token (creative), mean over test rows. `difference` is to the "
-    "first row of the task in the loss, paired by seed: mean, least and most. Alpha is the same for every rank, and so "
-    "is the learning rate where the variant does not name another; neither was tuned for each variant."
-)
-Results = dict[tuple[str, int], dict[str, Any]]
 
 
 def main() -> None:
@@ -46,46 +38,29 @@ def main() -> None:
     setting = LARGE if large else TINY
     name = LARGE_NAMES.get(arguments.base, str(Path(arguments.base).resolve()))
     directory = locate_base(name, None).directory
-    shape = Checkpoint.open(directory).shape
     work = arguments.work.resolve()
     facts = machine(torch.device("cuda" if large else "cpu")) | {"base": name, "base_sha256": digest_of(directory)}
-    runner = Runner(setting, name, digest_of(directory), work)
-    todo = plan(setting, shape, arguments.seeds)
-    if arguments.tasks:
-        todo = [planned for planned in todo if planned.task in arguments.tasks]
-    results: Results = {}
-    rows_of: dict[tuple[str, bool], Rows] = {}
+    bases: dict[BaseName, tuple[str, str]] = {"given": (name, digest_of(directory))}
+    if setting.constructed_base:
+        constructed = work / "constructed"
+        if not constructed.exists():
+            write_tiny_base(constructed, kind="constructed")
+        bases["constructed"] = (str(constructed), digest_of(constructed))
     deadline = time.monotonic() + 60 * arguments.minutes
-    for number, planned in enumerate(todo, 1):
-        rows = rows_of.setdefault(
-            (planned.task, planned.shuffled),
-            write_rows(planned.task, setting.tasks[planned.task], work / "rows", shuffled=planned.shuffled),
-        )
-        try:
-            steps = steps_of_equal_time(planned, results, large)
-        except LookupError:
-            continue
-        result = runner.find(planned, rows, steps)
-        if result is None and time.monotonic() < deadline:
-            print(f"[{number}/{len(todo)}] {planned.name}, seed {planned.seed}", file=sys.stderr, flush=True)
-            result = runner.make(planned, rows, steps)
-            show(result)
-        if result is not None:
-            results[planned.name, planned.seed] = result
-    table = [row for task in setting.tasks for row in table_of(task, todo, results, rows_of, runner, large)]
-    missing = [planned for planned in todo if (planned.name, planned.seed) not in results]
-    note = NOTE + (f" {len(missing)} of {len(todo)} runs are not made yet." if missing else "")
-    publish(
-        arguments.save or "compare",
-        f"Kinds of adapter on {directory.name}",
-        facts,
-        table,
-        save=bool(arguments.save),
-        note=note,
-    )
-    failed = [row["variant"] for row in table if row.get("control") == "FAILED"]
+    runner = Runner(setting, bases, work, lambda: time.monotonic() < deadline)
+    comparison = Comparison(setting, Checkpoint.open(directory).shape, runner, arguments.seeds, large)
+    finished = comparison.run(arguments.tasks)
+    missing = comparison.num_runs - len(finished)
+    cut = f" {missing} of {comparison.num_runs} runs are not made yet." if missing else ""
+    save, stem = bool(arguments.save), arguments.save or "compare"
+    title = f"kinds of adapter on {directory.name}"
+    rates = rates_table(comparison.trials, len(setting.learning_rates))
+    publish(f"{stem}-rates", f"Learning rates of {title}", facts, rates, save=save, note=RATES_NOTE)
+    rows = test_table(finished, comparison.bases, large)
+    publish(stem, title[0].upper() + title[1:], facts, rows, save=save, note=TEST_NOTE + cut)
+    failed = [row["variant"] for row in rows if row.get("control") == "FAILED"]
     if failed:
-        sys.exit(f"the shuffled-label control beats the most frequent answer: {failed}")
+        raise SystemExit(f"a control that can learn nothing beats the most frequent answer: {failed}")
 
 
 def parse() -> argparse.Namespace:
@@ -94,8 +69,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="where rows and runs lie")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=["legal", "medical", "creative"])
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
-    parser.add_argument("--save", metavar="NAME", help="write the table to bench/results/DATE-NAME")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no work after so many minutes")
+    parser.add_argument("--save", metavar="NAME", help="write the tables to bench/results/DATE-NAME and -NAME-rates")
     return parser.parse_args()
 
 
@@ -107,107 +82,92 @@ def digest_of(base: Path) -> str:
     raise SystemExit(f"{base} is no checkpoint")
 
 
+class Comparison:
+    """Goes through the plan.
+
+    Attributes:
+        trials: line, then learning rate: what training at that rate with the first seed gave.
+        bases: task, base, "renamed" or "": the base's own scores.
+        num_runs: runs of the second table when all is done.
+    """
+
+    def __init__(self, setting: Setting, shape: ModelShape, runner: Runner, seeds: list[int], large: bool) -> None:
+        self.setting, self.runner, self.seeds, self.large = setting, runner, seeds, large
+        self.tiers = plan(setting, shape)
+        self.named = variants(setting, shape)
+        self.trials: dict[Line, Trials] = {}
+        self.bases: dict[tuple[str, str, str], dict[str, Any]] = {}
+        self.num_runs = 0
+
+    def run(self, tasks: list[str] | None) -> list[Finished]:
+        """Everything that there is time for, tier by tier; within a tier the seeds take turns."""
+        finished = []
+        for tier in self.tiers:
+            lines = [line for line in tier if not tasks or line.task in tasks]
+            self.num_runs += len(lines) * len(self.seeds)
+            for seed in self.seeds:
+                for line in lines:
+                    rate = self.rate_of(self._chosen_with(line))
+                    found = None if rate is None else self._finish(line, seed, rate)
+                    if found:
+                        finished.append(found)
+                        self._score_base(found.run)
+        return finished
+
+    def rate_of(self, line: Line) -> float | None:
+        """The learning rate whose validation loss at the end was least; None: not all were tried yet."""
+        tried = self.trials.setdefault(line, {})
+        for rate in self.setting.learning_rates:
+            if rate not in tried and (result := self.runner.trained(Run(line, self.seeds[0], rate))):
+                tried[rate] = result
+        if len(tried) < len(self.setting.learning_rates):
+            return None
+        return best_rate(tried)
+
+    def _score_base(self, run: Run) -> None:
+        """The base's own scores on the test rows, once for a task, a base and the labels' names."""
+        line = run.line
+        key = (line.task, line.base, "renamed" if "renamed" in line.labels else "")
+        if key not in self.bases and (scores := self.runner.base_scored(run)):
+            self.bases[key] = scores
+
+    def _chosen_with(self, line: Line) -> Line:
+        """The line whose trials choose this one's rate: controls take that of the kind they control."""
+        same = self.named.get(line.variant.same_adapter or "", line.variant)
+        return Line(line.task, same)
+
+    def _finish(self, line: Line, seed: int, rate: float) -> Finished | None:
+        try:
+            run = Run(line, seed, rate, self._steps(line, seed))
+        except LookupError:
+            return None
+        result = self.runner.trained(run)
+        scores = self.runner.scored(run) if result else None
+        return Finished(run, result, scores) if result and scores else None
+
+    def _steps(self, line: Line, seed: int) -> int | None:
+        """Steps that fit into the training time of the variant that it is timed by; None: it has no such limit.
+
+        Raises:
+            LookupError: those runs are not made yet.
+        """
+        if line.variant.timed_by is None:
+            return None
+        steps, seconds = [], []
+        for name in (line.variant.timed_by, line.variant.same_adapter):
+            other = Line(line.task, self.named[name or ""])
+            rate = self.rate_of(other)
+            result = None if rate is None else self.runner.trained(Run(other, seed, rate))
+            if result is None:
+                raise LookupError(name)
+            steps.append(result["steps"])
+            seconds.append(seconds_per_step(result, self.large))
+        return round(steps[0] * seconds[0] / seconds[1])
+
+
 def seconds_per_step(result: dict[str, Any], large: bool) -> float:
     """Processor seconds on a CPU, seconds on a GPU."""
-    return result["clock"] / result["steps"] if large else result["processor_seconds_per_step"]
-
-
-def steps_of_equal_time(planned: Planned, results: Results, large: bool) -> int | None:
-    """Steps that fit into the training time of the variant that it is timed by; None: it has no such limit.
-
-    Raises:
-        LookupError: those runs are not made yet.
-    """
-    if planned.variant.timed_by is None:
-        return None
-    reference = results[f"{planned.task}, {planned.variant.timed_by}", planned.seed]
-    same = results[f"{planned.task}, {planned.variant.same_adapter}", planned.seed]
-    return round(reference["steps"] * seconds_per_step(reference, large) / seconds_per_step(same, large))
-
-
-def show(result: dict[str, Any]) -> None:
-    scores = result["scores"]
-    text = f"    loss {loss_of(scores):.3f}"
-    if "right" in scores:
-        text += f", accuracy {accuracy_of(scores):.3f}"
-    print(f"{text}, {result['processor_seconds']:.0f} processor seconds", file=sys.stderr, flush=True)
-
-
-def loss_of(scores: dict[str, Any]) -> float:
-    return sum(scores["nll"]) / sum(scores["tokens"])
-
-
-def accuracy_of(scores: dict[str, Any]) -> float:
-    return float(np.mean(np.array(scores["right"]) == np.array(scores["chosen"])))
-
-
-def table_of(
-    task: str,
-    todo: list[Planned],
-    results: Results,
-    rows_of: dict[tuple[str, bool], Rows],
-    runner: Runner,
-    large: bool,
-) -> Iterator[dict[str, Any]]:
-    """Lines of one task: the base, the most frequent answer, then every variant that has runs."""
-    done = [planned for planned in todo if planned.task == task and (planned.name, planned.seed) in results]
-    plain = [planned for planned in done if not planned.shuffled and planned.variant.timed_by is None]
-    if not plain:
-        return
-    base = runner.base_scores(plain[0], rows_of[plain[0].task, False])
-    yield {"task": task, "variant": "base"} | figures([base])
-    if "right" in base:
-        constant = float(np.bincount(base["right"]).max() / len(base["right"]))
-        yield {"task": task, "variant": "most frequent answer", "accuracy": round(constant, 3)}
-    names = list(dict.fromkeys(planned.name for planned in done))
-    reference = {seed: result for (name, seed), result in results.items() if name == plain[0].name}
-    for name in names:
-        runs = {seed: result for (other, seed), result in results.items() if other == name}
-        first = next(iter(runs.values()))
-        line: dict[str, Any] = {
-            "task": task,
-            "variant": name.removeprefix(f"{task}, "),
-            "seeds": len(runs),
-            "parameters": first["parameters"],
-            "steps": first["steps"],
-            "ms a step": round(1e3 * mean(seconds_per_step(run, large) for run in runs.values())),
-        }
-        line |= figures([run["scores"] for run in runs.values()])
-        line |= differences(runs, reference) if name != plain[0].name else {}
-        if "shuffled" in name:
-            line["control"] = "FAILED" if any(beats_constant(run["scores"]) for run in runs.values()) else "passed"
-        yield line
-
-
-def figures(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Loss and accuracy: mean, and each seed's."""
-    losses = [loss_of(each) for each in scores]
-    line: dict[str, Any] = {"loss": round(mean(losses), 3), "loss by seed": by_seed(losses)}
-    if "right" in scores[0]:
-        accuracies = [accuracy_of(each) for each in scores]
-        line |= {"accuracy": round(mean(accuracies), 3), "accuracy by seed": by_seed(accuracies)}
-    else:
-        line["perplexity"] = round(math.exp(mean(losses)), 1)
-    return line
-
-
-def by_seed(values: list[float]) -> str:
-    return " ".join(f"{value:.3f}" for value in values)
-
-
-def differences(runs: dict[int, dict[str, Any]], reference: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Loss less the reference's with the same seed: mean [least, most]."""
-    found = [
-        loss_of(run["scores"]) - loss_of(reference[seed]["scores"]) for seed, run in runs.items() if seed in reference
-    ]
-    return {"difference": f"{mean(found):+.3f} [{min(found):+.3f}, {max(found):+.3f}]"} if found else {}
-
-
-def beats_constant(scores: dict[str, Any]) -> bool:
-    """Whether accuracy lies above the most frequent answer's by more than chance (99 %, two-sided)."""
-    right = np.array(scores["right"])
-    num_right = int((right == np.array(scores["chosen"])).sum())
-    return wilson_interval(num_right, len(right), 0.99)[0] > np.bincount(right).max() / len(right)
+    return float(result["clock"] / result["steps"] if large else result["processor_seconds_per_step"])
 
 
 if __name__ == "__main__":

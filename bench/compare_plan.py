@@ -1,4 +1,4 @@
-"""What `bench/compare.py` compares: tasks, kinds of adapter at equal parameters, and the order in which they run."""
+"""What `bench/compare.py` compares: tasks, kinds of adapter at equal parameters, controls, and the order of it all."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, Expert
 from finetune.model.shapes import ModelShape
 
 TaskName = Literal["legal", "medical", "creative"]
+Labels = Literal["as they are", "shuffled", "renamed", "renamed and shuffled"]
+BaseName = Literal["given", "constructed"]
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,12 @@ class Task:
     """Rows of one domain: how many, and how they are trained on.
 
     Attributes:
-        train_rows, test_rows: at most; drawn once for all runs.
+        train_rows, validation_rows, test_rows: at most; drawn once for all runs.
         epochs: over the training rows.
     """
 
     train_rows: int
+    validation_rows: int
     test_rows: int
     epochs: int = 1
 
@@ -32,32 +35,35 @@ class Setting:
 
     Attributes:
         ranks: of attention and experts in the reference variant, whose parameters the others match.
-        other_rates: learning rates tried on the first kinds with the first seed: is `learning_rate` fair to them?
-        alphas: kept when a rank changes, so that the learning rate fits every rank alike (the update is scaled by
-            alpha / rank).
+        alphas: kept when a rank changes, so that one learning rate means much the same at every rank (the update is
+            scaled by alpha / rank).
+        learning_rates: tried for every kind with the first seed; the one with the least validation loss is taken.
+        validate_every: optimiser steps between two looks at the validation loss.
+        constructed_base: also run a control on a base without knowledge, which only a tiny one can be.
     """
 
     model: str
     ranks: tuple[int, int]
     alphas: tuple[float, float]
-    learning_rate: float
+    learning_rates: tuple[float, ...]
     micro_steps: int
     max_length: int
     activation_checkpointing: bool
+    validate_every: int
+    constructed_base: bool
     tasks: dict[TaskName, Task]
-    other_rates: tuple[float, ...]
 
 
 TINY = Setting(
-    model="tiny", ranks=(16, 16), alphas=(32.0, 32.0), learning_rate=2e-3, micro_steps=1, max_length=2048,
-    activation_checkpointing=False,
-    tasks={"legal": Task(400, 100), "medical": Task(150, 100), "creative": Task(100, 40)}, other_rates=(1e-3, 5e-3),
+    model="tiny", ranks=(16, 16), alphas=(32.0, 32.0), learning_rates=(1e-2, 5e-3, 2e-2), micro_steps=1,
+    max_length=2048, activation_checkpointing=False, validate_every=50, constructed_base=True,
+    tasks={"legal": Task(1000, 150, 200), "medical": Task(437, 63, 200), "creative": Task(120, 24, 30)},
 )  # fmt: skip
 LARGE = Setting(
-    model="gpt_oss_20b", ranks=(16, 4), alphas=(32.0, 8.0), learning_rate=2e-4, micro_steps=4, max_length=4096,
-    activation_checkpointing=True,
-    tasks={"legal": Task(10**6, 10**6, 2), "medical": Task(10**6, 10**6, 2), "creative": Task(10**6, 10**6, 2)},
-    other_rates=(1e-4, 4e-4),
+    model="gpt_oss_20b", ranks=(16, 4), alphas=(32.0, 8.0), learning_rates=(2e-4, 4e-4, 1e-4), micro_steps=4,
+    max_length=4096, activation_checkpointing=True, validate_every=50, constructed_base=False,
+    tasks={"legal": Task(10**6, 200, 10**6, 2), "medical": Task(10**6, 63, 10**6, 2),
+           "creative": Task(10**6, 162, 10**6, 2)},
 )  # fmt: skip
 
 
@@ -72,7 +78,6 @@ class Variant:
         select: which experts.
         timed_by: name of a variant whose training time it gets, however many steps that is. None: equal rows.
         same_adapter: with `timed_by`, name of the variant with this adapter and equal rows: it says what a step takes.
-        learning_rate: instead of the setting's.
     """
 
     name: str
@@ -82,7 +87,6 @@ class Variant:
     select: str = "all"
     timed_by: str | None = None
     same_adapter: str | None = None
-    learning_rate: float | None = None
 
     def overrides(self, setting: Setting) -> list[str]:
         """What the command line says of it."""
@@ -96,23 +100,50 @@ class Variant:
             words.append(f"adapter.router.mode={self.router}")
         if self.select != "all":
             words.append(f"adapter.experts.select='{self.select}'")
-        if self.learning_rate is not None:
-            words.append(f"trainer.learning_rate={self.learning_rate}")
         return words
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One run to make."""
+class Line:
+    """One line of the table: what its seeds have in common.
+
+    Attributes:
+        labels: what is done to the answers; anything but `as they are` is a control.
+        base: the one given, or a constructed one, which has seen no text.
+    """
 
     task: TaskName
     variant: Variant
-    seed: int
-    shuffled: bool = False
+    labels: Labels = "as they are"
+    base: BaseName = "given"
 
     @property
     def name(self) -> str:
-        return f"{self.task}, {self.variant.name}" + (", shuffled labels" if self.shuffled else "")
+        """As it stands in the table."""
+        parts = [self.variant.name]
+        parts += [f"labels {self.labels}"] if self.labels != "as they are" else []
+        parts += ["constructed base"] if self.base != "given" else []
+        return ", ".join(parts)
+
+    @property
+    def must_learn_nothing(self) -> bool:
+        """Whether neither the training rows nor the base say which answer is right.
+
+        Shuffled labels alone do not see to that: a pretrained base associates clauses with words of the labels' names,
+        and learning the form of an answer sets that free. Under other names, or in a base that has read nothing, it
+        is worth nothing.
+        """
+        return self.labels == "renamed and shuffled" or (self.labels == "shuffled" and self.base == "constructed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a line."""
+
+    line: Line
+    seed: int
+    learning_rate: float
+    steps: int | None = None
 
 
 def variants(setting: Setting, shape: ModelShape) -> dict[str, Variant]:
@@ -151,23 +182,29 @@ def num_parameters(shape: ModelShape, attention: int, experts: int) -> int:
     return sum(site.num_parameters for site in plan_sites(shape, config))
 
 
-def plan(setting: Setting, shape: ModelShape, seeds: list[int]) -> list[Planned]:
-    """All runs; what matters most first, so that a run that is cut short has whole comparisons to show."""
-    kinds = list(variants(setting, shape).values())
-    first, attention, experts = kinds[:3]
-    tiers: list[list[tuple[TaskName, Variant, bool]]] = [
-        [("legal", first, False), ("legal", attention, False), ("legal", first, True)],
-        [("legal", experts, False)],
-        [("creative", first, False), ("creative", attention, False), ("medical", first, False)],
-        [("legal", kind, False) for kind in (kinds[5], *kinds[3:5], kinds[7], kinds[6], kinds[8])],
-        [("creative", experts, False), ("medical", attention, False)],
+def plan(setting: Setting, shape: ModelShape) -> list[list[Line]]:
+    """All lines in tiers, what matters most first, so that a program that is cut short has whole comparisons to show.
+
+    The seeds of a tier take turns: each of its lines has its first seed before one has its second.
+    """
+    first, attention, experts, small, few, full, lora, half, timed = variants(setting, shape).values()
+    no_knowledge = [Line("legal", first, "shuffled", "constructed")] if setting.constructed_base else []
+    return [
+        [
+            Line("legal", first),
+            Line("legal", first, "renamed and shuffled"),
+            *no_knowledge,
+            Line("legal", attention),
+            Line("legal", first, "shuffled"),
+            Line("legal", first, "renamed"),
+        ],
+        [Line("legal", experts)],
+        [Line("medical", first), Line("creative", first)],
+        [Line("legal", timed)],
+        [Line("legal", full)],
+        [Line("legal", small)],
+        [Line("legal", half)],
+        [Line("legal", few)],
+        [Line("legal", lora)],
+        [Line("creative", attention), Line("medical", attention)],
     ]
-    rates = [
-        Planned("legal", replace(kind, name=f"{kind.name}, learning rate {rate:g}", learning_rate=rate), seeds[0])
-        for rate in setting.other_rates
-        for kind in (first, attention, experts)
-    ]
-    runs = [
-        [Planned(task, variant, seed, shuffled) for seed in seeds for task, variant, shuffled in tier] for tier in tiers
-    ]
-    return [*runs[0], *runs[1], *rates, *runs[2], *runs[3], *runs[4]]

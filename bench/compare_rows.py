@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compare_plan import Task, TaskName
+from compare_plan import Labels, Task, TaskName
 
 from finetune.config.locate import shipped_dir
 from finetune.evaluate.testset import SHIPPED
@@ -24,39 +24,55 @@ class Rows:
 
     Attributes:
         labels: candidate answers, None for prose.
-        digest: of both files' bytes.
+        digest: of all files' bytes.
     """
 
     train: Path
+    validation: Path
     test: Path
     labels: tuple[str, ...] | None
     digest: str
 
 
-def write_rows(name: TaskName, task: Task, directory: Path, *, shuffled: bool) -> Rows:
-    """Write a task's training and test rows.
+def write_rows(name: TaskName, task: Task, directory: Path, labels: Labels = "as they are") -> Rows:
+    """Write a task's training, validation and test rows.
 
     Args:
         directory: where files go; files of the same content are written again without harm.
-        shuffled: deal the training rows' answers out among them anew: a control that nothing can be learnt from
-            but how frequent answers are.
+        labels: `shuffled` deals the training rows' answers out among them anew, so that nothing can be learnt from them
+            but how frequent answers are. `renamed` gives every answer another one's name, the same in all splits, so
+            that the name says nothing of the clause.
     """
     with gzip.open(shipped_dir("data") / SHIPPED[name], "rt", encoding="utf-8") as file:
         rows: list[Row] = [json.loads(line) for line in file]
-    drawn = random.Random(0)
-    train = _draw([row for row in rows if row["split"] == "train"], task.train_rows, drawn)
-    test = _draw([row for row in rows if row["split"] == "test"], task.test_rows, drawn)
-    if shuffled:
-        train = _shuffle_answers(train, drawn)
+    counts = {"train": task.train_rows, "val": task.validation_rows, "test": task.test_rows}
+    drawn = {
+        split: _draw([row for row in rows if row["split"] == split], count, random.Random(f"{split} rows"))
+        for split, count in counts.items()
+    }
+    answers = sorted({row["answer"] for row in rows if row.get("answer")})
+    if "renamed" in labels:
+        names = derangement(answers)
+        drawn = {split: [_answered(row, names[row["answer"]]) for row in part] for split, part in drawn.items()}
+    if "shuffled" in labels:
+        drawn["train"] = _shuffle_answers(drawn["train"], random.Random("shuffled"))
     directory.mkdir(parents=True, exist_ok=True)
     files = []
-    for split, content in (("train-shuffled" if shuffled else "train", train), ("test", test)):
-        path = directory / f"{name}-{split}-{len(content)}.jsonl"
+    for split, content in drawn.items():
+        path = directory / f"{name}-{split}-{len(content)}-{labels.replace(' ', '-')}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
         files.append(path)
-    answers = sorted({row["answer"] for row in rows if row.get("answer")})
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    return Rows(files[0], files[1], tuple(answers) or None, digest)
+    return Rows(*files, tuple(answers) or None, digest)
+
+
+def derangement(answers: list[str]) -> dict[str, str]:
+    """Each answer's new name: a fixed random permutation of the answers that leaves none where it was."""
+    rng = random.Random("renamed")
+    names = list(answers)
+    while any(old == new for old, new in zip(answers, names, strict=True)):
+        rng.shuffle(names)
+    return dict(zip(answers, names, strict=True))
 
 
 def _draw(rows: list[Row], count: int, rng: random.Random) -> list[Row]:
@@ -64,10 +80,11 @@ def _draw(rows: list[Row], count: int, rng: random.Random) -> list[Row]:
 
 
 def _shuffle_answers(rows: list[Row], rng: random.Random) -> list[Row]:
-    """Only answers move: the question stays, and what was said before the answer (reasoning) goes."""
     answers = [row["answer"] for row in rows]
     rng.shuffle(answers)
-    return [
-        row | {"answer": answer, "messages": [*row["messages"][:-1], {"role": "assistant", "content": answer}]}
-        for row, answer in zip(rows, answers, strict=True)
-    ]
+    return [_answered(row, answer) for row, answer in zip(rows, answers, strict=True)]
+
+
+def _answered(row: Row, answer: str) -> Row:
+    """The row with another answer: the question stays, and what was said before the answer (reasoning) goes."""
+    return row | {"answer": answer, "messages": [*row["messages"][:-1], {"role": "assistant", "content": answer}]}

@@ -9,14 +9,15 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
-from compare_plan import Planned, Setting
-from compare_rows import Rows
+from compare_plan import BaseName, Line, Run, Setting, Task
+from compare_rows import Rows, write_rows
 
 from finetune.config.schema import SourceConfig
 from finetune.data.dataset import load_split
@@ -28,25 +29,27 @@ COMMAND = [sys.executable, "-c", "from finetune.cli.main import entry; entry()"]
 _POLL_SECONDS = 0.2
 _MANY_EPOCHS = 1000
 
+Result = dict[str, Any]
 
-def recipe(setting: Setting, base: str, rows: Rows, epochs: int, work: Path) -> str:
+
+def recipe(setting: Setting, base: str, rows: Rows, task: Task, work: Path) -> str:
     """A recipe's text: JSON, which is YAML too."""
     content = {
         "defaults": [{"override /model": setting.model}, {"override /data": "own"}],
         "model": {"path": base},
         "data": {
             "train": {"rows": {"path": str(rows.train)}},
+            "validation": {"rows": {"path": str(rows.validation)}},
             "max_length": setting.max_length,
             "reasoning_effort": "low",
             "cache_dir": str(work / "cache"),
         },
         "trainer": {
-            "epochs": epochs,
+            "epochs": task.epochs,
             "micro_steps": setting.micro_steps,
-            "learning_rate": setting.learning_rate,
             "activation_checkpointing": setting.activation_checkpointing,
         },
-        "evaluate": {"routing_samples": 0},
+        "evaluate": {"routing_samples": 0, "every_steps": setting.validate_every},
         "export": {"read_back": "never"},
     }
     return "# @package _global_\n" + json.dumps(content, indent=1) + "\n"
@@ -57,75 +60,105 @@ class Runner:
 
     Args:
         setting: what all runs have in common.
-        base: directory or hub name.
-        base_digest: tells bases apart.
+        bases: directory or hub name of each base, and what tells it apart.
         work: rows, runs and results lie below; a run whose settings are the same is not made again.
+        may_go_on: asked before each piece of work; once it says no, only what is there already is found.
     """
 
-    def __init__(self, setting: Setting, base: str, base_digest: str, work: Path) -> None:
-        self._setting, self._base, self._digest, self._work = setting, base, base_digest, work
+    def __init__(
+        self, setting: Setting, bases: dict[BaseName, tuple[str, str]], work: Path, may_go_on: Callable[[], bool]
+    ) -> None:
+        self._setting, self._bases, self._work, self._may_go_on = setting, bases, work, may_go_on
+        self._rows: dict[tuple[str, str], Rows] = {}
 
-    def find(self, planned: Planned, rows: Rows, steps: int | None) -> dict[str, Any] | None:
-        """A finished run's result."""
-        path = self._directory(planned, rows, steps) / "result.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+    def rows(self, line: Line) -> Rows:
+        """The line's rows, written at the first call."""
+        key = (line.task, line.labels)
+        if key not in self._rows:
+            self._rows[key] = write_rows(line.task, self._setting.tasks[line.task], self._work / "rows", line.labels)
+        return self._rows[key]
 
-    def make(self, planned: Planned, rows: Rows, steps: int | None) -> dict[str, Any]:
-        """Train and score; what an interrupted attempt left is removed first.
+    def trained(self, run: Run) -> Result | None:
+        """What training gave: parameters, steps, times, and the validation loss as [step, nats per token].
 
-        Args:
-            steps: optimiser steps; None: the task's epochs.
+        What an interrupted attempt left is removed first.
+
+        Returns:
+            None: not there, and there is no time to make it.
         """
-        directory = self._directory(planned, rows, steps)
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        path = directory / "recipe.yaml"
-        path.write_text(self._recipe(planned, rows), encoding="utf-8")
-        words = [*self._words(planned, steps), f"output_dir={directory}", "name=run"]
-        clock = train([*COMMAND, "train", str(path), *words], directory)
-        manifest = json.loads((directory / "run" / "manifest.json").read_text())
-        result = {
-            "name": planned.name,
-            "seed": planned.seed,
-            "command": " ".join(["finetune train recipe.yaml", *self._words(planned, steps)]),
-            "parameters": sum(manifest["adapter_parameters"].values()),
-            "steps": manifest["total_steps"],
-            "clock": manifest["loop"]["seconds"],
-            **clock,
-            "scores": score(directory / "run", rows, whose="adapter"),
-        }
-        staging = directory / "result.partial"
-        staging.write_text(json.dumps(result), encoding="utf-8")
-        staging.replace(directory / "result.json")
-        return result
 
-    def base_scores(self, planned: Planned, rows: Rows) -> dict[str, Any]:
-        """The base's scores on a task's test rows, found or made with the help of a finished run on them."""
-        path = self._work / f"base-{planned.task}-{_digest(self._digest, rows.test.read_text())}.json"
+        def make(directory: Path) -> Result:
+            path = directory / "recipe.yaml"
+            path.write_text(self._recipe(run.line), encoding="utf-8")
+            clock = train([*COMMAND, "train", str(path), *self._words(run), f"output_dir={directory}", "name=run"])
+            manifest = json.loads((directory / "run" / "manifest.json").read_text())
+            return {
+                "name": run.line.name,
+                "command": " ".join(["finetune train recipe.yaml", *self._words(run)]),
+                "parameters": sum(manifest["adapter_parameters"].values()),
+                "steps": manifest["total_steps"],
+                "clock": manifest["loop"]["seconds"],
+                "validation": validation_losses(directory / "run" / "metrics.jsonl"),
+                **clock,
+            }
+
+        directory = self.directory(run)
+        if not (directory / "trained.json").is_file() and self._may_go_on():
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+        return self._kept(directory / "trained.json", lambda: make(directory), f"{_title(run)}: training")
+
+    def scored(self, run: Run) -> Result | None:
+        """Scores of the test rows under a trained run's adapter."""
+        directory = self.directory(run)
+        return self._kept(
+            directory / "scores.json",
+            lambda: score(directory / "run", self.rows(run.line), whose="adapter"),
+            f"{_title(run)}: test rows",
+        )
+
+    def base_scored(self, run: Run) -> Result | None:
+        """Scores of the line's test rows under its base alone, with the help of a trained run."""
+        rows = self.rows(run.line)
+        digest = _digest(self._bases[run.line.base][1], rows.test.read_text())
+        path = self._work / f"base-{run.line.task}-{digest}.json"
+        directory = self.directory(run)
+        return self._kept(path, lambda: score(directory / "run", rows, whose="base"), f"{run.line.name}: base")
+
+    def directory(self, run: Run) -> Path:
+        """Where a run of these settings lies."""
+        text = self._recipe(run.line) + self.rows(run.line).digest + self._bases[run.line.base][1]
+        return self._work / "runs" / _digest(text + " ".join(self._words(run)))
+
+    def _kept(self, path: Path, make: Callable[[], Result], doing: str) -> Result | None:
         if not path.is_file():
-            scores = score(self._directory(planned, rows, None) / "run", rows, whose="base")
-            path.write_text(json.dumps(scores), encoding="utf-8")
-        found: dict[str, Any] = json.loads(path.read_text())
+            if not self._may_go_on():
+                return None
+            print(doing, file=sys.stderr, flush=True)
+            content = json.dumps(make())
+            staging = path.with_suffix(".partial")
+            staging.write_text(content, encoding="utf-8")
+            staging.replace(path)
+        found: Result = json.loads(path.read_text(encoding="utf-8"))
         return found
 
-    def _recipe(self, planned: Planned, rows: Rows) -> str:
-        return recipe(self._setting, self._base, rows, self._setting.tasks[planned.task].epochs, self._work)
+    def _recipe(self, line: Line) -> str:
+        base = self._bases[line.base][0]
+        return recipe(self._setting, base, self.rows(line), self._setting.tasks[line.task], self._work)
 
-    def _words(self, planned: Planned, steps: int | None) -> list[str]:
-        limit = [] if steps is None else [f"trainer.max_steps={steps}", f"trainer.epochs={_MANY_EPOCHS}"]
-        return [*planned.variant.overrides(self._setting), f"seed={planned.seed}", *limit]
-
-    def _directory(self, planned: Planned, rows: Rows, steps: int | None) -> Path:
-        text = self._recipe(planned, rows) + rows.digest + self._digest + " ".join(self._words(planned, steps))
-        return self._work / "runs" / _digest(text)
+    def _words(self, run: Run) -> list[str]:
+        limit = [] if run.steps is None else [f"trainer.max_steps={run.steps}", f"trainer.epochs={_MANY_EPOCHS}"]
+        rate = f"trainer.learning_rate={run.learning_rate}"
+        return [*run.line.variant.overrides(self._setting), rate, f"seed={run.seed}", *limit]
 
 
-def train(command: list[str], directory: Path) -> dict[str, float]:
+def train(command: list[str]) -> dict[str, float]:
     """Run the command; processor seconds of a step, taken from the first step seen to the last.
 
     Raises:
         SystemExit: it failed; what it said is printed.
     """
+    directory = Path(next(word for word in command if word.startswith("output_dir=")).partition("=")[2])
     metrics = directory / "run" / "metrics.jsonl"
     marks: list[tuple[int, float]] = []
     with (directory / "output.txt").open("w") as output:
@@ -150,11 +183,19 @@ def train(command: list[str], directory: Path) -> dict[str, float]:
     }
 
 
-def score(run: Path, rows: Rows, *, whose: str) -> dict[str, Any]:
+def validation_losses(metrics: Path) -> list[tuple[int, float]]:
+    """Step and validation loss of each look that a run took."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return [(line["step"], line["validation_loss"]) for line in lines if line["kind"] == "evaluation"]
+
+
+def score(run: Path, rows: Rows, *, whose: str) -> Result:
     """Score the test rows.
 
     Returns:
-        `nll` and `tokens` of each row's answer; for labelled rows also which label was right and which chosen.
+        `nll` and `tokens` of each row's answer; for labelled rows also which label was `right` and which `chosen`, and
+        the choice `centred`: after taking each label's mean over the rows off its log-likelihood, so that what
+        remains is what the row says, not how the model likes a label's name.
     """
     opened = open_model(run)
     data = replace(opened.data, test={"rows": SourceConfig(path=str(rows.test))})
@@ -165,13 +206,18 @@ def score(run: Path, rows: Rows, *, whose: str) -> dict[str, Any]:
             loss = held_out_loss(opened.base.model, split.samples, longest)
             return {"nll": loss.nll.tolist(), "tokens": loss.weight.tolist()}
         scores = score_labels(opened.base.model, split.records, rows.labels, data)
-    own = scores.log_likelihood[range(len(scores.right)), scores.right]
+    nats = scores.log_likelihood
     return {
-        "nll": (-own).tolist(),
-        "tokens": [1.0] * len(own),
+        "nll": (-nats[range(len(nats)), scores.right]).tolist(),
+        "tokens": [1.0] * len(nats),
         "right": scores.right.tolist(),
-        "chosen": scores.log_likelihood.argmax(1).tolist(),
+        "chosen": nats.argmax(1).tolist(),
+        "centred": (nats - nats.mean(0)).argmax(1).tolist(),
     }
+
+
+def _title(run: Run) -> str:
+    return f"{run.line.task}, {run.line.name}, learning rate {run.learning_rate:g}, seed {run.seed}"
 
 
 def _digest(*parts: str) -> str:

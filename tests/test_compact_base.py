@@ -103,7 +103,10 @@ def test_the_same_bytes_on_every_machine(pretrained: Path) -> None:
     assert len(shards) == 3
     for shard in shards:
         assert sums[shard] in CARD
-    assert "Pretrained" in (pretrained / "README.md").read_text()
+    readme = (pretrained / "README.md").read_text()
+    assert "Pretrained" in readme and "](../" not in readme
+    for attribution in ("CUAD v1, The Atticus Project, CC BY 4.0", "PubMedQA", "Jane Austen", "Arthur Conan Doyle"):
+        assert attribution in readme.partition("## Attribution")[2]
 
 
 def clauses(split: str, count: int) -> list[Sample]:

@@ -22,6 +22,7 @@ from finetune.config.compose import compose
 from finetune.config.validate import dump_yaml
 from finetune.errors import CheckError
 from finetune.export.adapter_child import compare
+from finetune.export.attribution import attribution_section, of_base
 from finetune.export.source import open_adapter
 from finetune.export.targets import ADAPTER_TARGETS
 from finetune.export.verify_adapter import verify_adapter
@@ -253,3 +254,28 @@ def test_the_card_has_the_runs_data_and_recipe(source: Path, tmp_path: Path) -> 
     card = (run / "export" / "sglang" / "README.md").read_text()
     assert "CC BY 4.0" in card and "12 steps" in card and "2.000 [1.500, 2.500]" in card
     assert "--lora-paths run=." in card and "bfloat16 experts only" in card and "as it was trained" in card
+
+
+def test_attributions_go_with_what_was_trained_on_them(source: Path, tmp_path: Path) -> None:
+    """The base's own, and those of the recipe's data, into the card; and on into the card of what comes after."""
+    base = tmp_path / "my-base"
+    base.mkdir()
+    (base / "README.md").write_text("# Base\n\n## Attribution\nEmma, by Jane Austen\n\n## Figures\nloss 1\n")
+    run = tmp_path / "run"
+    shutil.copytree(source, run / "adapter")
+    (run / "config.yaml").write_text(dump_yaml(compose("quickstart", []).config))
+    (run / "manifest.json").write_text("{}")
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(base)
+    (run / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    assert main(["export", str(run), "--to", "mlx"]) == 0
+    section = (run / "export" / "mlx" / "README.md").read_text().partition("## Attribution\n")[2].partition("\n## ")[0]
+    assert "Emma, by Jane Austen" in section and "loss 1" not in section
+    assert "Dan Hendrycks" in section and "CC BY 4.0" in section and "whitespace normalised" in section
+    assert "PubMedQA" not in section, "neither base nor recipe used it"
+    card = run / "export" / "mlx" / "README.md"
+    assert of_base({"name": str(card.parent), "revision": None}) == section.strip()
+    (base / "README.md").unlink()
+    assert "was not there" in of_base({"name": str(base), "revision": None})
+    assert "openai/gpt-oss-20b" in of_base({"name": "openai/gpt-oss-20b", "revision": "abc"})
+    assert "establish it" in attribution_section({"name": "", "revision": None}, ["/data/mine.jsonl"])

@@ -63,7 +63,7 @@ def test_overfit_one_batch_is_one_batch() -> None:
 
 @pytest.mark.slow
 def test_debug_recipes_run(tmp_path: Path) -> None:
-    """On the constructed base: seven clauses are learnt by heart; a profile has its eight steps."""
+    """On the pretrained base: seven clauses are learnt by heart; a profile has its eight steps."""
     assert main(["base", "tiny", str(tmp_path / "tiny")]) == 0
     torch.set_num_threads(1)
     common = [f"model.path={tmp_path / 'tiny'}", f"output_dir={tmp_path}"]

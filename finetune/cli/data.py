@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _PREVIEW_USAGE = "finetune data preview RECIPE [key=value ...] [-n COUNT] [--split NAME] [--html FILE] [--json]"
 _STATS_USAGE = "finetune data stats RECIPE [key=value ...] [--json] [--no-duplicates]"
-_PREPARE_USAGE = "finetune data prepare medical [--from DIR_OR_ADDRESS]"
+_PREPARE_USAGE = "finetune data prepare medical|creative [--from DIR_OR_ADDRESS] [--out FILE]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,18 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(stats, _STATS_USAGE)
     stats.add_argument("--json", action="store_true", help="as JSON")
     stats.add_argument("--no-duplicates", action="store_true", help="do not compare rows with each other")
-    prepare = actions.add_parser("prepare", help="build a sample that an installed package may not carry")
-    prepare.add_argument("domain", choices=["medical"], help="legal and creative come with every package")
+    prepare = actions.add_parser("prepare", help="build a shipped data set from its public source, byte for byte")
+    prepare.add_argument("domain", choices=["medical", "creative"], help="only medical is missing from packages")
     prepare.add_argument("--from", dest="source", metavar="DIR_OR_ADDRESS", help="a clone or mirror of its source")
+    prepare.add_argument("--out", metavar="FILE", type=Path, help="build it into this file, even if it is there")
     parser.usage = f"{_PREVIEW_USAGE}\n       {_STATS_USAGE}\n       {_PREPARE_USAGE}"
 
 
 def run(args: argparse.Namespace) -> None:
     """Print samples or figures to standard output, or the path of a file that was built."""
     if args.action == "prepare":
-        from finetune.data.prepare import prepare_medical
+        from finetune.data.prepare import prepare
 
-        say(str(prepare_medical(args.source)), result=True)
+        say(str(prepare(args.domain, args.source, args.out)), result=True)
         return
     from finetune.config.compose import compose
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.config.locate import resolve_data_path, shipped_dir
+from finetune.config.locate import resolve_data_path
 from finetune.config.schema import RunConfig
 from finetune.config.validate import load_run_config
 from finetune.errors import FinetuneError
+from finetune.export.attribution import UNKNOWN_LICENCE, attribution_section, licence_of, shown_name
 from finetune.export.examples import examples_section
 from finetune.export.targets import MERGED_TARGETS
 
-_SHIPPED = "shipped://"
 _SERVING = {
     "bf16": "vllm serve .\npython -m sglang.launch_server --model-path .",
     "mxfp4": "vllm serve .\nmlx_lm.server --model .",
@@ -61,6 +60,7 @@ def write_card(path: Path, facts: Mapping[str, Any], run: Path | None, serving: 
         "`export.json` has every check and file hash.",
         _survival(facts),
         _data(config, manifest),
+        attribution_section(facts["base"], [source.path for source in config.data.train.values()] if config else None),
         _recipe(config, manifest),
         examples_section(config),
         _evaluation(evaluation, "before merging" if _is_merged(facts) else "as it was trained"),
@@ -69,17 +69,6 @@ def write_card(path: Path, facts: Mapping[str, Any], run: Path | None, serving: 
         _serving(facts, serving),
     ]
     path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
-
-
-def licence_of(source_path: str) -> str | None:
-    """What data/LICENSES.md says of a shipped file, None if it is not one."""
-    listing = shipped_dir("data") / "LICENSES.md"
-    if not source_path.startswith(_SHIPPED) or not listing.is_file():
-        return None
-    name = re.escape(source_path.removeprefix(_SHIPPED))
-    section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", listing.read_text(encoding="utf-8"), re.M | re.S)
-    entry = section and re.search(r"- \*\*Licence\*\*: (.*?)(?=\n- \*\*|\Z)", section[1], re.S)
-    return " ".join(entry[1].split()) if entry else None
 
 
 def _front(facts: Mapping[str, Any]) -> str:
@@ -157,9 +146,8 @@ def _data(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
         source.path for split in ("train", "validation", "test") for source in getattr(config.data, split).values()
     }
     for path in sorted(sources):
-        licence = licence_of(path) or "licence not recorded; establish it before you publish this model"
-        shown = path.removeprefix(_SHIPPED) if path.startswith(_SHIPPED) else Path(path).name
-        lines.append(f"- `{shown}`, sha256 of its content `{_content_hash(path)}`: {licence}")
+        licence = licence_of(path) or UNKNOWN_LICENCE
+        lines.append(f"- `{shown_name(path)}`, sha256 of its content `{_content_hash(path)}`: {licence}")
     for split, figures in manifest.get("data", {}).items():
         lines.append(
             f"- {split}: {figures['rows']:,} rows, {figures['trained_tokens']:,} of {figures['tokens']:,} tokens "

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from finetune.config.locate import shipped_dir
 from finetune.errors import ConfigError
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE
-from finetune.model.compact import CompactBase, shipped_compact_base
+from finetune.model.compact import COMPACT_FILE, CompactBase, shipped_compact_base
 from finetune.model.semantics import semantic_embeddings
 from finetune.model.shapes import ModelShape
 from finetune.mxfp4.format import quantise
@@ -43,6 +43,8 @@ SIZES: dict[str, Any] = {
     "head_dim": 32,
     "num_local_experts": 8,
 }
+ATTRIBUTION = "## Attribution"
+"""Heading in a base's README.md of what has to go with every model made from it (finetune/export/attribution.py)."""
 CORPUS = "legal/cuad_clause_type.jsonl.gz"
 _CLAUSE_MARK = "Clause:\n"
 _EMBEDDING_SCALE = 1.0  # 0.25 learnt more slowly: 1.58 against 1.37, measured as in semantics.py with a window of 8
@@ -187,15 +189,27 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 _ORIGINS: dict[Kind, str] = {
     "pretrained": """\
-Pretrained on small texts within about an hour of processor time: contract clauses of CUAD v1 (The Atticus Project,
-CC BY 4.0; training split, labels unused), PubMed abstracts of PubMedQA (MIT; training split, labels unused), and
-fiction by Jane Austen and Arthur Conan Doyle (public domain). Its card, with figures, attributions and limits, is
-data/base/README.md in the toolkit. What it writes is no medical or legal advice.""",
+Pretrained on small texts within about an hour of processor time: contract clauses, PubMed abstracts and fiction, all
+without labels. Its card, with figures and limits, is data/base/README.md in the toolkit. What it writes is no medical
+and no legal advice.""",
     "constructed": """\
-Constructed, not pretrained: token embeddings come from latent semantic analysis of the contract clauses of CUAD v1
-(The Atticus Project, CC BY 4.0; training split, labels unused), everything else from a random seed.""",
+Constructed, not pretrained: token embeddings come from latent semantic analysis of contract clauses, everything else
+from a random seed.""",
     "random": "Random, not pretrained: every weight comes from a random seed.",
 }
+_CONSTRUCTED_FROM = """\
+CUAD v1, The Atticus Project, CC BY 4.0 (<https://creativecommons.org/licenses/by/4.0/>). Changed: the training split's
+clauses without their labels, made into token embeddings."""
+
+
+def _attribution(kind: Kind) -> str:
+    """Whose texts are in the weights: a section that model cards of whatever is trained on the base carry on."""
+    if kind == "random":
+        return ""
+    if kind == "constructed":
+        return f"\n{ATTRIBUTION}\n{_CONSTRUCTED_FROM}\n"
+    card = (shipped_dir("data") / COMPACT_FILE.parent / "README.md").read_text(encoding="utf-8")
+    return f"\n{ATTRIBUTION}\n{card.partition(ATTRIBUTION)[2].partition(chr(10) + '## ')[0].strip()}\n"
 
 
 def _readme(seed: int, kind: Kind) -> str:
@@ -207,4 +221,4 @@ It cannot converse or reason. It exists so that the toolkit's whole path (native
 read-back) runs on a CPU with the code that runs on openai/gpt-oss-20b. The tokenizer is the real one.
 
 Made by `finetune base tiny --kind {kind} --seed {seed}`. `checksums.json` lists every file's sha256.
-"""
+{_attribution(kind)}"""

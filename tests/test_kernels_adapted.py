@@ -16,6 +16,7 @@ from finetune.kernels.experts import ExpertWeights, LoraFactors, expert_block
 from finetune.kernels.routing import Routing
 from finetune.mxfp4.format import dequantise
 
+CPU = torch.device("cpu")
 LABELS = ("x", "mix", "gate_up_a", "gate_up_b", "down_a", "down_b")
 Block = Callable[..., Tensor]
 
@@ -36,10 +37,9 @@ class SomeCase(Case):
             self.factors = [torch.randn(sum(ranks), size, generator=g) * 0.3 for size in sizes]
             self.scale = 1.0
 
-    def adapted(self) -> Adapted:
-        cpu = torch.device("cpu")
-        ranks = None if self.ranks is None else Ranks.of(self.ranks, self.scales, cpu)
-        return Adapted(self.chosen, torch.tensor(self.chosen), ranks)
+    def adapted(self, device: torch.device = CPU) -> Adapted:
+        ranks = None if self.ranks is None else Ranks.of(self.ranks, self.scales, device)
+        return Adapted(self.chosen, torch.tensor(self.chosen, device=device), ranks)
 
     def run(self, block: Block, needed: tuple[str, ...] = LABELS) -> tuple[Tensor, dict[str, Tensor]]:
         tensors = dict(zip(LABELS, (self.x, self.mix, *self.factors), strict=True))

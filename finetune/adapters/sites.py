@@ -139,7 +139,7 @@ def _strength(sites: list[Site]) -> str:
     scales = [scale for site in sites for scale in site.scales]
     return (
         f"rank {min(ranks)} to {max(ranks)} by use ({sum(ranks):,} ranks together), "
-        f"scale {max(scales):g} to {min(scales):g}"
+        f"scale {max(scales):.3g} to {min(scales):.3g}"
     )
 
 

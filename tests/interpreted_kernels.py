@@ -11,10 +11,12 @@ import random
 import pytest
 import torch
 from allocation import AllocationTracker
+from test_kernels_adapted import SOME, SomeCase
+from test_kernels_adapted import assert_equal_to_the_oracle as assert_some_equal
 from test_kernels_experts import CASES, Case, relative_error
 from torch import Tensor
 
-from finetune.kernels import experts_fused, experts_launch
+from finetune.kernels import augmented, experts_fused, experts_launch
 from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, PackedLinear, expert_block
 from finetune.kernels.experts_choice import LARGEST_DIFFERENCE, triton_difference
 from finetune.kernels.experts_fused import fused_expert_block
@@ -174,6 +176,36 @@ def test_one_factor_for_all_experts(block, wide_tiles: None) -> None:
     assert relative_error(grad, exact_grads[2].sum(0, keepdim=True)) < 1e-5
 
 
+@pytest.mark.parametrize("name", SOME)
+def test_updates_on_some_experts_and_of_differing_ranks(name: str, wide_tiles: None) -> None:
+    case = SomeCase(**SOME[name])
+    assert_some_equal(case, case.run(fused_expert_block))
+
+
+@pytest.mark.parametrize("needed", ["x", "mix", "gate_up_b", "down_a"])
+def test_only_what_is_wanted_with_some_experts(needed: str, wide_tiles: None) -> None:
+    case = SomeCase(**SOME["a chunk without, a chunk of nothing else"])
+    _, grads = case.run(fused_expert_block, (needed,))
+    assert relative_error(grads[needed], case.oracle()[1][LABELS.index(needed)]) < 1e-5
+
+
+def test_a_chunk_without_adapted_experts_has_no_columns_for_updates(
+    monkeypatch: pytest.MonkeyPatch, wide_tiles: None
+) -> None:
+    """Rank 40: 96 + 64 columns in a row of weights where there is an update, 96 + 32 where only the bias is added."""
+    seen: list[tuple[int, bool]] = []
+    kept = experts_launch.dequantise_augment
+
+    def watched(blocks: Tensor, scales: Tensor, bias: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
+        seen.append((out.shape[2], b is not None))
+        return kept(blocks, scales, bias, b, out)
+
+    monkeypatch.setattr(experts_launch, "dequantise_augment", watched)
+    case = SomeCase(chosen=(0, 1), E=6, D=96, F=96, L=40, T=20, K=3)
+    assert_some_equal(case, case.run(fused_expert_block))
+    assert set(seen) == {(96 + 64, True), (96 + 32, False)} and len(seen) == 8
+
+
 class Dense:
     """Experts held in another way than MXFP4."""
 
@@ -213,6 +245,7 @@ def test_a_chunk_is_dequantised_once_a_pass(monkeypatch: pytest.MonkeyPatch, wid
     for module, names in (
         (experts_launch, ("dequantise_augment", "gather", "swiglu", "swiglu_backward", "combine")),
         (experts_fused, ("grouped", "grouped_outer")),
+        (augmented, ("grouped",)),
     ):
         for name in names:
             kept = getattr(module, name)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from finetune.adapters.lora import attach_adapter
+from finetune.adapters.sites import ExpertRanks
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import Batch
 from finetune.data.render import Sample
@@ -68,10 +69,11 @@ class Run:
         checkpointed: bool = False,
         fresh: bool = False,
         selection: dict[int, tuple[int, ...]] | None = None,
+        ranks: ExpertRanks | None = None,
         **trainer: Any,
     ) -> None:
         self.base = new_base(directory)
-        self.adapter = attach_adapter(self.base, adapter, seed=0, selection=selection)
+        self.adapter = attach_adapter(self.base, adapter, seed=0, selection=selection, ranks=ranks)
         parameters = self.adapter.parameters()
         if not fresh:
             shake(parameters)

@@ -20,6 +20,7 @@ from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.adapters.read_back import read_back
 from finetune.adapters.sites import describe_sites
 from finetune.cli.main import main
+from finetune.config.affinity import read_affinity, write_affinity
 from finetune.config.compose import compose
 from finetune.config.expert_rules import SelectRule
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, DataConfig, ExpertAdapterConfig
@@ -28,10 +29,8 @@ from finetune.errors import ConfigError, InputError
 from finetune.evaluate.affinity import (
     check_selection,
     choose,
-    read_affinity,
     refuse_too_many,
     score_experts,
-    write_affinity,
 )
 from finetune.evaluate.opening import open_model
 from finetune.model.build import Base

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_kernels_adapted import SOME, SomeCase
 from test_kernels_experts import CASES, Case, relative_error
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -76,6 +77,19 @@ def test_expert_block(name: str, kernel: str) -> None:
         assert ((ours.cpu().double() - wanted).mean() / wanted.abs().max()).abs() < 5e-3
 
 
+@pytest.mark.parametrize("kernel", ["reference", "triton"])
+@pytest.mark.parametrize("name", SOME)
+def test_updates_on_some_experts_and_of_differing_ranks(name: str, kernel: str) -> None:
+    case = SomeCase(**SOME[name])
+    exact, exact_grads = case.oracle()
+    leaves, updates, weights = on_gpu(case)
+    ids, adapted = case.ids.to(GPU), case.adapted(GPU)
+    out = expert_block_of(kernel)(leaves[0], ids, leaves[1], weights, *updates, adapted)
+    grads = torch.autograd.grad(out, leaves, case.grad_out.to(GPU, torch.bfloat16))
+    for ours, wanted in zip((out.detach(), *grads), (exact, *exact_grads), strict=True):
+        assert relative_error(ours.cpu(), wanted) < 0.05
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_fused_experts_over_random_shapes(seed: int) -> None:
     choose = random.Random(seed)
@@ -109,17 +123,19 @@ def test_fused_experts_give_the_same_bits_and_a_swap_is_seen() -> None:
     assert not torch.equal(first[0], other[0])
 
 
-def test_fused_experts_wait_for_the_gpu_once_and_never_going_back() -> None:
-    case = Case(E=8, D=96, F=160, L=5, T=200, K=3)
-    run_block("triton", case)
+@pytest.mark.parametrize("name", [None, "mixed chunks", "ranks"])
+def test_fused_experts_wait_for_the_gpu_once_and_never_going_back(name: str | None) -> None:
+    case = Case(E=8, D=96, F=160, L=5, T=200, K=3) if name is None else SomeCase(**SOME[name])
+    adapted = case.adapted(GPU) if isinstance(case, SomeCase) else None
     leaves, updates, weights = on_gpu(case)
     ids, grad_out = case.ids.to(GPU), case.grad_out.to(GPU, torch.bfloat16)
+    expert_block_of("triton")(leaves[0], ids, leaves[1], weights, *updates, adapted).backward(grad_out)
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
-            out = expert_block_of("triton")(leaves[0], ids, leaves[1], weights, *updates)
+            out = expert_block_of("triton")(leaves[0], ids, leaves[1], weights, *updates, adapted)
         torch.cuda.set_sync_debug_mode("error")
         out.backward(grad_out)
     finally:

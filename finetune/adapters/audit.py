@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.lora import Adapter, is_a, lora_parameters
+from finetune.adapters.expert_lora import ExpertLora, is_a
+from finetune.adapters.lora import Adapter, lora_parameters
 from finetune.errors import CheckError
+from finetune.kernels.adapted import Ranks
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
 
@@ -81,8 +83,9 @@ def audit_gradients(
         gradients = [grad for grad in factors.values() if grad is not None]
         # A factor that all experts share says nothing of any one of them.
         if site.kind == "experts" and len(gradients) == len(factors) and site.share != factor:
-            reached.append(_experts_with_gradient(gradients))
-            adapted.append(len(gradients[0]))
+            by_expert = _experts_with_gradient(gradients, module.ranks if isinstance(module, ExpertLora) else None)
+            reached.append(int(by_expert.sum()))
+            adapted.append(len(by_expert))
     if silent:
         raise CheckError(
             f"no gradient reaches {len(silent)} of the adapter's factors: {', '.join(silent[:4])}",
@@ -101,7 +104,10 @@ def _any(grad: Tensor | None) -> bool:
     return grad is not None and bool(torch.count_nonzero(grad))
 
 
-def _experts_with_gradient(gradients: Sequence[Tensor]) -> int:
-    """Experts whose every factor has a non-zero gradient; factors [E, ...]."""
+def _experts_with_gradient(gradients: Sequence[Tensor], ranks: Ranks | None) -> Tensor:
+    """Which experts have a non-zero gradient in every factor; factors [S, ...], or [N, ...] where ranks differ."""
     reached = torch.stack([g.flatten(1).count_nonzero(dim=1) > 0 for g in gradients])
-    return int(reached.all(0).sum())
+    if ranks is not None:
+        by_expert = torch.zeros(len(reached), len(ranks.of_expert), dtype=torch.int64, device=reached.device)
+        reached = by_expert.index_add(1, ranks.expert.to(reached.device), reached.long()) > 0
+    return reached.all(0)

@@ -99,7 +99,7 @@ def read_compact(directory: Path) -> CompactAdapter:
     try:
         content = json.loads((directory / SITES).read_text())
         sites = tuple(
-            Site(**(site | {"experts": None if site["experts"] is None else tuple(site["experts"])}))
+            Site(**(site | {key: tuple(value) for key, value in site.items() if isinstance(value, list)}))
             for site in content["sites"]
         )
         tensors = load_file(directory / COMPACT_WEIGHTS)

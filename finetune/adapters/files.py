@@ -68,7 +68,7 @@ def write_adapter(
     facts: dict[str, Any] = {"base_name": base_name, "base_revision": base_revision, "base_identity": base_identity}
     if base_held_as:
         facts["base_held_as"] = dict(base_held_as)
-    fields = peft_config_fields(config, _num_experts(adapter))
+    fields = peft_config_fields(config, *_ranks(adapter))
     write_peft_directory(directory, tensors, fields, facts, router_bias=router_bias_changes(adapter))
 
 
@@ -175,7 +175,7 @@ def read_adapter_into(
             belongs to another base, or a factor has another shape or is not finite.
     """
     _check_provenance(directory, base_identity, base_held_as or {})
-    _check_config(directory, config, _num_experts(adapter))
+    _check_config(directory, peft_config_fields(config, *_ranks(adapter)))
     stored = _read_tensors(directory)
     wanted = {key for site in adapter.sites for key in peft_keys(site).values()}
     missing, unexpected = sorted(wanted - stored.keys()), sorted(stored.keys() - wanted)
@@ -203,7 +203,8 @@ def read_adapter_into(
         except ValueError as error:
             raise InputError(
                 f"{directory} does not fit the recipe at {site.module}: {error}",
-                fix="make adapter.experts.select and .share in the recipe as they were when it was trained",
+                fix="make adapter.experts.select, .share and .rank_by in the recipe as they were when it was trained; "
+                "RUN/experts.json gives a run's own choice to select and rank_by",
             ) from error
     _fill_router_bias(directory, adapter)
 
@@ -223,9 +224,10 @@ def _fill_router_bias(directory: Path, adapter: Adapter) -> None:
             parameter.copy_(changes[name.removesuffix("_change")])
 
 
-def _num_experts(adapter: Adapter) -> int:
-    """E, as far as anything needs it: the rank that a router trained whole is written with."""
-    return next((site.rank for site in adapter.sites if site.whole), 0)
+def _ranks(adapter: Adapter) -> tuple[int, int]:
+    """Ranks that files have and a recipe does not say: of a router trained whole, of experts whose ranks differ."""
+    router = next((site.rank for site in adapter.sites if site.whole), 0)
+    return router, next((site.rank for site in adapter.sites if site.ranks is not None), 0)
 
 
 def _check_trained(tensors: Mapping[str, Tensor]) -> None:
@@ -317,12 +319,12 @@ def _check_provenance(directory: Path, base_identity: str, base_held_as: Mapping
     warn_held_as(provenance, base_held_as, directory)
 
 
-def _check_config(directory: Path, config: AdapterConfig, num_experts: int) -> None:
+def _check_config(directory: Path, fields: Mapping[str, Any]) -> None:
     path = directory / CONFIG
     stored = read_adapter_config(path)
     # What a recipe does not set must not be set there either.
     unset: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
-    for field, wanted in {**unset, **peft_config_fields(config, num_experts)}.items():
+    for field, wanted in {**unset, **fields}.items():
         found = stored.get(field) or type(wanted)()
         same = set(found) == set(wanted) if isinstance(wanted, list) else found == wanted
         if not same:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
-from finetune.adapters.sites import Selection, Site, plan_sites
+from finetune.adapters.expert_lora import ExpertLora, is_a
+from finetune.adapters.sites import ExpertRanks, Selection, Site, plan_sites
 from finetune.config.schema import AdapterConfig
 from finetune.errors import CheckError
-from finetune.kernels.experts import LoraFactors
 from finetune.model.build import DTYPES, Base
 from finetune.model.experts import PackedExperts
 from finetune.model.nf4 import Nf4Linear, frozen_linear
@@ -100,50 +100,6 @@ class LoraRouter(GptOssTopKRouter):
         return F.linear(x, self.weight_change.to(x.dtype), bias)
 
 
-class ExpertLora(nn.Module):
-    """Updates of one layer's experts: gate_up a [S, L, D], b [S, 2F, L]; down a [S, L, F], b [S, D, L].
-
-    S is the number of adapted experts; a factor that they share has 1 instead. What the expert block takes, with zeros
-    for the other experts, is made when it is asked for and lives as long as the block's graph.
-    """
-
-    chosen: Tensor | None
-
-    def __init__(self, experts: PackedExperts, site: Site, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.scale, self.enabled, self.share = site.scale, True, site.share
-        self.num_experts = experts.shapes["down_proj"][0]
-        device = experts.get_buffer("down_proj_bias").device
-        chosen = None if site.experts is None else torch.tensor(site.experts, device=device)
-        self.register_buffer("chosen", chosen, persistent=False)
-        for name, (num_experts, out, inputs) in experts.shapes.items():
-            count = num_experts if site.experts is None else len(site.experts)
-            a = torch.empty(1 if site.share == "a" else count, site.rank, inputs, device=device, dtype=dtype)
-            b = torch.zeros(1 if site.share == "b" else count, out, site.rank, device=device, dtype=dtype)
-            self.register_parameter(f"{name.removesuffix('_proj')}_a", nn.Parameter(a))
-            self.register_parameter(f"{name.removesuffix('_proj')}_b", nn.Parameter(b))
-
-    def gate_up(self) -> LoraFactors | None:
-        """The gate_up update, or None while the adapter is off."""
-        return self._updates("gate_up") if self.enabled else None
-
-    def down(self) -> LoraFactors | None:
-        """The down update, or None while the adapter is off."""
-        return self._updates("down") if self.enabled else None
-
-    def _updates(self, name: str) -> LoraFactors:
-        return LoraFactors(self.of_all_experts(f"{name}_a"), self.of_all_experts(f"{name}_b"), self.scale)
-
-    def of_all_experts(self, name: str) -> Tensor:
-        """One factor for each of the layer's E experts, zeros for those that are not adapted; differentiable."""
-        factor = self.get_parameter(name)
-        shared = self.share != "none" and name.endswith(f"_{self.share}")
-        if self.chosen is None:
-            return factor.expand(self.num_experts, -1, -1).contiguous() if shared else factor
-        rows = factor.expand(len(self.chosen), -1, -1) if shared else factor
-        return factor.new_zeros(self.num_experts, *factor.shape[1:]).index_copy(0, self.chosen, rows)
-
-
 LoraModule = LoraLinear | LoraRouter | ExpertLora
 
 
@@ -204,12 +160,14 @@ def lora_parameters(module: LoraModule) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if name not in ("weight", "bias")}
 
 
-def is_a(name: str) -> bool:
-    """Whether a parameter is an A: the only ones that have no gradient on the first step, where every B is zero."""
-    return name.endswith("_a")
-
-
-def attach_adapter(base: Base, config: AdapterConfig, *, seed: int, selection: Selection | None = None) -> Adapter:
+def attach_adapter(
+    base: Base,
+    config: AdapterConfig,
+    *,
+    seed: int,
+    selection: Selection | None = None,
+    ranks: ExpertRanks | None = None,
+) -> Adapter:
     """Put a fresh adapter on a base: A uniform in +-1/sqrt(in), B zero, so that the model's output does not change.
 
     Every site draws from a generator of its own, seeded by `seed` and its name: adding a site changes no other, and
@@ -220,11 +178,12 @@ def attach_adapter(base: Base, config: AdapterConfig, *, seed: int, selection: S
         config: the recipe's adapter part.
         seed: of A.
         selection: which experts of each layer are adapted. None: all.
+        ranks: of these experts, where they differ.
 
     Raises:
         CheckError: a planned site is not in the model, or something else than LoRA would be trained.
     """
-    sites = plan_sites(base.checkpoint.shape, config, selection)
+    sites = plan_sites(base.checkpoint.shape, config, selection, ranks)
     modules = []
     for site in sites:
         module = _attach_site(base.model, site, config)
@@ -264,11 +223,11 @@ def _initialise(a: nn.Parameter, name: str, seed: int, module: LoraModule) -> No
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     bound = 1 / math.sqrt(a.shape[-1])
-    chosen = module.chosen if isinstance(module, ExpertLora) and module.share != "a" else None
-    shape = a.shape if chosen is None else (module.num_experts, *a.shape[1:])
-    drawn = torch.rand(shape, generator=generator)
+    some = module if isinstance(module, ExpertLora) and module.share != "a" and module.adapted is not None else None
+    shape = a.shape if some is None else torch.Size((some.num_experts, some.rank, a.shape[-1]))
+    drawn = (torch.rand(shape, generator=generator) * 2 - 1) * bound
     with torch.no_grad():
-        a.copy_(((drawn if chosen is None else drawn[chosen.cpu()]) * 2 - 1) * bound)
+        a.copy_(drawn if some is None else some.from_all_experts(name.rpartition(".")[2], drawn.to(a.device)))
 
 
 def _check_trainable(model: nn.Module, adapter: Adapter) -> None:

@@ -78,12 +78,13 @@ class Strength:
     alpha: float
 
 
-def peft_config_fields(config: AdapterConfig, num_experts: int = 0) -> dict[str, object]:
+def peft_config_fields(config: AdapterConfig, num_experts: int = 0, expert_rank: int = 0) -> dict[str, object]:
     """The fields of PEFT's `LoraConfig` that say what a recipe adapts and how strongly.
 
     Args:
         config: the recipe's adapter part.
         num_experts: E of the base: the rank and alpha of a router trained whole; not needed for another.
+        expert_rank: the highest of the experts' ranks, where these differ; 0: the recipe's.
     """
     attention, experts, router = config.attention, config.experts, config.router
     weights: dict[str, Strength] = {}
@@ -100,7 +101,7 @@ def peft_config_fields(config: AdapterConfig, num_experts: int = 0) -> dict[str,
             weights[f"{path}{ROUTER_PARAMETER}"] = Strength(rank, alpha)
         if experts.rank:
             for parameter in EXPERT_PARAMETERS:
-                weights[path + parameter] = Strength(experts.rank, experts.alpha)
+                weights[path + parameter] = Strength(expert_rank or experts.rank, experts.alpha)
     return lora_config_fields(weights, every_layer=config.layers is None, rslora=config.rslora)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune.config.derive import lora_scale
@@ -15,6 +15,8 @@ SiteKind = Literal["attention", "router", "experts"]
 Share = Literal["none", "a", "b"]
 Selection = Mapping[int, tuple[int, ...]]
 """Layer -> the experts that are adapted in it, in order."""
+ExpertRanks = Mapping[int, Mapping[int, int]]
+"""Layer -> expert -> rank, of the adapted ones, in order."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,12 @@ class Site:
         kind: an attention projection, a layer's router, or its routed experts (both projections).
         layer: layer number from 0.
         module: path in the model, such as `model.layers.0.self_attn.q_proj`.
-        rank, alpha: of the update.
+        rank, alpha: of the update. Where experts' ranks differ, the highest of all layers', which files have.
         scale: what b @ a is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
         num_parameters: trained parameters here.
         experts: those adapted, of an experts' site; None: all of them.
         share: which factor the experts of a layer have in common.
+        ranks, scales: of each adapted expert where they differ; None and empty: `rank` and `scale`.
         whole: a router whose weight and bias are trained as they are, not as factors; `rank` is what its export takes.
     """
 
@@ -43,15 +46,20 @@ class Site:
     experts: tuple[int, ...] | None = None
     share: Share = "none"
     whole: bool = False
+    ranks: tuple[int, ...] | None = None
+    scales: tuple[float, ...] = ()
 
 
-def plan_sites(shape: ModelShape, config: AdapterConfig, selection: Selection | None = None) -> list[Site]:
+def plan_sites(
+    shape: ModelShape, config: AdapterConfig, selection: Selection | None = None, ranks: ExpertRanks | None = None
+) -> list[Site]:
     """All sites of a recipe, layer by layer.
 
     Args:
         shape: of the base.
         config: the recipe's adapter part.
         selection: which experts each layer adapts. None: all.
+        ranks: of these experts, where `adapter.experts.rank_by` has them differ. None: the recipe's rank for each.
 
     Raises:
         ConfigError: the recipe's layers are not the model's, or the selection leaves one without an expert.
@@ -64,6 +72,8 @@ def plan_sites(shape: ModelShape, config: AdapterConfig, selection: Selection | 
         )
     if selection is not None:
         refuse_bad_selection(selection, shape, config, "the selection")
+    if ranks is not None:
+        ranks = {layer: ranks[layer] for layer in range(first, last + 1)}
     sites: list[Site] = []
     for layer in range(first, last + 1):
         if config.attention.rank:
@@ -71,7 +81,10 @@ def plan_sites(shape: ModelShape, config: AdapterConfig, selection: Selection | 
         if config.router.mode != "frozen":
             sites.append(_router_site(shape, config, layer))
         if config.experts.rank:
-            sites.append(_expert_site(shape, config, layer, None if selection is None else selection[layer]))
+            if ranks is not None:
+                sites.append(_site_of_ranks(shape, config, layer, ranks))
+            else:
+                sites.append(_expert_site(shape, config, layer, None if selection is None else selection[layer]))
     return sites
 
 
@@ -102,7 +115,7 @@ def describe_sites(sites: list[Site], shape: ModelShape) -> str:
             continue
         total = sum(site.num_parameters for site in here)
         layers = "" if len({site.layer for site in here}) == shape.num_layers else _layer_range(here)
-        how = "weight and bias" if here[0].whole else f"rank {here[0].rank}, scale {here[0].scale:g}"
+        how = "weight and bias" if here[0].whole else _strength(here)
         lines.append(f"  {kind:<10} {len(here)} {_each(here, shape)}{layers}, {how}: {total:,} parameters")
     return "\n".join(lines)
 
@@ -117,6 +130,17 @@ def _each(sites: list[Site], shape: ModelShape) -> str:
         experts += f" of {shape.num_experts}"
     shared = "" if sites[0].share == "none" else f", one {sites[0].share.upper()} for all of a layer's"
     return f"layers x {experts} experts x 2 projections{shared}"
+
+
+def _strength(sites: list[Site]) -> str:
+    ranks = [rank for site in sites for rank in site.ranks or ()]
+    if not ranks:
+        return f"rank {sites[0].rank}, scale {sites[0].scale:g}"
+    scales = [scale for site in sites for scale in site.scales]
+    return (
+        f"rank {min(ranks)} to {max(ranks)} by use ({sum(ranks):,} ranks together), "
+        f"scale {max(scales):.3g} to {min(scales):.3g}"
+    )
 
 
 def _layer_range(sites: list[Site]) -> str:
@@ -161,3 +185,16 @@ def _expert_site(shape: ModelShape, config: AdapterConfig, layer: int, chosen: t
     alpha = config.experts.alpha
     scale = lora_scale(alpha, rank, rslora=config.rslora)
     return Site("experts", layer, module, rank, alpha, scale, parameters, chosen, share)
+
+
+def _site_of_ranks(shape: ModelShape, config: AdapterConfig, layer: int, ranks: ExpertRanks) -> Site:
+    """An experts' site whose file has the highest rank of all layers, so that one number stands for all of them."""
+    highest = max(rank for of_layer in ranks.values() for rank in of_layer.values())
+    here = {expert: rank for expert, rank in ranks[layer].items() if rank}
+    plain = _expert_site(shape, config, layer, tuple(here))
+    parameters = sum(here.values()) * (2 * shape.hidden + 3 * shape.expert_width)
+    scales = tuple(lora_scale(config.experts.alpha, rank, rslora=config.rslora) for rank in here.values())
+    scale = lora_scale(config.experts.alpha, highest, rslora=config.rslora)
+    return replace(
+        plain, rank=highest, scale=scale, num_parameters=parameters, ranks=tuple(here.values()), scales=scales
+    )

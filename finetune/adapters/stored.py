@@ -39,33 +39,15 @@ def fill(site: Site, module: LoraModule, stored: Mapping[str, Tensor]) -> None:
     """Set a site's parameters from factors as files hold them: the inverse of `stored_factors`.
 
     Raises:
-        ValueError: an expert that is not adapted here has an update, or a factor that is shared here differs among
-            experts.
+        ValueError: an expert that is not adapted here has an update, or one beyond its rank, or a factor that is shared
+            here differs among experts.
     """
     if isinstance(module, LoraRouter) and module.whole:
         module.weight_change.copy_(stored["lora_b"].float() @ stored["lora_a"].float() * site.scale)
         return
-    if isinstance(module, ExpertLora):
-        _refuse_others(site, stored)
     for name, parameter in lora_parameters(module).items():
         factor = stored[name]
-        if isinstance(module, ExpertLora):
-            factor = factor if site.experts is None else factor[list(site.experts)]
-            if site.share != "none" and name.endswith(f"_{site.share}"):
-                if not torch.equal(factor, factor[:1].expand_as(factor)):
-                    raise ValueError(f"{name} differs among experts, and the recipe shares it")
-                factor = factor[:1]
-        parameter.copy_(factor)
-
-
-def _refuse_others(site: Site, stored: Mapping[str, Tensor]) -> None:
-    if site.experts is None:
-        return
-    others = torch.ones(len(stored["down_b"]), dtype=torch.bool)
-    others[list(site.experts)] = False
-    touched = (stored["down_b"].flatten(1).any(1) | stored["gate_up_b"].flatten(1).any(1)) & others
-    if touched.any():
-        raise ValueError(f"it updates expert {int(touched.nonzero()[0])}, which the recipe does not adapt")
+        parameter.copy_(module.from_all_experts(name, factor) if isinstance(module, ExpertLora) else factor)
 
 
 def router_bias_changes(adapter: Adapter) -> dict[str, Tensor]:

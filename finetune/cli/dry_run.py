@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.adapters.sites import describe_sites, plan_sites
+from finetune.adapters.ranks import given_ranks, ranks_of
+from finetune.adapters.sites import ExpertRanks, Selection, describe_sites, plan_sites
+from finetune.config.affinity import read_affinity
 from finetune.config.deepspeed import deepspeed_lines
 from finetune.config.derive import check_inputs, derived_lines
-from finetune.config.expert_rules import parse_select
+from finetune.config.expert_rules import parse_rank_by, parse_select
 from finetune.config.locate import shipped_dir
-from finetune.config.schema import RunConfig
+from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.config.validate import dump_yaml
 from finetune.console import say
 from finetune.data.dataset import describe, load_split
@@ -62,22 +64,36 @@ def _adapter(config: RunConfig) -> str:
         return "adapter sites: known once the base is here"
     shape = ModelShape.from_config(read_json(path), str(path))
     experts = config.adapter.experts
-    if experts.rank == 0 or experts.select == "all":
+    if experts.rank == 0 or (experts.select == "all" and experts.rank_by == "uniform"):
         return "adapter sites:\n" + describe_sites(plan_sites(shape, config.adapter), shape)
-    sites = describe_sites(plan_sites(shape, config.adapter, _likely(experts.select, shape)), shape)
-    return f"adapter sites, where the training data decide which experts ({experts.select}):\n{sites}"
+    selected = _likely(experts.select, shape)
+    sites = describe_sites(plan_sites(shape, config.adapter, selected, _ranks(experts, selected, shape)), shape)
+    chosen_by = [rule for rule in (experts.select, experts.rank_by) if rule not in ("all", "uniform")]
+    return f"adapter sites, where the training data decide which experts ({', '.join(chosen_by)}):\n{sites}"
 
 
-def _likely(select: str, shape: ModelShape) -> dict[int, tuple[int, ...]] | None:
+def _likely(select: str, shape: ModelShape) -> Selection | None:
     """As many experts as a run will adapt, where that is known before the data are looked at; None: all at most."""
     rule = parse_select(select)
     if rule.kind == "top_k":
         return dict.fromkeys(range(shape.num_layers), tuple(range(min(rule.top_k, shape.num_experts))))
-    if rule.kind == "file":
-        path = Path(rule.path).expanduser()
-        try:
-            selected = dict(read_json(path)["selected"])
-            return {int(layer): tuple(map(int, experts)) for layer, experts in selected.items()}
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is not a file that `finetune experts score` wrote", why=str(error)) from error
-    return None
+    return read_affinity(Path(rule.path).expanduser()).selected if rule.kind == "file" else None
+
+
+def _ranks(experts: ExpertAdapterConfig, selected: Selection | None, shape: ModelShape) -> ExpertRanks | None:
+    """Ranks by use, where a file has it and says of which experts; None: not known yet, so the mean stands for them."""
+    ranking, rule = parse_rank_by(experts.rank_by), parse_select(experts.select)
+    if ranking.kind == "uniform" or rule.kind in ("top_p", "top_k"):
+        return None
+    if ranking.kind == "file":
+        affinity, key = read_affinity(Path(ranking.path).expanduser(), "rank_by"), "rank_by"
+    elif rule.kind == "file":
+        affinity, key = read_affinity(Path(rule.path).expanduser()), "select"
+    else:
+        return None
+    if [len(of_layer) for of_layer in affinity.gate] != [shape.num_experts] * shape.num_layers:
+        raise InputError(f"adapter.experts.{key}: the file was measured on a base of another size")
+    chosen = selected or dict.fromkeys(range(shape.num_layers), tuple(range(shape.num_experts)))
+    if ranking.kind == "file" and affinity.ranks is not None:
+        return given_ranks(affinity, chosen, experts, ranking.path)
+    return ranks_of(affinity, affinity.by if ranking.kind == "file" else ranking.kind, chosen, experts)

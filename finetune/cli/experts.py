@@ -1,4 +1,4 @@
-"""`finetune experts score`: which experts a recipe's training data use, written for `adapter.experts.select`."""
+"""`finetune experts score`: which experts a recipe's training data use, for `adapter.experts.select` and `.rank_by`."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def run(args: argparse.Namespace) -> None:
     if out.exists():
         raise ConfigError(f"{out} exists already", fix="choose another with --out")
 
+    from finetune.config.affinity import write_affinity
     from finetune.data.dataset import describe, load_split
-    from finetune.evaluate.affinity import score_experts, write_affinity
+    from finetune.evaluate.affinity import score_experts
     from finetune.model.build import choose_device, choose_dtype, load_base
     from finetune.model.checkpoint import Checkpoint
     from finetune.model.hub import locate_base
@@ -69,4 +70,4 @@ def run(args: argparse.Namespace) -> None:
     write_affinity(out, affinity)
     for line in affinity.describe():
         say(line, result=True)
-    say(f"{out}: train with adapter.experts.select={out}", result=True)
+    say(f"{out}: train with adapter.experts.select={out}, or adapter.experts.rank_by={out}", result=True)

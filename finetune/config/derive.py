@@ -6,9 +6,9 @@ import math
 import re
 from pathlib import Path
 
-from finetune.config.expert_rules import parse_select, refuse_missing
+from finetune.config.expert_rules import highest_rank, parse_rank_by, parse_select, refuse_missing
 from finetune.config.locate import HUB_PREFIX, how_to_get, is_glob, matching_files, resolve_data_path
-from finetune.config.schema import RunConfig
+from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.errors import InputError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -32,7 +32,9 @@ def derived_lines(config: RunConfig) -> list[str]:
         f"tokens per optimiser step = {rows:,} rows x {data.max_length:,} = at most {rows * data.max_length:,}",
     ]
     for name, lora in (("attention", adapter.attention), ("experts", adapter.experts)):
-        if lora.rank > 0:
+        if isinstance(lora, ExpertAdapterConfig) and lora.rank_by != "uniform" and lora.rank:
+            lines.append(_by_use(lora, rslora=adapter.rslora))
+        elif lora.rank > 0:
             divisor = f"sqrt(rank {lora.rank})" if adapter.rslora else f"rank {lora.rank}"
             scale = lora_scale(lora.alpha, lora.rank, rslora=adapter.rslora)
             lines.append(f"LoRA scale on {name} = alpha {lora.alpha:g} / {divisor} = {scale:g}")
@@ -45,6 +47,16 @@ def derived_lines(config: RunConfig) -> list[str]:
         f"then {trainer.schedule} to {last:g}"
     )
     return lines
+
+
+def _by_use(experts: ExpertAdapterConfig, *, rslora: bool) -> str:
+    highest = highest_rank(experts)
+    least, most = (lora_scale(experts.alpha, rank, rslora=rslora) for rank in (highest, 1))
+    divisor = "sqrt(its own rank)" if rslora else "its own rank"
+    return (
+        f"expert ranks by {experts.rank_by}: {experts.rank} x adapted experts a layer together, 0 to {highest} each; "
+        f"LoRA scale on an expert = alpha {experts.alpha:g} / {divisor} = {most:g} down to {least:g}"
+    )
 
 
 def router_notes(config: RunConfig) -> list[str]:
@@ -83,6 +95,9 @@ def check_inputs(config: RunConfig) -> list[str]:
     rule = parse_select(config.adapter.experts.select)
     if rule.kind == "file":
         refuse_missing(Path(rule.path).expanduser())
+    rank_rule = parse_rank_by(config.adapter.experts.rank_by)
+    if rank_rule.kind == "file":
+        refuse_missing(Path(rank_rule.path).expanduser(), "rank_by")
     return lines
 
 

@@ -10,10 +10,14 @@ from typing import Literal
 
 from finetune.config.keys import suggest_word
 from finetune.config.problems import Problem
-from finetune.config.schema import RunConfig
+from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.errors import ConfigError
 
 SELECT: tuple[str, ...] = ("adapter", "experts", "select")
+RANK_BY: tuple[str, ...] = ("adapter", "experts", "rank_by")
+HIGHEST_OVER_MEAN = 4  # what adapter.experts.max_rank is, in ranks, where the recipe leaves it open
+_RANK_KINDS: tuple[Literal["uniform", "gate", "tokens"], ...] = ("uniform", "gate", "tokens")
+_RANK_FORMS = "uniform, gate, tokens, or a file that `finetune experts score` wrote"
 _FORMS = "all, top_p=0.2, top_k=8, or a file that `finetune experts score` wrote"
 
 
@@ -53,6 +57,41 @@ def parse_select(text: str) -> SelectRule:
     return SelectRule("file", path=text)
 
 
+@dataclass(frozen=True)
+class RankRule:
+    """What `adapter.experts.rank_by` says.
+
+    Attributes:
+        kind: one rank for all, by a score of the experts that are measured or selected, or by a file's.
+        path: for `file`.
+    """
+
+    kind: Literal["uniform", "gate", "tokens", "file"]
+    path: str = ""
+
+
+def parse_rank_by(text: str) -> RankRule:
+    """Read `adapter.experts.rank_by`.
+
+    Raises:
+        ValueError: it is none of the forms; the message continues "is ... ".
+    """
+    for kind in _RANK_KINDS:
+        if text == kind:
+            return RankRule(kind)
+    close = suggest_word(text, _RANK_KINDS)
+    if not text.strip() or (close and not text.endswith(".json")):
+        raise ValueError(f"must be {_RANK_FORMS}" + (f"; {close}" if close else ""))
+    return RankRule("file", path=text)
+
+
+def highest_rank(experts: ExpertAdapterConfig) -> int:
+    """The highest rank that an expert may get: the recipe's rank, or `max_rank` where ranks follow use."""
+    if experts.rank_by == "uniform":
+        return experts.rank
+    return HIGHEST_OVER_MEAN * experts.rank if experts.max_rank is None else experts.max_rank
+
+
 def _top(name: str, number: str) -> SelectRule:
     try:
         value = float(number)
@@ -67,13 +106,15 @@ def _top(name: str, number: str) -> SelectRule:
     return SelectRule("top_k", top_k=int(value))
 
 
-def refuse_missing(path: Path) -> None:
-    """Raise ConfigError if a file of `adapter.experts.select` does not exist, naming the nearest that does."""
+def refuse_missing(path: Path, key: str = "select") -> None:
+    """Raise ConfigError if a file of `adapter.experts.select` (or `.rank_by`) does not exist, naming the nearest."""
     if not path.is_file():
         near = suggest_word(path.name, sorted(other.name for other in path.parent.glob("*.json")))
         raise ConfigError(
-            f"adapter.experts.select: there is no file {path}",
-            fix=near or "write all, top_p=0.2, top_k=8, or make one: finetune experts score RECIPE --out FILE",
+            f"adapter.experts.{key}: there is no file {path}",
+            fix=near
+            or f"write {'all, top_p=0.2, top_k=8' if key == 'select' else 'uniform, gate, tokens'}, or make one: "
+            "finetune experts score RECIPE --out FILE",
         )
 
 
@@ -85,9 +126,10 @@ def expert_problems(config: RunConfig) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem(SELECT, f"is {experts.select!r}, {error}")
     if experts.rank == 0:
-        for key, off in (("select", "all"), ("share", "none")):
+        for key, off in (("select", "all"), ("share", "none"), ("rank_by", "uniform")):
             if getattr(experts, key) != off:
                 yield Problem(("adapter", "experts", key), "is set, but adapter.experts.rank is 0")
+    yield from _rank_problems(experts)
     if router.mode == "lora" and router.rank < 1:
         yield Problem(
             ("adapter", "router", "rank"),
@@ -100,3 +142,27 @@ def expert_problems(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(("trainer", key), "is set, but trainer.router_balance_coefficient is 0")
     if config.evaluate.max_routing_drift is not None and not config.evaluate.routing_samples:
         yield Problem(("evaluate", "max_routing_drift"), "is set, but evaluate.routing_samples is 0")
+
+
+def _rank_problems(experts: ExpertAdapterConfig) -> Iterator[Problem]:
+    try:
+        uniform = parse_rank_by(experts.rank_by).kind == "uniform"
+    except ValueError as error:
+        yield Problem(RANK_BY, f"is {experts.rank_by!r}, {error}")
+        return
+    limit: tuple[str, ...] = ("adapter", "experts", "max_rank")
+    if uniform and experts.max_rank is not None:
+        yield Problem(limit, "is set, but adapter.experts.rank_by is uniform: every expert has adapter.experts.rank")
+    if not uniform and experts.max_rank is not None and experts.max_rank < experts.rank:
+        yield Problem(
+            limit,
+            f"is {experts.max_rank}, below adapter.experts.rank ({experts.rank}), which is the mean: the ranks of a "
+            "layer could not add up",
+            "raise it, or lower rank",
+        )
+    if not uniform and experts.share != "none":
+        yield Problem(
+            RANK_BY,
+            f"is set, but adapter.experts.share is {experts.share}: a factor that experts share has one rank",
+            "share: none, or rank_by: uniform",
+        )

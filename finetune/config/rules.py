@@ -27,7 +27,7 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "model.experts_per_chunk data.max_length trainer.max_steps trainer.rows_per_micro_step trainer.micro_steps "
         "trainer.early_stop_patience distributed.num_processes logging.every_steps evaluate.every_steps "
         "evaluate.validation_rows evaluate.test_rows save.every_steps save.keep export.read_back_rows "
-        "export.calibration_tokens export.max_gain_kept",
+        "export.calibration_tokens export.max_gain_kept adapter.experts.max_rank",
     ),
     (
         "above 0",

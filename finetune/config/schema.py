@@ -84,8 +84,15 @@ class ExpertAdapterConfig(Strict):
     """LoRA on both projections of the routed experts.
 
     Attributes:
-        rank: of each expert's update; memory grows with it times the experts. 0 leaves the experts alone.
-        alpha: the update is scaled by alpha / rank.
+        rank: of each expert's update, or the mean of their ranks where these follow use (`rank_by`); memory grows with
+            it times the experts. 0 leaves the experts alone.
+        rank_by: `uniform` gives each adapted expert `rank`. `gate` and `tokens` deal out as many ranks a layer, and so
+            as many parameters, in proportion to how much the training rows use each expert (by the router's weights,
+            or by choices): more where more is learnt, none for an expert whose share rounds to 0. A FILE that
+            `finetune experts score` wrote gives them by the score it was made with; a run's experts.json as they are.
+        max_rank: the highest rank of an expert under `rank_by`; null: 4 times `rank`. Files of others have this rank
+            for every expert, filled up with zeros.
+        alpha: the update is scaled by alpha / rank, with each expert's own rank.
         dropout: only 0; the key is there to say why (an expert's update in PEFT's format is a weight W + BA, in which
             dropping inputs of BA alone cannot be written).
         select: which experts of each layer are adapted. `all`; `top_k=8`, the 8 that the training rows use most;
@@ -96,6 +103,8 @@ class ExpertAdapterConfig(Strict):
     """
 
     rank: int = 4
+    rank_by: str = "uniform"
+    max_rank: int | None = None
     alpha: float = 8.0
     dropout: float = 0.0
     select: str = "all"

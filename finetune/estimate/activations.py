@@ -76,10 +76,11 @@ def expert_backward(base: BaseShape, step: StepShape) -> list[Part]:
     rows = min(routed, routed * chunk / base.num_experts * step.busiest_chunk)
     hidden, width = base.hidden, base.expert_width
     if step.expert_kernel == "triton":
-        pad = -(-(step.expert_rank + 1) // PAD_ALIGNMENT) * PAD_ALIGNMENT
+        pad = -(-(step.highest_rank + 1) // PAD_ALIGNMENT) * PAD_ALIGNMENT
         weights = chunk * (2 * width * (hidden + pad) + hidden * (width + pad))
         per_row = 2 * hidden + 5 * width + 2 * pad
-        narrow = step.adapted_experts * step.expert_rank * (hidden + width) if step.adapter_bytes > c else 0
+        adapted = max(step.adapted_experts, default=0)
+        narrow = adapted * step.expert_rank * (hidden + width) if step.adapter_bytes > c else 0
     else:
         weights, narrow = chunk * base.expert_weights, 0
         per_row = 7 * width + (6 if step.expert_rank else 5) * hidden

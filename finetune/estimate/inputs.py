@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from finetune.config.affinity import read_affinity
+from finetune.config.expert_rules import highest_rank, parse_select
 from finetune.config.schema import RunConfig
 from finetune.estimate.shapes import BaseShape
 
@@ -29,7 +32,10 @@ class StepShape:
         expert_storage, attention_storage, embedding_on_cpu: how and where the base is held.
         experts_per_chunk: experts dequantised at a time.
         expert_kernel, attention_kernel: `triton` and `flash`; `reference` is plain PyTorch.
-        attention_rank, attention_targets, expert_rank, adapted_layers, adapted_experts: the adapter's sites.
+        attention_rank, attention_targets, expert_rank, adapted_layers: the adapter's sites; experts' ranks may differ,
+            and are then this on average.
+        adapted_experts: in each adapted layer.
+        highest_rank: of an expert.
         shared_factor: which factor a layer's experts have in common: `a`, `b` or `none`.
         router_parameters: trained ones of one layer's router.
         adapter_bytes, gradient_bytes: of a LoRA parameter and of its gradient.
@@ -56,7 +62,8 @@ class StepShape:
     attention_targets: tuple[str, ...]
     expert_rank: int
     adapted_layers: int
-    adapted_experts: int
+    adapted_experts: tuple[int, ...]
+    highest_rank: int
     shared_factor: str
     router_parameters: int
     adapter_bytes: Literal[2, 4]
@@ -102,7 +109,8 @@ def step_shape(config: RunConfig, base: BaseShape, *, on_gpu: bool) -> StepShape
         attention_targets=config.adapter.attention.targets,
         expert_rank=config.adapter.experts.rank,
         adapted_layers=max(0, min(last, base.num_layers - 1) - first + 1),
-        adapted_experts=_adapted_experts(config.adapter.experts.select, base),
+        adapted_experts=_adapted_experts(config.adapter.experts.select, base, first, last),
+        highest_rank=highest_rank(config.adapter.experts),
         shared_factor=config.adapter.experts.share,
         router_parameters=_router_parameters(config, base),
         adapter_bytes=2 if config.adapter.dtype == "bfloat16" else 4,
@@ -126,7 +134,16 @@ def _router_parameters(config: RunConfig, base: BaseShape) -> int:
     return {"lora": router.rank * (base.hidden + base.num_experts), "full": base.router}.get(router.mode, 0)
 
 
-def _adapted_experts(select: str, base: BaseShape) -> int:
-    """`top_k=8` adapts 8; how many a share of the tokens or a file comes to is not known here, so all of them."""
-    name, _, number = select.partition("=")
-    return min(int(number), base.num_experts) if name == "top_k" and number.isdigit() else base.num_experts
+def _adapted_experts(select: str, base: BaseShape, first: int, last: int) -> tuple[int, ...]:
+    """Experts of each adapted layer; how many a share of the use comes to is not known here, so all of them.
+
+    Raises:
+        ConfigError, InputError: `select` names a file that is not there, or another one than it should.
+    """
+    layers = range(first, min(last, base.num_layers - 1) + 1)
+    rule = parse_select(select)
+    if rule.kind == "file":
+        selected = read_affinity(Path(rule.path).expanduser()).selected
+        return tuple(len(selected.get(layer, ())) for layer in layers)
+    count = min(rule.top_k, base.num_experts) if rule.kind == "top_k" else base.num_experts
+    return (count,) * len(layers)

@@ -62,12 +62,17 @@ def lora_parameters(base: BaseShape, step: StepShape) -> tuple[int, int]:
         "o_proj": base.query_size + base.hidden,
     }
     attention = step.attention_rank * sum(sizes[target] for target in step.attention_targets)
-    # gate_up reads D and writes 2 F, down reads F and writes D.
-    a, b = base.hidden + base.expert_width, 2 * base.expert_width + base.hidden
-    a *= 1 if step.shared_factor == "a" else step.adapted_experts
-    b *= 1 if step.shared_factor == "b" else step.adapted_experts
     attention += step.router_parameters
-    return step.adapted_layers * attention, step.adapted_layers * step.expert_rank * (a + b)
+    on_experts = sum(_of_experts(base, step, count) for count in step.adapted_experts)
+    return step.adapted_layers * attention, on_experts
+
+
+def _of_experts(base: BaseShape, step: StepShape, count: int) -> int:
+    """Parameters on so many experts of a layer. gate_up reads D and writes 2 F, down reads F and writes D."""
+    a, b = base.hidden + base.expert_width, 2 * base.expert_width + base.hidden
+    a *= 1 if step.shared_factor == "a" else count
+    b *= 1 if step.shared_factor == "b" else count
+    return step.expert_rank * (a + b)
 
 
 def adapter_parts(base: BaseShape, step: StepShape) -> list[Part]:
@@ -106,7 +111,7 @@ def update_bytes(base: BaseShape, step: StepShape) -> float:
     plain = step.optimizer == "adamw" and step.adapter_bytes == 4 and not step.states_on_cpu
     if plain and step.on_gpu:
         return 4 * count / (step.processes if step.kind in SHARDED_STATES else 1)
-    experts = step.adapted_experts * step.expert_rank * 2 * base.expert_width
+    experts = max(step.adapted_experts, default=0) * step.expert_rank * 2 * base.expert_width
     largest = max(experts, step.attention_rank * max(base.query_size, base.hidden))
     widened = sum(4 for width in (step.adapter_bytes, step.gradient_bytes) if width < 4)
     fetched = state_bytes(step) if step.states_on_cpu and step.on_gpu else 0
@@ -115,5 +120,4 @@ def update_bytes(base: BaseShape, step: StepShape) -> float:
 
 def layer_gradient_bytes(base: BaseShape, step: StepShape) -> float:
     """Gradients of one layer's experts, which are whole before they are added to the others."""
-    per_layer = lora_parameters(base, step)[1] / max(1, step.adapted_layers)
-    return per_layer * step.adapter_bytes
+    return _of_experts(base, step, max(step.adapted_experts, default=0)) * step.adapter_bytes

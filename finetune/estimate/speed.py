@@ -42,9 +42,10 @@ def flops_per_token(base: BaseShape, step: StepShape) -> float:
     sliding = base.num_layers - base.full_layers
     pairs = base.full_layers * seen + sliding * min(seen, base.sliding_window)
     scores = 4 * base.query_size * pairs
-    on_attention, on_experts = lora_parameters(base, step)
-    share = base.num_active_experts / max(1, step.adapted_experts)
-    lora = 2 * (on_attention + on_experts * min(1.0, share))
+    # Rows that go to experts without an update take no part in thin products; use is taken to be even.
+    rows = base.num_active_experts * sum(step.adapted_experts) / base.num_experts
+    thin = rows * step.expert_rank * (2 * base.hidden + 3 * base.expert_width)
+    lora = 2 * (lora_parameters(base, step)[0] + thin)
     layers = base.num_layers * linear + lora
     again = layers + scores if step.checkpointing else 0.0
     return 2 * layers + lora + again + 2 * head + scores * (1 + ATTENTION_BACKWARD)

@@ -7,17 +7,17 @@ choices (`tokens`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.adapters.ranks import given_ranks, ranks_of
 from finetune.adapters.sites import refuse_bad_selection
-from finetune.config.expert_rules import SelectRule, parse_select, refuse_missing
+from finetune.config.affinity import Affinity, Score, read_affinity
+from finetune.config.expert_rules import RankRule, SelectRule, parse_rank_by, parse_select
 from finetune.config.schema import AdapterConfig, DataConfig
 from finetune.console import say
 from finetune.data.render import Sample
@@ -25,49 +25,7 @@ from finetune.errors import ConfigError, InputError
 from finetune.evaluate.routing import count_routing, spread
 from finetune.model.build import Base
 
-Score = Literal["gate", "tokens"]
-SCORES: tuple[Score, ...] = get_args(Score)
 SCORED_SAMPLES = 128
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Affinity:
-    """How much a data set uses each expert of a base, and which experts were chosen for it.
-
-    Attributes:
-        base_name, base_identity: the base that was measured.
-        samples, tokens: what it was measured on.
-        gate, tokens_share: the two scores, [layers][E].
-        by: the score that the choice went by.
-        select: the rule of the choice, such as `top_p=0.2`.
-        selected: layer -> experts, in order.
-    """
-
-    base_name: str
-    base_identity: str
-    samples: int
-    tokens: int
-    gate: list[list[float]]
-    tokens_share: list[list[float]]
-    by: Score
-    select: str
-    selected: dict[int, tuple[int, ...]]
-
-    def describe(self) -> list[str]:
-        """One line for each layer: how many experts were chosen, and how much of both scores they have."""
-        lines = []
-        for layer, experts in self.selected.items():
-            gate, share = (sum(scores[layer][e] for e in experts) for scores in (self.gate, self.tokens_share))
-            shown = " ".join(map(str, experts[:12])) + (" ..." if len(experts) > 12 else "")
-            lines.append(
-                f"layer {layer:>2}: {len(experts):>3} of {len(self.gate[layer])} experts, {gate:.1%} of the gate, "
-                f"{share:.1%} of the choices: {shown}"
-            )
-        total = sum(map(len, self.selected.values()))
-        whole = sum(map(len, self.gate))
-        lines.append(f"{total} of {whole} experts by {self.by} with {self.select}, on {self.samples} samples")
-        return lines
 
 
 def score_experts(
@@ -80,7 +38,7 @@ def score_experts(
         base_name: for the file.
         samples: training samples; up to `count` of them, evenly spread, are used.
         data: gives the length of a row.
-        select: `top_p=...` or `top_k=...`.
+        select: `all`, `top_p=...` or `top_k=...`.
         by: the score to choose by.
         count: samples at most.
 
@@ -130,10 +88,13 @@ def choose(scores: NDArray[np.float64], rule: SelectRule) -> dict[int, tuple[int
 
     Args:
         scores: [layers, E], each layer's adding up to 1.
-        rule: `top_k`: so many, at most E; `top_p`: the fewest that have that share together.
+        rule: `all`; `top_k`: so many, at most E; `top_p`: the fewest that have that share together.
     """
     selected = {}
     for layer, row in enumerate(scores):
+        if rule.kind == "all":
+            selected[layer] = tuple(range(len(row)))
+            continue
         order = np.argsort(-row, kind="stable")
         enough = np.cumsum(row[order]) >= rule.top_p * row.sum() - 1e-9
         count = rule.top_k or int(enough.argmax()) + 1
@@ -141,30 +102,18 @@ def choose(scores: NDArray[np.float64], rule: SelectRule) -> dict[int, tuple[int
     return selected
 
 
-def write_affinity(path: Path, affinity: Affinity) -> None:
-    """Write the JSON that `adapter.experts.select` takes."""
-    content = {"format": FORMAT} | asdict(affinity)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def read_affinity(path: Path) -> Affinity:
-    """Read what `write_affinity` wrote.
-
-    Raises:
-        ConfigError: there is no such file.
-        InputError: it is something else, or damaged.
-    """
-    refuse_missing(path)
-    try:
-        content = json.loads(path.read_text())
-        if content.pop("format") != FORMAT:
-            raise ValueError("another format")
-        content["selected"] = {int(layer): tuple(map(int, e)) for layer, e in content["selected"].items()}
-        return Affinity(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} is not a file that `finetune experts score` wrote", why=f"{type(error).__name__}: {error}"
-        ) from error
+def check_base(affinity: Affinity, base: Base, where: str, key: str = "select") -> None:
+    """Raise ConfigError if scores were measured on another base, naming the key of `adapter.experts` they came from."""
+    if affinity.base_identity != base.identity:
+        raise ConfigError(
+            f"adapter.experts.{key}: {where} was measured on another base",
+            why=f"it belongs to {affinity.base_name} ({affinity.base_identity[:12]}), this is {base.identity[:12]}",
+            fix="measure again: finetune experts score RECIPE --out FILE",
+        )
+    shape = base.checkpoint.shape
+    for scores in (affinity.gate, affinity.tokens_share):
+        if len(scores) != shape.num_layers or any(len(of_layer) != shape.num_experts for of_layer in scores):
+            raise InputError(f"{where} does not have a score for each of the base's experts")
 
 
 def check_selection(affinity: Affinity, base: Base, config: AdapterConfig, where: str) -> None:
@@ -173,30 +122,52 @@ def check_selection(affinity: Affinity, base: Base, config: AdapterConfig, where
     Raises:
         ConfigError: it was measured on another base, or leaves a layer without experts, or names one that is not there.
     """
-    if affinity.base_identity != base.identity:
-        raise ConfigError(
-            f"adapter.experts.select: {where} was measured on another base",
-            why=f"it belongs to {affinity.base_name} ({affinity.base_identity[:12]}), this is {base.identity[:12]}",
-            fix="measure again: finetune experts score RECIPE --out FILE",
-        )
+    check_base(affinity, base, where)
     refuse_bad_selection(affinity.selected, base.checkpoint.shape, config, where)
 
 
 def choose_experts(
     base: Base, base_name: str, samples: Sequence[Sample], data: DataConfig, config: AdapterConfig
 ) -> Affinity | None:
-    """What `adapter.experts.select` comes to for a base and its training samples; None for all experts.
+    """What `adapter.experts.select` and `.rank_by` come to for a base and its training samples.
+
+    Returns:
+        None for all experts with one rank.
 
     Raises:
-        ConfigError: see `check_selection`.
+        ConfigError: see `check_selection`, and `finetune.adapters.ranks.given_ranks`.
     """
-    rule = parse_select(config.experts.select)
-    if rule.kind == "all":
+    rule, ranking = parse_select(config.experts.select), parse_rank_by(config.experts.rank_by)
+    given = None
+    if ranking.kind == "file":
+        given = read_affinity(Path(ranking.path).expanduser(), "rank_by")
+        check_base(given, base, ranking.path, "rank_by")
+    if rule.kind == "all" and ranking.kind == "uniform":
         return None
     if rule.kind == "file":
         affinity = read_affinity(Path(rule.path).expanduser())
         check_selection(affinity, base, config, rule.path)
+    elif rule.kind == "all" and given is not None:
+        every = tuple(range(base.checkpoint.shape.num_experts))
+        affinity = replace(given, select="all", selected=dict.fromkeys(range(len(given.gate)), every), ranks=None)
     else:
         affinity = score_experts(base, base_name, samples, data, config.experts.select, "gate", SCORED_SAMPLES)
+    affinity = replace(affinity, ranks=_ranks(affinity, given, config, ranking))
     say("experts to adapt:\n  " + "\n  ".join(affinity.describe()))
     return affinity
+
+
+def _ranks(
+    affinity: Affinity, given: Affinity | None, config: AdapterConfig, ranking: RankRule
+) -> dict[int, tuple[int, ...]] | None:
+    """Layer -> rank of each selected expert, of the layers that are adapted."""
+    if ranking.kind == "uniform":
+        return None
+    if ranking.kind != "file":
+        ranks = ranks_of(affinity, ranking.kind, affinity.selected, config.experts)
+    elif given is not None and given.ranks is not None:
+        ranks = given_ranks(given, affinity.selected, config.experts, ranking.path)
+    else:
+        assert given is not None
+        ranks = ranks_of(given, given.by, affinity.selected, config.experts)
+    return {layer: tuple(of_layer.values()) for layer, of_layer in ranks.items()}

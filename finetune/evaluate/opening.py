@@ -101,13 +101,24 @@ def open_model(
     say(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
     check_packing(loaded.model)
     # The file has factors for every expert, zeros where a run adapted only some.
-    experts = replace(adapter_config.experts, select="all", share="none")
-    adapter_config = replace(adapter_config, experts=experts)
+    adapter_config = replace(adapter_config, experts=_as_filed(adapter_config.experts, directory, stored))
     adapter = attach_adapter(loaded, replace(adapter_config, init_from=None), seed=0)
     read_adapter_into(directory, adapter, adapter_config, loaded.identity, loaded.held_as)
     say(f"adapter: {directory}")
     loaded.model.eval()
     return OpenedModel(loaded, adapter, directory, run, config)
+
+
+def _as_filed(experts: ExpertAdapterConfig, directory: Path, stored: dict[str, Any]) -> ExpertAdapterConfig:
+    """A recipe's experts as its adapter's file has them: all of them, and with the highest rank where ranks differ."""
+    rank = experts.rank
+    if experts.rank_by != "uniform":
+        patterns = stored.get("rank_pattern") or {}
+        found = [value for name, value in patterns.items() if name.endswith(EXPERT_PARAMETERS[0])]
+        rank = found[0] if found else stored.get("r", rank)
+        if not isinstance(rank, int):
+            raise InputError(f"{directory / CONFIG}: the rank of experts is {rank!r}, not a number")
+    return replace(experts, select="all", share="none", rank_by="uniform", max_rank=None, rank=rank)
 
 
 def _as_trained_over(settings: ModelConfig, facts: dict[str, Any]) -> ModelConfig:

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.config.expert_rules import highest_rank
 from finetune.config.locate import resolve_data_path
-from finetune.config.schema import RunConfig
+from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.config.validate import load_run_config
 from finetune.errors import FinetuneError
 from finetune.export.attribution import UNKNOWN_LICENCE, attribution_section, licence_of, shown_name
@@ -171,11 +172,17 @@ def _recipe(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
     adapter, trainer = config.adapter, config.trainer
     lines = [
         f"- attention rank {adapter.attention.rank}, alpha {adapter.attention.alpha:g}; "
-        f"experts rank {adapter.experts.rank}, alpha {adapter.experts.alpha:g}",
+        f"experts rank {_expert_rank(adapter.experts)}, alpha {adapter.experts.alpha:g}",
         f"- {manifest.get('total_steps', '?')} steps, {trainer.epochs:g} epochs, learning rate "
         f"{trainer.learning_rate:g}, seed {config.seed}, rows of {config.data.max_length:,} tokens",
     ]
     return f"## Recipe\n\n`{manifest.get('recipe', '?')}`\n\n" + "\n".join(lines)
+
+
+def _expert_rank(experts: ExpertAdapterConfig) -> str:
+    if experts.rank_by == "uniform":
+        return str(experts.rank)
+    return f"{experts.rank} on average, dealt out by {Path(experts.rank_by).name} (at most {highest_rank(experts)})"
 
 
 def _evaluation(evaluation: Mapping[str, Any], when: str) -> str:

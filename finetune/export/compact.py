@@ -36,9 +36,21 @@ def expanded(adapter: CompactAdapter) -> dict[int, dict[str, Factors]]:
 def _of_all(adapter: CompactAdapter, site: Site, name: str) -> Tensor:
     factor = _parameter(adapter, site, name)
     chosen = range(adapter.num_experts) if site.experts is None else site.experts
+    if site.ranks is not None:
+        factor = _with_one_rank(factor, site, name)
     whole = factor.new_zeros(adapter.num_experts, *factor.shape[1:])
     whole[list(chosen)] = factor.expand(len(chosen), -1, -1)
     return whole
+
+
+def _with_one_rank(rows: Tensor, site: Site, name: str) -> Tensor:
+    """Rows [N, width] of experts whose ranks differ as factors of the highest rank and its scale: B takes the rest."""
+    assert site.ranks is not None
+    factors = []
+    for part, rank, scale in zip(rows.split(site.ranks), site.ranks, site.scales, strict=True):
+        padded = torch.cat([part, part.new_zeros(site.rank - rank, part.shape[1])])
+        factors.append(padded if name.endswith("_a") else (padded * (scale / site.scale)).T)
+    return torch.stack(factors)
 
 
 def _parameter(adapter: CompactAdapter, site: Site, name: str) -> Tensor:

@@ -13,7 +13,9 @@ from finetune.model.build import Base
 
 
 class _Experts(nn.Module):
-    """Updates of one layer's experts; either projection may be missing."""
+    """Updates of all of one layer's experts; either projection may be missing."""
+
+    adapted = None
 
     def __init__(self, factors: dict[str, Factors]) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from finetune.export.factors import squared_norm
-from finetune.export.source import AdapterSource
+from finetune.export.source import AdapterSource, Factors
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class SiteFacts:
         norm: Frobenius norm of the update scale · b @ a, over all experts.
         largest_expert_norm: of a single expert; None without experts.
         untouched_experts: experts whose update is exactly zero; None without experts.
+        ranks_in_use: of each expert, how many of its ranks have an update; None without experts.
         num_parameters: in both factors.
     """
 
@@ -33,6 +34,7 @@ class SiteFacts:
     norm: float
     largest_expert_norm: float | None
     untouched_experts: int | None
+    ranks_in_use: tuple[int, ...] | None
     num_parameters: int
 
 
@@ -57,6 +59,7 @@ def measure(source: AdapterSource) -> list[SiteFacts]:
                 float(squared.sum().sqrt()),
                 None if per_expert is None else float(per_expert.max()),
                 None if per_expert is None else int((per_expert == 0).sum()),
+                _ranks_in_use(factors) if site.num_experts else None,
                 factors.a.numel() + factors.b.numel(),
             )
         )
@@ -102,9 +105,23 @@ def as_lines(source: AdapterSource, sites: list[SiteFacts]) -> list[str]:
         row += f"{_span(s.scale for s in here):>8} {norm:>10.4g}  {largest.norm:.4g} in layer {largest.layer}"
         if here[0].num_experts:
             untouched = sum(site.untouched_experts or 0 for site in here)
-            row += f"; {untouched} of {sum(site.num_experts for site in here)} experts have none"
+            row += f"; {untouched} of {sum(site.num_experts for site in here)} experts have none{_used(here)}"
         lines.append(row)
     return lines
+
+
+def _ranks_in_use(factors: Factors) -> tuple[int, ...]:
+    """Of each expert, ranks whose row of A [E, L, in] and column of B [E, out, L] are both not zero."""
+    used = factors.a.any(2) & factors.b.any(1)
+    return tuple(int(count) for count in used.sum(1))
+
+
+def _used(sites: list[SiteFacts]) -> str:
+    """Which ranks there are, unless every expert with an update has the site's."""
+    ranks = [rank for site in sites for rank in site.ranks_in_use or () if rank]
+    if not ranks or all(rank == sites[0].rank for rank in ranks):
+        return ""
+    return f"; ranks {min(ranks)} to {max(ranks)} in use, {sum(ranks):,} together"
 
 
 def _span(values: Iterable[float]) -> str:

@@ -6,7 +6,7 @@ so the scratch of one chunk is freed before the next one is taken. The update is
 the base product; W + BA is never formed.
 
 Shape legend: T tokens, D hidden, E experts, K active experts a token, R routed rows (T·K, sorted by expert), F expert
-width, L rank, C experts in a chunk.
+width, L rank, C experts in a chunk, S adapted experts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
+from finetune.kernels.adapted import Adapted, Part, parts_of
 from finetune.kernels.grouped import padded_rank
 from finetune.kernels.routing import Chunk, Routing, output_not_wanted
 from finetune.mxfp4.format import dequantise
@@ -57,11 +58,12 @@ class PackedLinear:
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """E low-rank updates: update of expert e = scale · b[e] @ a[e].
+    """S low-rank updates, of all E experts or of some: update of expert e = scale · b[e] @ a[e].
 
     Attributes:
-        a: [E, L, in]. b: [E, out, L]. Both float32 or the compute dtype.
-        scale: alpha / rank.
+        a: [S, L, in]. b: [S, out, L]. Where ranks differ (`finetune.kernels.adapted`) [N, in] and [N, out]. Both
+            float32 or the compute dtype.
+        scale: alpha / rank; 1 where ranks differ, whose scales are their own.
     """
 
     a: Tensor
@@ -105,6 +107,7 @@ def expert_block(
     weights: ExpertWeights,
     gate_up_lora: LoraFactors | None,
     down_lora: LoraFactors | None,
+    adapted: Adapted | None = None,
 ) -> Tensor:
     """Send every token through its experts and sum their outputs with the router's weights.
 
@@ -116,33 +119,35 @@ def expert_block(
         expert_weights: [T, K], the router's softmax over those K.
         weights: the layer's packed experts.
         gate_up_lora, down_lora: updates, or None for none.
+        adapted: whose updates these are; rows of other experts skip the thin products. None: of all experts.
 
     Returns:
         [T, D] in x's dtype. The sum over K runs in a fixed order, so equal inputs give equal bits.
     """
     factors = [t for lora in (gate_up_lora, down_lora) for t in ((lora.a, lora.b) if lora else (None, None))]
     scales = tuple(lora.scale if lora else 0.0 for lora in (gate_up_lora, down_lora))
-    return _ExpertBlock.apply(x, expert_weights, *factors, expert_ids, weights, scales)
+    return _ExpertBlock.apply(x, expert_weights, *factors, expert_ids, weights, scales, adapted)
 
 
 class _ExpertBlock(torch.autograd.Function):
     """Saves the inputs only; the backward pass replays each chunk under autograd."""
 
     @staticmethod
-    def forward(ctx, x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales, adapted):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, expert_weights, gate_up_a, gate_up_b, down_a, down_b)
         if output_not_wanted():
             return torch.full_like(x, torch.nan)
         # Kept beside the saved tensors: a layer computed again cannot route another way than its output was made.
         ctx.routing = routing = Routing.of(expert_ids, len(weights.gate_up.bias), weights.experts_per_chunk)
+        ctx.parts = parts = parts_of(routing, adapted)
         ctx.weights, ctx.scales = weights, scales
         token_of_row = routing.order // routing.top_k
         row_weights = expert_weights.reshape(-1)[routing.order]
         rows = x.new_empty(len(routing.order), x.shape[1])
-        for chunk in routing.chunks():
-            factors = _slices((gate_up_a, gate_up_b, down_a, down_b), chunk.experts)
+        for chunk, part in zip(routing.chunks(), parts, strict=True):
+            factors = _factors((gate_up_a, gate_up_b, down_a, down_b), part)
             inputs = [x[token_of_row[chunk.rows]], row_weights[chunk.rows], *factors]
-            rows[chunk.rows] = _chunk_forward(inputs, chunk, weights, scales)
+            rows[chunk.rows] = _chunk_forward(inputs, chunk, part, weights, scales)
         return _combine(rows, routing)
 
     @staticmethod
@@ -156,24 +161,37 @@ class _ExpertBlock(torch.autograd.Function):
         grad_row_weights = torch.empty_like(row_weights) if needs[1] else None
         # Experts of a chunk without rows are never visited: their gradient is zero.
         grad_factors = [torch.zeros_like(t) if need else None for t, need in zip(factors, needs[2:], strict=True)]
-        for chunk in routing.chunks():
+        for chunk, part in zip(routing.chunks(), ctx.parts, strict=True):
             tokens = token_of_row[chunk.rows]
-            inputs = [x[tokens], row_weights[chunk.rows], *_slices(factors, chunk.experts)]
-            targets = [*_slices((grad_rows, grad_row_weights), chunk.rows), *_slices(grad_factors, chunk.experts)]
-            gradients = _chunk_backward(inputs, needs, grad_out[tokens], chunk, ctx.weights, ctx.scales)
-            for target, gradient in zip(targets, gradients, strict=True):
+            inputs = [x[tokens], row_weights[chunk.rows], *_factors(factors, part)]
+            gradients = _chunk_backward(inputs, needs, grad_out[tokens], chunk, part, ctx.weights, ctx.scales)
+            for target, gradient in zip((grad_rows, grad_row_weights), gradients[:2], strict=True):
                 if target is not None and gradient is not None:
-                    target.copy_(gradient)
+                    target[chunk.rows] = gradient
+            _put_factors(grad_factors, gradients[2:], part)
         grad_x = None if grad_rows is None else _combine(grad_rows, routing)
         grad_expert_weights = None
         if grad_row_weights is not None:
             grad_expert_weights = torch.empty_like(grad_row_weights).index_copy_(0, routing.order, grad_row_weights)
             grad_expert_weights = grad_expert_weights.view_as(expert_weights)
-        return grad_x, grad_expert_weights, *grad_factors, None, None, None
+        return grad_x, grad_expert_weights, *grad_factors, None, None, None, None
 
 
-def _slices(tensors: Sequence[Tensor | None], span: slice) -> list[Tensor | None]:
-    return [None if tensor is None else tensor[span] for tensor in tensors]
+def _factors(stored: Sequence[Tensor | None], part: Part | None) -> list[Tensor | None]:
+    """Of gate_up a and b, down a and b those of a part's experts."""
+    if part is None:
+        return [None] * 4
+    takes = (part.a_of, part.b_of, part.a_of, part.b_of)
+    return [None if factor is None else take(factor) for take, factor in zip(takes, stored, strict=True)]
+
+
+def _put_factors(targets: Sequence[Tensor | None], gradients: Sequence[Tensor | None], part: Part | None) -> None:
+    if part is None:
+        return
+    puts = (part.put_a, part.put_b, part.put_a, part.put_b)
+    for put, target, gradient in zip(puts, targets, gradients, strict=True):
+        if target is not None and gradient is not None:
+            put(target, gradient)
 
 
 def _combine(rows: Tensor, routing: Routing) -> Tensor:
@@ -182,14 +200,19 @@ def _combine(rows: Tensor, routing: Routing) -> Tensor:
 
 
 def _chunk_forward(
-    inputs: Sequence[Tensor | None], chunk: Chunk, weights: ExpertWeights, scales: tuple[float, float]
+    inputs: Sequence[Tensor | None],
+    chunk: Chunk,
+    part: Part | None,
+    weights: ExpertWeights,
+    scales: tuple[float, float],
 ) -> Tensor:
     """One chunk's rows through its experts, times the router's weight. Differentiable.
 
     Args:
-        inputs: rows [R', D] and their router weights [R'], then the chunk's LoRA factors (gate_up a and b, down a and
+        inputs: rows [R', D] and their router weights [R'], then the part's LoRA factors (gate_up a and b, down a and
             b) or None.
         chunk: which experts and rows.
+        part: which of them have updates; None: none.
         weights, scales: of the layer.
 
     Returns:
@@ -202,10 +225,11 @@ def _chunk_forward(
     def linear(rows: Tensor, base: FrozenExperts, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
         out = _grouped(rows, base.dequantised(chunk.first, chunk.last, rows.dtype), chunk.offsets)
         out = out + base.bias[chunk.experts][expert_of_row]
-        if a is None or b is None:
+        if a is None or b is None or part is None:
             return out
         a, b = padded_rank(a.to(rows.dtype), 1), padded_rank(b.to(rows.dtype), 2)
-        return out + _grouped(_grouped(rows, a, chunk.offsets) * scale, b, chunk.offsets)
+        update = _grouped(_grouped(part.pick(rows), a, part.chunk.offsets) * scale, b, part.chunk.offsets)
+        return out + update if part.rows is None else out.index_add(0, part.rows, update)
 
     hidden = linear(x_rows, weights.gate_up, gate_up_a, gate_up_b, scales[0])
     activated = clamped_swiglu(hidden, weights.limit, weights.gain)
@@ -218,14 +242,17 @@ def _chunk_backward(
     needs: Sequence[bool],
     grad_rows: Tensor,
     chunk: Chunk,
+    part: Part | None,
     weights: ExpertWeights,
     scales: tuple[float, float],
 ) -> list[Tensor | None]:
     """Replay one chunk and return the gradients of its inputs, None where none is needed."""
     leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
     wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    if not wanted:
+        return [None] * len(leaves)
     with torch.enable_grad():
-        out = _chunk_forward(leaves, chunk, weights, scales)
+        out = _chunk_forward(leaves, chunk, part, weights, scales)
         gradients = iter(torch.autograd.grad(out, wanted, grad_rows))
     return [next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import MachineError
+from finetune.kernels.adapted import Adapted
 from finetune.kernels.experts import ExpertWeights, LoraFactors, PackedLinear, expert_block
 from finetune.kernels.grouped import runs_in_one_launch
 from finetune.mxfp4.constants import BLOCK
@@ -22,7 +23,9 @@ OLDEST_TRITON = (3, 6)  # what torch 2.11 comes with, and the oldest that the te
 LARGEST_DIFFERENCE = 0.03  # relative RMS, of output or a gradient, from the reference; rounding to bfloat16 gives 0.01
 
 ExpertKernel = Literal["auto", "triton", "reference"]
-Block = Callable[[Tensor, Tensor, Tensor, ExpertWeights, LoraFactors | None, LoraFactors | None], Tensor]
+Block = Callable[
+    [Tensor, Tensor, Tensor, ExpertWeights, LoraFactors | None, LoraFactors | None, Adapted | None], Tensor
+]
 """See `finetune.kernels.experts.expert_block`."""
 
 
@@ -164,7 +167,7 @@ def triton_difference(device: torch.device, dtype: torch.dtype, *, seed: int = 0
     grad_out = random(tokens, hidden).to(device, dtype)
     results = []
     for kernel in ("reference", "triton"):
-        out = expert_block_of(kernel)(x, ids, mix, weights, *updates)
+        out = expert_block_of(kernel)(x, ids, mix, weights, *updates, None)
         results.append([out, *torch.autograd.grad(out, leaves, grad_out)])
     return max(_relative_rms(ours, exact) for exact, ours in zip(*results, strict=True))
 

@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.kernels import experts_launch as launch
-from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, PackedLinear
-from finetune.kernels.grouped import grouped, grouped_outer, padded_rank
+from finetune.kernels.adapted import Adapted, Part, parts_of
+from finetune.kernels.augmented import Projection, Update, rank_of
+from finetune.kernels.experts import ExpertWeights, LoraFactors
+from finetune.kernels.grouped import grouped, grouped_outer
 from finetune.kernels.routing import Chunk, Routing, output_not_wanted
 
 _SCRATCH: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
@@ -33,6 +35,7 @@ def fused_expert_block(
     weights: ExpertWeights,
     gate_up_lora: LoraFactors | None,
     down_lora: LoraFactors | None,
+    adapted: Adapted | None = None,
 ) -> Tensor:
     """What `finetune.kernels.experts.expert_block` computes, with the same arguments.
 
@@ -41,101 +44,39 @@ def fused_expert_block(
         expert_ids: int64 [T, K]. expert_weights: [T, K], any floating dtype.
         weights: the layer's packed experts, on x's device.
         gate_up_lora, down_lora: updates, or None for none; of any floating dtype.
+        adapted: whose updates these are. None: of all experts.
 
     Returns:
         [T, D] in x's dtype, the same bits for the same inputs.
     """
     factors = [t for lora in (gate_up_lora, down_lora) for t in ((lora.a, lora.b) if lora else (None, None))]
     scales = tuple(lora.scale if lora else 0.0 for lora in (gate_up_lora, down_lora))
-    return _FusedExpertBlock.apply(x, expert_weights, *factors, expert_ids, weights, scales)
-
-
-@dataclass(frozen=True)
-class _Projection:
-    """One of the two linear maps of a layer's experts with its update.
-
-    Attributes:
-        base: frozen weights and bias.
-        a: [E, L', in] in the compute dtype, L' being the rank L padded to whole 16 bytes. None: no update.
-        b: [E, out, L] as trained. None: no update.
-        scale: alpha / rank.
-        inputs: width of the rows it takes.
-    """
-
-    base: FrozenExperts
-    a: Tensor | None
-    b: Tensor | None
-    scale: float
-    inputs: int
-
-    @classmethod
-    def of(
-        cls, base: FrozenExperts, a: Tensor | None, b: Tensor | None, scale: float, inputs: int, dtype: torch.dtype
-    ) -> _Projection:
-        padded = None if a is None else padded_rank(a.to(dtype), 1)
-        return cls(base, padded, None if b is None else b.contiguous(), scale, inputs)
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.b is None else self.b.shape[2]
-
-    @property
-    def padding(self) -> int:
-        return launch.padding(self.rank)
-
-    def scratch_shape(self, num_experts: int) -> tuple[int, int, int]:
-        return num_experts, self.base.bias.shape[1], self.inputs + self.padding
-
-    def dequantise(self, chunk: Chunk, scratch: Tensor) -> Tensor:
-        """[C, out, in + P], over whatever the scratch held."""
-        here, out = chunk.experts, scratch[: chunk.last - chunk.first]
-        bias, b = self.base.bias[here], None if self.b is None else self.b[here]
-        if isinstance(self.base, PackedLinear):
-            return launch.dequantise_augment(self.base.blocks[here], self.base.scales[here], bias, b, out)
-        out[..., : self.inputs] = self.base.dequantised(chunk.first, chunk.last, out.dtype)
-        if b is not None:
-            out[..., self.inputs : self.inputs + self.rank] = b
-        out[..., self.inputs + self.rank] = bias
-        out[..., self.inputs + self.rank + 1 :] = 0
-        return out
-
-    def append_inner(self, rows: Tensor, chunk: Chunk) -> None:
-        """Write s·xA^T into the columns that rows [R', in + P] have for it."""
-        if self.a is None:
-            return
-        inner = grouped(rows[:, : self.inputs], self.a[chunk.experts].transpose(1, 2), chunk)
-        torch.mul(inner[:, : self.rank], self.scale, out=rows[:, self.inputs : self.inputs + self.rank])
-
-    def inner_of(self, rows: Tensor) -> Tensor:
-        """The columns of [R', in + P] that belong to the update: [R', L'], a view.
-
-        Past L they hold what must not count: A is zero there, and gradients of A and B are cut to L.
-        """
-        assert self.a is not None
-        return rows[:, self.inputs : self.inputs + self.a.shape[1]]
+    return _FusedExpertBlock.apply(x, expert_weights, *factors, expert_ids, weights, scales, adapted)
 
 
 class _FusedExpertBlock(torch.autograd.Function):
     """Saves the block's inputs and the routing; one dequantisation a chunk and pass."""
 
     @staticmethod
-    def forward(ctx, x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales, adapted):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, expert_weights, gate_up_a, gate_up_b, down_a, down_b)
         if output_not_wanted():
             return torch.full_like(x, torch.nan)
         # Kept beside the saved tensors: a layer computed again cannot route another way than its output was made.
         ctx.routing = routing = Routing.of(expert_ids, len(weights.gate_up.bias), weights.experts_per_chunk)
-        ctx.weights, ctx.scales = weights, scales
+        ctx.parts = parts = parts_of(routing, adapted)
+        ctx.weights, ctx.scales, ctx.adapted = weights, scales, adapted
         x, expert_weights = x.contiguous(), expert_weights.contiguous()
-        gate_up, down = _projections(x, weights, (gate_up_a, gate_up_b, down_a, down_b), scales)
-        (scratch,) = _scratch(x, _larger(gate_up, down, weights.experts_per_chunk))
+        gate_up, down = _projections(x, weights, (gate_up_a, gate_up_b, down_a, down_b), scales, adapted)
+        (scratch,) = _scratch(x, max(_sizes((gate_up, down), weights.experts_per_chunk)))
         rows = x.new_empty(len(routing.order), x.shape[1])
-        for chunk in routing.chunks():
-            _, hidden = _gate_up(x, chunk, routing, gate_up, _view(scratch, gate_up, weights))
-            activated = launch.swiglu(hidden, weights.limit, weights.gain, down.rank)
+        for chunk, part in zip(routing.chunks(), parts, strict=True):
+            _, hidden, _ = _gate_up(x, chunk, routing, gate_up, gate_up.update_of(part), scratch)
+            update = down.update_of(part)
+            activated = launch.swiglu(hidden, weights.limit, weights.gain, rank_of(update))
             del hidden
-            down.append_inner(activated, chunk)
-            matrices = down.dequantise(chunk, _view(scratch, down, weights))
+            down.append_inner(activated, update)
+            matrices = down.dequantise(chunk, update, scratch)
             rows[chunk.rows] = grouped(activated, matrices.transpose(1, 2), chunk)
         return launch.combine(rows, routing.position(), expert_weights, routing.top_k)
 
@@ -144,12 +85,12 @@ class _FusedExpertBlock(torch.autograd.Function):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, expert_weights, *factors = ctx.saved_tensors
         x, grad_out, routing = x.contiguous(), grad_out.contiguous(), ctx.routing
-        projections = _projections(x, ctx.weights, factors, ctx.scales)
-        scratch = _scratch(x, *(math.prod(p.scratch_shape(ctx.weights.experts_per_chunk)) for p in projections))
+        projections = _projections(x, ctx.weights, factors, ctx.scales, ctx.adapted)
+        scratch = _scratch(x, *_sizes(projections, ctx.weights.experts_per_chunk))
         grads = _Gradients.empty(x, expert_weights, factors, routing, ctx.needs_input_grad)
-        for chunk in routing.chunks():
-            _chunk_backward(x, grad_out, chunk, routing, ctx.weights, projections, scratch, grads)
-        return *grads.of_inputs(routing, expert_weights), *grads.factors, None, None, None
+        for chunk, part in zip(routing.chunks(), ctx.parts, strict=True):
+            _chunk_backward(x, grad_out, chunk, part, routing, ctx.weights, projections, scratch, grads)
+        return *grads.of_inputs(routing, expert_weights), *grads.factors, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -191,106 +132,126 @@ class _Gradients:
 
 
 def _projections(
-    x: Tensor, weights: ExpertWeights, factors: Sequence[Tensor | None], scales: tuple[float, float]
-) -> tuple[_Projection, _Projection]:
+    x: Tensor,
+    weights: ExpertWeights,
+    factors: Sequence[Tensor | None],
+    scales: tuple[float, float],
+    adapted: Adapted | None,
+) -> tuple[Projection, Projection]:
     gate_up_a, gate_up_b, down_a, down_b = factors
+    width = weights.gate_up.bias.shape[1] // 2
     return (
-        _Projection.of(weights.gate_up, gate_up_a, gate_up_b, scales[0], x.shape[1], x.dtype),
-        _Projection.of(weights.down, down_a, down_b, scales[1], weights.gate_up.bias.shape[1] // 2, x.dtype),
+        Projection.of(weights.gate_up, gate_up_a, gate_up_b, scales[0], x.shape[1], x.dtype, adapted),
+        Projection.of(weights.down, down_a, down_b, scales[1], width, x.dtype, adapted),
     )
 
 
-def _gate_up(x: Tensor, chunk: Chunk, routing: Routing, gate_up: _Projection, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """Gather a chunk's rows and take them through gate_up: augmented rows [R', D + P] and their products [R', 2F]."""
-    rows = launch.gather(x, routing.order[chunk.rows], routing.top_k, gate_up.rank)
-    gate_up.append_inner(rows, chunk)
-    return rows, grouped(rows, gate_up.dequantise(chunk, scratch).transpose(1, 2), chunk)
+def _gate_up(
+    x: Tensor, chunk: Chunk, routing: Routing, gate_up: Projection, update: Update | None, scratch: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gather a chunk's rows and take them through gate_up.
+
+    Returns:
+        Augmented rows [R', D + P], their products [R', 2F], and the augmented weights [C, 2F, D + P] in the scratch.
+    """
+    rows = launch.gather(x, routing.order[chunk.rows], routing.top_k, rank_of(update))
+    gate_up.append_inner(rows, update)
+    matrices = gate_up.dequantise(chunk, update, scratch)
+    return rows, grouped(rows, matrices.transpose(1, 2), chunk), matrices
 
 
 def _chunk_backward(
     x: Tensor,
     grad_out: Tensor,
     chunk: Chunk,
+    part: Part | None,
     routing: Routing,
     weights: ExpertWeights,
-    projections: tuple[_Projection, _Projection],
+    projections: tuple[Projection, Projection],
     scratch: Sequence[Tensor],
     grads: _Gradients,
 ) -> None:
     """Fill in the gradients that one chunk contributes."""
     gate_up, down = projections
-    into_gate_up, into_down = (_view(s, p, weights) for s, p in zip(scratch, projections, strict=True))
-    rows, hidden = _gate_up(x, chunk, routing, gate_up, into_gate_up)
-    matrices = into_gate_up[: chunk.last - chunk.first]
+    of_gate_up, of_down = gate_up.update_of(part), down.update_of(part)
+    rows, hidden, matrices = _gate_up(x, chunk, routing, gate_up, of_gate_up, scratch[0])
     grad_rows = launch.gather(grad_out, routing.order[chunk.rows], routing.top_k, None)
-    grad_activated = grouped(grad_rows, down.dequantise(chunk, into_down), chunk)
+    grad_activated = grouped(grad_rows, down.dequantise(chunk, of_down, scratch[1]), chunk)
     inner = through_update = None
-    if down.a is not None:
-        inner = down.inner_of(grad_activated) * down.scale
-        through_update = grouped(inner, down.a[chunk.experts], chunk)
+    if of_down is not None:
+        inner = of_down.columns_of(grad_activated) * down.scale
+        through_update = grouped(inner, of_down.a, of_down.part.chunk)
+        if of_down.part.rows is not None:
+            grad_activated[:, : down.inputs].index_add_(0, of_down.part.rows, through_update)
+            through_update = None
     row_weights = grads.row_weights[chunk.rows]
     activated = launch.swiglu_backward(
         hidden, grad_activated, through_update, row_weights, grads.grad_row_weights[chunk.rows],
-        weights.limit, weights.gain, down.rank,
+        weights.limit, weights.gain, rank_of(of_down),
     )  # fmt: skip
     del grad_activated, through_update
-    if inner is not None:
-        _down_factors(chunk, down, activated, grad_rows, inner, row_weights, grads)
+    if of_down is not None and inner is not None:
+        _down_factors(of_down, activated, grad_rows, inner, row_weights, grads)
     del activated, grad_rows
-    _gate_up_gradients(chunk, gate_up, rows, hidden, matrices, grads)
+    _gate_up_gradients(chunk, gate_up.inputs, of_gate_up, rows, hidden, matrices, grads)
 
 
 def _down_factors(
-    chunk: Chunk,
-    down: _Projection,
-    activated: Tensor,
-    grad_rows: Tensor,
-    inner: Tensor,
-    row_weights: Tensor,
-    grads: _Gradients,
+    down: Update, activated: Tensor, grad_rows: Tensor, inner: Tensor, row_weights: Tensor, grads: _Gradients
 ) -> None:
-    """Gradients of down's A and B. The router weight goes onto the thin sides, [R', L']."""
-    weight = row_weights[:, None].to(inner.dtype)
+    """Gradients of down's A and B. The router weight goes onto the thin sides, [R'', L']."""
+    part, rank = down.part, rank_of(down)
+    weight = part.pick(row_weights)[:, None].to(inner.dtype)
     _, _, grad_a, grad_b = grads.factors
+    seen = part.pick(activated)
     if grad_a is not None:
-        grad_a[chunk.experts] = grouped_outer(inner * weight, activated, chunk)[:, : down.rank]
+        part.put_a(grad_a, grouped_outer(inner * weight, seen, part.chunk)[:, :rank])
     if grad_b is not None:
-        assert down.a is not None
-        seen = grouped(activated, down.a[chunk.experts].transpose(1, 2), chunk)
-        grad_b[chunk.experts] = grouped_outer(grad_rows, seen * (weight * down.scale), chunk)[..., : down.rank]
+        thin = grouped(seen, down.a.transpose(1, 2), part.chunk) * (weight * down.scale)
+        part.put_b(grad_b, grouped_outer(part.pick(grad_rows), thin, part.chunk)[..., :rank])
 
 
 def _gate_up_gradients(
-    chunk: Chunk, gate_up: _Projection, rows: Tensor, grad_hidden: Tensor, matrices: Tensor, grads: _Gradients
+    chunk: Chunk,
+    inputs: int,
+    update: Update | None,
+    rows: Tensor,
+    grad_hidden: Tensor,
+    matrices: Tensor,
+    grads: _Gradients,
 ) -> None:
     """Gradients of x's rows and of gate_up's A and B, from the gradient of its output [R', 2F]."""
     grad_a, grad_b, _, _ = grads.factors
-    if grad_b is not None:  # of these columns the first L hold s·xA^T
-        grad_b[chunk.experts] = grouped_outer(grad_hidden, gate_up.inner_of(rows), chunk)[..., : gate_up.rank]
-    if grads.rows is None and grad_a is None:
+    if update is not None and grad_b is not None:  # of these columns the first L hold s·xA^T
+        outer = grouped_outer(update.part.pick(grad_hidden), update.columns_of(rows), update.part.chunk)
+        update.part.put_b(grad_b, outer[..., : rank_of(update)])
+    if grads.rows is None and (update is None or grad_a is None):
         return
     augmented = grouped(grad_hidden, matrices, chunk)
-    values = augmented[:, : gate_up.inputs]
-    if gate_up.a is None:
+    values = augmented[:, :inputs]
+    if update is None:
         if grads.rows is not None:
             grads.rows[chunk.rows] = values
         return
-    inner = gate_up.inner_of(augmented) * gate_up.scale
+    part, inner = update.part, update.columns_of(augmented) * update.scale
     if grads.rows is not None:
-        torch.add(values, grouped(inner, gate_up.a[chunk.experts], chunk), out=grads.rows[chunk.rows])
+        _add_through(grads.rows[chunk.rows], values, grouped(inner, update.a, part.chunk), part)
     if grad_a is not None:
-        grad_a[chunk.experts] = grouped_outer(inner, rows[:, : gate_up.inputs], chunk)[:, : gate_up.rank]
+        outer = grouped_outer(inner, part.pick(rows)[:, :inputs], part.chunk)
+        part.put_a(grad_a, outer[:, : rank_of(update)])
 
 
-def _larger(gate_up: _Projection, down: _Projection, num_experts: int) -> int:
-    """Elements that hold either projection's augmented weights."""
-    return max(math.prod(projection.scratch_shape(num_experts)) for projection in (gate_up, down))
+def _add_through(out: Tensor, values: Tensor, through_update: Tensor, part: Part) -> None:
+    """Write values [R', D] plus the part's [R'', D]."""
+    if part.rows is None:
+        torch.add(values, through_update, out=out)
+    else:
+        out.copy_(values).index_add_(0, part.rows, through_update)
 
 
-def _view(scratch: Tensor, projection: _Projection, weights: ExpertWeights) -> Tensor:
-    """The beginning of a flat buffer as [C, out, in + P]."""
-    shape = projection.scratch_shape(weights.experts_per_chunk)
-    return scratch[: math.prod(shape)].view(shape)
+def _sizes(projections: Sequence[Projection], num_experts: int) -> list[int]:
+    """Elements that hold each projection's augmented weights of a chunk."""
+    return [math.prod(projection.scratch_shape(num_experts, projection.rank)) for projection in projections]
 
 
 def _scratch(like: Tensor, *sizes: int) -> list[Tensor]:

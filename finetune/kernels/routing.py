@@ -63,6 +63,7 @@ class Routing:
         order: int64 [R], each row's place among the T·K choices (token · K + slot).
         counts: rows per expert, on the host.
         offsets: int32 [E] on the device, each expert's end within its chunk.
+        ends: int64 [E] on the device, each expert's end among all rows.
         experts_per_chunk: C.
         top_k: K.
     """
@@ -70,6 +71,7 @@ class Routing:
     order: Tensor
     counts: list[int]
     offsets: Tensor
+    ends: Tensor
     experts_per_chunk: int
     top_k: int
 
@@ -86,7 +88,7 @@ class Routing:
         missing = -num_experts % experts_per_chunk
         by_chunk = F.pad(counts, (0, missing)).view(-1, experts_per_chunk)
         offsets = by_chunk.cumsum(1).reshape(-1)[:num_experts].to(torch.int32)
-        return cls(order, counts.tolist(), offsets, experts_per_chunk, expert_ids.shape[1])
+        return cls(order, counts.tolist(), offsets, ends, experts_per_chunk, expert_ids.shape[1])
 
     def chunks(self) -> Iterator[Chunk]:
         """Consecutive runs of experts with at least one row between them."""

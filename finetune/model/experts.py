@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from finetune.kernels.adapted import Adapted
 from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, PackedLinear, expert_block
 from finetune.kernels.experts_choice import (
     Block,
@@ -25,7 +26,13 @@ PUBLISHED_SIGMOID_GAIN = 1.702  # config.json does not carry it; transformers' c
 
 
 class ExpertUpdates(Protocol):
-    """What an expert adapter offers: the updates of both projections, None while it is switched off."""
+    """What an expert adapter offers: the updates of both projections, None while it is switched off.
+
+    Attributes:
+        adapted: whose updates these are; None: of all experts.
+    """
+
+    adapted: Adapted | None
 
     def gate_up(self) -> LoraFactors | None:
         """Update of gate_up_proj."""
@@ -115,6 +122,7 @@ class PackedExperts(nn.Module):
             self._weights(),
             updates.gate_up() if updates else None,
             updates.down() if updates else None,
+            updates.adapted if updates else None,
         )
 
     def _weights(self) -> ExpertWeights:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.adapters.read_back import live_logits
+from finetune.config.affinity import write_affinity
 from finetune.config.compose import ComposedConfig
 from finetune.config.deepspeed import deepspeed_settings
 from finetune.config.schema import AdapterConfig, RunConfig
@@ -18,7 +19,6 @@ from finetune.config.validate import dump_yaml, to_plain
 from finetune.console import say, warn, warnings_so_far
 from finetune.data.preview import as_json
 from finetune.errors import ConfigError, InputError, Interrupted
-from finetune.evaluate.affinity import write_affinity
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import check_unchanged
 from finetune.train.checkpoint_files import checkpoint_path, remove_after
@@ -120,7 +120,7 @@ def resume(path: Path, write_report: WriteReport, config: RunConfig | None = Non
         if revision := manifest.get("base", {}).get("revision"):
             config = replace(config, model=replace(config.model, revision=revision))
         if (run.path / EXPERTS).is_file():  # measured once: a resumed run adapts the experts that it started with
-            config = replace(config, adapter=_with_select(config.adapter, str(run.path / EXPERTS)))
+            config = replace(config, adapter=_with_choice(config.adapter, str(run.path / EXPERTS)))
         with run.locked():
             session = open_session(config, processes, resumed=True)
             with StopRequest() as stop:
@@ -128,8 +128,10 @@ def resume(path: Path, write_report: WriteReport, config: RunConfig | None = Non
     return run.path
 
 
-def _with_select(adapter: AdapterConfig, select: str) -> AdapterConfig:
-    return replace(adapter, experts=replace(adapter.experts, select=select))
+def _with_choice(adapter: AdapterConfig, file: str) -> AdapterConfig:
+    """The recipe with the experts, and their ranks, that a file has."""
+    rank_by = "uniform" if adapter.experts.rank_by == "uniform" else file
+    return replace(adapter, experts=replace(adapter.experts, select=file, rank_by=rank_by))
 
 
 def _execute(

@@ -17,7 +17,9 @@ from accelerate.utils import broadcast_object_list
 from finetune import __version__
 from finetune.adapters.files import read_adapter_into
 from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.ranks import ranks_by_expert
 from finetune.adapters.sites import describe_sites
+from finetune.config.affinity import Affinity
 from finetune.config.derive import check_inputs, router_notes
 from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.schema import RunConfig
@@ -28,7 +30,7 @@ from finetune.data.dataset import Split, describe, load_split
 from finetune.data.pack import packing_efficiency
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError, MachineError
-from finetune.evaluate.affinity import Affinity, choose_experts
+from finetune.evaluate.affinity import choose_experts
 from finetune.evaluate.testset import TestSet, choose_test_set
 from finetune.model.attention import attention_kernel, select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
@@ -136,7 +138,8 @@ def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bo
         say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
     affinity = _chosen_experts(base, location.name, splits["train"], config, accelerator)
     selection = None if affinity is None else affinity.selected
-    adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection)
+    ranks = None if affinity is None else ranks_by_expert(affinity)
+    adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection, ranks=ranks)
     if config.adapter.init_from is not None:
         read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
         say(f"adapter: training on from {config.adapter.init_from}")

@@ -10,7 +10,7 @@ from typing import Any
 from finetune.adapters.locate import resolve_run
 from finetune.cli.arguments import add_examples
 from finetune.cli.generate import add_sampling, answer, check_sampling, prompt_ids, sampling_of
-from finetune.console import say, warn
+from finetune.console import LOADING, say, warn
 
 _HELP = "/base and /adapter choose who answers, /reset begins anew, /quit (or Ctrl-D) leaves"
 
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     """
     check_sampling(args)
     resolve_run(args.run)
+    say(LOADING)
     from finetune.evaluate.generation import read_completion
     from finetune.evaluate.opening import open_model
 

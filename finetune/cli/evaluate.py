@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.adapters.locate import resolve_run
 from finetune.cli.arguments import add_examples
-from finetune.console import say
+from finetune.console import LOADING, say
 from finetune.errors import ConfigError
 
 
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and value < (1 if name == "rows" else 0):
             raise ConfigError(f"--{name} must be {'at least 1' if name == 'rows' else '0 or more'}, not {value}")
     resolve_run(args.run)
+    say(LOADING)
     from finetune.evaluate.evaluation import EvaluationOptions, evaluate
     from finetune.report.evaluation import describe_evaluation
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.adapters.locate import resolve_run
 from finetune.cli.arguments import add_examples
-from finetune.console import say, warn
+from finetune.console import LOADING, say, warn
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> None:
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
     resolve_run(args.run)
+    say(LOADING)
     from finetune.evaluate.generation import read_completion
     from finetune.evaluate.opening import open_model
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 from finetune import __version__
 from finetune.cli.arguments import Parser, parse, refuse_unknown_word, sentence
 from finetune.console import complain, say
-from finetune.errors import CapacityError, FinetuneError, MachineError, is_out_of_memory
+from finetune.errors import CapacityError, FinetuneError, Interrupted, MachineError, is_out_of_memory
 
 # Command: the module with its `add_arguments(parser)` and `run(args)`, and a line for the list.
 COMMANDS = {
@@ -118,7 +118,8 @@ def _report(error: Exception) -> int:
             f"error: this is a bug in gpt-oss-finetune {__version__}, not in your input; please report the lines above"
         )
         return 1
-    complain(f"error: {known}")
+    # Stopping was asked for: that it was done is no error.
+    complain(str(known) if isinstance(known, Interrupted) else f"error: {known}")
     return known.exit_code
 
 

@@ -11,13 +11,10 @@ from finetune.config.derive import check_inputs
 from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.resuming import resumed_config
 from finetune.config.schema import RunConfig
-from finetune.console import say
+from finetune.console import LOADING, say
 from finetune.errors import ConfigError
 from finetune.train.launch import launch, watch_parent
 from finetune.train.run_directory import RunDirectory, prepare_run
-
-# Imports take seconds, and longer on a busy machine or a network disk: nothing else would be said meanwhile.
-_LOADING = "loading torch, transformers and PEFT"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
             count = composed.config.distributed.num_processes
             launch(["train", "--worker", str(prepared.path)], count, prepared.path)
         return
-    say(_LOADING)
+    say(LOADING)
     from finetune.report.html import write_reports
     from finetune.train.run import train
 
@@ -119,7 +116,7 @@ def _resume(args: argparse.Namespace) -> None:
     if starts_processes(config):
         launch(["train", "--resume", str(path), *args.words], config.distributed.num_processes, path)
         return
-    say(_LOADING)
+    say(LOADING)
     from finetune.cli.memory import explained_out_of_memory
     from finetune.report.html import write_reports
     from finetune.train.run import resume

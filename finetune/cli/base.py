@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the checkpoint and say where it is."""
+    say(f"making a tiny gpt-oss ({args.kind})")
     from finetune.model.tiny import write_tiny_base
 
     write_tiny_base(args.directory, seed=args.seed, kind=args.kind)

@@ -126,12 +126,26 @@ def summary(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def publish(name: str, title: str, facts: dict[str, Any], rows: list[dict[str, Any]], *, save: bool, note: str) -> None:
-    """Print a Markdown table and JSON; with `save` also write both under `bench/results/`, dated."""
+def publish(
+    name: str,
+    title: str,
+    facts: dict[str, Any],
+    rows: list[dict[str, Any]],
+    *,
+    save: bool,
+    note: str,
+    raw: object = None,
+) -> None:
+    """Print a Markdown table and JSON; with `save` also write both under `bench/results/`, dated.
+
+    Args:
+        raw: what the rows were made from; into the JSON file alone.
+    """
     table = _table(title, facts, rows, note)
-    content = json.dumps({"machine": facts, "note": note, "rows": rows}, indent=2)
+    report = {"machine": facts, "note": note, "rows": rows}
     print(table)
-    print(content)
+    print(json.dumps(report, indent=2))
+    content = json.dumps(report | ({} if raw is None else {"raw": raw}), indent=2)
     if save:
         stem = RESULTS / f"{facts['date']}-{name}"
         stem.with_suffix(".md").write_text(table, encoding="utf-8")

@@ -17,12 +17,14 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from mxfp4_synthetic import print_synthetic
+from mxfp4_table import say_and_save
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters.files import PROVENANCE, WEIGHTS
@@ -39,7 +41,7 @@ from finetune.export.variants import Variants
 from finetune.model.build import load_base
 from finetune.model.checkpoint import Checkpoint
 
-RATES = {"1 %": 2e-4, "4 %": 7e-4, "10 %": 1.7e-3}  # learning rates that give updates of about these sizes
+RATES = {"1 %": 2.7e-4, "4 %": 9.5e-4, "10 %": 2.7e-3}  # learning rates that give updates of about these sizes
 SEEDS = (0, 1, 2)
 ACCURACY_ROWS = 60
 CPU = torch.device("cpu")
@@ -67,8 +69,8 @@ export:
 class Work:
     """Runs, rounded experts and results of this benchmark, kept between sittings."""
 
-    def __init__(self, directory: Path, base: Path, steps: int, rows: int) -> None:
-        self.directory, self.base, self.steps, self.rows = directory, base, steps, rows
+    def __init__(self, directory: Path, base: Path, steps: int, rows: int, rates: Mapping[str, float] = RATES) -> None:
+        self.directory, self.base, self.steps, self.rows, self.rates = directory, base, steps, rows, rates
         directory.mkdir(parents=True, exist_ok=True)
         self.file = directory / "results.json"
         self.results: dict[str, Any] = json.loads(self.file.read_text()) if self.file.exists() else {}
@@ -92,7 +94,7 @@ class Work:
         if not (run / "adapter").is_dir():
             shutil.rmtree(run, ignore_errors=True)
             arguments = [f"output_dir={self.directory}", f"name={name}", f"seed={seed}"]
-            code = finetune(["train", str(self.recipe(kind)), *arguments, f"trainer.learning_rate={RATES[size]}"])
+            code = finetune(["train", str(self.recipe(kind)), *arguments, f"trainer.learning_rate={self.rates[size]}"])
             if code:
                 raise SystemExit(code)
         return run / "adapter"
@@ -212,55 +214,6 @@ def _changed(adapter: Path, to: Path, control: str) -> Path:
     return to
 
 
-def table(work: Work) -> None:
-    """Print Markdown: means over seeds and their range, on test rows."""
-    columns = ["bf16", "nearest", "nearest, floor scales", "nearest, ceil scales", "stochastic", "compensated"]
-    print(
-        "\n% of the held-out gain kept / % of KL(adapter || base) removed, test rows; mean over seeds [range of gain]\n"
-    )
-    print("| update | base -> adapter, nats | " + " | ".join(columns) + " |")
-    print("|---|---|" + "---|" * len(columns))
-    for size in RATES:
-        found = [work.results[key] for seed in SEEDS if (key := f"{size} seed {seed}") in work.results]
-        if not found:
-            continue
-        update = sum(each["weights"]["update"] for each in found) / len(found)
-        start, end = (sum(t["variants"][n]["loss"] for t in found) / len(found) for n in ("base", "adapter"))
-        cells = [_cell([each["variants"][name] for each in found]) for name in columns]
-        print(f"| {size} ({update:.1%}) | {start:.4f} -> {end:.4f} | " + " | ".join(cells) + " |")
-    _details(work)
-
-
-def _cell(figures: list[dict[str, float]]) -> str:
-    gains = [100 * each["gain_kept"] for each in figures]
-    removed = sum(100 * each["kl_removed"] for each in figures) / len(figures)
-    spread = f" [{min(gains):.1f}, {max(gains):.1f}]" if len(gains) > 1 else ""
-    return f"{sum(gains) / len(gains):.1f}{spread} / {removed:.1f}"
-
-
-def _details(work: Work) -> None:
-    print("\nControls and settings, seed 0, and what each adapter's rows say of the rest:\n")
-    for key, found in work.results.items():
-        table = found["variants"]
-        if "weights" in found:
-            low, high = table["compensated"]["gain_kept_interval"]
-            old = ", ".join(f"{name} {each['old_domain_loss']:.4f}" for name, each in table.items())
-            size, outputs = found["weights"]["update"], found["weights"]["outputs"]
-            print(
-                f"- {key}: update {size:.2%} of the weights; in outputs {outputs['projection']:.1%} "
-                f"survives beside an error of {outputs['error']:.2f}; compensated keeps {low:.1%} to {high:.1%} of the "
-                f"gain by bootstrap over {found['rows']} rows; old domain, nats: {old}"
-            )
-        elif "accuracy" in key:
-            print(f"- {key}, {found['rows']} rows: " + ", ".join(f"{n} {f['accuracy']:.3f}" for n, f in table.items()))
-        elif "attention" in key:
-            text = f"gain {found['gain']:.4f} nats, bf16 merge keeps {table['bf16']['gain_kept']:.1%}"
-            print(f"- {key} trained: {text}")
-        else:
-            figures = table["compensated"]
-            print(f"- {key}: keeps {figures['gain_kept']:.1%}, KL removed {figures['kl_removed']:.1%}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="a tiny base, pretrained for figures that mean something")
@@ -269,6 +222,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rows", type=int, default=120, help="held-out rows of each split")
     parser.add_argument("--synthetic", action="store_true")
+    parser.add_argument("--save", metavar="NAME", help="write the table to bench/results/DATE-NAME")
     args = parser.parse_args()
     if args.synthetic:
         print_synthetic()
@@ -279,7 +233,7 @@ def main() -> None:
         "round": stage_round,
         "controls": stage_controls,
         "settings": stage_settings,
-        "table": table,
+        "table": lambda done: say_and_save(done.results, SEEDS, args.save),
     }
     for name, run in stages.items():
         if args.stage in (None, name):

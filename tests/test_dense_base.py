@@ -144,6 +144,7 @@ def test_an_adapter_of_it_is_merged_and_verified(target: str, noisy: Path, tmp_p
     base = new_base(noisy)
     directory = write(tmp_path / "adapter", randomised(base, BOTH), BOTH, base)
     words = ["export", directory, "--to", target, "--base", noisy, "--out", tmp_path / "out"]
+    words += ["--rounding", "nearest"] if target == "mxfp4" else []  # there is no run to calibrate on
     assert main([str(word) for word in words]) == 0
     merged = json.loads((tmp_path / "out" / "config.json").read_text())
     assert ("quantization_config" in merged) == (target == "mxfp4")

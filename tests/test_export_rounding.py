@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from finetune.adapters.files import WEIGHTS
 from finetune.cli.main import main
@@ -25,7 +26,7 @@ from finetune.config.validate import load_run_config
 from finetune.data.dataset import load_split
 from finetune.errors import CheckError, InputError
 from finetune.export.judge import judge, require_kept
-from finetune.export.merge import Tally
+from finetune.export.merge import Tally, checksum
 from finetune.export.plan import plan_merge
 from finetune.export.rounding.calibration import check_belongs, choose_rows, pick, require_tokenizer, tokens_wanted
 from finetune.export.rounding.run import rounding_staging
@@ -184,6 +185,30 @@ def test_the_verification_finds_a_byte_that_is_not_what_was_rounded(
     assert compare_weights(plan, "mxfp4", out, sums)["problems"] == {}
     problems = compare_weights(plan, "mxfp4", bad, sums)["problems"]
     assert problems.keys() == {stem, f"{stem}_bias"}
+
+
+def test_the_verification_finds_one_wrong_code(merged: tuple[Path, dict[str, Any]], run: Path, tmp_path: Path) -> None:
+    """One code, the neighbour of the right one: what is kept and missed hardly changes."""
+    out, facts = merged
+    stem = EXPERTS.format(0, "gate_up")
+    good = Checkpoint.open(out)
+    values = convert_moe_packed_tensors(good.read(f"{stem}_blocks"), good.read(f"{stem}_scales"), dtype=torch.float32)
+    sums = {name: Tally(wanted=norm**2) for name, norm in facts["updates"].items()}
+    for name, figures in facts["survival"]["tensors"].items():
+        tally = sums[f"{name}_blocks"]
+        tally.kept, tally.missed = figures["survival"] * tally.wanted, figures["error"] ** 2 * tally.wanted
+    sums[f"{stem}_blocks"].checksum = (
+        sum(checksum(values[expert].T[None], expert) for expert in range(len(values))) % 2**64
+    )
+    bad = tmp_path / "bad"
+    shutil.copytree(out, bad)
+    shard = next(path for path in bad.glob("*.safetensors") if f"{stem}_blocks" in load_file(path))
+    tensors = load_file(shard)
+    tensors[f"{stem}_blocks"][2, 5, 0, 3] ^= 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    plan = plan_merge(base_of(run), open_adapter(run / "adapter"), "mxfp4", "compensated")
+    assert compare_weights(plan, "mxfp4", out, sums)["problems"] == {}
+    assert "not those" in compare_weights(plan, "mxfp4", bad, sums)["problems"][stem]
 
 
 def test_running_layer_by_layer_is_running_the_model(run: Path) -> None:

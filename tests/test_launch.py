@@ -98,7 +98,7 @@ def test_every_kind_trains_and_is_gone_on_with_by_another(
 
 @pytest.mark.slow
 def test_torchrun_starts_the_processes_too(workplace: Path, tmp_path: Path, finished: tuple[Path, str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "finetune"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "finetune"]
     command += [
         "train",
         str(workplace / "small.yaml"),
@@ -132,8 +132,8 @@ def test_a_process_that_hangs_is_named_and_the_others_show_their_stacks(workplac
     os.kill(worker(process, 1), signal.SIGSTOP)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == MachineError.exit_code
-    assert "process 1 is missing" in errors and "waiting for the others" in errors
-    assert "in _accumulate" in errors, "the stack of the process that waits"
+    assert "process 1 is missing: " in errors, errors
+    assert "finetune/train/loop.py" in errors, "the stack of the process that waits"
 
 
 @pytest.mark.slow
@@ -162,6 +162,16 @@ def test_another_number_of_processes_than_the_recipe_s_is_refused(
     assert main([*arguments, "distributed=fsdp2"]) == MachineError.exit_code
     assert "3 processes run, the recipe says 2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_port_at_which_nobody_can_meet_is_refused(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        monkeypatch.setenv(name, value)
+    code = main(["train", str(workplace / "small.yaml"), f"output_dir={tmp_path}", "name=run", *TWO])
+    assert code == MachineError.exit_code
+    assert "torchrun --standalone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -220,6 +230,10 @@ def test_the_process_that_is_behind_is_named() -> None:
     for watch in watches:
         watch.beat("step 7, micro-step 1 of 2")
     assert "wait at the same place" in str(watches[0].explain())
+    for watch in (*watches, *watches[:2]):
+        watch.tick()
+    assert watches[2].ticks() == [2, 2, 1]
+    assert "process 2 is missing: stopped" in str(watches[0].explain([2]))
     for rank in (0, 2):
         watches[rank].beat("step 7, waiting for the others")
     said = str(watches[0].explain())

@@ -198,6 +198,8 @@ class BatchPlan:
         counts: list[int] = []
         left_over = math.inf if self._trainer.max_steps is None else self._trainer.max_steps
         for epoch in range(math.ceil(self._trainer.epochs)):
+            if not left_over:  # packing the epochs that max_steps leaves out would take as long as the others
+                break
             share = min(1.0, self._trainer.epochs - epoch)
             # 0.1 x 30 is 3.0000000000000004 in floats and must not become a fourth step.
             count = int(min(math.ceil(share * len(self.global_steps(epoch)) - 1e-9), left_over))

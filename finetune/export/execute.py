@@ -200,7 +200,7 @@ def _rounded(
         blocks, old, part = read_experts(checkpoint, operation, factors, *span)
         assert part is not None
         noise = seeded_noise(plan, operation, span[0]) if plan.rounding == "stochastic" else None
-        return round_experts(blocks, old, part, noise)
+        return round_experts(blocks, old, part, noise, first_expert=span[0])
 
     found = []
     for blocks, new_scales, made in in_order(pool, rounded, expert_ranges(operation)):

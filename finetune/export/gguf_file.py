@@ -320,7 +320,8 @@ def _make(plan: MergePlan, tensor: GgufTensor, pool: ThreadPoolExecutor, tally: 
         made = Tally()
         if part is not None:
             noise = seeded_noise(plan, operation, first, tensor.rows) if plan.rounding == "stochastic" else None
-            blocks, scales, made = round_experts(blocks, scales, part, noise)
+            rows = torch.arange(factors.b.shape[1])[tensor.rows]
+            blocks, scales, made = round_experts(blocks, scales, part, noise, first_expert=first, row_numbers=rows)
         result[first:last] = repack(blocks, scales)
         return made
 

@@ -84,7 +84,10 @@ def compare_weights(
         "biases": {name: change.tolist() for name, change in biases.items()},
         "rounding": plan.rounding,
         "moved": [operation.name for operation in plan.operations if operation.kind == "expert bias"],
-        "sums": {name: {"kept": tally.kept, "missed": tally.missed} for name, tally in tallies.items()},
+        "sums": {
+            name: {"kept": tally.kept, "missed": tally.missed, "checksum": tally.checksum}
+            for name, tally in tallies.items()
+        },
         "updates": {name: tally.wanted**0.5 for name, tally in tallies.items()}
         | {name: float(change.norm()) for name, change in biases.items()},
         "sites": [

@@ -6,7 +6,8 @@ own file by the flattening that PEFT documents, a GGUF file is read and dequanti
 
 What must hold, for W the base's weight, T = W + update, M what was written, element by element:
 bfloat16: M is T within half a step of bfloat16. MXFP4 rounded to nearest: in every block M is no further from T than W
-is (W lies on the same grid). Otherwise rounded: what M keeps and misses of the update is what the exporter counted.
+is (W lies on the same grid). Otherwise rounded: what M keeps and misses of the update is what the exporter counted. Of
+all rounded experts: a sum over every value's bits and place is the exporter's, so that not one code is another.
 Biases that took up mean errors: moved as far as it says. Anything the adapter does not touch: M equals W.
 """
 
@@ -121,6 +122,7 @@ class Check:
         self.moved = set(request["moved"])
         self.problems: dict[str, str] = {}
         self.updates: dict[str, dict[str, float]] = {}
+        self.checksums: dict[str, int] = {}
         self.compared = 0
 
     def expect(self, name: str, holds: bool, message: str) -> None:
@@ -163,6 +165,10 @@ class Check:
             counted = self.expected.get(name, self.expected.get(name + "_blocks", self.expected.get(name + ".weight")))
             agrees = counted is not None and abs(counted - wanted) <= 1e-3 * wanted + 1e-30
             self.expect(name, agrees, f"the update's norm is {wanted:.6g}, the exporter counted {counted}")
+            expected = self.counted.get(name + "_blocks", {}).get("checksum")
+            if expected is not None:
+                same = self.checksums[name] % 2**64 == expected
+                self.expect(name, same, "values that are not those the exporter rounded to")
             if not self.nearest and (packed := self.counted.get(name + "_blocks")):
                 missed = sums["wanted"] - 2 * sums["kept"] + sums["found"]
                 slack = 1e-4 * (sums["wanted"] + sums["found"]) + 1e-30
@@ -218,6 +224,15 @@ def experts(
         delta = site and site["scale"] * torch.einsum("or,ri->io", b[:, :, number], a[number])
         found = merged.expert(name, number)
         check.compare(name, base.expert(name, number), delta, found, check.experts_packed)
+        if site and check.experts_packed:
+            check.checksums[name] = check.checksums.get(name, 0) + places_and_bits(found) * (2 * number + 1)
+
+
+def places_and_bits(values: torch.Tensor) -> int:
+    """Sum over float32 [in, out] of each value's bits times an odd number of its place, modulo 2^64."""
+    columns, rows = values.shape
+    odd = 1 + 2 * torch.arange(columns)[:, None] + 2 * 1_000_003 * torch.arange(rows)
+    return int(((values + 0.0).view(torch.int32).long() * odd).sum())
 
 
 def keys(check: Check, base: Tensors, merged: Tensors, request: dict[str, Any]) -> None:

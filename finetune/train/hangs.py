@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch.distributed as dist
@@ -21,7 +22,8 @@ from finetune.console import complain
 from finetune.errors import MachineError
 from finetune.train.processes import Processes
 
-CHECKS = 20  # in one time-out
+CHECKS = 20  # in one time-out, at least
+TICK_SECONDS = 2.0  # between two signs of a process that still runs, whatever its main thread waits for
 SETTLE_SECONDS = 1.0  # for the others' watches to come to the same conclusion
 
 
@@ -37,6 +39,7 @@ class HangWatch:
         self.processes, self.timeout_s = processes, timeout_s
         self._beats, self._last, self._doing = 0, time.monotonic(), "starting"
         self._over = threading.Event()
+        self._interval, self._ticks = min(TICK_SECONDS, timeout_s / CHECKS), 0
 
     def __enter__(self) -> HangWatch:
         if self.processes.count > 1:
@@ -56,23 +59,47 @@ class HangWatch:
             self.processes.store.set(_key(self.processes.rank), f"{self._beats} {doing}")
 
     def _watch(self) -> None:
-        while not self._over.wait(self.timeout_s / CHECKS):
+        while not self._over.wait(self._interval):
+            self.tick()
             if time.monotonic() - self._last > self.timeout_s:
                 self._end()
 
     def _end(self) -> None:
         complain(f"no sign of life for {self.timeout_s:g} s, in: {self._doing}; every thread's stack:")
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
-        complain(f"error: {self.explain()}")
+        before = self.ticks()
+        for _ in range(3):  # the others may be doing the same and must see that this one runs
+            time.sleep(self._interval)
+            self.tick()
+        frozen = [rank for rank, ticks in enumerate(self.ticks()) if ticks == before[rank]]
+        complain(f"error: {self.explain(frozen)}")
         time.sleep(SETTLE_SECONDS)
         os._exit(MachineError.exit_code)
 
-    def explain(self) -> MachineError:
-        """Which process is behind, from what each said last."""
+    def tick(self) -> None:
+        """Say that this process runs, even if nothing happens in it."""
+        self._ticks += 1
+        if self.processes.store is not None:
+            self.processes.store.set(f"tick/{self.processes.rank}", str(self._ticks))
+
+    def ticks(self) -> list[int]:
+        """How often each process has ticked."""
+        store, count = self.processes.store, self.processes.count
+        keys = [f"tick/{rank}" for rank in range(count)]
+        return [int(store.get(key)) if store is not None and store.check([key]) else 0 for key in keys]
+
+    def explain(self, frozen: Sequence[int] = ()) -> MachineError:
+        """Which process is behind, from what each said last.
+
+        Args:
+            frozen: processes that do not even tick any more: stopped, or their machine is gone.
+        """
         words = [_last_word(self.processes.store, rank) for rank in range(self.processes.count)]
         fewest = min(count for count, _ in words)
         behind = [str(rank) for rank, (count, _) in enumerate(words) if count == fewest]
-        if len(behind) == len(words):
+        if frozen:
+            who = f"process {', '.join(map(str, frozen))} is missing: stopped, or its machine is gone"
+        elif len(behind) == len(words):
             who = "all processes wait at the same place"
         else:
             who = f"process {', '.join(behind)} is missing: the others have gone further"

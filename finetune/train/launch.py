@@ -38,6 +38,7 @@ class _Workers:
         self.interrupts = 0
         self.deadline: float | None = None
         self.first_failure: tuple[int, int] | None = None
+        self.codes: dict[int, int] = {}
         logs.mkdir(parents=True, exist_ok=True)
         port = _free_port()
         self.running: dict[int, subprocess.Popen[bytes]] = {}
@@ -62,6 +63,7 @@ class _Workers:
                 if (code := process.poll()) is None:
                     continue
                 del self.running[rank]
+                self.codes[rank] = code
                 if code != 0 and self.first_failure is None:
                     self.first_failure = (rank, code)
                     self.deadline = self.deadline or time.monotonic() + GRACE_SECONDS
@@ -165,7 +167,9 @@ def _report(workers: _Workers, rank: int, code: int) -> NoReturn:
     if workers.interrupts > 1:
         raise SystemExit(128 + signal.SIGINT)
     log = workers.log(rank)
-    if rank != 0 and log.exists() and code not in (130, 143):
+    if rank != 0 and log.exists() and code > 0 and workers.codes.get(0) == code:
+        say(f"process {rank} stopped first, with the same exit code; what it said is in {log}")
+    elif rank != 0 and log.exists() and code not in (130, 143):
         lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
         complain(f"process {rank} stopped first; the end of {log}:\n" + "\n".join(f"  | {line}" for line in lines))
     if code < 0:

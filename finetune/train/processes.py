@@ -150,6 +150,11 @@ def _take_gpu() -> None:
 
 
 def _meet(backend: str, timeout_s: float) -> Processes:
+    if os.environ.get("MASTER_PORT") == "0":  # torch would wait for the time-out without a word
+        raise MachineError(
+            "the launcher set MASTER_PORT=0, where nobody can meet",
+            fix="torchrun --standalone chooses a free port; or give --master-port a number",
+        )
     timeout = timedelta(seconds=timeout_s * GRACE)
     try:
         store, rank, count = next(dist.rendezvous("env://", timeout=timeout))

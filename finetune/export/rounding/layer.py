@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.export.merge import Tally
+from finetune.export.merge import Tally, checksum
 from finetune.export.rounding import grid
 from finetune.export.rounding.compensate import Rounded, Settings, compensate
 from finetune.export.rounding.moments import ExpertRows, LayerInputs, expert_rows, moments
@@ -156,6 +156,7 @@ def _note(result: LayerResult, chunk: _Chunk, rounded: Rounded, bias: Tensor, ro
         weights=_dot(chunk.values, chunk.values),
         changed=int(change.count_nonzero()),
         values=change.numel(),
+        checksum=checksum(rounded.values.mT, chunk.first),
     )
     result.tallies.setdefault(chunk.name + "_blocks", Tally()).add(tally)
     shift = bias.float() - chunk.bias.float()

@@ -9,6 +9,8 @@ import sys
 import time
 from types import TracebackType
 
+# Imports take seconds, and longer on a busy machine or a network disk: nothing else would be said meanwhile.
+LOADING = "loading torch, transformers and PEFT"
 REDRAW_SECONDS = 0.2
 PLAIN_LINE_SECONDS = 10.0
 

@@ -102,6 +102,7 @@ def test_what_the_terminal_shows_at_the_end(run: Path) -> None:
         "  accuracy   0.100 [0.050, 0.200] -> 0.700 [0.650, 0.750]",
         f"  report     {run / 'report.html'}",
         f"  adapter    {run / 'adapter'}",
+        f'  next       finetune generate {run} "..."; finetune export {run} --to peft',
     ]
 
 

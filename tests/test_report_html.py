@@ -15,7 +15,9 @@ from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.validate import dump_yaml
 from finetune.report.charts import Series, line_chart, nice_ticks, short, smoothed, thinned
+from finetune.report.heatmap import heat_map
 from finetune.report.html import write_html
+from finetune.report.html_parts import rows_table
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 EMPTY_TAGS = {"meta", "line", "polyline", "circle", "br", "img"}
@@ -178,3 +180,18 @@ def test_numbers_are_short() -> None:
     assert [short(x) for x in (0, 2.5, 12000, 2.5e-4, 1.5e7, -0.125)] == ["0", "2.5", "12k", "2.5e-4", "15M", "-0.125"]
     assert nice_ticks(0, 1) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert nice_ticks(5, 5)[0] < 5 < nice_ticks(5, 5)[-1]
+
+
+def test_columns_of_numbers_stand_on_the_right_with_their_title() -> None:
+    table = rows_table(("name", "rows", "mixed"), [("a", "1,200", "5"), ("b", "-3.5%", "none")])
+    assert table.count('class="number"') == 3  # a title and two cells
+    assert '<th class="number">rows</th>' in table and "<td>5</td>" in table
+    assert rows_table(("a",), []) == ""
+
+
+@pytest.mark.parametrize(("experts", "title"), [(8, "use of experts after training, channel context"), (128, "short")])
+def test_a_heat_map_is_wide_enough_for_its_title_and_all_experts(experts: int, title: str) -> None:
+    drawn = heat_map([[1.0] * experts] * 2, title=title, rows="layer", columns="expert", most=3.0)
+    width = float(re.findall(r'<svg [^>]*width="(\d+)"', drawn)[0])
+    cells = [float(x) + float(w) for x, w in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="(\d+)"', drawn)]
+    assert max(cells) <= width and width >= 44 + 6 * len(title)  # 6 units a letter of sans-serif at size 12

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
+from finetune.report.html import write_html
 from finetune.report.markdown import write_report
 from finetune.report.survival import survival_section, survival_svg
 
@@ -39,6 +42,21 @@ def test_the_table_and_the_verdict_are_in_the_report(tmp_path: Path) -> None:
     assert "| compensated | 1.5000 | 97.1% [96%, 98%] | 2.50e-01 | 89.0% |" in text
     assert "**Kept**. Old data." in text and "**Lost**: it keeps too little." in text
     assert "](survival-mxfp4.svg)" in text and (tmp_path / "survival-gguf.svg").exists()
+
+
+def test_the_page_has_both_merges_with_table_figure_and_weights(tmp_path: Path) -> None:
+    weights = {"layers.0.gate_up": {"update": 0.01, "survival": 0.25, "error": 5.0}}
+    (tmp_path / "survival-mxfp4.json").write_text(json.dumps(facts() | {"tensors": weights}))
+    (tmp_path / "survival-<b>.json").write_text(json.dumps(facts(kept=False)))
+    page = write_html(tmp_path).read_text()
+    assert "<td>compensated</td>" in page and "97.1% [96%, 98%]" in page and "<td>layers.0.gate_up</td>" in page
+    assert "Kept. Old data." in page and "Lost: it keeps too little." in page and "**" not in page
+    assert "<h3>&lt;b&gt;</h3>" in page
+    figures = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert len(figures) == 2
+    for figure in figures:
+        root = ElementTree.fromstring(base64.b64decode(figure))
+        assert float(root.get("width", "0")) > 300  # without its own size a browser shows a picture of no width
 
 
 def test_what_is_not_there_or_broken_is_left_out(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from finetune.errors import InputError
 from finetune.model.headers import read_json
 
+CONFIG = "adapter_config.json"
 _MOST_PATTERN = 500  # characters
 _MOST_REPEATS = 3  # of `*`, `+` and `{` in a pattern: more of them, or nested ones, can keep a search busy for ever
 _FIX = "use the adapter_config.json that was written with the tensors"

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune import __version__
-from finetune.adapters.config_file import read_adapter_config
+from finetune.adapters.config_file import CONFIG, read_adapter_config
 from finetune.adapters.lora import Adapter
 from finetune.adapters.peft_layout import from_peft, peft_config_fields, peft_keys, to_peft
+from finetune.adapters.peft_package import LoraConfig
 from finetune.adapters.stored import (
     fill,
     read_router_bias,
@@ -34,7 +34,6 @@ from finetune.errors import CheckError, InputError, MachineError
 from finetune.model.headers import plain_file_name
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 PROVENANCE = "finetune.json"  # ours: PEFT, vLLM and SGLang ignore files they do not know
 
 

@@ -1,10 +1,11 @@
-"""Which adapter, and which run, a path on the command line means."""
+"""Which adapter, and which run, a path on the command line means. No torch: a misspelt one is told at once."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.adapters.files import CONFIG
+from finetune.adapters.config_file import CONFIG
+from finetune.config.near import near_runs
 from finetune.errors import InputError
 
 
@@ -27,4 +28,4 @@ def resolve_run(path: Path) -> tuple[Path, Path | None]:
     if (path / "config.yaml").is_file():
         raise InputError(f"run {path} has no adapter yet", fix=f"finish it: finetune train --resume {path}")
     found = "is neither a run nor an adapter directory" if path.is_dir() else "does not exist"
-    raise InputError(f"{path} {found}", fix="give a run directory, or one that holds adapter_config.json")
+    raise InputError(f"{path} {found}", fix=near_runs(path) or "give a run directory, or one with adapter_config.json")

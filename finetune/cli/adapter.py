@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from finetune.adapters.locate import resolve_run
+from finetune.cli.arguments import add_action, add_examples
 from finetune.console import say, warn
 
 USAGE = {
@@ -18,21 +20,30 @@ USAGE = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    show = actions.add_parser("show", help="its sites, ranks, scales and norms", usage=USAGE["show"])
+    show = add_action(actions, "show", "show an adapter's sites, ranks, scales and norms", usage=USAGE["show"])
     show.add_argument("directory", metavar="DIR", type=Path, help="a run, or an adapter directory")
     show.add_argument("--json", action="store_true", help="every site, as JSON")
-    read = actions.add_parser("import", help="bring an adapter of another tool into our layout", usage=USAGE["import"])
+    read = add_action(actions, "import", "bring an adapter of another tool into our layout", usage=USAGE["import"])
     read.add_argument(
         "directory", metavar="DIR", type=Path, help="as PEFT of any version writes it, or factors expert by expert"
     )
     read.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")
     read.add_argument("--base", metavar="BASE", help="directory or hub name of its base: checked and recorded")
-    read.add_argument("--revision", help="branch, tag or commit of a hub name")
-    merge = actions.add_parser("merge", help="combine adapters of one base", usage=USAGE["merge"])
+    read.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
+    merge = add_action(actions, "merge", "combine adapters of one base", usage=USAGE["merge"])
     merge.add_argument("parts", metavar="DIR:WEIGHT", nargs="+", help="an adapter and how much of it; alone: 1")
     merge.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")
+    add_examples(
+        parser,
+        "finetune adapter show runs/first",
+        "finetune adapter import downloaded --out mine --base openai/gpt-oss-20b",
+        "finetune adapter merge runs/first:0.5 runs/second:0.5 --out both --rank 16",
+    )
     merge.add_argument(
-        "--rank", type=int, help="highest rank of the result, by SVD, with the error printed (default: exact)"
+        "--rank",
+        type=int,
+        metavar="R",
+        help="highest rank of the result, by SVD, with the error printed (default: exact)",
     )
 
 
@@ -57,13 +68,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _show(directory: Path, *, as_json: bool) -> None:
-    from finetune.adapters.locate import resolve_run
+    adapter, _ = resolve_run(directory)
     from finetune.export import show
     from finetune.export.adapters import known_shape
     from finetune.export.orientation import SWAPPING_RELEASE, is_swapped
     from finetune.export.source import open_adapter
 
-    source = open_adapter(resolve_run(directory)[0])
+    source = open_adapter(adapter)
     if is_swapped(source, known_shape(source)):
         warn(f"expert factors are the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them: finetune adapter import")
     sites = show.measure(source)

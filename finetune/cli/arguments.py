@@ -1,4 +1,4 @@
-"""Parsing shared by the commands: errors as `ConfigError`, suggestions for misspelt words, overrides anywhere."""
+"""Parsing shared by the commands: errors as `ConfigError`, suggestions for misspelt words, overrides anywhere, help."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from finetune.config.keys import suggest_word
+from finetune.config.keys import key_named, suggest_word
 from finetune.errors import ConfigError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that takes no abbreviations and raises instead of exiting."""
+    """An argument parser that takes no abbreviations, keeps the lines of its help, and raises instead of exiting."""
 
     def __init__(self, **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
@@ -23,9 +24,66 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: always.
         """
+        see = f"see `{self.prog} --help`"
+        if actions := actions_of(self):
+            word = re.search(r"invalid choice: '?([^' ]+)", message)
+            what = f"there is no `{self.prog} {word[1]}`" if word else f"{self.prog} needs one more word"
+            near = suggest_word(word[1], list(actions)) if word else None
+            raise ConfigError(what, fix=near or f"one of {', '.join(actions)}; {see}")
         choice = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
-        fix = suggest_word(choice[1], choice[2].replace("'", "").split(", ")) if choice else None
-        raise ConfigError(f"{self.prog}: {message}", fix=fix or f"see `{self.prog} --help`")
+        near = suggest_word(choice[1], choice[2].replace("'", "").split(", ")) if choice else None
+        if near is None and "required" in message and (shown := examples_in(self.epilog)):
+            near = f"such as `{shown[0]}`; {see}"
+        raise ConfigError(f"{self.prog}: {message}", fix=near or see)
+
+
+def sentence(summary: str) -> str:
+    """A line of the list of commands as the first line of the command's own help.
+
+    >>> sentence("talk with a run's model")
+    "Talk with a run's model."
+    """
+    return f"{summary[0].upper()}{summary[1:]}."
+
+
+def add_action(actions: Any, name: str, summary: str, **settings: Any) -> argparse.ArgumentParser:
+    """Add an action, such as `show` of `finetune config`.
+
+    Args:
+        actions: what `parser.add_subparsers` returned.
+        name: the word.
+        summary: what it does, in the list and above its own help.
+        settings: of its parser.
+    """
+    parser: argparse.ArgumentParser = actions.add_parser(name, help=summary, description=sentence(summary), **settings)
+    return parser
+
+
+def add_examples(parser: argparse.ArgumentParser, *lines: str) -> None:
+    """Put example calls under a command's help, and under each of its actions' those that are its own.
+
+    Args:
+        parser: the command's parser, with its actions.
+        lines: whole calls, perhaps with a `# comment`; tests/test_help.py parses each of them.
+    """
+    for prog, each in ((parser.prog, parser), *((action.prog, action) for action in actions_of(parser).values())):
+        own = [line for line in lines if line.startswith(prog)]
+        shown = "examples:\n" + "\n".join(f"  {line}" for line in own)
+        each.epilog = "\n\n".join(text for text in (each.epilog, shown if own else None) if text)
+
+
+def examples_in(epilog: str | None) -> list[str]:
+    """The example calls that a help text ends with, without their comments."""
+    lines = (epilog or "").splitlines()
+    return [line.partition(" #")[0].strip() for line in lines if line.startswith("  finetune ")]
+
+
+def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The actions of a command by name; empty for a command that has none."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
 
 
 def refuse_unknown_word(word: str | None, known: Iterable[str], command: str) -> None:
@@ -53,7 +111,7 @@ def add_recipe(parser: argparse.ArgumentParser, usage: str) -> None:
         metavar="RECIPE",
         nargs="*",
         help="a shipped recipe's name or a YAML file's path; then settings that win over the recipe's, such as "
-        "trainer.epochs=1, or a group's option, such as model=tiny",
+        "trainer.epochs=1, or a group's option, such as model=tiny (`finetune config show RECIPE` prints every key)",
     )
 
 
@@ -84,7 +142,10 @@ def parse(parser: Parser, arguments: list[str], usage: str) -> argparse.Namespac
     args, rest = parser.parse_known_args(arguments)
     for word in rest:
         if word.startswith("-") or not hasattr(args, "words"):
-            fix = suggest_word(word.partition("=")[0], re.findall(r"--[a-z-]+", usage))
+            name, _, value = word.partition("=")
+            fix = suggest_word(name, re.findall(r"--[a-z-]+", usage))
+            if fix is None and hasattr(args, "words") and (key := key_named(name.lstrip("-").replace("-", "_"))):
+                fix = f"settings are written without dashes: {key}={value or 'VALUE'}"
             see = f"see `{parser.prog} {args.command} --help`"
             raise ConfigError(f"{parser.prog} {args.command} does not take {word}", fix=fix or see)
         args.words.append(word)

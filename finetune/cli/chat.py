@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.locate import resolve_run
+from finetune.cli.arguments import add_examples
 from finetune.cli.generate import add_sampling, answer, check_sampling, prompt_ids, sampling_of
-from finetune.console import say, warn
+from finetune.console import LOADING, say, warn
 
 _HELP = "/base and /adapter choose who answers, /reset begins anew, /quit (or Ctrl-D) leaves"
 
@@ -17,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
     add_sampling(parser)
+    parser.epilog = f"while talking: {_HELP}"
+    add_examples(
+        parser,
+        "finetune chat runs/first",
+        'finetune chat runs/first --developer "Answer with the name of the clause." --effort low',
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,6 +34,8 @@ def run(args: argparse.Namespace) -> None:
         ConfigError: an option out of its range, or the conversation no longer fits the model.
     """
     check_sampling(args)
+    resolve_run(args.run)
+    say(LOADING)
     from finetune.evaluate.generation import read_completion
     from finetune.evaluate.opening import open_model
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune.cli.arguments import add_action, add_examples
 from finetune.console import say
 from finetune.errors import InputError
 
@@ -12,10 +13,11 @@ from finetune.errors import InputError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    verify = actions.add_parser(
-        "verify", help="hash every file against its manifest", usage="finetune checkpoints verify RUN"
+    verify = add_action(
+        actions, "verify", "hash every file against its manifest", usage="finetune checkpoints verify RUN"
     )
     verify.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    add_examples(parser, "finetune checkpoints verify runs/first")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import get_args, get_origin
 
-from finetune.cli.arguments import Parser
+from finetune.cli.arguments import Parser, actions_of, add_action
 from finetune.config.groups import groups, options
 from finetune.config.keys import allowed_words, children, takes_keys, type_at
 from finetune.config.recipes import list_recipes
@@ -43,12 +43,11 @@ _INSTALL = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "to install:\n" + "\n".join(f"  {line}" for line in _INSTALL.values())
     actions = parser.add_subparsers(dest="action", metavar="SHELL", required=True)
     for shell in SCRIPTS:
-        actions.add_parser(shell, help=f"print the script for {shell}")
-    found = actions.add_parser("candidates", help="what could stand at the end of a line (the scripts call this)")
+        add_action(actions, shell, f"print the script for {shell}", epilog=f"to install:\n  {_INSTALL[shell]}")
+    found = add_action(actions, "candidates", "print what could stand at the end of a line (the scripts call this)")
     found.add_argument("line", metavar="LINE", help="the command line up to the cursor")
 
 
@@ -77,7 +76,7 @@ def candidates(line: str) -> list[str]:
         return []
     parser = _parser_of(words[1])
     given = words[2:-1]
-    if (actions := _actions(parser)) and not given:
+    if (actions := actions_of(parser)) and not given:
         return [action for action in actions if action.startswith(current)]
     if actions and given[0] in actions:
         parser, given = actions[given[0]], given[1:]
@@ -90,13 +89,6 @@ def _parser_of(command: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"finetune {command}")
     import_module(COMMANDS[command][0]).add_arguments(parser)
     return parser
-
-
-def _actions(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            return dict(action.choices)
-    return {}
 
 
 def _words(parser: argparse.ArgumentParser, given: list[str], current: str) -> Iterator[str]:

@@ -7,20 +7,27 @@ import json
 from pathlib import Path
 from typing import Any
 
-from finetune.cli.arguments import add_recipe, recipe_and_overrides
+from finetune.cli.arguments import add_action, add_examples, add_recipe, recipe_and_overrides
 from finetune.console import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    show = actions.add_parser("show", help="print the whole configuration as YAML")
+    show = add_action(actions, "show", "print the whole configuration as YAML")
     add_recipe(show, "finetune config show RECIPE [key=value ...] [--json]")
     show.add_argument("--json", action="store_true", help="as JSON")
-    diff = actions.add_parser("diff", help="what differs from the defaults, or between two recipes or runs")
+    diff = add_action(actions, "diff", "what differs from the defaults, or between two recipes or runs")
     add_recipe(diff, "finetune config diff RECIPE_OR_RUN [RECIPE_OR_RUN] [key=value ...] [--json]")
     diff.add_argument("--json", action="store_true", help="as JSON")
-    actions.add_parser("schema", help="print a JSON schema of recipes, for editors")
+    add_action(actions, "schema", "print a JSON schema of recipes, for editors")
+    add_examples(
+        parser,
+        "finetune config show legal_20b                      # every key with its value",
+        "finetune config diff mine.yaml                      # what differs from the defaults",
+        "finetune config diff runs/first runs/second",
+        "finetune config schema > recipe.schema.json",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -69,7 +76,7 @@ def _diff(args: argparse.Namespace) -> None:
         say(json.dumps([vars(difference) for difference in found], indent=2), result=True)
         return
     for difference in found:
-        say(f"{difference.key}: {_word(difference.before)} -> {_word(difference.after)}", result=True)
+        say(difference.describe(), result=True)
     if not found:
         say("nothing differs")
 
@@ -89,7 +96,3 @@ def _plain(recipe_or_run: str, overrides: list[str]) -> dict[str, Any]:
             raise ConfigError(f"{recipe_or_run} is a run: it takes no overrides")
         return to_plain(load_run_config(Path(recipe_or_run) / "config.yaml"))
     return to_plain(compose(recipe_or_run, overrides).config)
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.cli.arguments import add_recipe, recipe_and_overrides
+from finetune.cli.arguments import add_action, add_examples, add_recipe, recipe_and_overrides
 from finetune.console import say
 from finetune.errors import ConfigError
 
@@ -25,21 +25,28 @@ _PREPARE_USAGE = "finetune data prepare medical|creative [--from DIR_OR_ADDRESS]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    preview = actions.add_parser("preview", help="show samples as tokens: what is trained, and what is context")
+    preview = add_action(actions, "preview", "show samples as tokens: what is trained, and what is context")
     add_recipe(preview, _PREVIEW_USAGE)
     preview.add_argument("-n", type=int, default=3, metavar="COUNT", help="how many samples, spread over the split (3)")
     preview.add_argument("--split", choices=["train", "validation", "test"], default="train", help="of which (train)")
     preview.add_argument("--html", metavar="FILE", type=Path, help="write a page instead of printing")
     preview.add_argument("--json", action="store_true", help="as JSON")
-    stats = actions.add_parser("stats", help="count rows, tokens, lengths, what is left out, and duplicates")
+    stats = add_action(actions, "stats", "count rows, tokens, lengths, what is left out, and duplicates")
     add_recipe(stats, _STATS_USAGE)
     stats.add_argument("--json", action="store_true", help="as JSON")
     stats.add_argument("--no-duplicates", action="store_true", help="do not compare rows with each other")
-    prepare = actions.add_parser("prepare", help="build a shipped data set from its public source, byte for byte")
+    prepare = add_action(actions, "prepare", "build a shipped data set from its public source, byte for byte")
     prepare.add_argument("domain", choices=["medical", "creative"], help="only medical is missing from packages")
     prepare.add_argument("--from", dest="source", metavar="DIR_OR_ADDRESS", help="a clone or mirror of its source")
     prepare.add_argument("--out", metavar="FILE", type=Path, help="build it into this file, even if it is there")
     parser.usage = f"{_PREVIEW_USAGE}\n       {_STATS_USAGE}\n       {_PREPARE_USAGE}"
+    add_examples(
+        parser,
+        "finetune data preview mine.yaml -n 5                # marked text is trained, the rest is context",
+        "finetune data preview medical_20b --split test --html preview.html",
+        "finetune data stats mine.yaml data.max_length=4096  # what another length would leave out",
+        "finetune data prepare medical --from ~/pubmedqa",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
+from finetune.cli.arguments import add_examples
 from finetune.console import say
 from finetune.errors import MachineError
 
@@ -15,6 +16,7 @@ _MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--json", action="store_true", help="as JSON")
+    add_examples(parser, "finetune doctor", "finetune doctor --json")
 
 
 def run(args: argparse.Namespace) -> None:

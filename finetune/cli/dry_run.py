@@ -7,12 +7,14 @@ from pathlib import Path
 from finetune.adapters.ranks import given_ranks, ranks_of
 from finetune.adapters.sites import ExpertRanks, Selection, describe_sites, plan_sites
 from finetune.config.affinity import read_affinity
+from finetune.config.compose import ComposedConfig
 from finetune.config.deepspeed import deepspeed_lines
 from finetune.config.derive import check_inputs, derived_lines
+from finetune.config.differences import ABSENT, defaults, differences, in_words
 from finetune.config.expert_rules import parse_rank_by, parse_select
 from finetune.config.locate import shipped_dir
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
-from finetune.config.validate import dump_yaml
+from finetune.config.validate import to_plain
 from finetune.console import say
 from finetune.data.dataset import describe, load_split
 from finetune.data.splits import split_names
@@ -25,12 +27,17 @@ from finetune.model.headers import read_json
 from finetune.model.shapes import ModelShape
 
 
-def dry_run(config: RunConfig) -> None:
-    """Print the configuration, what follows from it, what is in the data, and what would be adapted.
+def dry_run(recipe: str, composed: ComposedConfig) -> None:
+    """Print what a recipe sets, what follows from it, what is in the data, what would be adapted, and the memory.
+
+    Args:
+        recipe: as it was given.
+        composed: the checked recipe.
 
     Raises:
         FinetuneError: whatever a run would stop at before it loads a model.
     """
+    config = composed.config
     if config.name is not None and (Path(config.output_dir) / config.name).exists():
         raise ConfigError(
             f"run directory {Path(config.output_dir) / config.name} exists already",
@@ -38,7 +45,11 @@ def dry_run(config: RunConfig) -> None:
             fix="choose another with name=...",
         )
     inputs = check_inputs(config)
-    say(dump_yaml(config), result=True)
+    plain = to_plain(config)
+    say(f"not at its default (`finetune config show {recipe}` prints every key):", result=True)
+    for difference in differences(defaults(plain), plain):
+        default = "" if difference.before == ABSENT else f"  (default: {in_words(difference.before)})"
+        say(f"  {difference.key}: {in_words(difference.after)}{default}", result=True)
     for line in [*derived_lines(config), *deepspeed_lines(config), *inputs]:
         say(line, result=True)
     for split in split_names(config.data):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from finetune.cli.arguments import add_recipe, recipe_and_overrides
+from finetune.cli.arguments import add_examples, add_recipe, recipe_and_overrides
 from finetune.console import say
 from finetune.errors import CapacityError, ConfigError, InputError
 
@@ -20,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many of them (default: 1)")
     parser.add_argument("--plan", action="store_true", help="propose settings for these GPUs")
     parser.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    add_examples(
+        parser,
+        "finetune estimate legal_20b",
+        "finetune estimate legal_20b --gpu-gib 24 adapter=attention_only",
+        "finetune estimate legal_120b --gpus 2 --plan",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

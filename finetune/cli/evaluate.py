@@ -6,29 +6,49 @@ import argparse
 import json
 from pathlib import Path
 
-from finetune.console import say
+from finetune.adapters.locate import resolve_run
+from finetune.cli.arguments import add_examples
+from finetune.console import LOADING, say
 from finetune.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
-    parser.add_argument("--recipe", help="whose data to score (default: the run's; needed for an adapter alone)")
-    parser.add_argument("--rows", type=int, help="test rows, stratified by answer (default: the recipe's, or all)")
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="whose data to score (default: the run's; needed for an adapter alone)"
+    )
+    parser.add_argument(
+        "--rows", type=int, metavar="N", help="test rows, stratified by answer (default: the recipe's, or all)"
+    )
     parser.add_argument(
         "--retention", type=int, default=100, metavar="N", help="rows of each shipped domain that was not trained on "
         "(default: 100; 0: none)",
     )  # fmt: skip
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="test rows to answer in full (default: 0)")
-    parser.add_argument("--max-tokens", type=int, default=256, help="new tokens of an answer (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="share of probability to choose among (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling and of the choice of rows")
+    parser.add_argument(
+        "--max-tokens", type=int, default=256, metavar="N", help="new tokens of an answer (default: 256)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="share of probability to choose among (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of sampling and of the choice of rows (default: 0)"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, help="where figures go (default: RUN/evaluation)")
     parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub name")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as in the run")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add_examples(
+        parser,
+        "finetune evaluate runs/first",
+        "finetune evaluate runs/first --rows 200 --retention 0 --generate 50",
+        "finetune evaluate my-adapter --recipe legal_20b --base openai/gpt-oss-20b",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -44,6 +64,8 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < (1 if name == "rows" else 0):
             raise ConfigError(f"--{name} must be {'at least 1' if name == 'rows' else '0 or more'}, not {value}")
+    resolve_run(args.run)
+    say(LOADING)
     from finetune.evaluate.evaluation import EvaluationOptions, evaluate
     from finetune.report.evaluation import describe_evaluation
 

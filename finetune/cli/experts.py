@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from finetune.cli.arguments import add_recipe, recipe_and_overrides
+from finetune.cli.arguments import add_action, add_examples, add_recipe, recipe_and_overrides
 from finetune.config.expert_rules import parse_select
 from finetune.console import say
 from finetune.errors import ConfigError
@@ -18,13 +18,19 @@ _DEFAULT = "top_p=0.2"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    score = actions.add_parser("score", help="measure which experts the training data use, and choose among them")
+    score = add_action(actions, "score", "measure which experts the training data use, and choose among them")
     add_recipe(score, _USAGE)
     score.add_argument("--select", metavar="RULE", help="top_p=SHARE or top_k=COUNT (the recipe's, else top_p=0.2)")
     score.add_argument("--by", choices=["gate", "tokens"], default="gate", help="the score to choose by (gate)")
     score.add_argument("--samples", type=int, default=128, metavar="N", help="training samples at most (128)")
     score.add_argument("--out", metavar="FILE", type=Path, help="the file to write (RECIPE.experts.json)")
     parser.usage = _USAGE
+    add_examples(
+        parser,
+        "finetune experts score legal_20b                    # writes legal_20b.experts.json",
+        "finetune experts score mine.yaml --select top_k=8 --samples 256",
+        "finetune train mine.yaml adapter.experts.select=mine.experts.json",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune.adapters.locate import resolve_run
+from finetune.cli.arguments import add_examples
 from finetune.config.keys import suggest_word
 from finetune.console import say
 from finetune.errors import ConfigError
@@ -16,12 +18,10 @@ from finetune.export.targets import (
     SUMMARIES,
     ExportOptions,
 )
-from finetune.report.markdown import write_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     width = max(map(len, SUMMARIES))
     parser.epilog = "targets:\n" + "\n".join(f"  {name:{width}}  {line}" for name, line in SUMMARIES.items())
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", type=Path, help="where; must not exist (default: RUN/export/TARGET)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be written, tensor by tensor")
     parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub name")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
     parser.add_argument("--no-verify", action="store_true", help="do not open the result in a fresh process")
     parser.add_argument(
         "--gguf-experts", choices=("bf16", "mxfp4"), default="bf16", help="how a merged GGUF stores experts"
@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration", metavar="RUN_OR_RECIPE", help="whose training rows compensated rounding sees (default: RUN)"
     )
     parser.add_argument("--pad-rank", action="store_true", help="peft: pad the rank to one that vLLM serves")
+    add_examples(
+        parser,
+        "finetune export runs/first --to peft",
+        "finetune export runs/first --to mxfp4 --dry-run     # what would be written, tensor by tensor",
+        "finetune export runs/first --to gguf --gguf-experts mxfp4 --out first.gguf",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,10 +59,9 @@ def run(args: argparse.Namespace) -> None:
     if target not in SUMMARIES:
         fix = suggest_word(target, list(SUMMARIES)) or f"one of {', '.join(SUMMARIES)}"
         raise ConfigError(f"cannot export to {target!r}", fix=fix)
-    from finetune.adapters.locate import resolve_run
+    directory, run_directory = resolve_run(args.run)
     from finetune.export.source import open_adapter
 
-    directory, run_directory = resolve_run(args.run)
     source = open_adapter(directory)
     out = args.out or _default_out(directory, run_directory, target)
     options = ExportOptions(
@@ -86,9 +91,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _report(run: Path | None) -> None:
-    """Write the run's report again if a merge left figures beside it, those of a merge that was refused included."""
+    """Write the run's reports again if a merge left figures beside it, those of a merge that was refused included."""
     if run is not None and any(run.glob("survival-*.json")):
-        write_report(run)
+        from finetune.report.html import write_reports
+
+        write_reports(run)
 
 
 def _default_out(directory: Path, run_directory: Path | None, target: str) -> Path:

@@ -9,7 +9,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.console import say, warn
+from finetune.adapters.locate import resolve_run
+from finetune.cli.arguments import add_examples
+from finetune.console import LOADING, say, warn
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,18 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--which", choices=WHICH, default="both", help="base, base + adapter, or both (default)")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end instead of streaming")
     add_sampling(parser)
+    add_examples(
+        parser,
+        'finetune generate runs/first "Which law applies to this clause? ..."',
+        "finetune generate runs/first - --which adapter --json < prompt.txt",
+        'finetune generate runs/first "..." --effort high --temperature 0.7 --max-tokens 1024',
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Options that `generate` and `chat` share."""
     parser.add_argument("--developer", metavar="TEXT", help="instructions, as harmony's developer message")
     parser.add_argument("--effort", choices=("low", "medium", "high"), help="reasoning effort (default: the run's)")
-    parser.add_argument("--max-tokens", type=int, default=256, help="new tokens at most (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="share of probability to choose among (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="new tokens at most (default: 256)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="share of probability to choose among (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
     parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
-    parser.add_argument("--revision", help="branch, tag or commit of a hub name")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as in the run")
 
 
@@ -51,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
+    resolve_run(args.run)
+    say(LOADING)
     from finetune.evaluate.generation import read_completion
     from finetune.evaluate.opening import open_model
 

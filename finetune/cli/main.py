@@ -6,7 +6,6 @@ Only the chosen subcommand's module is imported, and none of them imports torch 
 
 from __future__ import annotations
 
-import argparse
 import errno
 import os
 import sys
@@ -16,36 +15,36 @@ from importlib import import_module
 from typing import NoReturn
 
 from finetune import __version__
-from finetune.cli.arguments import Parser, parse, refuse_unknown_word
+from finetune.cli.arguments import Parser, parse, refuse_unknown_word, sentence
 from finetune.console import complain, say
-from finetune.errors import CapacityError, FinetuneError, MachineError, is_out_of_memory
+from finetune.errors import CapacityError, FinetuneError, Interrupted, MachineError, is_out_of_memory
 
 # Command: the module with its `add_arguments(parser)` and `run(args)`, and a line for the list.
 COMMANDS = {
-    "train": ("finetune.cli.train", "fine-tune: RECIPE [key=value ...] [--dry-run], or --resume RUN"),
-    "data": ("finetune.cli.data", "see a recipe's tokens and what is trained, or its figures"),
-    "estimate": (
-        "finetune.cli.estimate",
-        "GiB by part, disk and time of a recipe: fits or not, and what would make it",
-    ),
+    "train": ("finetune.cli.train", "fine-tune by a recipe, or go on with a run that stopped"),
+    "data": ("finetune.cli.data", "see a recipe's tokens and what is trained of them, or count them"),
+    "estimate": ("finetune.cli.estimate", "memory, disk and time of a recipe, before anything is downloaded"),
     "recipes": ("finetune.cli.recipes", "list the recipes, show one, or write one for your own data"),
     "config": ("finetune.cli.config", "show a recipe's settings, what differs, or a schema for editors"),
-    "export": (
-        "finetune.cli.export",
-        "write a run's adapter for a serving stack: RUN --to TARGET [--out DIR]",
-    ),
-    "experts": ("finetune.cli.experts", "measure which experts a recipe's data use: score RECIPE"),
-    "evaluate": ("finetune.cli.evaluate", "base against adapter: test rows, retention, contamination: RUN"),
-    "generate": ("finetune.cli.generate", "text from base and adapter: RUN PROMPT"),
-    "chat": ("finetune.cli.chat", "talk with a run's model: RUN"),
-    "checkpoints": ("finetune.cli.checkpoints", "which of a run's checkpoints are whole: verify RUN"),
+    "export": ("finetune.cli.export", "write a run's adapter, or base and adapter merged, for a serving stack"),
+    "experts": ("finetune.cli.experts", "measure which experts a recipe's data use, to train only those"),
+    "evaluate": ("finetune.cli.evaluate", "compare a run with its base: test rows, what was forgotten"),
+    "generate": ("finetune.cli.generate", "answer a prompt with the base and with base + adapter"),
+    "chat": ("finetune.cli.chat", "talk with a run's model"),
+    "checkpoints": ("finetune.cli.checkpoints", "tell which of a run's checkpoints are whole"),
     "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
-    "report": ("finetune.cli.report", "write a run's report.html and report.md anew: RUN"),
+    "report": ("finetune.cli.report", "write a run's report.html and report.md anew"),
     "doctor": ("finetune.cli.doctor", "look at this machine: packages, GPU, disk, network, with fixes"),
-    "completion": ("finetune.cli.completion", "completion for bash, zsh or fish"),
-    "base": ("finetune.cli.base", "make a tiny base in the published file layout"),
+    "completion": ("finetune.cli.completion", "complete commands, recipes and keys in bash, zsh or fish"),
+    "base": ("finetune.cli.base", "make a tiny gpt-oss in the published file layout"),
 }
 _NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_FIRST_STEPS = """first steps:
+  finetune doctor                                     # is this machine ready?
+  finetune base tiny base/tiny                        # a gpt-oss small enough for a CPU
+  finetune train quickstart                           # fine-tune it: minutes
+  finetune recipes new mine.yaml --data mine.jsonl    # a recipe for your own file
+  finetune COMMAND --help                             # what a command takes, with examples"""
 _EXIT_CODES = """exit codes: 0 done, 1 a bug in this tool, 2 configuration, 3 the data, checkpoint or adapter given,
 4 does not fit into memory, 5 this machine (network, disk, packages), 6 a check failed, 130 and 143 signals"""
 
@@ -92,15 +91,14 @@ def _run(arguments: list[str]) -> None:
     parser = Parser(
         prog="finetune",
         description="Fine-tune gpt-oss with LoRA on attention and on every expert, over native MXFP4 weights.",
-        epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"{_FIRST_STEPS}\n\n{_EXIT_CODES}",
     )
     parser.add_argument("--version", action="version", version=f"gpt-oss-finetune {__version__}")
     refuse_unknown_word(chosen, COMMANDS, "finetune")
     usage = ""
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command, (module, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(command, help=summary, description=f"{command}: {summary}")
+        subparser = subparsers.add_parser(command, help=summary, description=sentence(summary))
         if command == chosen:
             import_module(module).add_arguments(subparser)
             usage = subparser.format_usage()
@@ -120,7 +118,8 @@ def _report(error: Exception) -> int:
             f"error: this is a bug in gpt-oss-finetune {__version__}, not in your input; please report the lines above"
         )
         return 1
-    complain(f"error: {known}")
+    # Stopping was asked for: that it was done is no error.
+    complain(str(known) if isinstance(known, Interrupted) else f"error: {known}")
     return known.exit_code
 
 

@@ -14,6 +14,7 @@ from finetune.errors import ConfigError
 if TYPE_CHECKING:
     from finetune.data.look import FileFacts
 
+DEFAULT_MODEL = "gpt_oss_20b"
 LONGEST_ROW = 16_384
 MOST_SKIPPED = 0.05  # data.max_skipped_share's default: with more bad rows than this a run stops
 _ADAPTER_AND_TRAINER = """
@@ -29,14 +30,14 @@ trainer:
 """
 
 
-def new_recipe(path: Path, *, source: str | None, data: str | None, model: str) -> None:
+def new_recipe(path: Path, *, source: str | None, data: str | None, model: str | None) -> None:
     """Write a recipe and check that it composes.
 
     Args:
         path: the new YAML file.
         source: a shipped recipe to begin from. None: a plain one.
         data: a file of training records to look at. None: the source's data, or a place to fill in.
-        model: an option of configs/model/.
+        model: an option of configs/model/ for a recipe on `data`; None: gpt_oss_20b.
 
     Raises:
         ConfigError: `path` exists or is no YAML file; no such recipe or model; both `source` and `data`.
@@ -48,7 +49,13 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str) 
         raise ConfigError(f"a recipe is a .yaml file, not {path}", fix=f"finetune recipes new {path}.yaml")
     if path.exists():
         raise ConfigError(f"{path} exists already", why="nothing is ever overwritten", fix="choose another name")
-    checked_option("model", model, "--model")
+    if model is not None:
+        checked_option("model", model, "--model")
+        if source is not None:
+            raise ConfigError(
+                "--model goes with --data: a copy keeps its recipe's own model",
+                fix=f"copy it, and in the copy write `- override /model: {model}` under defaults",
+            )
     if source is not None and data is not None:
         raise ConfigError("--from and --data do not go together", fix="name your file in the recipe that --from copies")
     if source is not None:
@@ -58,7 +65,7 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str) 
 
         facts = look_at(data)
         _report(facts, data)
-        text = recipe_text(path.stem, data, facts, model)
+        text = recipe_text(path.stem, data, facts, model or DEFAULT_MODEL)
     else:
         raise ConfigError("say what to begin with", fix="--data FILE looks at a file; --from NAME copies a recipe")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +151,8 @@ def _report(facts: FileFacts, data: str) -> None:
     if facts.split_field:
         say(f"split by {facts.split_field}: {', '.join(f'{s} is {v}' for s, v in facts.splits.items())}")
     if facts.answers:
-        say(f"{facts.answers:,} different answers" + (": labels are scored" if 2 <= facts.answers <= 64 else ""))
+        scored = ": scored as labels, given test rows" if 2 <= facts.answers <= 64 else ""
+        say(f"{facts.answers:,} different answers{scored}")
     if len(facts.bad_rows) > MOST_SKIPPED * facts.records:
         warn(f"{len(facts.bad_rows)} of {facts.records} rows cannot be used: a run will stop until they are corrected")
     for row in facts.bad_rows[:3]:

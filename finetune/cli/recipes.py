@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune.cli.arguments import add_action, add_examples
 from finetune.config.recipes import find_recipe, first_comment, list_recipes
 from finetune.console import say
 
@@ -12,13 +13,25 @@ from finetune.console import say
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    show = actions.add_parser("show", help="print a recipe's file")
+    show = add_action(actions, "show", "print a recipe's file")
     show.add_argument("name", metavar="NAME", help="a recipe from the list")
-    new = actions.add_parser("new", help="write a recipe of your own")
+    new = add_action(actions, "new", "write a recipe of your own")
     new.add_argument("path", metavar="PATH", type=Path, help="the new .yaml file")
     new.add_argument("--data", metavar="FILE", help="training records to look at; the recipe will run on them")
     new.add_argument("--from", dest="source", metavar="NAME", help="begin from a copy of a shipped recipe")
-    new.add_argument("--model", default="gpt_oss_20b", help="an option of configs/model/ (default: gpt_oss_20b)")
+    new.add_argument(
+        "--model",
+        metavar="NAME",
+        help="gpt_oss_20b (default), gpt_oss_120b or tiny; --data only",
+    )
+    add_examples(
+        parser,
+        "finetune recipes                                    # the list",
+        "finetune recipes show legal_20b",
+        "finetune recipes new mine.yaml --data mine.jsonl    # looks at the file and writes a recipe that runs",
+        "finetune recipes new trial.yaml --data mine.jsonl --model tiny   # to try it on a CPU",
+        "finetune recipes new mine.yaml --from legal_20b",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

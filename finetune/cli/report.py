@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from finetune.config.keys import suggest_word
+from finetune.cli.arguments import add_examples
+from finetune.config.near import near_runs
 from finetune.console import say
 from finetune.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory")
+    parser.add_argument(
+        "run", metavar="RUN", type=Path, help="a run directory; one that is still going or died will do"
+    )
+    add_examples(parser, "finetune report runs/first")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -25,7 +29,6 @@ def run(args: argparse.Namespace) -> None:
 
     path: Path = args.run
     if not (path / "config.yaml").is_file() and not (path / "manifest.json").is_file():
-        runs = sorted(file.parent.name for file in path.parent.glob("*/config.yaml"))
-        fix = suggest_word(path.name, runs) or (f"runs there: {', '.join(runs[-5:])}" if runs else None)
-        raise InputError(f"{path} is not a run directory: it has neither config.yaml nor manifest.json", fix=fix)
+        what = "has neither config.yaml nor manifest.json" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} is not a run directory: it {what}", fix=near_runs(path))
     say(str(write_reports(path)), result=True)

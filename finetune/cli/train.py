@@ -6,11 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
-from finetune.cli.arguments import add_recipe, recipe_and_overrides
+from finetune.cli.arguments import add_examples, add_recipe, recipe_and_overrides
 from finetune.config.derive import check_inputs
 from finetune.config.resuming import resumed_config
 from finetune.config.schema import RunConfig
-from finetune.console import say
+from finetune.console import LOADING, say
 from finetune.errors import ConfigError
 from finetune.train.launch import launch, watch_parent
 from finetune.train.run_directory import RunDirectory, prepare_run
@@ -23,13 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser, usage)
     parser.add_argument("--dry-run", action="store_true", help="check everything that needs no model, and stop")
     parser.add_argument(
-        "--sweep", metavar="KEY=A,B", action="append", help="run every value, and every combination if given again"
+        "--sweep", metavar="KEY=A,B", action="append", help="one run for each value; given again, for each combination"
     )
     parser.add_argument(
         "--resume",
         metavar="RUN",
         type=Path,
-        help="go on from a run directory's last checkpoint, with other processes if distributed... says so",
+        help="go on from the last whole checkpoint of a run directory; only `distributed` may change",
+    )
+    add_examples(
+        parser,
+        "finetune train quickstart --dry-run                 # configuration, data and sites; no model is loaded",
+        "finetune train quickstart trainer.max_steps=20 name=first",
+        "finetune train --resume runs/first",
+        "finetune train mine.yaml --sweep trainer.learning_rate=1e-4,2e-4 --sweep adapter.experts.rank=2,4",
+        "finetune train legal_20b distributed=zero3 distributed.num_processes=2",
     )
     parser.add_argument("--worker", metavar="RUN", type=Path, help=argparse.SUPPRESS)  # how `launch` starts a new run
 
@@ -68,18 +76,19 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         from finetune.cli.dry_run import dry_run
 
-        dry_run(composed.config)
+        dry_run(recipe, composed)
         return
     from finetune.cli.memory import check_memory, explained_out_of_memory
 
+    check_inputs(composed.config)
     check_memory(composed.config)
     if starts_processes(composed.config):
-        check_inputs(composed.config)
         prepared = prepare_run(composed.config, composed.recipe_name, composed.overrides)
         with prepared.discarded_if_unused():
             count = composed.config.distributed.num_processes
             launch(["train", "--worker", str(prepared.path)], count, prepared.path)
         return
+    say(LOADING)
     from finetune.report.html import write_reports
     from finetune.train.run import train
 
@@ -102,6 +111,7 @@ def _resume(args: argparse.Namespace) -> None:
     if starts_processes(config):
         launch(["train", "--resume", str(path), *args.words], config.distributed.num_processes, path)
         return
+    say(LOADING)
     from finetune.cli.memory import explained_out_of_memory
     from finetune.report.html import write_reports
     from finetune.train.run import resume

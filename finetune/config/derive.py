@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 from finetune.config.expert_rules import highest_rank, parse_rank_by, parse_select, refuse_missing
 from finetune.config.locate import HUB_PREFIX, how_to_get, is_glob, matching_files, resolve_data_path
+from finetune.config.near import base_fix, means_directory, near_path
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.errors import InputError
-
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-_BASE_FIX = "give a checkpoint directory or a hub name; `finetune base tiny DIR` makes a tiny base"
 
 
 def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:
@@ -120,14 +116,14 @@ def _describe_base(path: str) -> str:
         return f"{path}, a directory"
     if directory.is_dir():
         raise InputError(f"model.path: {path} holds no config.json", fix="give the checkpoint's own directory")
-    if directory.exists() or not _HUB_NAME.fullmatch(path):
-        raise InputError(f"model.path: there is no directory {path}", fix=_BASE_FIX)
+    if directory.exists() or means_directory(path):
+        raise InputError(f"model.path: there is no directory {path}", fix=base_fix(path))
     return f"{path}, no directory here, so taken as a hub name"
 
 
 def _data_fix(path: str) -> str:
-    return how_to_get(path) or (
-        "`shipped://` names a file of the toolkit's data/ folder"
-        if "://" in path
-        else "paths start at the working directory"
-    )
+    if "://" in path:
+        return how_to_get(path) or "`shipped://` names a file of the toolkit's data/ folder"
+    found = resolve_data_path(path)
+    near = near_path(found, found.parent.iterdir()) if found.parent.is_dir() else None
+    return near or f"paths start at the working directory, {Path.cwd()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,19 @@ class Difference:
     key: str
     before: Any
     after: Any
+
+    def describe(self) -> str:
+        """The difference as a line.
+
+        >>> Difference("trainer.epochs", 1.0, 2).describe()
+        'trainer.epochs: 1.0 -> 2'
+        """
+        return f"{self.key}: {in_words(self.before)} -> {in_words(self.after)}"
+
+
+def in_words(value: Any) -> str:
+    """A value as one would type it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:

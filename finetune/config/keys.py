@@ -104,6 +104,16 @@ def suggest(path: KeyPath) -> str:
     return f"{where}: {', '.join(children(type_at(section)))}"
 
 
+def key_named(name: str) -> str | None:
+    """Find the key of a name given without its sections, such as `trainer.epochs` for `epochs`; None unless one has it.
+
+    >>> key_named("epochs")
+    'trainer.epochs'
+    """
+    found = [dotted(path) for path in _all_paths(RunConfig, (), ()) if name in (path[-1], dotted(path))]
+    return found[0] if len(found) == 1 else None
+
+
 def suggest_word(given: str, words: list[str] | tuple[str, ...]) -> str | None:
     """Find the closest of the words that would have been right, as a question; None if none is close."""
     close = difflib.get_close_matches(given, words, n=1, cutoff=0.6)

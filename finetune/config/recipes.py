@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finetune.config.keys import suggest_word
 from finetune.config.locate import shipped_dir
+from finetune.config.near import near_path
 from finetune.errors import ConfigError
 
 
@@ -27,7 +28,8 @@ def find_recipe(recipe: str) -> Path:
     path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise ConfigError(f"there is no recipe file {recipe}", fix=_fix(path.stem))
+            own = [file for file in path.parent.glob("*.y*ml") if file.suffix in (".yaml", ".yml")]
+            raise ConfigError(f"there is no recipe file {recipe}", fix=near_path(path, own) or _fix(path.stem))
         return path
     shipped = list_recipes()
     if recipe in shipped:

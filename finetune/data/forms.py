@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from finetune.config.keys import suggest_word
 from finetune.config.schema import DataForm
 from finetune.data.message import BadRowError, shown, unknown
 from finetune.data.tools import parse_json
@@ -44,10 +45,12 @@ def detect_form(raw: Mapping[str, Any]) -> DataForm:
     if fitting:
         names = " or ".join(f"`{form}`" for form in fitting)
         raise BadRowError("ambiguous form", f"the record could be of form {names}: set the source's `form`")
+    wanted = {key for keys in KEYS_OF_FORM.values() for key in keys}
+    near = next((question for key in raw if (question := suggest_word(str(key), sorted(wanted)))), None)
     raise BadRowError(
         "no messages",
         f"the record has no `messages` nor another form's keys (conversations; instruction and output; prompt and "
-        f"completion; text), only {', '.join(map(str, raw)) or 'nothing'}",
+        f"completion; text), only {', '.join(map(str, raw)) or 'nothing'}" + (f"; {near}" if near else ""),
     )
 
 

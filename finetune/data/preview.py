@@ -127,8 +127,9 @@ pre{{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:1
 
 def _title(sample: Sample) -> str:
     share = sample.num_trained_tokens / max(1, len(sample.ids))
+    place = "" if sample.id == sample.where else f" ({sample.where})"  # a record without an id is named by its place
     return printable(
-        f"{sample.id} ({sample.where}): {len(sample.ids):,} tokens, {sample.num_trained_tokens:,} trained ({share:.1%})"
+        f"{sample.id}{place}: {len(sample.ids):,} tokens, {sample.num_trained_tokens:,} trained ({share:.1%})"
     ).replace("\n", "\\n")
 
 

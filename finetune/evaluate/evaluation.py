@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from finetune.adapters.files import WEIGHTS
+from finetune.adapters.locate import resolve_run
 from finetune.config.schema import RunConfig
+from finetune.config.validate import load_run_config
 from finetune.console import say, warn
 from finetune.data.dataset import load_split
 from finetune.data.sources import Record
@@ -68,8 +70,10 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
         FinetuneError: whatever is wrong with adapter, base or data.
     """
     path, out = path.resolve(), out.resolve() if out else None  # the working directory may change below
+    config = _config(path, options)
     opened = open_model(path, base=options.base, revision=options.revision, device=options.device)
-    config = _config(opened, options)
+    if opened.run is not None:
+        _work_where_the_run_did(opened.run)
     test_split = load_split(config.data, "test")
     test = Suite("test", choose_test_set(test_split, config), config.data)
     suites = [test]
@@ -96,16 +100,14 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
     return out, summary
 
 
-def _config(opened: OpenedModel, options: EvaluationOptions) -> RunConfig:
-    config = options.recipe or opened.config
+def _config(path: Path, options: EvaluationOptions) -> RunConfig:
+    """Whose rows to score: known before a model is loaded."""
+    directory, run = resolve_run(path)
+    config = options.recipe or (load_run_config(run / "config.yaml") if run else None)
     if config is None:
-        raise ConfigError(
-            f"{opened.directory} belongs to no run, so it has no test rows", fix="say whose with --recipe NAME"
-        )
+        raise ConfigError(f"{directory} belongs to no run, so it has no test rows", fix="say whose with --recipe NAME")
     if not config.data.test:
         raise ConfigError("the recipe has no data.test", fix="add test sources, or name another recipe with --recipe")
-    if opened.run is not None:
-        _work_where_the_run_did(opened.run)
     rows = options.rows if options.rows is not None else config.evaluate.test_rows
     return replace(config, seed=options.seed, evaluate=replace(config.evaluate, test_rows=rows))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import ModuleType
 
 from finetune.errors import MachineError
@@ -17,6 +18,7 @@ def import_bitsandbytes(wanted_by: str, instead: str) -> ModuleType:
     Raises:
         MachineError: it is not installed.
     """
+    without_kernel_advice()
     try:
         import bitsandbytes
     except ImportError as error:
@@ -26,3 +28,16 @@ def import_bitsandbytes(wanted_by: str, instead: str) -> ModuleType:
             fix=f"pip install bitsandbytes, or set {instead}",
         ) from error
     return bitsandbytes
+
+
+def without_kernel_advice() -> None:
+    """Drop one line that bitsandbytes logs when it is imported on a CPU with AVX512-BF16; call before importing it.
+
+    It advises to install a package that downloads a matrix product from the hub; nothing here calls that product, and
+    on the way to a result the line reads like a failure. Every other line of bitsandbytes' stays.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_advice)
+
+
+def _is_no_kernel_advice(record: logging.LogRecord) -> bool:
+    return "from kernels-community" not in str(record.msg)

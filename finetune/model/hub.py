@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import difflib
 import errno
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.config.near import PUBLISHED_BASES, TINY_HINT, base_fix, means_directory
 from finetune.errors import ConfigError, FinetuneError, InputError, MachineError
 
-PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
 # The published repositories also hold the same weights as original/* and metal/*: three times the bytes.
 WANTED_FILES = ("*.safetensors", "*.json", "chat_template.jinja", "LICENSE", "USAGE_POLICY")
 UNWANTED_FILES = ("*/*",)
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_TINY_HINT = "`finetune base tiny DIR` makes a small base to try things with"
 
 
 @dataclass(frozen=True)
@@ -60,29 +57,10 @@ def locate_base(path: str, revision: str | None = None) -> BaseLocation:
                 fix="remove model.revision, or give the hub name",
             )
         return BaseLocation(directory, path, None)
-    if _looks_local(path):
-        raise InputError(f"there is no directory {path}", fix=_local_fix(directory))
+    if means_directory(path):
+        raise InputError(f"there is no directory {path}", fix=base_fix(path))
     snapshot = _download(path, revision)
     return BaseLocation(snapshot, path, snapshot.name)
-
-
-def _looks_local(path: str) -> bool:
-    if path in PUBLISHED:
-        return False
-    if not _HUB_NAME.fullmatch(path) or path.startswith("."):
-        return True
-    return Path(path).parent.is_dir()
-
-
-def _local_fix(directory: Path) -> str:
-    parent = directory.parent
-    if parent.is_dir():
-        neighbours = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-        if close := difflib.get_close_matches(directory.name, neighbours, n=1):
-            return f"did you mean {parent / close[0]}?"
-    if close := difflib.get_close_matches(directory.name, [name.split("/")[1] for name in PUBLISHED], n=1):
-        return f"did you mean the hub name openai/{close[0]}? {_TINY_HINT}"
-    return f"give a checkpoint directory or a hub name such as {PUBLISHED[0]}; {_TINY_HINT}"
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -122,7 +100,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _not_found(name: str, status: int | None) -> FinetuneError:
-    close = difflib.get_close_matches(name, PUBLISHED, n=1)
+    close = difflib.get_close_matches(name, PUBLISHED_BASES, n=1)
     meant = f"did you mean {close[0]}? " if close and close[0] != name else ""
     if status == 401:  # the hub answers 401 to strangers both for a private repository and for one that is not there
         return InputError(
@@ -132,7 +110,7 @@ def _not_found(name: str, status: int | None) -> FinetuneError:
         )
     return InputError(
         f"the hub has no repository {name} (HTTP {status})",
-        fix=f"{meant}Check the name at https://huggingface.co, or give a checkpoint directory; {_TINY_HINT}",
+        fix=f"{meant}Check the name at https://huggingface.co, or give a checkpoint directory; {TINY_HINT}",
     )
 
 

@@ -28,7 +28,7 @@ def heat_map(
         most: the value of the darkest colour; larger ones look the same. White is 0.
         diverging: values go from -most (red) to most (blue) instead of from 0.
     """
-    width, height = LEFT + CELL * len(values[0]) + 12, TOP + CELL * len(values) + LEGEND
+    width, height = max(CELL * len(values[0]), _title_width(title)) + LEFT + 12, TOP + CELL * len(values) + LEGEND
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         f'font-family="sans-serif" font-size="10" role="img" aria-label="{escape(title)}">',
@@ -62,6 +62,11 @@ def _legend(y: float, most: float, *, diverging: bool) -> list[str]:
     ]
     end = LEFT + 5 * (steps + 1)
     return [*cells, _text(LEFT, y + 19, f"{low:g}"), _text(end, y + 19, f"{most:g}", anchor="end")]
+
+
+def _title_width(title: str) -> int:
+    """Room that a title may take, in the drawing's units: maps of few experts are narrower than their title."""
+    return max(240, 7 * len(title))
 
 
 def _text(x: float, y: float, text: str, *, size: int = 10, anchor: str = "start") -> str:

@@ -6,17 +6,16 @@ from the run directory alone, so it works on a run that is still going, was stop
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from finetune.config.differences import defaults, differences
+from finetune.config.differences import defaults, differences, in_words
 from finetune.report.charts import Series, line_chart, smoothed
 from finetune.report.experts import FIGURES
-from finetune.report.html_parts import bars, cards, rows_table, section, survival_table
+from finetune.report.html_parts import bars, cards, picture, plain, rows_table, section, survival_table
 from finetune.report.markdown import write_report
 from finetune.report.read import RunFacts
 from finetune.report.style import STYLE
@@ -67,7 +66,7 @@ def page(facts: RunFacts) -> str:
         _guarded("Experts", _experts, facts),
         _guarded("What was trained on", _data, facts),
         _guarded("The adapter", _adapter, facts),
-        _guarded("What survives rounding to MXFP4", _survival, facts),
+        _guarded("Merged back to MXFP4", _survival, facts),
         _guarded("Checks", _checks, facts),
         _guarded("Configuration", _configuration, facts),
         _guarded("Environment", _environment, facts),
@@ -95,11 +94,20 @@ def _guarded(title: str, make: Callable[[RunFacts], str], facts: RunFacts) -> st
 
 
 def _summary(facts: RunFacts) -> str:
-    return f"<p>{escape(summary(facts.manifest, facts.evaluation).replace('`', '').replace('**', ''))}</p>"
+    return f"<p>{escape(plain(summary(facts.manifest, facts.evaluation)))}</p>"
 
 
 def _survival(facts: RunFacts) -> str:
-    return survival_table(facts.survival)
+    """For each merge: what came of it, the ways of serving compared, and its weights tensor by tensor."""
+    parts = []
+    for each in facts.survival:
+        parts.append(f"<h3>{escape(each.target)}</h3><p>{escape(plain(each.text))}</p>")
+        if each.rows:
+            parts += [rows_table(each.head, each.rows), f"<p><small>{escape(each.note)}</small></p>"]
+            parts.append(picture(each.svg.encode(), f"what survives in {each.target}"))
+        weights = survival_table(each.weights)
+        parts.append(f"<details><summary>weights, tensor by tensor</summary>{weights}</details>" if weights else "")
+    return "".join(parts)
 
 
 def _environment(facts: RunFacts) -> str:
@@ -225,14 +233,19 @@ def _answers(facts: RunFacts) -> str:
 def _experts(facts: RunFacts) -> str:
     """Heat maps that the run left: pictures, in which a browser runs nothing whatever they hold."""
     drawn = [
-        f'<figure><img alt="{escape(file.stem.replace("_", " "))}" src="data:image/svg+xml;base64,'
-        f'{base64.b64encode(file.read_bytes()).decode()}"></figure>'
-        for file in sorted((facts.path / FIGURES).glob("experts_*.svg"))
+        picture(file.read_bytes(), file.stem.replace("_", " "))
+        for file in sorted((facts.path / FIGURES).glob("experts_*.svg"), key=_map_order)
     ]
     if not drawn:
         return ""
     note = "1 is even use of a layer's experts; every number is in expert_usage.parquet, by channel and source."
-    return f'<p><small>{note}</small></p><div class="charts">{"".join(drawn)}</div>'
+    return f'<p><small>{note}</small></p><div class="pictures">{"".join(drawn)}</div>'
+
+
+def _map_order(file: Path) -> tuple[int, str]:
+    """Before, after and the change first, then the maps of channels and sources."""
+    first = ("experts_before", "experts_after", "experts_change")
+    return first.index(file.stem) if file.stem in first else len(first), file.stem
 
 
 def _data(facts: RunFacts) -> str:
@@ -268,7 +281,7 @@ def _adapter(facts: RunFacts) -> str:
 
 
 def _checks(facts: RunFacts) -> str:
-    lines = [line.removeprefix("- ").replace("**", "") for line in check_lines(facts.manifest)]
+    lines = [plain(line.removeprefix("- ")) for line in check_lines(facts.manifest)]
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
@@ -283,7 +296,7 @@ def _configuration(facts: RunFacts) -> str:
     text = f"<p>Overrides on the command line: {overrides or 'none'}.</p>"
     if changed:
         text += "<h3>Not at its default</h3>" + rows_table(("key", "default", "here"), changed)
-    return text + f"<details><summary>config.yaml</summary><pre>{escape(whole)}</pre></details>"
+    return text + f"<details><summary>config.yaml</summary><pre class='config'>{escape(whole)}</pre></details>"
 
 
 def _changed(config: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
@@ -291,4 +304,4 @@ def _changed(config: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
         found = differences(defaults(config), config)
     except (KeyError, TypeError, AttributeError):  # a run of another version: its keys may be others
         return ()
-    return [(difference.key, str(difference.before), str(difference.after)) for difference in found]
+    return [(difference.key, in_words(difference.before), in_words(difference.after)) for difference in found]

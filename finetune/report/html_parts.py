@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-_NUMBER_STARTS = "0123456789+-"
+_NUMBER = re.compile(r"[+-]?[\d,]+(\.\d+)?(e[+-]?\d+)?%?")
 
 
 def section(title: str, content: str) -> str:
@@ -23,17 +25,23 @@ def cards(found: Iterable[tuple[str, str]]) -> str:
 
 
 def rows_table(titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of texts; numbers stand on the right. "" without rows."""
-    body = "".join("<tr>" + "".join(_cell(str(value)) for value in row) + "</tr>" for row in rows)
-    if not body:
+    """A table of texts; columns of nothing but numbers stand on the right. "" without rows."""
+    texts = [[str(value) for value in row] for row in rows]
+    if not texts:
         return ""
-    head = "<tr>" + "".join(f"<th>{escape(title)}</th>" for title in titles) + "</tr>" if titles else ""
-    return f'<div class="scroll"><table>{head}{body}</table></div>'
+    on_the_right = [all(map(_NUMBER.fullmatch, column)) for column in zip(*texts, strict=True)]
 
+    def line(tag: str, cells: Sequence[str]) -> str:
+        starts = (f'<{tag} class="number">' if right else f"<{tag}>" for right in on_the_right)
+        return (
+            "<tr>"
+            + "".join(f"{start}{escape(cell)}</{tag}>" for start, cell in zip(starts, cells, strict=True))
+            + "</tr>"
+        )
 
-def _cell(text: str) -> str:
-    is_number = text[:1] in _NUMBER_STARTS and text.replace(",", "").replace(".", "").lstrip("+-").isdigit()
-    return f'<td class="number">{escape(text)}</td>' if is_number else f"<td>{escape(text)}</td>"
+    head = f"<thead>{line('th', titles)}</thead>" if titles else ""
+    body = "".join(line("td", row) for row in texts)
+    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def bars(values: Mapping[str, float]) -> str:
@@ -45,6 +53,17 @@ def bars(values: Mapping[str, float]) -> str:
         for name, value in values.items()
     )
     return f'<details><summary>{len(values)} weights</summary><div class="scroll"><table>{rows}</table></div></details>'
+
+
+def picture(svg: bytes, title: str) -> str:
+    """An SVG file as a picture, in which a browser runs and loads nothing, whatever it holds."""
+    data = base64.b64encode(svg).decode()
+    return f'<figure class="picture"><img alt="{escape(title)}" src="data:image/svg+xml;base64,{data}"></figure>'
+
+
+def plain(markdown: str) -> str:
+    """A sentence of the Markdown report without its marks."""
+    return markdown.replace("`", "").replace("**", "")
 
 
 def survival_table(survival: Mapping[str, Any]) -> str:

@@ -54,6 +54,7 @@ def outcome(run: Path) -> str:
             if key in after:
                 lines.append(f"  {title:<10} {with_interval(before, key)} -> {with_interval(after, key)}")
     lines += [f"  report     {run / 'report.html'}", f"  adapter    {run / 'adapter'}"]
+    lines.append(f'  next       finetune generate {run} "..."; finetune export {run} --to peft')
     return "\n".join(lines)
 
 

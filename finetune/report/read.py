@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from finetune.report.survival import Survival, read_survival
+
 
 @dataclass(frozen=True)
 class RunFacts:
@@ -23,7 +25,7 @@ class RunFacts:
         comparison: evaluation/summary.json, which `finetune evaluate` writes.
         answers: generated answers, lines of evaluation/rows.jsonl.
         sample: sample.json, a training sample's pieces with their weights.
-        survival: export/mxfp4/export.json's figures of what survived rounding.
+        survival: what merges to MXFP4 kept (survival-TARGET.json).
         unreadable: files that are there and could not be read.
     """
 
@@ -35,7 +37,7 @@ class RunFacts:
     comparison: dict[str, Any]
     answers: list[dict[str, Any]]
     sample: dict[str, Any]
-    survival: dict[str, Any]
+    survival: list[Survival]
     unreadable: list[str] = field(default_factory=list)
 
     @classmethod
@@ -55,7 +57,7 @@ class RunFacts:
             comparison=content("evaluation/summary.json"),
             answers=[line for line in read_lines(run / "evaluation/rows.jsonl") if line.get("measured") == "text"],
             sample=content("sample.json"),
-            survival=content("export/mxfp4/export.json").get("survival") or {},
+            survival=read_survival(run),
             unreadable=unreadable,
         )
 

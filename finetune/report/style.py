@@ -15,7 +15,8 @@ p { margin: 8px 0; } small, .pale { color: var(--pale); }
 code, pre { font: 0.86em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;
   white-space: pre-wrap; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 20px 0; }
+.cards { display: grid; grid-template-columns: repeat(3, 1fr); gap: 12px; margin: 20px 0; }
+@media (max-width: 560px) { .cards { grid-template-columns: repeat(2, 1fr); } }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
 .card b { display: block; font-size: 1.12rem; font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
@@ -26,7 +27,9 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 16px; }
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px; }
 figcaption { font-weight: 600; font-size: 0.9rem; margin-bottom: 4px; }
-svg, img { width: 100%; height: auto; display: block; } img { background: #fff; }
+svg, img { width: 100%; height: auto; display: block; }
+.pictures { display: flex; flex-wrap: wrap; gap: 16px; align-items: flex-start; }
+.picture { max-width: 100%; width: fit-content; } .picture img { width: auto; max-width: 100%; background: #fff; }
 svg .grid { stroke: var(--line); stroke-width: 1; } svg .axis { fill: var(--pale); font-size: 12px; }
 svg polyline { fill: none; stroke: var(--accent); stroke-width: 2; }
 svg polyline.raw { stroke: var(--raw); stroke-width: 1; }
@@ -41,6 +44,16 @@ svg polyline.dots, svg circle.dots { stroke: var(--good); } svg circle.dots { fi
 .sample { white-space: pre-wrap; overflow-wrap: anywhere; } .sample mark { background: var(--trained); color: inherit; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); gap: 12px; }
 details summary { cursor: pointer; color: var(--accent); margin: 8px 0; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } h2 { break-after: avoid; }
-  figure, .card, tr { break-inside: avoid; } details > :not(summary) { display: block; } pre { max-height: none; } }
+@page { margin: 15mm 14mm; }
+@media print {
+  :root { --ink: #000; --pale: #444; --line: #bbb; --page: #fff; --card: #fff; --accent: #1f6feb; --good: #1a7f37;
+    --bad: #b42318; --trained: #fff1b8; --raw: #9db8e8; }
+  body { max-width: none; padding: 0; font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  h1, h2, h3, summary { break-after: avoid; } h2 { margin-top: 24px; }
+  figure, .card, tr, .warning { break-inside: avoid; } thead { display: table-header-group; }
+  .charts, .pair { grid-template-columns: 1fr 1fr; } .cards { grid-template-columns: repeat(3, 1fr); }
+  .scroll { overflow: visible; } table { font-size: 9pt; } th, td { padding: 3px 6px; } pre { font-size: 8pt; }
+  pre.config { columns: 3; font-size: 6.5pt; }
+  td.number, td code { white-space: normal; overflow-wrap: anywhere; }
+  details::details-content { content-visibility: visible; height: auto; } }
 """

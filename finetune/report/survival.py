@@ -1,9 +1,10 @@
-"""What merges to MXFP4 kept of a fine-tune: a table for the report, and a figure as SVG written by hand."""
+"""What merges to MXFP4 kept of a fine-tune: text, table and figure for both reports; the SVG is written by hand."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,47 +24,87 @@ _WIDTH, _LEFT, _ROW, _TOP, _LARGEST = 760, 190, 34, 46, 1.6
 _GAIN, _KL, _WRITTEN = "#2b6cb0", "#a0aec0", "#1a202c"
 
 
+@dataclass(frozen=True)
+class Survival:
+    """What one merge kept.
+
+    Attributes:
+        target: what was exported to, such as `mxfp4`.
+        text: what came of it, in a few sentences of Markdown.
+        head, rows: the table of ways of serving; no rows if that was not measured.
+        note: under the table.
+        svg: the figure, or "".
+        weights: `tensors` by name and `overall`, with `update`, `survival` and `error`.
+    """
+
+    target: str
+    text: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str
+    svg: str
+    weights: Mapping[str, Any]
+
+
+def read_survival(run: Path) -> list[Survival]:
+    """What the merges of a run left in its `survival-TARGET.json`; half-written files are left out."""
+    found = []
+    for path in sorted(run.glob(_FILES)):
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            found.append(_survival(path.stem.removeprefix("survival-"), facts))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # half-written, or of another version: the report says less
+    return found
+
+
 def survival_section(run: Path) -> str:
     """The report's section on merges to MXFP4, and the figures beside it; empty if there was none.
 
     Args:
-        run: a run directory; each of its `survival-TARGET.json` gives a table, and `survival-TARGET.svg` is written
-            where end-to-end figures are there.
+        run: a run directory; `survival-TARGET.svg` is written into it where end-to-end figures are there.
     """
     parts = []
-    for path in sorted(run.glob(_FILES)):
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            parts.append(_part(path, facts))
-        except (OSError, ValueError, KeyError):
-            continue  # half-written, or of another version: the report says less
+    for each in read_survival(run):
+        part = [f"`{each.target}`: {each.text}"]
+        if each.rows:
+            figure = run / f"survival-{each.target}.svg"
+            figure.write_text(each.svg, encoding="utf-8")
+            lines = [each.head, ["---"] * len(each.head), *each.rows]
+            part += ["\n".join(f"| {' | '.join(cells)} |" for cells in lines), each.note]
+            part.append(f"![What survives]({figure.name})")
+        parts += part
     return "## Merged back to MXFP4\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def _part(path: Path, facts: Mapping[str, Any]) -> str:
-    target = path.stem.removeprefix("survival-")
+def _survival(target: str, facts: Mapping[str, Any]) -> Survival:
     overall, found = facts["overall"], facts.get("end_to_end", {})
-    text = f"`{target}`, {facts['rounding']} rounding. The experts' update is {overall['update']:.2%} of their weights"
+    text = f"{facts['rounding']} rounding. The experts' update is {overall['update']:.2%} of their weights"
     if "outputs" in overall:
         seen = overall["outputs"]
         text += f"; {seen['projection']:.1%} of it survives in their outputs, beside an error of {seen['error']:.2f}"
     text += "."
     if "variants" not in found:
-        return f"{text} Not measured end to end: {found.get('skipped', 'no figures')}."
-    figure = path.with_suffix(".svg")
-    figure.write_text(survival_svg(found, facts["rounding"]), encoding="utf-8")
+        text += f" Not measured end to end: {found.get('skipped', 'no figures')}."
+        return Survival(target, text, [], [], "", "", facts)
     verdict = found.get("verdict", {"kept": True, "reasons": [], "notes": []})
     outcome = "**Kept**." if verdict["kept"] else "**Lost**: " + "; ".join(verdict["reasons"]) + "."
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in verdict["notes"])
-    return f"{text} {outcome}{notes}\n\n{_table(found)}\n\n![What survives]({figure.name})"
+    head, rows = _table(found)
+    note = (
+        f"{found['rows']} {found['split']} rows, {found['confidence']:.0%} intervals by bootstrap over rows; "
+        f"gain {found['gain']:.4f} nats per trained token."
+    )
+    svg = survival_svg(found, facts["rounding"])
+    return Survival(target, f"{text} {outcome}{notes}", head, rows, note, svg, facts)
 
 
-def _table(found: Mapping[str, Any]) -> str:
+def _table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     variants = found["variants"]
     accuracy, old = "accuracy" in variants["base"], "old_domain_loss" in variants["base"]
     head = ["served as", "loss", "gain kept", "KL to adapter", "KL removed"]
     head += ["accuracy"] * accuracy + ["old-domain loss"] * old
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = []
     for name, figures in variants.items():
         low, high = figures["gain_kept_interval"] or (float("nan"), float("nan"))
         kept = "-" if figures["gain_kept"] is None else f"{figures['gain_kept']:.1%} [{low:.0%}, {high:.0%}]"
@@ -73,9 +114,8 @@ def _table(found: Mapping[str, Any]) -> str:
             cells.append(f"{figures['accuracy']:.3f}")
         if old:
             cells.append(f"{figures['old_domain_loss']:.4f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    note = f"{found['rows']} {found['split']} rows, {found['confidence']:.0%} intervals by bootstrap over rows"
-    return "\n".join(lines) + f"\n\n{note}; gain {found['gain']:.4f} nats per trained token."
+        rows.append(cells)
+    return head, rows
 
 
 def survival_svg(found: Mapping[str, Any], written: str) -> str:
@@ -88,8 +128,8 @@ def survival_svg(found: Mapping[str, Any], written: str) -> str:
     rows = [(name, each) for name, each in found["variants"].items() if name not in ("base", "adapter")]
     height = _TOP + _ROW * len(rows) + 30
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" '
-        'font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{_WIDTH}" height="{height}" fill="white"/>',
         _legend(),
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.config.near import near_runs
 from finetune.config.schema import RunConfig
 from finetune.config.validate import dump_yaml, load_run_config
 from finetune.errors import ConfigError, InputError, MachineError
@@ -101,7 +102,7 @@ class RunDirectory:
         """
         run = cls(path)
         if not run.config.is_file():
-            raise InputError(f"{path} is not a run directory: it has no config.yaml", fix=_similar_runs(path))
+            raise InputError(f"{path} is not a run directory: it has no config.yaml", fix=near_runs(path))
         return run, load_run_config(run.config)
 
     def read_json(self, path: Path) -> dict[str, Any]:
@@ -193,14 +194,3 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a JSON file in one step."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def _similar_runs(path: Path) -> str | None:
-    """Name the newest runs in the directory given, or beside it."""
-    for directory in (path, path.parent):
-        runs = (
-            sorted(directory.glob("*/config.yaml"), key=lambda file: file.stat().st_mtime) if directory.is_dir() else []
-        )
-        if runs:
-            return f"runs in {directory}: {', '.join(file.parent.name for file in runs[-5:])}"
-    return None

@@ -5,8 +5,11 @@ Everything goes to standard error except results (`say(..., result=True)`), so t
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 # Imports take seconds, and longer on a busy machine or a network disk: nothing else would be said meanwhile.
@@ -17,6 +20,7 @@ PLAIN_LINE_SECONDS = 10.0
 
 _warnings: list[str] = []  # of this process, for the run's report
 _open_line = False  # is there a progress line on the terminal that no newline has ended yet?
+_aside = False  # do results go to standard error, because standard output is for one JSON object?
 _process: int | None = None  # this process's number, where the first one speaks for all
 
 
@@ -42,7 +46,24 @@ def say(text: str = "", *, result: bool = False) -> None:
     if _open_line:  # take the progress line's place; it is drawn again below when due
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         _open_line = False
-    print(text, file=sys.stdout if result else sys.stderr, flush=True)
+    print(text, file=sys.stdout if result and not _aside else sys.stderr, flush=True)
+
+
+@contextmanager
+def results_aside(wanted: bool) -> Iterator[None]:
+    """While a command answers with `answer` alone, send everything else to standard error; nothing if not wanted."""
+    global _aside
+    before, _aside = _aside, wanted
+    try:
+        yield
+    finally:
+        _aside = before
+
+
+def answer(facts: object) -> None:
+    """Print a command's result as JSON on standard output; paths become strings."""
+    if not _process:
+        print(json.dumps(facts, indent=1, default=str), flush=True)
 
 
 def warn(text: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from finetune.adapters.locate import resolve_run
 from finetune.cli.arguments import add_examples
 from finetune.config.keys import suggest_word
-from finetune.console import say
+from finetune.console import answer, results_aside, say
 from finetune.errors import ConfigError
 from finetune.export.targets import (
     ADAPTER_TARGETS,
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="RUN_OR_RECIPE", help="whose training rows compensated rounding sees (default: RUN)"
     )
+    parser.add_argument("--json", action="store_true", help="at the end one JSON object: export.json, and where it is")
     parser.add_argument("--pad-rank", action="store_true", help="peft: pad the rank to one that vLLM serves")
     add_examples(
         parser,
@@ -53,8 +55,15 @@ def run(args: argparse.Namespace) -> None:
     """Export, and say where the result is.
 
     Raises:
-        ConfigError: no such target.
+        ConfigError: no such target, or `--json` where nothing is written.
     """
+    if args.json and args.dry_run:
+        raise ConfigError("--json does not go with --dry-run", fix="leave one of the two out")
+    with results_aside(args.json):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     target = args.to
     if target not in SUMMARIES:
         fix = suggest_word(target, list(SUMMARIES)) or f"one of {', '.join(SUMMARIES)}"
@@ -86,7 +95,10 @@ def run(args: argparse.Namespace) -> None:
             from finetune.export.adapters import export_adapter
 
             export_adapter(source, target, out, options, run_directory)
-    if not args.dry_run:
+    if args.json:
+        facts = out / "export.json"
+        answer({"out": str(out)} | (json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}))
+    elif not args.dry_run:
         say(str(out), result=True)
 
 

@@ -10,7 +10,7 @@ from finetune.cli.arguments import add_examples, add_recipe, recipe_and_override
 from finetune.config.derive import check_inputs
 from finetune.config.resuming import resumed_config
 from finetune.config.schema import RunConfig
-from finetune.console import LOADING, say
+from finetune.console import LOADING, answer, results_aside, say
 from finetune.errors import ConfigError
 from finetune.train.launch import launch, watch_parent
 from finetune.train.run_directory import RunDirectory, prepare_run
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "finetune train mine.yaml --sweep trainer.learning_rate=1e-4,2e-4 --sweep adapter.experts.rank=2,4",
         "finetune train legal_20b distributed=zero3 distributed.num_processes=2",
     )
+    parser.add_argument("--json", action="store_true", help="at the end one JSON object: figures, and where files are")
     parser.add_argument("--worker", metavar="RUN", type=Path, help=argparse.SUPPRESS)  # how `launch` starts a new run
 
 
@@ -46,8 +47,16 @@ def run(args: argparse.Namespace) -> None:
     """Train, or print the plan.
 
     Raises:
-        ConfigError: no recipe, or one beside `--resume`.
+        ConfigError: no recipe, or one beside `--resume`; `--json` where there is no run to tell of.
     """
+    if args.json and (args.dry_run or args.sweep):
+        other = "--dry-run" if args.dry_run else "--sweep"
+        raise ConfigError(f"--json does not go with {other}", fix="leave one of the two out")
+    with results_aside(args.json):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     watch_parent()
     if args.resume is not None:
         _resume(args)
@@ -59,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
         with explained_out_of_memory(config_of_run(args.worker)):
             run_directory = train_prepared(args.worker, write_reports)
-        _print_outcome(run_directory)
+        _print_outcome(run_directory, as_json=args.json)
         return
     recipe, overrides = recipe_and_overrides(args)
     if args.sweep:
@@ -86,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         prepared = prepare_run(composed.config, composed.recipe_name, composed.overrides)
         with prepared.discarded_if_unused():
             count = composed.config.distributed.num_processes
-            launch(["train", "--worker", str(prepared.path)], count, prepared.path)
+            launch(["train", "--worker", str(prepared.path), *_json(args)], count, prepared.path)
         return
     say(LOADING)
     from finetune.report.html import write_reports
@@ -94,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
 
     with explained_out_of_memory(composed.config):
         run_directory = train(composed, write_reports)
-    _print_outcome(run_directory)
+    _print_outcome(run_directory, as_json=args.json)
 
 
 def _resume(args: argparse.Namespace) -> None:
@@ -109,7 +118,8 @@ def _resume(args: argparse.Namespace) -> None:
     path = args.resume.resolve()
     config = resumed_config(RunDirectory.open(path)[1], args.words)
     if starts_processes(config):
-        launch(["train", "--resume", str(path), *args.words], config.distributed.num_processes, path)
+        words = ["train", "--resume", str(path), *args.words, *_json(args)]
+        launch(words, config.distributed.num_processes, path)
         return
     say(LOADING)
     from finetune.cli.memory import explained_out_of_memory
@@ -118,7 +128,7 @@ def _resume(args: argparse.Namespace) -> None:
 
     with explained_out_of_memory(config):
         run_directory = resume(path, write_reports, config)
-    _print_outcome(run_directory)
+    _print_outcome(run_directory, as_json=args.json)
 
 
 def starts_processes(config: RunConfig) -> bool:
@@ -126,8 +136,15 @@ def starts_processes(config: RunConfig) -> bool:
     return config.distributed.kind != "single" and "RANK" not in os.environ
 
 
-def _print_outcome(run_directory: Path) -> None:
-    """The last thing a person sees: what was gained, and where it is."""
-    from finetune.report.markdown import outcome
+def _json(args: argparse.Namespace) -> list[str]:
+    return ["--json"] if args.json else []
 
-    say(outcome(run_directory), result=True)
+
+def _print_outcome(run_directory: Path, *, as_json: bool) -> None:
+    """The last thing a person sees: what was gained, and where it is."""
+    from finetune.report.markdown import outcome, outcome_facts
+
+    if as_json:
+        answer(outcome_facts(run_directory))
+    else:
+        say(outcome(run_directory), result=True)

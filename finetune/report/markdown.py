@@ -58,6 +58,14 @@ def outcome(run: Path) -> str:
     return "\n".join(lines)
 
 
+def outcome_facts(run: Path) -> dict[str, Any]:
+    """What `outcome` says, and both evaluations whole, as plain data."""
+    manifest, evaluation = read_json(run / "manifest.json"), read_json(run / "evaluation.json")
+    figures = {key: manifest.get(key) for key in ("status", "minutes", "peak_memory_gib", "total_steps")}
+    places = {"run": str(run), "report": str(run / "report.html"), "adapter": str(run / "adapter")}
+    return {**places, **figures, "evaluation": evaluation}
+
+
 def _evaluation(evaluation: dict[str, Any]) -> str:
     if not evaluation:
         return ""

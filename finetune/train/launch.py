@@ -167,9 +167,10 @@ def _report(workers: _Workers, rank: int, code: int) -> NoReturn:
     if workers.interrupts > 1:
         raise SystemExit(128 + signal.SIGINT)
     log = workers.log(rank)
-    if rank != 0 and log.exists() and code > 0 and workers.codes.get(0) == code:
+    stopped = code in (130, 143)  # by a signal, which all have agreed on
+    if rank != 0 and log.exists() and not stopped and code > 0 and workers.codes.get(0) == code:
         say(f"process {rank} stopped first, with the same exit code; what it said is in {log}")
-    elif rank != 0 and log.exists() and code not in (130, 143):
+    elif rank != 0 and log.exists() and not stopped:
         lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
         complain(f"process {rank} stopped first; the end of {log}:\n" + "\n".join(f"  | {line}" for line in lines))
     if code < 0:

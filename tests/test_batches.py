@@ -129,3 +129,14 @@ def test_epochs_and_max_steps(
     assert math.ceil(300 / 8) == 38
     assert plan.steps_per_epoch == expected
     assert plan.total_steps == sum(expected)
+
+
+def test_epochs_that_max_steps_leaves_out_are_not_packed(
+    samples: tuple[Sample, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[int] = []
+    rows = BatchPlan.rows
+    monkeypatch.setattr(BatchPlan, "rows", lambda self, epoch: packed.append(epoch) or rows(self, epoch))
+    trainer = dataclasses.replace(TRAINER, epochs=50, max_steps=40)
+    plan = BatchPlan(samples, dataclasses.replace(CONFIG, pack=False), trainer, seed=0)
+    assert plan.total_steps == 40 and packed == [0, 1]

@@ -21,6 +21,7 @@ from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.resuming import resumed_config
 from finetune.errors import ConfigError, MachineError
+from finetune.train import hangs
 from finetune.train.checkpoints import load_newest
 from finetune.train.hangs import HangWatch
 from finetune.train.processes import Processes, naming_lost_processes
@@ -244,6 +245,24 @@ def test_the_process_that_is_behind_is_named() -> None:
         watches[rank].beat("step 7, waiting for the others")
     said = str(watches[0].explain())
     assert "process 1 is missing" in said and "process 1: step 7, micro-step 1 of 2" in said
+
+
+def test_a_watch_outlives_the_store(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Process 0 holds the store; when it is gone the others must still come to an end."""
+
+    class Gone:
+        def set(self, *_: object) -> None:
+            raise RuntimeError("Broken pipe")
+
+        check = get = set
+
+    codes: list[int] = []
+    monkeypatch.setattr(hangs.os, "_exit", codes.append)
+    watch = HangWatch(Processes(1, 2, "gloo", Gone()), timeout_s=0.1)  # type: ignore[arg-type]
+    watch.tick()
+    watch._end()
+    assert codes == [MachineError.exit_code]
+    assert "process 0, which knows what each said last, does not answer: Broken pipe" in capfd.readouterr().err
 
 
 def test_a_lost_process_is_told_from_a_bug() -> None:

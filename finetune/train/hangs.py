@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 
 import torch.distributed as dist
@@ -67,20 +68,27 @@ class HangWatch:
     def _end(self) -> None:
         complain(f"no sign of life for {self.timeout_s:g} s, in: {self._doing}; every thread's stack:")
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
+        try:
+            complain(f"error: {self.explain(self._frozen())}")
+            time.sleep(SETTLE_SECONDS)
+        except RuntimeError as error:  # the store lives in process 0
+            complain(f"error: the run hangs, and process 0, which knows what each said last, does not answer: {error}")
+        finally:
+            os._exit(MachineError.exit_code)
+
+    def _frozen(self) -> list[int]:
         before = self.ticks()
         for _ in range(3):  # the others may be doing the same and must see that this one runs
             time.sleep(self._interval)
             self.tick()
-        frozen = [rank for rank, ticks in enumerate(self.ticks()) if ticks == before[rank]]
-        complain(f"error: {self.explain(frozen)}")
-        time.sleep(SETTLE_SECONDS)
-        os._exit(MachineError.exit_code)
+        return [rank for rank, ticks in enumerate(self.ticks()) if ticks == before[rank]]
 
     def tick(self) -> None:
         """Say that this process runs, even if nothing happens in it."""
         self._ticks += 1
         if self.processes.store is not None:
-            self.processes.store.set(f"tick/{self.processes.rank}", str(self._ticks))
+            with suppress(RuntimeError):  # process 0 has gone, and the store with it: this watch is needed all the more
+                self.processes.store.set(f"tick/{self.processes.rank}", str(self._ticks))
 
     def ticks(self) -> list[int]:
         """How often each process has ticked."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
 import hashlib
 import html
+import io
 import json
 import re
 import struct
@@ -21,12 +23,13 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.locate import resolve_data_path, shipped_dir
-from finetune.data import prepare
+from finetune.data import cuad, prepare
 from finetune.data.dataset import load_split
 from finetune.data.fiction import passages, read_r_strings
 from finetune.errors import InputError
 
 SAMPLE = shipped_dir("data") / prepare.PUBMEDQA.name
+LEGAL = shipped_dir("data") / prepare.CUAD.name
 FICTION = shipped_dir("data") / prepare.FICTION.name
 pytestmark = pytest.mark.skipif(not SAMPLE.is_file(), reason="this source tree has no medical sample")
 
@@ -218,3 +221,52 @@ def test_fiction_is_built_as_it_ships(books: Path, tmp_path: Path, capsys: pytes
     assert main(["data", "prepare", "creative"]) == 0 and "already there" in capsys.readouterr().err
     next(books.rglob("emma.rda")).unlink()
     assert main([*command[:-1], f"{out}.again"]) == 3 and "git clone" in capsys.readouterr().err
+
+
+def clause_table(rows: dict[str, dict[str, list[str]]], columns: tuple[str, ...]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ["Filename", *(name for each in columns for name in (each, f"{each}-Answer"))])
+    writer.writeheader()
+    for contract, cells in rows.items():
+        writer.writerow({"Filename": contract} | {name: repr(cells.get(name, [])) for name in columns})
+    return text.getvalue().encode()
+
+
+@pytest.fixture
+def clauses() -> dict[str, dict[str, list[str]]]:
+    """The legal sample turned back into CUAD's table, with clauses in it that must be left out."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    for line in gzip.decompress(LEGAL.read_bytes()).decode().split("\n")[:-1]:
+        record = json.loads(line)
+        clause = record["messages"][1]["content"].partition("Clause:\n")[2]
+        rows.setdefault(record["contract"], {}).setdefault(record["answer"], []).append(clause.replace(" ", "\n ", 1))
+    kept_elsewhere = "This Agreement shall be governed by the laws of the state of Florida."
+    rows = {cuad.LEFT_OUT: rows.pop(cuad.LEFT_OUT) | {"Governing Law": [kept_elsewhere]}} | rows
+    first = next(iter(rows.values()))
+    again = next(iter(first.values()))[0]
+    first["Parties"] = ["A clause of a column that is not used, however long the clause may happen to be."]
+    two_columns = "A clause that the annotators found to be of two kinds, which has no one right answer."
+    rows["extra.pdf"] = {"Insurance": ["Too short.", "Too long. " * 181, two_columns, again.upper() + " --"],
+                         "License Grant": [two_columns]}  # fmt: skip
+    return rows
+
+
+def test_clauses_are_built_as_they_ship(
+    clauses: dict[str, dict[str, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, out = tmp_path / cuad.TABLE, tmp_path / "out" / "clauses.jsonl.gz"
+    columns = ("Parties", *cuad.CATEGORIES)
+    table.write_bytes(clause_table(clauses, columns))
+    command = ["data", "prepare", "legal", "--from", str(tmp_path), "--out", str(out)]
+    assert main(command) == 0
+    assert gzip.decompress(out.read_bytes()) == gzip.decompress(LEGAL.read_bytes())
+    out.unlink()
+    table.write_bytes(clause_table(clauses, columns).replace(b"Licensee", b"Licencee", 1))
+    assert main(command) == 3 and f"{prepare.CUAD.name} has sha256" in capsys.readouterr().err
+    table.write_bytes(clause_table(clauses, columns[:-1]))
+    assert main(command) == 3 and "lacks the column 'Non-Disparagement'" in capsys.readouterr().err
+    table.write_bytes(b"not a table\n")
+    assert main(command) == 3 and "lacks the column 'Filename'" in capsys.readouterr().err
+    table.write_bytes(clause_table(clauses, columns).replace(b"['Too short.'", b"['Too short.", 1))
+    assert main(command) == 3 and "column 'Insurance' is no list of clauses" in capsys.readouterr().err
+    assert not out.exists()

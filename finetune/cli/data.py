@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _PREVIEW_USAGE = "finetune data preview RECIPE [key=value ...] [-n COUNT] [--split NAME] [--html FILE] [--json]"
 _STATS_USAGE = "finetune data stats RECIPE [key=value ...] [--json] [--no-duplicates]"
-_PREPARE_USAGE = "finetune data prepare medical|creative [--from DIR_OR_ADDRESS] [--out FILE]"
+_PREPARE_USAGE = "finetune data prepare legal|medical|creative [--from DIR_OR_ADDRESS] [--out FILE]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stats.add_argument("--json", action="store_true", help="as JSON")
     stats.add_argument("--no-duplicates", action="store_true", help="do not compare rows with each other")
     prepare = add_action(actions, "prepare", "build a shipped data set from its public source, byte for byte")
-    prepare.add_argument("domain", choices=["medical", "creative"], help="only medical is missing from packages")
+    domains = ["legal", "medical", "creative"]
+    prepare.add_argument("domain", choices=domains, help="only medical is missing from packages")
     prepare.add_argument("--from", dest="source", metavar="DIR_OR_ADDRESS", help="a clone or mirror of its source")
     prepare.add_argument("--out", metavar="FILE", type=Path, help="build it into this file, even if it is there")
     parser.usage = f"{_PREVIEW_USAGE}\n       {_STATS_USAGE}\n       {_PREPARE_USAGE}"

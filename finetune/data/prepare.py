@@ -1,8 +1,8 @@
 """`finetune data prepare`: build a shipped data set anew from its public source, byte for byte.
 
-A checkout has the medical sample; a wheel does not, because its abstracts are not ours to redistribute. The creative
-sample comes with both, and is built to show that it is what it says. Source files and result are compared with sha256
-sums, and anything else is refused.
+A checkout has the medical sample; a wheel does not, because its abstracts are not ours to redistribute. The legal and
+the creative sample come with both, and are built to show that they are what they say. Source files and result are
+compared with sha256 sums, and anything else is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import Literal
 
 from finetune.config.locate import prepared_dir, shipped_dir
 from finetune.console import say
+from finetune.data.cuad import CUAD, cuad_records
 from finetune.data.fiction import FICTION, fiction_records
 from finetune.data.pubmedqa import PUBMEDQA, pubmedqa_records
 from finetune.data.upstream import Upstream, checked
 from finetune.errors import ConfigError, InputError
 
-Domain = Literal["medical", "creative"]
+Domain = Literal["legal", "medical", "creative"]
 
 
 def prepare(domain: Domain, source: str | None = None, out: Path | None = None) -> Path:
@@ -41,7 +42,13 @@ def prepare(domain: Domain, source: str | None = None, out: Path | None = None) 
         InputError: a source file is missing or is not the one that the set was made from.
         MachineError: the source cannot be reached.
     """
-    upstream, build = (PUBMEDQA, pubmedqa_records) if domain == "medical" else (FICTION, fiction_records)
+    match domain:
+        case "legal":
+            upstream, build = CUAD, cuad_records
+        case "medical":
+            upstream, build = PUBMEDQA, pubmedqa_records
+        case "creative":
+            upstream, build = FICTION, fiction_records
     if out is not None and out.exists():
         raise ConfigError(f"{out} already exists", why="nothing is ever overwritten", fix="give another name")
     if out is None and (found := _already_there(upstream)):

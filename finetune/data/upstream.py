@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class Upstream:
     Attributes:
         name: the file that it becomes, below the toolkit's data folder.
         sha256: of that file's decompressed content.
-        files: the source's files by their path, and the sha256 sum of each.
+        files: the source's files by their path, and the sha256 sum of each. None: copies differ in what does not
+            matter, and what is built decides.
         addresses: what a path begins with, and the http(s) address that this beginning stands for.
         bring: the commands that get the files where there is a network.
         beside: files that are kept beside the data set as they are, and their names there.
@@ -30,7 +32,7 @@ class Upstream:
 
     name: str
     sha256: str
-    files: dict[str, str]
+    files: Mapping[str, str | None]
     addresses: dict[str, str]
     bring: str
     terms: str
@@ -73,14 +75,14 @@ class Upstream:
         return f"{self.addresses[beginning]}/{path.removeprefix(beginning)}"
 
 
-def checked(name: str, content: bytes, expected: str) -> bytes:
-    """The content, if its sha256 sum is the expected one.
+def checked(name: str, content: bytes, expected: str | None) -> bytes:
+    """The content, if its sha256 sum is the expected one (None: whatever it is).
 
     Raises:
         InputError: it is not.
     """
     found = hashlib.sha256(content).hexdigest()
-    if found != expected:
+    if expected is not None and found != expected:
         raise InputError(
             f"{name} has sha256 {found[:12]}, not {expected[:12]}",
             why="it is not the file that the set was made from, so figures could not be compared",

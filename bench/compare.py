@@ -1,7 +1,7 @@
 """Compare kinds of adapter on one base: attention, experts, ranks, routers, at equal parameters and at equal time.
 
     python bench/compare.py --base DIRECTORY --work DIRECTORY [--minutes N] [--save NAME]
-    python bench/compare.py --base 20b --work DIRECTORY --save compare-20b      (a GPU; hours)
+    python bench/compare.py --base 20b --work DIRECTORY --save compare-20b      (or 120b; a GPU; days)
 
 First every kind is trained at each learning rate with the first seed, and the rate with the least validation loss is
 taken (first table); test rows are scored with that rate only, over all seeds (second table). Every run is `finetune
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_plan import LARGE, TINY, BaseName, Line, Run, Setting, plan, variants
+from compare_plan import LARGE_20B, LARGE_120B, TINY, BaseName, Line, Run, Setting, plan, variants
 from compare_run import Runner
 from compare_table import RATES_NOTE, TEST_NOTE, Finished, Trials, best_rate, rates_table, test_table
 from measure import machine, publish
@@ -29,14 +29,13 @@ from finetune.model.hub import locate_base
 from finetune.model.shapes import ModelShape
 from finetune.model.tiny import write_tiny_base
 
-LARGE_NAMES = {"20b": "openai/gpt-oss-20b"}
+LARGE_BASES = {"20b": ("openai/gpt-oss-20b", LARGE_20B), "120b": ("openai/gpt-oss-120b", LARGE_120B)}
 
 
 def main() -> None:
     arguments = parse()
-    large = arguments.base in LARGE_NAMES
-    setting = LARGE if large else TINY
-    name = LARGE_NAMES.get(arguments.base, str(Path(arguments.base).resolve()))
+    large = arguments.base in LARGE_BASES
+    name, setting = LARGE_BASES.get(arguments.base, (str(Path(arguments.base).resolve()), TINY))
     directory = locate_base(name, None).directory
     work = arguments.work.resolve()
     facts = machine(torch.device("cuda" if large else "cpu")) | {"base": name, "base_sha256": digest_of(directory)}
@@ -65,7 +64,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="directory of a tiny base, or 20b")
+    parser.add_argument("--base", required=True, help="directory of a tiny base, 20b or 120b")
     parser.add_argument("--work", type=Path, required=True, help="where rows and runs lie")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=["legal", "medical", "creative"])

@@ -40,6 +40,7 @@ class Setting:
         learning_rates: tried for every kind with the first seed; the one with the least validation loss is taken.
         validate_every: optimiser steps between two looks at the validation loss.
         constructed_base: also run a control on a base without knowledge, which only a tiny one can be.
+        experts_per_chunk: experts dequantised at a time. None: as the model's configuration says.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Setting:
     validate_every: int
     constructed_base: bool
     tasks: dict[TaskName, Task]
+    experts_per_chunk: int | None = None
 
 
 TINY = Setting(
@@ -59,12 +61,13 @@ TINY = Setting(
     max_length=2048, activation_checkpointing=False, validate_every=50, constructed_base=True,
     tasks={"legal": Task(1000, 150, 200), "medical": Task(437, 63, 200), "creative": Task(120, 24, 30)},
 )  # fmt: skip
-LARGE = Setting(
+LARGE_20B = Setting(
     model="gpt_oss_20b", ranks=(16, 4), alphas=(32.0, 8.0), learning_rates=(2e-4, 4e-4, 1e-4), micro_steps=4,
     max_length=4096, activation_checkpointing=True, validate_every=50, constructed_base=False,
     tasks={"legal": Task(10**6, 200, 10**6, 2), "medical": Task(10**6, 63, 10**6, 2),
            "creative": Task(10**6, 162, 10**6, 2)},
 )  # fmt: skip
+LARGE_120B = replace(LARGE_20B, model="gpt_oss_120b", experts_per_chunk=8)
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,11 @@ class Variant:
         attention, experts: ranks; 0 leaves them alone.
         router: mode.
         select: which experts.
+        rank_by: how the experts' ranks are dealt out.
+        balance: coefficient of the load-balancing loss. None: the default.
         timed_by: name of a variant whose training time it gets, however many steps that is. None: equal rows.
-        same_adapter: with `timed_by`, name of the variant with this adapter and equal rows: it says what a step takes.
+        same_adapter: name of the variant with this adapter, whose learning rate it takes. With `timed_by` that one
+            also says what a step takes.
     """
 
     name: str
@@ -85,6 +91,8 @@ class Variant:
     experts: int
     router: str = "frozen"
     select: str = "all"
+    rank_by: str = "uniform"
+    balance: float | None = None
     timed_by: str | None = None
     same_adapter: str | None = None
 
@@ -100,6 +108,10 @@ class Variant:
             words.append(f"adapter.router.mode={self.router}")
         if self.select != "all":
             words.append(f"adapter.experts.select='{self.select}'")
+        if self.rank_by != "uniform":
+            words.append(f"adapter.experts.rank_by={self.rank_by}")
+        if self.balance is not None:
+            words.append(f"trainer.router_balance_coefficient={self.balance}")
         return words
 
 
@@ -164,16 +176,16 @@ def variants(setting: Setting, shape: ModelShape) -> dict[str, Variant]:
         Variant(f"attention and experts, r={attention}/{experts}, router lora", attention, experts, router="lora"),
         Variant(f"attention and the {half} most used experts, r={attention}/{experts}", attention, experts,
                 select=f"top_k={half}"),
+        Variant(f"attention and experts, r={attention}/{experts}, ranks by use", attention, experts, rank_by="gate"),
     )  # fmt: skip
-    named = {variant.name: variant for variant in found}
-    reference = found[0].name
-    timed = replace(
-        found[1],
-        name=f"attention only, equal parameters and time, r={equal_attention}",
-        timed_by=reference,
-        same_adapter=found[1].name,
-    )
-    return named | {timed.name: timed}
+    both, equal, full = found[0], found[1], found[5]
+    name = f"attention only, equal parameters and time, r={equal_attention}"
+    derived = (
+        replace(equal, name=name, timed_by=both.name, same_adapter=equal.name),
+        *(replace(kind, name=f"{kind.name}, balance {coefficient:g}", balance=coefficient, same_adapter=kind.name)
+          for kind, coefficient in ((both, 0.0), (both, 0.01), (full, 0.0), (full, 0.01))),
+    )  # fmt: skip
+    return {variant.name: variant for variant in (*found, *derived)}
 
 
 def num_parameters(shape: ModelShape, attention: int, experts: int) -> int:
@@ -187,7 +199,7 @@ def plan(setting: Setting, shape: ModelShape) -> list[list[Line]]:
 
     The seeds of a tier take turns: each of its lines has its first seed before one has its second.
     """
-    first, attention, experts, small, few, full, lora, half, timed = variants(setting, shape).values()
+    first, attention, experts, small, few, full, lora, half, by_use, timed, *balance = variants(setting, shape).values()
     no_knowledge = [Line("legal", first, "shuffled", "constructed")] if setting.constructed_base else []
     return [
         [
@@ -207,4 +219,6 @@ def plan(setting: Setting, shape: ModelShape) -> list[list[Line]]:
         [Line("legal", few)],
         [Line("legal", lora)],
         [Line("creative", attention), Line("medical", attention)],
+        [Line("legal", variant) for variant in balance],
+        [Line("legal", by_use)],
     ]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import psutil
@@ -28,15 +29,17 @@ from finetune.evaluate.opening import open_model
 COMMAND = [sys.executable, "-c", "from finetune.cli.main import entry; entry()"]
 _POLL_SECONDS = 0.2
 _MANY_EPOCHS = 1000
+_LAST_STEPS = 20
 
 Result = dict[str, Any]
 
 
 def recipe(setting: Setting, base: str, rows: Rows, task: Task, work: Path) -> str:
     """A recipe's text: JSON, which is YAML too."""
+    chunk = {} if setting.experts_per_chunk is None else {"experts_per_chunk": setting.experts_per_chunk}
     content = {
         "defaults": [{"override /model": setting.model}, {"override /data": "own"}],
-        "model": {"path": base},
+        "model": {"path": base} | chunk,
         "data": {
             "train": {"rows": {"path": str(rows.train)}},
             "validation": {"rows": {"path": str(rows.validation)}},
@@ -79,7 +82,8 @@ class Runner:
         return self._rows[key]
 
     def trained(self, run: Run) -> Result | None:
-        """What training gave: parameters, steps, times, and the validation loss as [step, nats per token].
+        """What training gave: parameters, steps, times, the validation loss as [step, nats per token], and `balance`,
+        the mean load-balancing loss of the last steps (1: every expert is used alike).
 
         What an interrupted attempt left is removed first.
 
@@ -106,7 +110,9 @@ class Runner:
         if not (directory / "trained.json").is_file() and self._may_go_on():
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
-        return self._kept(directory / "trained.json", lambda: make(directory), f"{_title(run)}: training")
+        found = self._kept(directory / "trained.json", lambda: make(directory), f"{_title(run)}: training")
+        metrics = directory / "run" / "metrics.jsonl"
+        return found | {"balance": balance_at_end(metrics)} if found and metrics.is_file() else found
 
     def scored(self, run: Run) -> Result | None:
         """Scores of the test rows under a trained run's adapter."""
@@ -187,6 +193,12 @@ def validation_losses(metrics: Path) -> list[tuple[int, float]]:
     """Step and validation loss of each look that a run took."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return [(line["step"], line["validation_loss"]) for line in lines if line["kind"] == "evaluation"]
+
+
+def balance_at_end(metrics: Path) -> float:
+    """Mean load-balancing loss, before its coefficient, of the last `_LAST_STEPS` steps."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return mean([line["balance_loss"] for line in lines if line["kind"] == "step"][-_LAST_STEPS:])
 
 
 def score(run: Path, rows: Rows, *, whose: str) -> Result:

@@ -25,7 +25,8 @@ TEST_NOTE = (
     "beat the most frequent answer by more than chance (99 %): neither its training rows nor its base say what is "
     "right. Labels shuffled on the given base are no such control: pretraining associated clauses with words of the "
     "labels' names. `beats constant`: the 95 % interval of the accuracy (Wilson) lies above the most frequent answer's "
-    "with every seed."
+    "with every seed. `balance`: load-balancing loss of the last steps, before its coefficient; 1: experts are used "
+    "alike."
 )
 Scores = dict[str, Any]
 
@@ -113,6 +114,8 @@ def _line(line: Line, runs: list[Finished], large: bool) -> dict[str, Any]:
         "steps": first["steps"],
         "ms a step": round(1e3 * mean(seconds)),
     }
+    if all("balance" in run.result for run in runs):
+        row["balance"] = round(mean(run.result["balance"] for run in runs), 3)
     row |= figures([run.scores for run in runs])
     if line.must_learn_nothing:
         row["control"] = "FAILED" if any(beats_constant(run.scores, 0.99) for run in runs) else "passed"

@@ -32,12 +32,12 @@ def published_shape(name: str) -> ModelShape:
     return ModelShape.from_config(json.loads(path.read_text()), str(path))
 
 
-@pytest.mark.parametrize("size", ["tiny", "gpt-oss-20b"])
+@pytest.mark.parametrize("size", ["tiny", "gpt-oss-20b", "gpt-oss-120b"])
 def test_equal_parameters_are_equal(size: str, tiny_base: Path) -> None:
-    from compare_plan import LARGE, TINY, variants
+    from compare_plan import LARGE_20B, LARGE_120B, TINY, variants
 
     shape = Checkpoint.open(tiny_base).shape if size == "tiny" else published_shape(size)
-    setting = TINY if size == "tiny" else LARGE
+    setting = {"tiny": TINY, "gpt-oss-20b": LARGE_20B, "gpt-oss-120b": LARGE_120B}[size]
     found = variants(setting, shape)
 
     def parameters(name: str) -> int:
@@ -50,7 +50,9 @@ def test_equal_parameters_are_equal(size: str, tiny_base: Path) -> None:
     reference = parameters(next(iter(found)))
     equal = [name for name in found if "equal parameters" in name]
     assert len(equal) == 3
-    assert all(abs(parameters(name) / reference - 1) < 0.08 for name in equal)  # whole ranks: 20b's experts go by 11 M
+    assert all(
+        abs(parameters(name) / reference - 1) < 0.08 for name in equal
+    )  # whole ranks: 20b's experts go by 11 M, 120b's by 66 M
     assert parameters(next(name for name in found if name.startswith("attention only, r="))) < 0.5 * reference
 
 
@@ -69,12 +71,29 @@ def test_every_planned_run_is_a_recipe_that_holds(tiny_base: Path, tmp_path: Pat
     assert main(["train", str(path), "adapter.router.mode=ful", "--dry-run"]) == 2
 
 
+def test_plans_for_published_models_are_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from compare_plan import LARGE_20B, LARGE_120B, plan
+    from compare_rows import write_rows
+    from compare_run import recipe
+
+    for name, setting in (("gpt-oss-20b", LARGE_20B), ("gpt-oss-120b", LARGE_120B)):
+        task = setting.tasks["creative"]
+        path = tmp_path / f"{name}.yaml"
+        rows = write_rows("creative", task, tmp_path / "rows")
+        path.write_text(recipe(setting, f"openai/{name}", rows, task, tmp_path))
+        lines = [line for tier in plan(setting, published_shape(name)) for line in tier]
+        for words in {tuple(line.variant.overrides(setting)) for line in lines}:
+            assert main(["config", "show", str(path), *words]) == 0
+        chunk = [line.split() for line in capsys.readouterr().out.splitlines() if "experts_per_chunk" in line]
+        assert chunk and all((words[1] == "8") == (setting is LARGE_120B) for words in chunk)
+
+
 def test_every_control_that_knows_nothing_is_planned(tiny_base: Path) -> None:
-    from compare_plan import LARGE, TINY, plan
+    from compare_plan import LARGE_20B, TINY, plan
 
     tiny, large = (
         {(line.labels, line.base) for tier in plan(setting, shape) for line in tier if line.must_learn_nothing}
-        for setting, shape in ((TINY, Checkpoint.open(tiny_base).shape), (LARGE, published_shape("gpt-oss-20b")))
+        for setting, shape in ((TINY, Checkpoint.open(tiny_base).shape), (LARGE_20B, published_shape("gpt-oss-20b")))
     )
     assert tiny == {("renamed and shuffled", "given"), ("shuffled", "constructed")}
     assert large == {("renamed and shuffled", "given")}, "there is no constructed 20b"

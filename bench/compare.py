@@ -31,7 +31,7 @@ from finetune.model.tiny import write_tiny_base
 
 LARGE_NAMES = {"20b": "openai/gpt-oss-20b", "120b": "openai/gpt-oss-120b"}
 
-_LARGE_HIDDEN_SIZE, _EXPERTS_OF_20B = 1024, 32
+_LARGE_HIDDEN, _EXPERTS_OF_20B = 1024, 32
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
 
 def setting_for(shape: ModelShape) -> Setting:
     """How a base of this size is adapted."""
-    if shape.hidden_size < _LARGE_HIDDEN_SIZE:
+    if shape.hidden < _LARGE_HIDDEN:
         return TINY
     return LARGE_20B if shape.num_experts <= _EXPERTS_OF_20B else LARGE_120B
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.locate import shipped_dir
+from finetune.config.schema import DataConfig
+from finetune.data.dataset import load_split
+from finetune.data.splits import SplitName
 
 
 def new(path: Path, *arguments: str) -> int:
@@ -37,7 +41,8 @@ def test_rows_without_splits_are_split_by_id(tmp_path: Path) -> None:
     rows = [{"id": f"r{n}", "instruction": f"Say {n}", "output": str(n)} for n in range(60)]
     assert new(tmp_path / "mine.yaml", "--data", write_rows(tmp_path / "rows.jsonl", rows)) == 0
     config = compose(str(tmp_path / "mine.yaml")).config
-    assert config.data.validation_split.key == "id" and not config.data.test
+    assert (config.data.validation_split.key, config.data.validation_split.share) == ("id", 0.05)
+    assert not config.data.test
     assert config.model.path == "openai/gpt-oss-20b"
 
 
@@ -66,7 +71,52 @@ def test_few_bad_rows_are_skipped_and_many_are_warned_of(tmp_path: Path, capsys:
     many = write_rows(tmp_path / "many.jsonl", [*good, *[{"instruction": 3}] * 9])
     assert new(tmp_path / "many.yaml", "--data", many) == 0
     assert compose(str(tmp_path / "many.yaml")).config.data.on_bad_row == "stop"
-    assert "9 of 69 rows cannot be used" in capsys.readouterr().err
+    assert "9 of 69 rows cannot be used: a run will stop" in capsys.readouterr().err
+
+
+def message(number: int, **fields: object) -> dict[str, object]:
+    return {"prompt": f"Say {number}", "completion": str(number), **fields}
+
+
+def seen(tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[dict[str, object]]) -> tuple[DataConfig, str]:
+    """The data section that the command writes for these rows, and what it says."""
+    (tmp_path / "mine.yaml").unlink(missing_ok=True)
+    data = write_rows(tmp_path / "mine.jsonl", rows)
+    assert new(tmp_path / "mine.yaml", "--data", data, "--model", "tiny") == 0, capsys.readouterr().err
+    return compose(str(tmp_path / "mine.yaml")).config.data, capsys.readouterr().err
+
+
+def num_rows(data: DataConfig, split: SplitName) -> int:
+    return load_split(dataclasses.replace(data, cache=False), split).num_records
+
+
+def test_rows_of_no_split_are_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = [message(n, split="holdout" if n % 2 else "train") for n in range(20)]
+    data, said = seen(tmp_path, capsys, [*held, message(20)])
+    assert num_rows(data, "train") == 10
+    assert "`split` has holdout (10), which names no split" in said and "1 rows have no `split`" in said
+    late = [message(n, part="train" if n < 2100 else "test") for n in range(2110)]
+    data, said = seen(tmp_path, capsys, [*late, message(0, part="later")])
+    assert data.train["mine"].where == {"part": "train"} and data.test["mine"].where == {"part": "test"}
+    assert "`part` has later (1)" in said
+
+
+def test_a_field_that_may_mean_something_else_is_asked_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, said = seen(tmp_path, capsys, [message(n, vehicle=["train", "car"][n % 2]) for n in range(10)])
+    assert data.train["mine"].where == {} and "`vehicle` has car (5), train (5), which does not tell" in said
+    data, said = seen(tmp_path, capsys, [message(n, split=n % 2) for n in range(10)])
+    assert data.train["mine"].where == {} and "`split` has 0 (5), 1 (5), which does not tell" in said
+    data, said = seen(tmp_path, capsys, [message(n, answer=["train", "car"][n % 2]) for n in range(10)])
+    assert data.train["mine"].where == {} and "does not tell" not in said, "a label is no split"
+
+
+def test_every_word_of_a_split_is_a_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "Training", "dev", "val", "TEST"]
+    data, said = seen(tmp_path, capsys, [message(n, split=words[n % 5]) for n in range(20)])
+    assert (num_rows(data, "train"), num_rows(data, "validation"), num_rows(data, "test")) == (8, 8, 4)
+    assert "train is Training and train, validation is dev and val, test is TEST" in said
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.cli.file_report import LONGEST_ROW, is_skippable, report_file
 from finetune.config.groups import checked_option
 from finetune.config.recipes import find_recipe
-from finetune.console import say, warn
+from finetune.console import say
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetune.data.look import FileFacts
 
 DEFAULT_MODEL = "gpt_oss_20b"
-LONGEST_ROW = 16_384
-MOST_SKIPPED = 0.05  # data.max_skipped_share's default: with more bad rows than this a run stops
 _ADAPTER_AND_TRAINER = """
 adapter:
   attention: {rank: 16, alpha: 32.0} # higher rank: more capacity, memory and overfitting
@@ -64,7 +66,7 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str |
         from finetune.data.look import look_at
 
         facts = look_at(data)
-        _report(facts, data)
+        report_file(facts, data)
         text = recipe_text(path.stem, data, facts, model or DEFAULT_MODEL)
     else:
         raise ConfigError("say what to begin with", fix="--data FILE looks at a file; --from NAME copies a recipe")
@@ -72,7 +74,8 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str |
     path.write_text(text, encoding="utf-8")
     compose(str(path))
     say(str(path), result=True)
-    say(f"look at it, then: finetune data preview {path}; finetune train {path} --dry-run; finetune train {path}")
+    recipe = shlex.quote(str(path))
+    say(f"look at it, then: finetune data preview {recipe}; finetune train {recipe} --dry-run; finetune train {recipe}")
 
 
 def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:
@@ -88,52 +91,50 @@ def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:
         "seed: 0 # another one shows how much of a gain is luck",
         "",
         "data:",
-        *_sources(data, facts),
+        *_sources(facts),
         *_length(facts),
     ]
-    if facts.thinking_share == 0:
+    if not facts.with_thinking:
         lines.append("  reasoning_effort: low # no record shows any thinking, so low is the effort that they show")
-    if facts.bad_rows and len(facts.bad_rows) <= MOST_SKIPPED * facts.records:
-        lines.append(f"  on_bad_row: skip # {len(facts.bad_rows)} of {facts.records} rows cannot be used")
-    evaluated = "test" in facts.splits
-    validated = "validation" in facts.splits or facts.has_ids
+    if facts.bad_rows and is_skippable(facts):
+        lines.append(f"  on_bad_row: skip # {len(facts.bad_rows):,} of {facts.rows:,} rows cannot be used")
     text = "\n".join(lines) + "\n" + _ADAPTER_AND_TRAINER
-    if validated:
+    if facts.validates:
         text += "\nevaluate:\n  every_steps: 50 # optimiser steps between two looks at the validation loss\n"
-        if evaluated:
+        if facts.tests:
             text += "  test_rows: 500 # scored before and after; fewer: faster, wider intervals\n"
         text += "\nsave:\n  every_steps: 50 # optimiser steps that a crash can cost at most\n"
         text += "  best_metric: validation_loss # exports the best adapter; `none` exports the last\n"
     return text
 
 
-def _sources(data: str, facts: FileFacts) -> list[str]:
-    def source(split: str) -> list[str]:
-        if facts.split_field is None:
-            return [f"  {split}:", f"    mine: {{path: {_quoted(data)}}}"]
-        where = f"{{{_quoted(facts.split_field)}: {_quoted(facts.splits[split])}}}"
-        return [f"  {split}:", f"    mine: {{path: {_quoted(data)}, where: {where}}}"]
-
-    lines = source("train")
-    for split in ("validation", "test"):
-        if split in facts.splits:
-            lines += source(split)
-    if "validation" not in facts.splits:
-        if facts.has_ids:
+def _sources(facts: FileFacts) -> list[str]:
+    """The splits, each with a source for every value that names it: `where` compares with one."""
+    keys = [f"path: {_quoted(facts.source.path)}"]
+    name, named = (facts.split.name, facts.split.splits) if facts.split else ("", {})
+    lines = [] if named else ["  train:", f"    mine: {{{', '.join(keys)}}}"]
+    for split, values in named.items():
+        lines.append(f"  {split}:")
+        for number, value in enumerate(values, start=1):
+            where = f"where: {_mapping({name: value})}"
+            lines.append(f"    mine{number if number > 1 else ''}: {{{', '.join([*keys, where])}}}")
+    if "validation" not in named:
+        if facts.id_share is not None:
             lines.append(
-                "  validation_split: {key: id, share: 0.05} # name a field here whose values must not stand on both "
-                "sides, such as a document's"
+                f"  validation_split: {{key: id, share: {facts.id_share:g}}} # name a field here whose values must not "
+                "stand on both sides, such as a document's"
             )
         else:
-            lines.append("  # no validation: give the records an `id` (then validation_split), or name other files")
-    if "test" not in facts.splits:
+            lines.append(f"  # no validation: {facts.why_no_id_split}; name other sources in `validation:`")
+    if "test" not in named:
         lines.append("  # no test rows: add `test:` sources for figures before and after")
     return lines
 
 
 def _length(facts: FileFacts) -> list[str]:
     seen = (
-        f"the longest of {facts.records:,} records looked at has {facts.longest:,} tokens, 99 % at most {facts.most:,}"
+        f"the longest of {len(facts.lengths):,} looked at has {facts.longest:,} tokens, "
+        f"99 % at most {facts.length_of_most:,}"
     )
     if facts.longest > LONGEST_ROW:
         return [f"  max_length: {LONGEST_ROW} # {seen}", "  too_long: drop # or `truncate` context; `error` stops"]
@@ -142,25 +143,10 @@ def _length(facts: FileFacts) -> list[str]:
     return [f"  max_length: {wanted} # tokens in a packed row; {seen}"]
 
 
-def _report(facts: FileFacts, data: str) -> None:
-    more = " at least" if facts.has_more else ""
-    say(
-        f"{data}:{more} {facts.records:,} records, form {facts.form}, longest {facts.longest:,} tokens, "
-        f"{facts.trained_share:.0%} of the tokens trained"
-    )
-    if facts.split_field:
-        say(f"split by {facts.split_field}: {', '.join(f'{s} is {v}' for s, v in facts.splits.items())}")
-    if facts.answers:
-        scored = ": scored as labels, given test rows" if 2 <= facts.answers <= 64 else ""
-        say(f"{facts.answers:,} different answers{scored}")
-    if len(facts.bad_rows) > MOST_SKIPPED * facts.records:
-        warn(f"{len(facts.bad_rows)} of {facts.records} rows cannot be used: a run will stop until they are corrected")
-    for row in facts.bad_rows[:3]:
-        warn(f"{row.where}: {row.reason}")
+def _mapping(pairs: Mapping[str, str]) -> str:
+    return f"{{{', '.join(f'{_quoted(key)}: {_quoted(value)}' for key, value in pairs.items())}}}"
 
 
 def _quoted(text: str) -> str:
     """A YAML scalar that reads as this text whatever it holds."""
-    import json
-
     return json.dumps(text, ensure_ascii=False)

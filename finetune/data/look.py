@@ -2,113 +2,213 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
-
-from finetune.config.schema import DataConfig, SourceConfig
+from finetune.config.schema import DataConfig, DataForm, SourceConfig, ValidationSplitConfig
+from finetune.console import Progress
 from finetune.data.dataset import count_kinds
-from finetune.data.message import BadRowError
+from finetune.data.duplicates import text_of
+from finetune.data.forms import KEYS_OF_FORM
+from finetune.data.message import BadRowError, Message
 from finetune.data.render import render_samples
-from finetune.data.sources import BadRow, Record, bad_row, parse_record, read_raw_records
+from finetune.data.sources import BadRow, RawRecord, Record, bad_row, parse_record, read_raw_records
+from finetune.data.split_field import SplitField, find_split_field
+from finetune.data.splits import share_of
 from finetune.errors import InputError
 
-ROWS_READ = 2000
-ROWS_SCANNED = 100_000  # further rows whose fields alone are looked at
-_SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing", "eval"),
-}
+ROWS_READ = 100_000
+RECORDS_MEASURED = 2000  # of them as tokens, which takes longest
+_LONGEST_NAME = 40
+_SHARES = (ValidationSplitConfig.share, 0.1, 0.2)
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a file's first records show.
+    """What a file's first rows show.
 
     Attributes:
-        records: how many were read (`ROWS_READ` at most), whether there are more, and how many cannot be used.
-        form: how they hold their conversation; the most frequent one.
-        longest, most: tokens of the longest record, and of 99 % of them.
-        trained_share: share of tokens that would be trained.
-        split_field: the field whose values are split names, or None.
-        splits: split -> the value that names it in that field.
-        has_ids: every record has an `id` of its own.
-        answers: how many different answers; 0 if a record has none.
-        thinking_share: share of records with thinking in them.
+        source: how they were read.
+        rows: how many were read, `ROWS_READ` at most.
+        has_more: there are more.
+        bad_rows: those that cannot be used.
+        records: how many can be used.
+        form: how these hold their conversation; the most frequent one.
+        lengths: tokens of each sample of the first `RECORDS_MEASURED` records.
+        trained_share: share of these tokens that would be trained.
+        split: the field that names splits, or seems to.
+        has_ids: every record has an `id`.
+        id_share: the least share of `validation_split` by `id` that leaves training records on both sides; None if
+            none does, or if rows are named for validation.
+        labelled: records with an `answer`.
+        answers: how many different answers.
+        with_thinking: records with thinking in them.
+        with_turns: records with an assistant's turn before the last.
+        repeated: records whose question and answer are those of an earlier one.
     """
 
-    records: int
+    source: SourceConfig
+    rows: int
     has_more: bool
     bad_rows: tuple[BadRow, ...]
-    form: str
-    longest: int
-    most: int
+    records: int
+    form: DataForm
+    lengths: tuple[int, ...]
     trained_share: float
-    split_field: str | None
-    splits: dict[str, str]
+    split: SplitField | None
     has_ids: bool
+    id_share: float | None
+    labelled: int
     answers: int
-    thinking_share: float
+    with_thinking: int
+    with_turns: int
+    repeated: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(self.lengths)
+
+    @property
+    def length_of_most(self) -> int:
+        """Tokens that 99 % of the samples do not exceed."""
+        return sorted(self.lengths)[math.ceil(0.99 * len(self.lengths)) - 1]
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are rows for validation, named as such or by `id`."""
+        return self.id_share is not None or (self.split is not None and "validation" in self.split.splits)
+
+    @property
+    def tests(self) -> bool:
+        """Whether rows are named as test rows."""
+        return self.split is not None and "test" in self.split.splits
+
+    @property
+    def why_no_id_split(self) -> str:
+        """What keeps `validation_split` from going by `id`."""
+        return "too few different `id`s to split by" if self.has_ids else "the records have no `id` to split by"
+
+
+@dataclass(frozen=True, slots=True)
+class _Glance:
+    """What is kept of a record; its texts are not."""
+
+    id: str | None
+    form: DataForm
+    answer: str | None
+    has_thinking: bool
+    has_turns: bool
+    said: int
+    names: Mapping[str, str]
+
+
+@dataclass
+class _Seen:
+    """What one pass over a file keeps."""
+
+    source: SourceConfig
+    rows: int = 0
+    has_more: bool = False
+    bad: list[BadRow] = field(default_factory=list)
+    names: list[Mapping[str, str]] = field(default_factory=list)
+    glances: list[_Glance] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    num_trained: int = 0
 
 
 def look_at(path: str) -> FileFacts:
-    """Read the first records of a file.
+    """Read the first rows of a file.
 
     Raises:
-        InputError: the file is missing, unreadable, or none of its first records can be used.
+        InputError: the file is missing, unreadable, or none of these rows can be used.
     """
-    stream = read_raw_records("mine", SourceConfig(path=path))
-    rows = list(islice(stream, ROWS_READ))
-    records: list[Record] = []
-    bad: list[BadRow] = []
-    for row in rows:
-        try:
-            if isinstance(row, BadRow):
-                bad.append(row)
-            else:
-                records.append(parse_record(row, "auto"))
-        except BadRowError as error:
-            bad.append(bad_row(row.where, error))
-    if not records:
+    seen = _read(SourceConfig(path=path))
+    if not seen.glances:
         raise InputError(
-            f"none of the first {len(rows)} records of {path} can be used",
-            why=f"{count_kinds(bad)}; {bad[0].where}: {bad[0].reason}" if bad else "there is none",
+            f"none of the first {seen.rows:,} records of {path} can be used",
+            why=f"{count_kinds(seen.bad)}; {seen.bad[0].where}: {seen.bad[0].reason}" if seen.bad else "there is none",
             fix="docs/guide/harmony.md lists the forms a record can have",
         )
-    config = DataConfig(train={}, max_length=2**20)
-    samples = [sample for record in records for sample in render_samples(record, config)]
-    lengths = np.array([len(sample.ids) for sample in samples])
-    answers = {record.answer for record in records}
-    # Splits often stand one after the other, so their names are looked for further on.
-    further = [row.fields for row in islice(stream, ROWS_SCANNED) if not isinstance(row, BadRow)]
-    field, splits = _splits([*(record.fields for record in records), *further])
+    glances = seen.glances
+    ignored = {"id", "answer", *(key for keys in KEYS_OF_FORM.values() for key in keys)}
+    split = find_split_field(seen.names, ignored)
+    answers = [glance.answer for glance in glances if glance.answer is not None]
     return FileFacts(
-        records=len(rows),
-        has_more=bool(further),
-        bad_rows=tuple(bad),
-        form=Counter(record.conversation.form for record in records).most_common(1)[0][0],
-        longest=int(lengths.max()),
-        most=int(np.quantile(lengths, 0.99, method="higher")),
-        trained_share=float(sum(sample.num_trained_tokens for sample in samples) / lengths.sum()),
-        split_field=field,
-        splits=splits,
-        has_ids=all("id" in record.fields for record in records),
-        answers=0 if None in answers else len(answers),
-        thinking_share=sum(any(m.thinking for m in record.messages) for record in records) / len(records),
+        source=seen.source,
+        rows=seen.rows,
+        has_more=seen.has_more,
+        bad_rows=tuple(seen.bad),
+        records=len(glances),
+        form=Counter(glance.form for glance in glances).most_common(1)[0][0],
+        lengths=tuple(seen.lengths),
+        trained_share=seen.num_trained / sum(seen.lengths),
+        split=split,
+        has_ids=all(glance.id is not None for glance in glances),
+        id_share=_id_share(glances, split),
+        labelled=len(answers),
+        answers=len(set(answers)),
+        with_thinking=sum(glance.has_thinking for glance in glances),
+        with_turns=sum(glance.has_turns for glance in glances),
+        repeated=len(glances) - len({glance.said for glance in glances}),
     )
 
 
-def _splits(rows: Sequence[Mapping[str, str]]) -> tuple[str | None, dict[str, str]]:
-    """The first field of all rows whose values are names of splits, `train` among them."""
-    known = {word: split for split, words in _SPLIT_WORDS.items() for word in words}
-    for field in rows[0]:
-        values = {fields.get(field, "") for fields in rows}
-        if len(values) <= 8 and all(value.lower() in known for value in values):
-            splits = {known[value.lower()]: value for value in sorted(values)}
-            if "train" in splits:
-                return field, splits
-    return None, {}
+def _read(source: SourceConfig) -> _Seen:
+    seen, config = _Seen(source), DataConfig(train={}, max_length=2**20)
+    with Progress(f"reading {source.path}", None, "rows") as progress:
+        for row in islice(read_raw_records("mine", source), ROWS_READ + 1):
+            if seen.rows == ROWS_READ:
+                seen.has_more = True
+                break
+            seen.rows += 1
+            progress.advance()
+            if isinstance(row, BadRow):
+                seen.bad.append(row)
+                continue
+            # A split's name is short, and all texts together may not fit the memory.
+            seen.names.append({key: value for key, value in row.fields.items() if len(value) <= _LONGEST_NAME})
+            try:
+                record = parse_record(row, "auto")
+                samples = render_samples(record, config) if len(seen.glances) < RECORDS_MEASURED else ()
+            except BadRowError as error:
+                seen.bad.append(bad_row(row.where, error))
+                continue
+            seen.glances.append(_glance(row, record, seen.names[-1]))
+            seen.lengths += [len(sample.ids) for sample in samples]
+            seen.num_trained += sum(sample.num_trained_tokens for sample in samples)
+    return seen
+
+
+def _glance(row: RawRecord, record: Record, names: Mapping[str, str]) -> _Glance:
+    text = text_of(record.where, record.conversation)
+    return _Glance(
+        id=row.fields.get("id"),
+        form=record.conversation.form,
+        answer=record.answer,
+        has_thinking=any(message.thinking for message in record.messages),
+        has_turns=_has_turns(record.messages),
+        said=hash((text.question, text.answer)),
+        names=names,
+    )
+
+
+def _has_turns(messages: Sequence[Message]) -> bool:
+    """Whether the assistant speaks between the first and the last message of the user."""
+    users = [number for number, message in enumerate(messages) if message.role == "user"]
+    return bool(users) and any(message.role == "assistant" for message in messages[users[0] : users[-1]])
+
+
+def _id_share(glances: Sequence[_Glance], split: SplitField | None) -> float | None:
+    trained = glances
+    if split is not None and "validation" in split.splits:
+        return None
+    if split is not None and split.splits:
+        trained = [glance for glance in glances if glance.names.get(split.name) in split.splits["train"]]
+    if any(glance.id is None for glance in trained):
+        return None
+    places = [share_of(glance.id) for glance in trained if glance.id is not None]
+    return next((share for share in _SHARES if 0 < sum(place < share for place in places) < len(places)), None)

@@ -75,6 +75,12 @@ BAD: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         "system message not first",
         ("message 2 is from the developer",),
     ),
+    "two systems": (
+        messages({"role": "system", "content": "s"}, USER, ANSWER, system="another"),
+        "system message not first",
+        ("message 2",),
+    ),
+    "system is no text": (messages(USER, ANSWER, system=3), "system is not text", ("not 3",)),
     "two answers": (messages(USER, ANSWER, ANSWER), "two answers in a row", ("message 3",)),
     "ends with the user": (messages(USER, ANSWER, USER), "no answer", ("not from the user",)),
     "ends with a result": (with_f(calling(call()), result()), "no answer", ("not from the tool",)),
@@ -291,8 +297,23 @@ FORMS: dict[str, tuple[dict[str, Any], str, tuple[Message, ...]]] = {
         "prompt_completion",
         INSTRUCTED,
     ),
+    "prompt with system": ({"system": "s", "prompt": "q", "completion": "a"}, "prompt_completion", INSTRUCTED),
+    "messages with system": (
+        {"system": "s", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        "messages",
+        INSTRUCTED,
+    ),
+    "messages with the same system twice": (
+        {
+            "system": "s",
+            "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+            "completion": "a",
+        },
+        "prompt_completion",
+        INSTRUCTED,
+    ),
     "messages as text": (
-        {"messages": '[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'},
+        {"messages": ' [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]'},
         "messages",
         PLAIN,
     ),

@@ -220,6 +220,21 @@ def test_broken_csv_files_are_named(tmp_path: Path, content: bytes, words: str) 
     assert words in text and str(path) in text
 
 
+def test_json_in_cells_is_read_as_json_in_records_is(tmp_path: Path) -> None:
+    """One reader: what it refuses inside a record it refuses in a cell, NaN among it."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["messages", "tools"])
+    schema = json.dumps([{"name": "f", "parameters": {"type": "object"}}])
+    for tools in (schema, schema.replace('"object"', "NaN"), "[{"):
+        writer.writerow([json.dumps(ROWS[0]["messages"]), tools])
+    (tmp_path / "rows.csv").write_text(text.getvalue())
+    good, nan, broken = read(tmp_path / "rows.csv")
+    assert isinstance(good, Record) and good.conversation.tools.functions[0].name == "f"
+    assert isinstance(nan, BadRow) and "`tools` holds NaN" in nan.reason
+    assert isinstance(broken, BadRow) and broken.kind == "bad JSON inside"
+
+
 def test_broken_csv_rows_are_named_and_passed(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     long = b"x" * 300_000
@@ -262,7 +277,7 @@ def test_mixed_types_are_named_row_by_row(tmp_path: Path) -> None:
         {"messages": 3},
         {"messages": {"role": "user"}},
         {"messages": ["x"]},
-        ROWS[1] | {"id": 1.5},
+        ROWS[1] | {"id": [1.5]},
         ROWS[2],
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in content))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.locate import shipped_dir
-from finetune.config.schema import DataConfig
-from finetune.data.dataset import load_split
+from finetune.config.schema import DataConfig, ValidationSplitConfig
+from finetune.data.dataset import describe, load_split
 from finetune.data.splits import SplitName
 
 
@@ -20,7 +21,7 @@ def new(path: Path, *arguments: str) -> int:
     return main(["recipes", "new", str(path), *arguments])
 
 
-def write_rows(path: Path, rows: list[dict[str, object]]) -> str:
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -78,7 +79,9 @@ def message(number: int, **fields: object) -> dict[str, object]:
     return {"prompt": f"Say {number}", "completion": str(number), **fields}
 
 
-def seen(tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: list[dict[str, object]]) -> tuple[DataConfig, str]:
+def seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: Sequence[Mapping[str, object]]
+) -> tuple[DataConfig, str]:
     """The data section that the command writes for these rows, and what it says."""
     (tmp_path / "mine.yaml").unlink(missing_ok=True)
     data = write_rows(tmp_path / "mine.jsonl", rows)
@@ -147,3 +150,26 @@ def test_bad_input_is_named_and_nothing_is_written(
     assert main(["recipes", "new", *arguments]) == code
     assert message in capsys.readouterr().err
     assert not Path("mine.yaml").exists()
+
+
+def test_columns_without_a_form_are_proposed_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"Question": f"q {n}", "Response": f"r {n}", "topic": "x"} for n in range(3)]
+    data, said = seen(tmp_path, capsys, rows)
+    assert data.train["mine"].columns == {"prompt": "Question", "completion": "Response"}
+    assert "reads Question as prompt, Response as completion" in said and "not used: topic (3)" in said
+    assert [m.content for m in load_split(data, "train").records[0].messages] == ["q 0", "r 0"]
+    data, said = seen(tmp_path, capsys, [{"instruction": "i", "output": "o", "text": "### i o"}])
+    assert data.train["mine"].form == "alpaca" and "reads them as alpaca" in said
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    data, _ = seen(tmp_path, capsys, [{"conversations": turns}])
+    assert data.train["mine"].columns == {"messages": "conversations"} and num_rows(data, "train") == 1
+
+
+def test_keys_that_nothing_is_read_from_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [message(n, thinking="hm", split="train", id=n, input="") for n in range(9)]
+    data, said = seen(tmp_path, capsys, rows)
+    assert "not used: thinking (9)" in said
+    config = dataclasses.replace(data, cache=False, validation_split=ValidationSplitConfig(key="id", share=0.5))
+    assert describe(load_split(config, "train")).endswith("; keys not used: thinking")
+    _, said = seen(tmp_path, capsys, [message(0)])
+    assert "not used" not in said

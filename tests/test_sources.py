@@ -75,6 +75,12 @@ def test_good_rows_are_read_whole(tmp_path: Path) -> None:
     assert (second.id, second.where, second.answer) == (f"{path}:2", f"{path}:2", None)
 
 
+def test_ids_are_texts_numbers_or_absent(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *[GOOD | {"id": value} for value in (None, 0.5, 1.0, 7, "x")])
+    ids = [row.id for row in read(path) if isinstance(row, Record)]
+    assert ids == [f"{path}:1", "0.5", "1.0", "7", "x"]
+
+
 def test_gzip_is_told_by_content(tmp_path: Path) -> None:
     plain = write(tmp_path / "rows.jsonl", GOOD, GOOD)
     for name in ("rows.jsonl.gz", "packed.jsonl"):

@@ -27,6 +27,7 @@ def report_file(facts: FileFacts, path: str) -> None:
         f"{path}:{more} {facts.rows:,} records, form {facts.form}, longest {facts.longest:,} tokens, "
         f"{facts.trained_share:.0%} of the tokens trained"
     )
+    _report_columns(facts)
     _report_split(facts)
     _report_left_out(facts)
     _report_labels(facts)
@@ -36,6 +37,17 @@ def report_file(facts: FileFacts, path: str) -> None:
             f"{facts.repeated:,} of {facts.records:,} records repeat an earlier one, question and answer{both_sides}; "
             "`finetune data stats` names them"
         )
+
+
+def _report_columns(facts: FileFacts) -> None:
+    source = facts.source
+    if source.columns:
+        read = ", ".join(f"{theirs} as {ours}" for ours, theirs in source.columns.items())
+        warn(f"no form has these columns; the recipe reads {read}: correct `columns` if they mean something else")
+    if source.form != "auto":
+        warn(f"the records fit several forms; the recipe reads them as {source.form}: correct `form` if that is wrong")
+    if facts.unused:
+        warn(f"not used: {_counted(facts.unused)}")
 
 
 def _report_split(facts: FileFacts) -> None:

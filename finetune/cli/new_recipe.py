@@ -111,6 +111,10 @@ def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:
 def _sources(facts: FileFacts) -> list[str]:
     """The splits, each with a source for every value that names it: `where` compares with one."""
     keys = [f"path: {_quoted(facts.source.path)}"]
+    if facts.source.columns:
+        keys.append(f"columns: {_mapping(facts.source.columns)}")
+    if facts.source.form != "auto":
+        keys.append(f"form: {facts.source.form}")
     name, named = (facts.split.name, facts.split.splits) if facts.split else ("", {})
     lines = [] if named else ["  train:", f"    mine: {{{', '.join(keys)}}}"]
     for split, values in named.items():

@@ -10,6 +10,7 @@ from finetune.config.keys import suggest_word
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.console import Progress
 from finetune.data.arrow import TableWriter
+from finetune.data.forms import unused_keys
 from finetune.data.lengths import truncate
 from finetune.data.message import BadRowError
 from finetune.data.render import Sample, render_samples
@@ -26,6 +27,7 @@ class Facts:
     Attributes:
         source_sizes: samples of each source, in order; a source's samples stand together.
         forms: how many records came in which form.
+        unused: key that nothing is read from -> how many of these records have it.
         num_records: records that gave at least one sample.
         num_tokens, num_trained_tokens: of all samples.
         num_truncated: samples that lost context.
@@ -36,6 +38,7 @@ class Facts:
 
     source_sizes: dict[str, int] = field(default_factory=dict)
     forms: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
     num_records: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
@@ -108,6 +111,9 @@ def _samples(row: RawRecord, source: SourceConfig, config: DataConfig, facts: Fa
     if kept:
         form = record.conversation.form
         facts.forms[form] = facts.forms.get(form, 0) + 1
+        for key in unused_keys(row.raw, form):
+            if key not in source.where and key != config.validation_split.key:
+                facts.unused[key] = facts.unused.get(key, 0) + 1
     return kept
 
 

@@ -31,6 +31,7 @@ class Split:
         num_truncated: samples that lost context to fit.
         source_sizes: samples of each source, in order.
         forms: how many records came in which form.
+        unused: key that nothing is read from -> how many records have it.
         num_records: records that the samples were made of.
         num_tokens, num_trained_tokens: of all samples; trained is what has a loss weight above 0.
         fingerprint: sha256 over the samples' token ids and weights, in order: what is trained, wherever it is from.
@@ -44,6 +45,7 @@ class Split:
     num_truncated: int = 0
     source_sizes: Mapping[str, int] = field(default_factory=dict)
     forms: Mapping[str, int] = field(default_factory=dict)
+    unused: Mapping[str, int] = field(default_factory=dict)
     num_records: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
@@ -83,6 +85,7 @@ def load_split(config: DataConfig, split: SplitName) -> Split:
         facts.num_truncated,
         facts.source_sizes,
         facts.forms,
+        facts.unused,
         facts.num_records,
         facts.num_tokens,
         facts.num_trained_tokens,
@@ -103,6 +106,8 @@ def describe(split: Split) -> str:
     )
     if set(split.forms) - {"messages"}:
         text += "; read as " + ", ".join(f"{form} ({count:,})" for form, count in split.forms.items())
+    if split.unused:
+        text += f"; keys not used: {', '.join(split.unused)}"
     if split.num_truncated:
         text += f"; {split.num_truncated:,} truncated"
     if split.dropped:

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from finetune.config.schema import DataConfig, DataForm, SourceConfig, ValidationSplitConfig
 from finetune.console import Progress
+from finetune.data.columns import propose_columns
 from finetune.data.dataset import count_kinds
 from finetune.data.duplicates import text_of
-from finetune.data.forms import KEYS_OF_FORM
+from finetune.data.forms import KEYS_OF_FORM, fitting_forms, unused_keys
 from finetune.data.message import BadRowError, Message
 from finetune.data.render import render_samples
 from finetune.data.sources import BadRow, RawRecord, Record, bad_row, parse_record, read_raw_records
@@ -48,6 +50,7 @@ class FileFacts:
         with_thinking: records with thinking in them.
         with_turns: records with an assistant's turn before the last.
         repeated: records whose question and answer are those of an earlier one.
+        unused: key that nothing is read from -> how many records have it; the field of the splits is not among them.
     """
 
     source: SourceConfig
@@ -66,6 +69,7 @@ class FileFacts:
     with_thinking: int
     with_turns: int
     repeated: int
+    unused: Mapping[str, int]
 
     @property
     def longest(self) -> int:
@@ -118,6 +122,8 @@ class _Seen:
     glances: list[_Glance] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     num_trained: int = 0
+    first: Mapping[str, Any] | None = None
+    unused: Counter[str] = field(default_factory=Counter)
 
 
 def look_at(path: str) -> FileFacts:
@@ -127,11 +133,14 @@ def look_at(path: str) -> FileFacts:
         InputError: the file is missing, unreadable, or none of these rows can be used.
     """
     seen = _read(SourceConfig(path=path))
+    if not seen.glances and seen.first is not None and (proposed := _proposal(seen.first, path)):
+        seen = _read(proposed)
     if not seen.glances:
         raise InputError(
             f"none of the first {seen.rows:,} records of {path} can be used",
             why=f"{count_kinds(seen.bad)}; {seen.bad[0].where}: {seen.bad[0].reason}" if seen.bad else "there is none",
-            fix="docs/guide/harmony.md lists the forms a record can have",
+            fix="a record holds `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, or "
+            "`text`",
         )
     glances = seen.glances
     ignored = {"id", "answer", *(key for keys in KEYS_OF_FORM.values() for key in keys)}
@@ -154,7 +163,17 @@ def look_at(path: str) -> FileFacts:
         with_thinking=sum(glance.has_thinking for glance in glances),
         with_turns=sum(glance.has_turns for glance in glances),
         repeated=len(glances) - len({glance.said for glance in glances}),
+        unused={key: count for key, count in seen.unused.items() if split is None or key != split.name},
     )
+
+
+def _proposal(raw: Mapping[str, Any], path: str) -> SourceConfig | None:
+    """How to read a file whose records are of several forms or of none: what the recipe then says beside the path."""
+    fitting = fitting_forms(raw)
+    if len(fitting) > 1:
+        return SourceConfig(path=path, form=fitting[0])
+    columns = propose_columns(raw)
+    return SourceConfig(path=path, columns=columns) if columns else None
 
 
 def _read(source: SourceConfig) -> _Seen:
@@ -171,12 +190,14 @@ def _read(source: SourceConfig) -> _Seen:
                 continue
             # A split's name is short, and all texts together may not fit the memory.
             seen.names.append({key: value for key, value in row.fields.items() if len(value) <= _LONGEST_NAME})
+            seen.first = seen.first or row.raw
             try:
-                record = parse_record(row, "auto")
+                record = parse_record(row, source.form)
                 samples = render_samples(record, config) if len(seen.glances) < RECORDS_MEASURED else ()
             except BadRowError as error:
                 seen.bad.append(bad_row(row.where, error))
                 continue
+            seen.unused.update(unused_keys(row.raw, record.conversation.form))
             seen.glances.append(_glance(row, record, seen.names[-1]))
             seen.lengths += [len(sample.ids) for sample in samples]
             seen.num_trained += sum(sample.num_trained_tokens for sample in samples)

@@ -11,13 +11,13 @@ from typing import Any
 from finetune.config.keys import suggest_word
 from finetune.config.schema import DataForm, SourceConfig
 from finetune.data.conversation import Conversation, parse_conversation
-from finetune.data.files import parse_json, read_rows
+from finetune.data.files import read_rows
 from finetune.data.message import BadRowError, Message
 from finetune.data.printable import printable
 from finetune.errors import ConfigError, InputError
 
-_JSON_KEYS = ("messages", "conversations", "tools", "functions")
-"""Keys whose value is never text: where a CSV cell or a table's text column stands there, it holds JSON."""
+_NO_FIELDS = ("messages", "conversations", "tools", "functions")
+"""Keys whose value is never a plain text: in a CSV cell or a table's text column it is JSON."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ class _Columns:
             self._missing = {ours: theirs for ours, theirs in self._missing.items() if theirs not in raw}
         taken = set(columns.values())
         renamed = {key: value for key, value in raw.items() if key not in taken and key not in columns}
-        renamed |= {ours: raw[theirs] for ours, theirs in columns.items() if theirs in raw}
-        return {key: _json_cell(value) if key in _JSON_KEYS else value for key, value in renamed.items()}
+        return renamed | {ours: raw[theirs] for ours, theirs in columns.items() if theirs in raw}
 
     def check(self) -> None:
         """Raise if a column that the recipe names stood in no row."""
@@ -165,15 +164,6 @@ class _Columns:
                     f"source `{self._name}`: columns.{ours}: no record of {self._source.path} has `{theirs}`",
                     fix=suggest_word(theirs, sorted(self._seen)) or f"it has {', '.join(sorted(self._seen))}",
                 )
-
-
-def _json_cell(value: Any) -> Any:
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
-        return value
-    try:
-        return parse_json(value)
-    except BadRowError:
-        return value  # checking the conversation says what is wrong with it
 
 
 class _Filter:
@@ -225,15 +215,17 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, str]:
     return {
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in raw.items()
-        if isinstance(value, str | int | float)
+        if isinstance(value, str | int | float) and key not in _NO_FIELDS
     }
 
 
 def _id(raw: Mapping[str, Any], where: str) -> str:
-    value = raw.get("id", where)
-    if not isinstance(value, str | int) or value == "" or not _is_whole(str(value)):
+    value = raw.get("id")
+    if value is None:
+        return where
+    if not isinstance(value, str | int | float) or value == "" or not _is_whole(str(value)):
         raise BadRowError("bad id", "`id` must be text or a number")
-    return str(value)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _is_whole(text: str) -> bool:
@@ -244,5 +236,8 @@ def _is_whole(text: str) -> bool:
 def _answer(raw: Mapping[str, Any]) -> str | None:
     value = raw.get("answer")
     if value is not None and (not isinstance(value, str) or not value.strip()):
-        raise BadRowError("bad answer", "`answer` must be text, and not empty; leave the key out if there is none")
+        raise BadRowError(
+            "bad answer",
+            "`answer` must be text (a number in quotes), and not empty; leave the key out if there is none",
+        )
     return value

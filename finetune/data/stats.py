@@ -80,6 +80,7 @@ def _figures(split: Split, config: RunConfig) -> dict[str, Any]:
         "packing": _packing(split, lengths, config),
         "sources": dict(split.source_sizes),
         "forms": dict(split.forms),
+        "unused_keys": dict(split.unused),
         "truncated": split.num_truncated,
         "dropped": _left_out(split.dropped),
         "skipped": _left_out(split.bad_rows),
@@ -160,6 +161,8 @@ def _split_lines(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
     yield f"{name}: {figures['records']:,} records, {figures['samples']:,} samples, {figures['tokens']:,} tokens"
     forms = ", ".join(f"{form} {count:,}" for form, count in figures["forms"].items())
     yield f"  form: {forms}"
+    if figures["unused_keys"]:
+        yield f"  keys not used: {', '.join(f'{key} {count:,}' for key, count in figures['unused_keys'].items())}"
     for what in ("trained", "context"):
         parts = ", ".join(f"{channel} {count:,}" for channel, count in figures[what].items()) or "nothing"
         yield f"  {what}: {parts} ({sum(figures[what].values()) / total:.1%} of all tokens)"

@@ -304,6 +304,36 @@ def test_broken_arrays_are_named(tmp_path: Path, content: str, words: str) -> No
     assert words in refusal(InputError, path)
 
 
+WRAPPED = {"version": 1, "data": ROWS}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl", json.dumps(ROWS[0]).encode("utf-16"), "is UTF-16"),
+        ("rows.csv", "prompt,completion\n1,2\n".encode("utf-16"), "is UTF-16"),
+        ("rows.json", json.dumps(WRAPPED, indent=1).encode(), "keep the list under `data` alone"),
+        ("rows.json.gz", gzip.compress(json.dumps(WRAPPED, indent=1).encode()), "one JSON object over several lines"),
+        ("rows.jsonl", json.dumps(ROWS[0], indent=1).encode(), "write one record a line"),
+        ("rows.txt", b"It was a bright cold day.\nAnd so on.\n", '{"text": "..."} a line'),
+        ("rows.csv", b"prompt;completion\n1;2\n", "a semicolon seems to stand between its cells"),
+        ("rows.csv", b"prompt\tcompletion\n1\t2\n", "or name it .tsv"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_as_what_it_is(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert words in refusal(InputError, path)
+
+
+def test_files_of_odd_names_or_first_lines_are_still_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.txt")
+    assert all(isinstance(row, Record) for row in read(tmp_path / "rows.txt"))
+    (tmp_path / "rows.jsonl").write_text('{"messages": [\n' + json.dumps(ROWS[0]) + "\n")
+    bad, good = read(tmp_path / "rows.jsonl")
+    assert isinstance(bad, BadRow) and bad.kind == "broken JSON" and isinstance(good, Record)
+
+
 def test_members_of_an_array_that_are_no_records(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([ROWS[0], 7, ROWS[1]]))

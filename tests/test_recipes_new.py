@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from finetune.config.compose import compose
 from finetune.config.locate import shipped_dir
 from finetune.config.schema import DataConfig, ValidationSplitConfig
 from finetune.data.dataset import describe, load_split
-from finetune.data.splits import SplitName
+from finetune.data.splits import SplitName, share_of
 
 
 def new(path: Path, *arguments: str) -> int:
@@ -47,7 +48,9 @@ def test_rows_without_splits_are_split_by_id(tmp_path: Path) -> None:
     assert config.model.path == "openai/gpt-oss-20b"
 
 
-def test_thinking_keeps_the_effort_and_long_records_are_said(tmp_path: Path) -> None:
+def test_thinking_keeps_the_effort_and_long_records_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [
         {"messages": [
             {"role": "user", "content": "word " * 17_000},
@@ -58,6 +61,7 @@ def test_thinking_keeps_the_effort_and_long_records_are_said(tmp_path: Path) -> 
     config = compose(str(tmp_path / "mine.yaml")).config
     assert config.data.reasoning_effort == "medium"
     assert (config.data.max_length, config.data.too_long) == (16_384, "drop")
+    assert "1 of 1 looked at have more than 16,384 tokens: the recipe drops such" in capsys.readouterr().err
 
 
 def test_a_copy_of_a_shipped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
@@ -173,3 +177,57 @@ def test_keys_that_nothing_is_read_from_are_said(tmp_path: Path, capsys: pytest.
     assert describe(load_split(config, "train")).endswith("; keys not used: thinking")
     _, said = seen(tmp_path, capsys, [message(0)])
     assert "not used" not in said
+
+
+def test_broken_lines_and_late_ones_do_not_stop_the_recipe(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """2 % of the file is more than 5 % of a small split; and one bad row stands after what is looked at as tokens."""
+    rows = [message(n, split="train" if n < 2080 else ["val", "test"][n % 2]) for n in range(2120)]
+    data = Path(write_rows(tmp_path / "mine.jsonl", [*rows, message(0, split="train", messages=3)]))
+    data.write_text("{\n" * 20 + data.read_text())
+    assert new(tmp_path / "mine.yaml", "--data", str(data), "--model", "tiny") == 0
+    said = capsys.readouterr().err
+    assert "2,141 records" in said and "21 of 2,141 rows cannot be used: the recipe skips them" in said
+    overrides = [f"model.path={tiny_base}", "data.cache=false"]
+    assert main(["train", str(tmp_path / "mine.yaml"), *overrides, "--dry-run"]) == 0, capsys.readouterr().err
+    assert "21 rows skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ids", [["a"], ["r0", "r1", "r2", "r3", "r4"], ["same"] * 30])
+def test_ids_that_fill_one_side_only_are_no_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ids: list[str]
+) -> None:
+    data, said = seen(tmp_path, capsys, [message(n, id=value) for n, value in enumerate(ids)])
+    assert data.validation_split.key is None and num_rows(data, "train") == len(ids)
+    assert "no validation rows (too few different `id`s to split by)" in said
+
+
+def test_few_ids_take_a_larger_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = [str(n) for n in range(100) if share_of(str(n)) >= 0.1][:30]
+    data, said = seen(tmp_path, capsys, [message(n, id=value) for n, value in enumerate(ids)])
+    assert data.validation_split.share == 0.2 and "validation rows: 20% of the `id`s" in said
+    assert num_rows(data, "train") + num_rows(data, "validation") == 30
+
+
+def test_what_is_not_trained_or_lacks_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = [{"role": role, "content": f"{role} {turn}"} for turn in range(2) for role in ("user", "assistant")]
+    _, said = seen(tmp_path, capsys, [message(0, answer="0"), message(1), {"messages": talk}])
+    assert "1 of 3 records have several turns" in said and "data.loss.turns=all" in said
+    assert "2 of 3 records have no `answer`: labels are not scored" in said
+    assert "no validation rows" in said and "no test rows" in said and "repeat" not in said
+    data, said = seen(tmp_path, capsys, [message(n % 20, id=n) for n in range(60)])
+    assert data.validation_split.key == "id"
+    assert "40 of 60 records repeat an earlier one, question and answer: some may stand in training and in val" in said
+
+
+def test_the_commands_to_go_on_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [message(0)])
+    assert new(tmp_path / "my first.yaml", "--data", rows, "--model", "tiny") == 0
+    commands = capsys.readouterr().err.rsplit("then: ", 1)[1].split("; ")
+    recipe = str(tmp_path / "my first.yaml")
+    assert [shlex.split(command.strip())[2:] for command in commands] == [
+        ["preview", recipe],
+        [recipe, "--dry-run"],
+        [recipe],
+    ]

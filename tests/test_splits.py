@@ -63,7 +63,9 @@ def test_misspelt_key_and_missing_values(tmp_path: Path) -> None:
     wrong = dataclasses.replace(config_for(tmp_path, *rows), validation_split=ValidationSplitConfig(key="groop"))
     with pytest.raises(ConfigError, match=r"did you mean group\?"):
         load_split(wrong, "validation")
-    with pytest.raises(InputError, match="none falls to validation"):
+    with pytest.raises(
+        InputError, match=r"has no rows: none falls to validation[\s\S]*raise data.validation_split.share"
+    ):
         few = config_for(tmp_path, {"group": "0"}, {}, {"group": "1"})
         load_split(
             dataclasses.replace(few, validation_split=ValidationSplitConfig(key="group", share=1e-6)), "validation"
@@ -83,6 +85,30 @@ def test_each_bad_row_is_counted_once(tmp_path: Path) -> None:
     assert sorted(bad) == sorted(f"{path}:{line}" for line in range(21, 30))
     sides = [len(load_split(config, split).bad_rows) for split in split_names(config)]
     assert all(sides), "wrong conversations fall to either side"
+
+
+def test_a_broken_line_is_counted_once_whatever_the_splits(tmp_path: Path) -> None:
+    """It has no field for `where`: the first source that reads the file to its end counts it."""
+    rows = [{"group": name} for name in ("a", "a", "b", "c")]
+    base = config_for(tmp_path, *rows, on_bad_row="skip", max_skipped_share=1.0, cache_dir=str(tmp_path / "cache"))
+    path = Path(base.train["mine"].path)
+    path.write_text(path.read_text() + "{\n[]\n")
+
+    def source(name: str, **settings: Any) -> SourceConfig:
+        return SourceConfig(path=str(path), where={"group": name}, **settings)
+
+    def counted(**splits: Any) -> list[int]:
+        config = dataclasses.replace(base, validation_split=ValidationSplitConfig(), **splits)
+        return [len(load_split(config, split).bad_rows) for split in split_names(config)]
+
+    validation, test = {"held": source("b")}, {"mine": source("c")}
+    assert counted(train={"mine": source("a")}, validation=validation, test=test) == [2, 0, 0]
+    assert counted(train={"one": source("a"), "two": source("b")}, test=test) == [2, 0]
+    short = {"mine": source("a", limit=1)}
+    assert counted(train=short, test=test) == [0, 2], "the training source does not come to them"
+    elsewhere = tmp_path / "other.jsonl"
+    elsewhere.write_text(path.read_text().splitlines()[0] + "\n")
+    assert counted(train={"mine": SourceConfig(path=str(elsewhere))}, test=test) == [0, 2]
 
 
 def test_split_names() -> None:

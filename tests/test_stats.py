@@ -94,6 +94,23 @@ def test_lines_and_json(config: RunConfig, tmp_path: Path, capsys: pytest.Captur
     assert "duplicates" not in capsys.readouterr().out
 
 
+def test_a_split_that_a_run_would_refuse_is_shown(
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing falls to validation, and no test row can be used: both are figures, not errors."""
+    (tmp_path / "test.jsonl").write_text("{\n")
+    recipe = str(tmp_path / "mine.yaml")
+    split = ["data.validation_split.key=id", "data.validation_split.share=0.000001", "data.train.mine.limit=3"]
+    rows = "".join(json.dumps(row | {"id": number}) + "\n" for number, row in enumerate(ROWS[:3]))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    (tmp_path / "more.csv").write_text("id,prompt,completion\n7,from a table,yes\n")
+    assert main(["data", "stats", recipe, *split]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert printed.count("nothing to use: a run stops here") == 2
+    assert "validation: 0 records" in printed and "test.jsonl:1: the line is not JSON" in printed
+    assert main(["train", recipe, *split, "--dry-run", f"model.path={tmp_path}"]) == 3, "the control"
+
+
 def packing(config: RunConfig, **data: Any) -> dict[str, Any]:
     """The training split's packing, without reading the other splits."""
     data = {"validation": {}, "test": {}} | data

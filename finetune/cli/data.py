@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -84,8 +83,7 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
         raise ConfigError(f"-n is {args.n}, must be at least 1")
     if args.html and args.json:
         raise ConfigError("--html and --json are two answers", fix="give one of them")
-    lenient = dataclasses.replace(config.data, on_bad_row="skip", max_skipped_share=1.0)
-    split = load_split(lenient, args.split)
+    split = load_split(config.data, args.split, check=False)
     samples = [split.samples[number] for number in spread(len(split.samples), args.n)]
     say(describe(split))
     if args.html:

@@ -15,7 +15,7 @@ from finetune.data.lengths import truncate
 from finetune.data.message import BadRowError
 from finetune.data.render import Sample, render_samples
 from finetune.data.sources import BadRow, RawRecord, bad_row, parse_record, read_raw_records
-from finetune.data.splits import SplitName, belongs_to, sources_of
+from finetune.data.splits import SplitName, belongs_to, counts_broken_rows, sources_of
 from finetune.data.tokenizer import LONGEST_TOKEN_BYTES
 from finetune.errors import ConfigError
 
@@ -63,13 +63,13 @@ def build(config: DataConfig, split: SplitName, writer: TableWriter) -> Facts:
     facts, digest = Facts(), hashlib.sha256()
     with Progress(f"tokenising {split}", None, "rows") as progress:
         for name, source in sources_of(config, split).items():
-            keys = _SplitKeys(config, name)
+            keys, counts_broken = _SplitKeys(config, name), counts_broken_rows(config, split, name)
             facts.source_sizes[name] = 0
             for row in read_raw_records(name, source):
                 progress.advance()
                 if isinstance(row, BadRow):
-                    if split != "validation" or config.validation_split.key is None:
-                        facts.bad_rows.append(row)  # it has no field to split by: the training split counts it
+                    if counts_broken:
+                        facts.bad_rows.append(row)
                     continue
                 keys.see(row.fields)
                 if not belongs_to(row.fields, config, split):

@@ -20,7 +20,7 @@ from finetune.data.arrow import RECORDS_FILE, SAMPLES_FILE, Tables, TableWriter,
 from finetune.data.build import Facts, build
 from finetune.data.files import broken_file, find_files
 from finetune.data.sources import BadRow
-from finetune.data.splits import SplitName, sources_of
+from finetune.data.splits import SplitName, counts_broken_rows, sources_of
 from finetune.data.tokenizer import RANK_FILE_SHA256
 from finetune.errors import InputError, MachineError
 
@@ -69,7 +69,8 @@ def cache_key(config: DataConfig, split: SplitName) -> dict[str, Any]:
     """Everything that a split's tokens depend on: contents of sources, settings, code and vocabulary."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IN_KEY}
     sources = [  # a list, since their order is the samples'
-        {"name": name, "content": _content(name, source)} | dataclasses.asdict(dataclasses.replace(source, weight=1.0))
+        {"name": name, "content": _content(name, source), "counts_broken": counts_broken_rows(config, split, name)}
+        | dataclasses.asdict(dataclasses.replace(source, weight=1.0))
         for name, source in sources_of(config, split).items()
     ]
     return {

@@ -52,7 +52,7 @@ class Split:
     fingerprint: str = ""
 
 
-def load_split(config: DataConfig, split: SplitName) -> Split:
+def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> Split:
     """Read a split's sources and render every record, or find all of it in the cache.
 
     The sources are read to their end before anything is refused, so that one message counts all that is wrong. Memory
@@ -61,6 +61,7 @@ def load_split(config: DataConfig, split: SplitName) -> Split:
     Args:
         config: sources, length limit and what to do with rows that cannot be used.
         split: which of the recipe's splits.
+        check: refuse what a run must not be given; off, to show it: a split may then be empty.
 
     Raises:
         ConfigError: the recipe has no source for this split, or a source's settings name what is not there.
@@ -75,7 +76,8 @@ def load_split(config: DataConfig, split: SplitName) -> Split:
         writer = TableWriter(None)
         facts = build(config, split, writer)
         tables = writer.close()
-    _check_left_out(config, split, facts)
+    if check:
+        _check_left_out(config, split, facts)
     return Split(
         split,
         RecordTable(tables),
@@ -131,7 +133,11 @@ def _check_left_out(config: DataConfig, split: SplitName, facts: Facts) -> None:
     why = "\n       ".join([count_kinds(bad_rows), *shown]) if bad_rows else None
     what = f"data.{split}: {len(bad_rows):,} of {num_rows:,} rows cannot be used"
     if num_good == 0:
-        why = why or _why_none(config, split, facts)
+        if num_rows == 0:
+            raise _nothing_falls_to(config, split)
+        if why is None:
+            first = facts.dropped[0]
+            why = f"data.too_long={config.too_long} drops them all ({first.where}: {first.reason})"
         raise InputError(f"data.{split}: none of {num_rows:,} rows can be used", why=why)
     if bad_rows and config.on_bad_row == "stop":
         raise InputError(what, why=why, fix="correct them, or set data.on_bad_row=skip to leave them out")
@@ -143,8 +149,15 @@ def _check_left_out(config: DataConfig, split: SplitName, facts: Facts) -> None:
         )
 
 
-def _why_none(config: DataConfig, split: SplitName, facts: Facts) -> str:
-    if facts.dropped:
-        return f"data.too_long={config.too_long} drops them all ({facts.dropped[0].where}: {facts.dropped[0].reason})"
+def _nothing_falls_to(config: DataConfig, split: SplitName) -> InputError:
+    """A split without a row, good or bad: all are on the other side of `validation_split`, or broken for all splits."""
     given = config.validation_split
-    return f"none falls to {split}: data.validation_split goes by `{given.key}`, share {given.share:g}"
+    if given.key is None or split == "test":
+        why = "no row of its sources is a record; data.train counts them, since it reads the same file"
+        return InputError(f"data.{split} has no rows", why=why, fix="finetune data stats names them")
+    way = "raise" if split == "validation" else "lower"
+    return InputError(
+        f"data.{split} has no rows: none falls to {split}",
+        why=f"data.validation_split goes by `{given.key}`, share {given.share:g}",
+        fix=f"{way} data.validation_split.share, go by a key with more values, or name sources in data.validation",
+    )

@@ -26,6 +26,7 @@ from finetune.config.locate import (
     shipped_dir,
 )
 from finetune.config.schema import SourceConfig
+from finetune.data.kinds import refuse_plain_text, refuse_utf16, refuse_whole_object
 from finetune.data.message import BadRowError
 from finetune.data.printable import printable
 from finetune.errors import ConfigError, InputError
@@ -166,10 +167,16 @@ def _label(written: str, path: Path) -> str:
 def _read_json(place: str, label: str, path: Path) -> Iterator[Row]:
     """JSON lines, or one JSON array when the content begins with `[` on a line that is no whole array of its own."""
     with broken_file(place, lambda: "its beginning"), open_bytes(path) as file:
-        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+        start = file.read(4096)
+    refuse_utf16(place, start)
+    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
     if start.startswith(b"["):
         yield from _read_array(place, label, path)
         return
+    refuse_plain_text(place, path, start)
+    if _begins_a_spread_object(start):
+        with broken_file(place, lambda: "its beginning"), open_bytes(path) as file:
+            refuse_whole_object(place, file.read(MAX_LINE_BYTES))
     empty = True
     for number, line in _lines(place, path):
         empty = False
@@ -179,6 +186,12 @@ def _read_json(place: str, label: str, path: Path) -> Iterator[Row]:
             yield f"{label}:{number}", error
     if empty:
         raise InputError(f"{place} is empty", fix="give a file with one JSON record a line")
+
+
+def _begins_a_spread_object(start: bytes) -> bool:
+    """Whether a first line is the beginning of an object, and no whole one."""
+    first, line_end, _ = start.partition(b"\n")
+    return bool(line_end) and first.rstrip().endswith((b"{", b"[", b","))
 
 
 def _lines(place: str, path: Path) -> Iterator[tuple[int, bytes | BadRowError]]:

@@ -14,6 +14,7 @@ from finetune.config.keys import suggest_word
 from finetune.config.locate import HUB_PREFIX
 from finetune.config.schema import SourceConfig
 from finetune.data.files import MAX_LINE_BYTES, Row, broken_file, open_bytes
+from finetune.data.kinds import refuse_other_delimiter, refuse_utf16
 from finetune.data.message import BadRowError
 from finetune.errors import ConfigError, InputError, MachineError
 
@@ -34,6 +35,8 @@ def read_csv(place: str, label: str, path: Path, delimiter: str) -> Iterator[Row
     """
     csv.field_size_limit(MAX_LINE_BYTES)  # the standard library stops at 128 KiB a cell
     with broken_file(place, lambda: "its beginning"), open_bytes(path) as file:
+        refuse_utf16(place, file.read(2))
+        file.seek(0)
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         try:
@@ -59,6 +62,7 @@ def read_csv(place: str, label: str, path: Path, delimiter: str) -> Iterator[Row
 def _check_header(place: str, header: Sequence[str]) -> None:
     if not header:
         raise InputError(f"{place} is empty", fix="the first line names the columns")
+    refuse_other_delimiter(place, header)
     problem = None
     if len(set(header)) < len(header):
         problem = f"names a column twice: {next(name for name in header if header.count(name) > 1)}"

@@ -30,6 +30,22 @@ def sources_of(config: DataConfig, split: SplitName) -> Mapping[str, SourceConfi
     return sources
 
 
+def counts_broken_rows(config: DataConfig, split: SplitName, name: str) -> bool:
+    """Whether a source counts the rows that are no records, which belong to no value of `where` or `validation_split`.
+
+    The first source that reads the file to its end does, in the order train, validation, test, so that each such row
+    is counted once.
+    """
+    source = sources_of(config, split)[name]
+    for earlier in SPLITS:
+        for other_name, other in _sources(config, earlier).items():
+            if (earlier, other_name) == (split, name):
+                return True
+            if (other.path, other.split, other.limit) == (source.path, source.split, None):
+                return False
+    return True
+
+
 def belongs_to(fields: Mapping[str, str], config: DataConfig, split: SplitName) -> bool:
     """Whether a record of one of the split's sources is in the split.
 

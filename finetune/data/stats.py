@@ -41,8 +41,7 @@ def collect(config: RunConfig, *, duplicates: bool = True) -> dict[str, Any]:
     Raises:
         FinetuneError: see `load_split`.
     """
-    lenient = dataclasses.replace(config.data, on_bad_row="skip", max_skipped_share=1.0)
-    splits = {name: load_split(lenient, name) for name in split_names(config.data)}
+    splits = {name: load_split(config.data, name, check=False) for name in split_names(config.data)}
     result: dict[str, Any] = {"splits": {name: _figures(split, config) for name, split in splits.items()}}
     if duplicates:
         found = find_duplicates({name: _texts(split) for name, split in splits.items()})
@@ -95,7 +94,9 @@ def _by_channel(counts: NDArray[np.int64]) -> dict[str, int]:
 
 
 def _lengths(lengths: Sequence[int]) -> dict[str, Any]:
-    """Quantiles, and a histogram of equal steps; a bin holds lengths above `from`, up to `to`."""
+    """Quantiles, and a histogram of equal steps; a bin holds lengths above `from`, up to `to`. Nothing of no sample."""
+    if len(lengths) == 0:
+        return {}
     values = np.array(lengths)
     step = _round_step((values.max() - values.min()) / _BINS)
     edges = np.arange((values.min() - 1) // step * step, values.max() + step, step)
@@ -125,14 +126,14 @@ def _packing(split: Split, lengths: Sequence[int], config: RunConfig) -> dict[st
     """The rows of the first epoch, as a run would pack them."""
     data = config.data
     taken = list(range(len(lengths)))
-    if split.name == "train":
+    if taken and split.name == "train":
         taken = Mixture(split.source_sizes, data.train, data.mix_temperature, config.seed).samples(0).tolist()
     sizes = [lengths[number] for number in taken]
     rows = pack(sizes, data.max_length, np.random.default_rng([config.seed, 0])) if data.pack else [
         [place] for place in range(len(taken))
     ]  # fmt: skip
     ends = np.cumsum([0, *split.source_sizes.values()])
-    per_source = np.histogram(np.array(taken), ends)[0].tolist() if taken else []
+    per_source = np.histogram(np.array(taken), ends)[0].tolist() if taken else [0] * len(split.source_sizes)
     return {
         "max_length": data.max_length,
         "samples": len(taken),
@@ -159,6 +160,8 @@ def _texts(split: Split) -> list[Text]:
 def _split_lines(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
     total = max(1, figures["tokens"])
     yield f"{name}: {figures['records']:,} records, {figures['samples']:,} samples, {figures['tokens']:,} tokens"
+    if not figures["samples"]:
+        yield "  nothing to use: a run stops here"
     forms = ", ".join(f"{form} {count:,}" for form, count in figures["forms"].items())
     yield f"  form: {forms}"
     if figures["unused_keys"]:
@@ -174,7 +177,8 @@ def _split_lines(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
         f"  packing: {packing['samples']:,} samples into {packing['rows']:,} rows of {packing['max_length']:,} tokens, "
         f"{packing['efficiency']:.2%} filled"
     )
-    yield from _length_lines(figures["lengths"])
+    if figures["lengths"]:
+        yield from _length_lines(figures["lengths"])
     yield f"  truncated: {figures['truncated']:,} samples"
     for what in ("dropped", "skipped"):
         yield from _left_out_lines(what, figures[what])

@@ -137,6 +137,7 @@ def test_every_word_of_a_split_is_a_source(tmp_path: Path, capsys: pytest.Captur
         (["mine.yaml", "--data", "rows.jsonl", "--model", "tini"], 2, "did you mean tiny?"),
         (["mine.yaml", "--data", "rowz.jsonl"], 3, "rows.jsonl"),
         (["mine.yaml", "--data", "bad.jsonl"], 3, "none of the first"),
+        (["mine.yaml", "--data", "numbers.jsonl"], 3, "`columns: {label: answer}` beside the path"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(
@@ -151,6 +152,7 @@ def test_bad_input_is_named_and_nothing_is_written(
     Path("there.yaml").write_text("")
     write_rows(Path("rows.jsonl"), [{"instruction": "a", "output": "b"}])
     write_rows(Path("bad.jsonl"), [{"instruction": 1}])
+    write_rows(Path("numbers.jsonl"), [{"prompt": "a", "completion": "0", "answer": 0}])
     assert main(["recipes", "new", *arguments]) == code
     assert message in capsys.readouterr().err
     assert not Path("mine.yaml").exists()

@@ -25,6 +25,12 @@ from finetune.errors import InputError
 ROWS_READ = 100_000
 RECORDS_MEASURED = 2000  # of them as tokens, which takes longest
 _LONGEST_NAME = 40
+_FIX_FORM = (
+    "a record holds `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, or `text`"
+)
+_FIX_ANSWER = (
+    "write answers as text, or in a recipe rename what is no answer: `columns: {label: answer}` beside the path"
+)
 _SHARES = (ValidationSplitConfig.share, 0.1, 0.2)
 
 
@@ -139,8 +145,7 @@ def look_at(path: str) -> FileFacts:
         raise InputError(
             f"none of the first {seen.rows:,} records of {path} can be used",
             why=f"{count_kinds(seen.bad)}; {seen.bad[0].where}: {seen.bad[0].reason}" if seen.bad else "there is none",
-            fix="a record holds `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, or "
-            "`text`",
+            fix=_FIX_ANSWER if {row.kind for row in seen.bad} == {"bad answer"} else _FIX_FORM,
         )
     glances = seen.glances
     ignored = {"id", "answer", *(key for keys in KEYS_OF_FORM.values() for key in keys)}

@@ -92,7 +92,9 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
         "confidence": config.evaluate.confidence,
         "suites": [summarise_suite(suite, log, config.evaluate.confidence) for suite in suites],
         "contamination": _contamination(test, train, log, config),
-        "answers": summarise_answers(test, log, options.generate, train) if options.generate else None,
+        "answers": summarise_answers(test, log, options.generate, train, config.evaluate.confidence)
+        if options.generate
+        else None,
     }
     staging = out / "summary.json.partial"
     staging.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

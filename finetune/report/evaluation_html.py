@@ -50,8 +50,8 @@ def _reliability(found: Reliability) -> str:
     rows = [(TITLES[who], *row) for who, bins in found.bins.items() for row in reliability_rows(bins)]
     table = rows_table(("", "confidence", "rows", "mean confidence", "accuracy"), rows)
     note = (
-        "On the pale dotted line confidence equals accuracy; under it the model is surer than it is right. Large dots stand "
-        f"for many rows; a line is the {found.confidence:.0%} interval of a dot's accuracy."
+        "On the pale dotted line confidence equals accuracy; under it the model is surer than it is right. Large dots "
+        f"stand for many rows; a line is the {found.confidence:.0%} interval of a dot's accuracy."
     )
     return (
         f'<div class="reliability">{drawn}</div><p><small>{note}</small></p>'

@@ -60,7 +60,9 @@ def introduction(summary: Summary) -> str:
 def evaluation_parts(summary: Summary) -> list[Part]:
     """Everything a `summary.json` holds, in the order in which it is read."""
     suites = summary.get("suites") or []
-    parts = [_losses(suites)] if suites else []
+    parts = [Part("To know before reading", list(notes))] if (notes := summary.get("notes")) else []
+    if suites:
+        parts.append(_losses(suites))
     for suite in suites:
         if "accuracy" in suite:
             shown, details = label_content(suite, summary.get("confidence", 0.95))
@@ -95,9 +97,10 @@ def _losses(suites: Sequence[Summary]) -> Part:
 
 
 def _contamination(found: Summary) -> Part:
+    copies = f" ({found['copies']} are copies of one)" if "copies" in found else ""
     content: list[Piece] = [
-        f"{found['seen']} of {found['rows']} test rows have half or more of their 13-word runs in the training rows; "
-        f"{found['touched']} have any; {found['too_short']} are too short to tell."
+        f"{found['seen']} of {found['rows']} test rows have half or more of their 13-word runs in the training rows"
+        f"{copies}; {found['touched']} have any; {found['too_short']} are too short to tell."
     ]
     if (without := found.get("without_seen")) is not None:
         titles = {"loss": "loss", **FIGURES}
@@ -115,14 +118,15 @@ def _answers(found: Summary) -> Part:
     # Older summaries hold the share of each model alone.
     exact = found.get("exact") or {who: found[who]["exact"] for who in WHO if "exact" in found[who]}
     if exact:
-        rows.append(("equal to the answer", *figure_row(exact)))
+        of_rows = f" ({found['exact_rows']} rows)" if "exact_rows" in found else ""
+        rows.append((f"equal to the answer{of_rows}", *figure_row(exact)))
     content: list[Piece] = [Table(("", *figure_titles()), rows)]
     if "intervals" in found["base"]:
         content.append("Behind a count stands the interval of its share of the rows.")
     if "mcnemar" in exact:
         content.append(f"Equal to the answer: {mcnemar_in_words(exact['mcnemar'])}")
     if (prose := found.get("prose")) is not None:
-        content.append(_prose(prose))
+        content.append(_prose(prose, found.get("prose_rows", total)))
     return Part(f"Generated answers ({total} rows)", content)
 
 
@@ -136,13 +140,13 @@ def _answer_cell(found: Summary, key: str, total: int) -> str:
     return figure({"value": value, "interval": interval}, ".0f")
 
 
-def _prose(prose: Summary) -> Table:
+def _prose(prose: Summary, num_rows: int) -> Table:
     columns = [who for who in (*WHO, "reference") if who in prose]
     rows = [
         (title, *(figure(prose[who].get(key), ".4g") for who in columns))
         for key, title in _titled(prose["base"], _PROSE)
     ]
-    return Table(("prose", *(TITLES[who] for who in columns)), rows)
+    return Table((f"prose ({num_rows} rows)", *(TITLES[who] for who in columns)), rows)
 
 
 def _titled(found: Summary, titles: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -77,7 +77,7 @@ def _each_label(suite: Suite, confusion: Mapping[str, Sequence[Sequence[int]]]) 
         return []
     head = ["label", "rows"]
     for name in ("chosen", "F1", "precision", "recall"):
-        head += [f"{name}, {TITLES[who]}" for who in WHO]
+        head += [f"{name} before", f"{name} after"]
     rows = [
         (
             each["label"],
@@ -88,8 +88,9 @@ def _each_label(suite: Suite, confusion: Mapping[str, Sequence[Sequence[int]]]) 
         for each in per_label
     ]
     note = (
-        "Label by label. Precision: of the rows that were given the label, how many have it; recall: of the rows that "
-        "have it, how many were given it. A label with few rows has a wide interval."
+        "Label by label, before (base) and after (base + adapter). Precision: of the rows that were given the label, "
+        "how many have it; recall: of the rows that have it, how many were given it. A label with few rows has a wide "
+        "interval."
     )
     return [note, Table(head, rows, names=True)]
 

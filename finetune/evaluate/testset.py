@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.config.locate import SHIPPED_PREFIX, matching_files, resolve_data_path
-from finetune.config.schema import DataConfig, RunConfig, SourceConfig
+from finetune.config.schema import DataConfig, RunConfig, SourceConfig, ValidationSplitConfig
 from finetune.console import warn
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
@@ -95,7 +95,14 @@ def retention_suites(config: DataConfig, rows: int, seed: int) -> list[Suite]:
             warn(f"retention: {domain} is not installed; `finetune data prepare {domain}` builds it")
             continue
         source = SourceConfig(path=str(path), where={"split": "test"})
-        data = replace(config, train={}, validation={}, test={domain: source}, max_length=max(4096, config.max_length))
+        data = replace(
+            config,
+            train={},
+            validation={},
+            validation_split=ValidationSplitConfig(),
+            test={domain: source},
+            max_length=max(4096, config.max_length),
+        )
         split = load_split(data, "test")
         chosen = stratified_subset(split.records, rows, seed)
         labels = label_set(split.records)

@@ -15,12 +15,18 @@ def describe_evaluation(summary: dict[str, Any]) -> str:
         f"# {code(summary['adapter'])} against its base",
         f"Base {code(summary['base']['name'])}, identity `{summary['base']['identity'][:16]}`. Both saw the same "
         f"rows; intervals are {summary['confidence']:.0%}, differences are paired row by row.",
+        _notes(summary),
         _losses(summary["suites"]),
         *(_labels(suite) for suite in summary["suites"] if "accuracy" in suite),
         _contamination(summary.get("contamination")),
         _answers(summary.get("answers")),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _notes(summary: dict[str, Any]) -> str:
+    notes = summary.get("notes")
+    return "\n".join(["## To know before reading", "", *(f"* {note}" for note in notes)]) if notes else ""
 
 
 def _losses(suites: list[dict[str, Any]]) -> str:

@@ -38,7 +38,7 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
     Args:
         path: a run directory, or an adapter directory.
         out: where figures go; rows measured there under the same settings are not measured again. None: `evaluation`
-            in the run, or beside the adapter.
+            in the run (`evaluation-RECIPE` for another recipe's rows), or beside the adapter.
         options: what to evaluate.
 
     Returns:
@@ -135,7 +135,8 @@ def _contamination(
     """Test rows seen in training, and the figures without them."""
     if train is None:
         return None
-    found = find_contamination(map(_text, train), [_text(record) for record in test.rows.records])
+    records = [test.rows.records[row] for row in test.rows.first_rows]
+    found = find_contamination(map(_text, train), [_text(record) for record in records])
     say(found.describe())
     seen = np.array(found.seen)
     result: dict[str, Any] = {
@@ -143,10 +144,10 @@ def _contamination(
         "seen": int(seen.sum()),
         "touched": sum(share > 0 for share in found.shares),
         "too_short": found.too_short,
-        "seen_ids": [record.id for record, is_seen in zip(test.rows.records, seen, strict=True) if is_seen],
+        "seen_ids": [record.id for record, is_seen in zip(records, seen, strict=True) if is_seen],
     }
     if 0 < seen.sum() < len(seen):
-        result["without_seen"] = summarise_suite(test, log, config.evaluate.confidence, ~seen)
+        result["without_seen"] = summarise_suite(test, log, config.evaluate.confidence, ~seen[test.rows.record_numbers])
     return result
 
 

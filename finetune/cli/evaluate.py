@@ -36,9 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=1.0, metavar="P", help="share of probability to choose among (default: 1)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of sampling and of the choice of rows (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of sampling; the rows are the same for every seed (default: 0)",
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where figures go (default: RUN/evaluation)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where figures go (default: RUN/evaluation, with --recipe RUN/evaluation-RECIPE)",
+    )
     parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as in the run")
@@ -71,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
 
     options = EvaluationOptions(
         recipe=_recipe(args.recipe) if args.recipe else None,
+        recipe_name=Path(args.recipe).stem if args.recipe else None,
         rows=args.rows,
         retention=args.retention,
         generate=args.generate,

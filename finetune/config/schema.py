@@ -342,7 +342,7 @@ class RunConfig(Strict):
     Attributes:
         name: directory name under `output_dir`. None: the recipe's name and the time.
         output_dir: where run directories are made.
-        seed: the one seed: adapter initialisation, order of rows, evaluation subsets.
+        seed: the one seed: adapter initialisation, order of rows. Which rows are evaluated does not depend on it.
     """
 
     name: str | None = None

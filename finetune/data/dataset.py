@@ -33,6 +33,7 @@ class Split:
         forms: how many records came in which form.
         num_records: records that the samples were made of.
         num_tokens, num_trained_tokens: of all samples; trained is what has a loss weight above 0.
+        answers: by source, how many records have which `answer` (see `Facts`).
         fingerprint: sha256 over the samples' token ids and weights, in order: what is trained, wherever it is from.
     """
 
@@ -47,6 +48,7 @@ class Split:
     num_records: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
+    answers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     fingerprint: str = ""
 
 
@@ -86,6 +88,7 @@ def load_split(config: DataConfig, split: SplitName) -> Split:
         facts.num_records,
         facts.num_tokens,
         facts.num_trained_tokens,
+        facts.answers,
         facts.fingerprint,
     )
 

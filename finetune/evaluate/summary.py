@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -38,25 +39,31 @@ def summarise_suite(
         suite: what was scored.
         log: with all its rows.
         confidence: level of the intervals.
-        keep: bool [n], rows that count. None: all.
+        keep: bool [n], rows that count, with all rows of a record or none. None: all.
 
     Returns:
-        `rows`; `loss` and, for a label set, `accuracy` (likelihood of the whole answer) and `accuracy_per_token`, each
-        with `base`, `adapter`, `difference` and their intervals; for labels also McNemar's test and what
-        `figures.label_figures` gives. With one row no interval, but for shares.
+        `rows` and how many `records` they are of, which intervals resample; `loss` and, for a label set, `accuracy`
+        (likelihood of the whole answer) and `accuracy_per_token`, each with `base`, `adapter`, `difference` and their
+        intervals; for labels also McNemar's test and what `figures.label_figures` gives. With one record no interval,
+        but for shares.
     """
     chosen = [n for n in range(len(suite.rows.samples)) if keep is None or keep[n]]
     by_who = {who: [log.rows["score", who, suite.name, n] for n in chosen] for who in WHO}
     nll = {who: np.array([row["nll"] for row in rows]) for who, rows in by_who.items()}
     weight = np.array([row["weight"] for row in by_who["base"]])
+    sums = {who: suite.rows.by_record(nll[who], chosen) for who in WHO}
+    weights = suite.rows.by_record(weight, chosen)
     figures: dict[str, Any] = {
         "suite": suite.name,
         "rows": len(chosen),
-        "loss": _loss(nll, weight, confidence),
+        "records": len(weights),
+        "loss": _loss(sums, weights, confidence),
     }
     figures["perplexity"] = {who: _exponential(figures["loss"][who]) for who in WHO}
     if suite.rows.labels is not None:
-        figures |= _labels(suite, by_who, chosen, confidence)
+        labelled = [n for n in chosen if n in suite.rows.labelled_rows]
+        scored = {who: [log.rows["score", who, suite.name, n] for n in labelled] for who in WHO}
+        figures |= _labels(suite, scored, labelled, confidence)
     return figures
 
 
@@ -91,7 +98,7 @@ def _loss(nll: Mapping[str, NDArray[np.float64]], weight: NDArray[np.float64], c
 
 
 def summarise_answers(
-    suite: Suite, log: RowLog, count: int, train: Sequence[Record], confidence: float
+    suite: Suite, log: RowLog, count: int, train: Sequence[Record] | None, confidence: float
 ) -> dict[str, Any]:
     """Figures of generated answers.
 
@@ -99,13 +106,14 @@ def summarise_answers(
         suite: whose rows were answered.
         log: with the answers.
         count: how many were asked for.
-        train: training records, for what was copied and for whose voice it is.
+        train: training records, for what was copied and for whose voice it is; None if they are not known, and then
+            these figures are left out.
         confidence: level of the intervals.
 
     Returns:
         By `base` and `adapter`: how many stopped, were cut, broke harmony's form or refused, with `intervals` of their
-        shares. For rows with an answer `exact`, the share that equals it, paired and tested like accuracy; for prose
-        (rows without one) how varied it is, what was copied, whose voice it has.
+        shares. For the `exact_rows` rows with an answer `exact`, the share that equals it, paired and tested like
+        accuracy; for the `prose_rows` without one how varied they are, what was copied, whose voice they have.
     """
     numbers = answered_rows(suite.rows, count)
     records = [suite.rows.records[n] for n in numbers]
@@ -115,17 +123,20 @@ def summarise_answers(
         "rows": len(numbers),
         **{who: _form(rows[who], confidence) for who in WHO},
     }
-    if all(record.answer is not None for record in records):
+    exact = [n for n, record in enumerate(records) if record.answer is not None]
+    prose = [n for n, record in enumerate(records) if record.answer is None]
+    figures |= {"exact_rows": len(exact), "prose_rows": len(prose)}
+    if exact:
         same = {
-            who: np.array(
-                [_plain(row["final"]) == _plain(r.answer or "") for row, r in zip(rows[who], records, strict=True)]
-            )
+            who: np.array([_plain(rows[who][n]["final"]) == _plain(records[n].answer or "") for n in exact])
             for who in WHO
         }
-        return figures | {"exact": compared_shares(same, confidence)}
-    texts = {who: [row["final"] for row in rows[who]] for who in WHO}
-    texts["reference"] = [record.messages[-1].content for record in records]
-    return figures | {"prose": _prose(texts, records, train)}
+        figures["exact"] = compared_shares(same, confidence)
+    if prose:
+        texts = {who: [rows[who][n]["final"] for n in prose] for who in WHO}
+        texts["reference"] = [records[n].messages[-1].content for n in prose]
+        figures["prose"] = _prose(texts, [records[n] for n in prose], train)
+    return figures
 
 
 def _form(rows: Rows, confidence: float) -> dict[str, Any]:
@@ -146,21 +157,20 @@ def _form(rows: Rows, confidence: float) -> dict[str, Any]:
     }
 
 
-def _prose(texts: Mapping[str, Sequence[str]], records: Sequence[Record], train: Sequence[Record]) -> dict[str, Any]:
+def _prose(
+    texts: Mapping[str, Sequence[str]], records: Sequence[Record], train: Sequence[Record] | None
+) -> dict[str, Any]:
     """Variety, copying and voice of the base's, the adapter's and the reference texts."""
-    answers = [record.messages[-1].content for record in train if record.messages]
+    answers = [record.messages[-1].content for record in train or () if record.messages]
     seen = TrainingText(answers)
-    authors = [record.fields.get("author", "") for record in train if record.messages]
+    authors = [record.fields.get("author", "") for record in train or () if record.messages]
     classifier = AuthorClassifier(answers, authors) if len(set(authors)) > 1 else None
     figures: dict[str, Any] = {}
     for who, written in texts.items():
-        copies = sorted(seen.longest_copy(text) for text in written)
-        figures[who] = {
-            "distinct_1": distinctness(written, 1),
-            "distinct_2": distinctness(written, 2),
-            "longest_copy_words": copies[-1],
-            "median_copy_words": copies[len(copies) // 2],
-        }
+        figures[who] = {"distinct_1": distinctness(written, 1), "distinct_2": distinctness(written, 2)}
+        if train is not None:
+            copies = [seen.longest_copy(text) for text in written]
+            figures[who] |= {"longest_copy_words": max(copies), "median_copy_words": median(copies)}
         if classifier is not None:
             voices = [
                 classifier.classify(text) == r.fields.get("author") for text, r in zip(written, records, strict=True)

@@ -85,7 +85,8 @@ def _answer(opened: OpenedModel, suite: Suite, who: str, log: RowLog, count: int
 
 
 def _text_line(who: str, suite: Suite, row: int, tokens: list[int]) -> dict[str, Any]:
-    read, record = read_completion(tokens), suite.rows.records[row]
+    record = suite.rows.records[row]
+    read = read_completion(tokens, record.conversation.tools.recipients)
     question = next((message.content for message in reversed(record.messages) if message.role == "user"), "")
     return {
         "measured": "text", "who": who, "suite": suite.name, "row": row, "tokens": len(tokens),

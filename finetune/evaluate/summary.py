@@ -128,7 +128,10 @@ def summarise_answers(suite: Suite, log: RowLog, count: int, train: Sequence[Rec
     figures: dict[str, Any] = {"suite": suite.name, "rows": len(numbers), **{who: _form(rows[who]) for who in WHO}}
     if all(record.answer is not None for record in records):
         for who in WHO:
-            same = [_plain(row["final"]) == _plain(r.answer or "") for row, r in zip(rows[who], records, strict=True)]
+            same = [
+                row["error"] is None and _plain(row["final"]) == _plain(record.answer or "")
+                for row, record in zip(rows[who], records, strict=True)
+            ]
             figures[who]["exact"] = sum(same) / len(same)
         return figures
     texts = {who: [row["final"] for row in rows[who]] for who in WHO}

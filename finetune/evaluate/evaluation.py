@@ -152,6 +152,7 @@ def _contamination(test: Suite, train: Sequence[Record], log: RowLog, config: Ru
         "rows": len(seen),
         "seen": int(seen.sum()),
         "touched": sum(share > 0 for share in found.shares),
+        "copies": found.copies,
         "too_short": found.too_short,
         "seen_ids": [record.id for record, is_seen in zip(test.rows.records, seen, strict=True) if is_seen],
     }

@@ -8,9 +8,11 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from sklearn.naive_bayes import MultinomialNB
 
+from finetune.data.render import render_answer
 from finetune.evaluate.classification import Classification, mcnemar
 from finetune.evaluate.contamination import WORDS, find_contamination
 from finetune.evaluate.intervals import paired_ratio_interval
+from finetune.evaluate.labels import own_tokens
 from finetune.evaluate.prose import AuthorClassifier, TrainingText, distinctness
 
 LABELS = ("a", "b", "c", "d")
@@ -38,10 +40,26 @@ def test_figures_equal_scikit_learn(scored: tuple[np.ndarray, np.ndarray]) -> No
 
 def test_length_normalised_scores_choose_by_token(scored: tuple[np.ndarray, np.ndarray]) -> None:
     scores, right = scored
-    lengths = np.array([4, 5, 6, 9])
-    found = Classification.of(LABELS, scores, right, lengths)
+    lengths, header = np.array([1, 2, 3, 6]), np.linspace(-40, 0, len(right))
+    found = Classification.of(LABELS, scores + header[:, None], right, (header, lengths))
     assert (found.chosen == (scores / lengths).argmax(1)).all()
     assert (found.chosen != scores.argmax(1)).any()
+
+
+@pytest.mark.parametrize("header", [0.0, -1.0, -12.0, -40.0])
+def test_an_unlikely_header_does_not_choose_the_longer_label(header: float) -> None:
+    """Own nats -1 and -8: per token -0.5 and -1.1, whatever the header before both costs."""
+    labels = ("Insurance", "No-Solicit Of Employees")
+    header_length = 3  # <|channel|>final<|message|>
+    whole = np.array([len(render_answer(label)) for label in labels])
+    assert (own_tokens(labels) == whole - header_length).all() and (own_tokens(labels) == [2, 7]).all()
+    nats, shared = np.array([[-1.0, -8.0]]) + header, np.array([header])
+    found = Classification.of(labels, nats, np.array([0]), (shared, own_tokens(labels)))
+    assert found.accuracy == 1 and found.confidence[0] == pytest.approx(1 / (1 + np.exp(0.5 - 8 / 7)))
+
+
+def test_what_labels_themselves_begin_with_is_shared_too() -> None:
+    assert (own_tokens(("No-Solicit", "No-Solicit Of Employees")) == [1, 3]).all()
 
 
 def test_calibration_error_by_hand() -> None:

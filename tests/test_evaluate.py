@@ -163,6 +163,8 @@ def test_label_scores_equal_one_answer_at_a_time(
             answer = render_answer(scored.labels[column])
             log_probability = reference_log_probabilities(reference, prompt + answer)[-len(answer) :]
             assert scored.log_likelihood[number, column] == pytest.approx(log_probability.sum().item(), abs=1e-4)
+            assert scored.shared is not None
+            assert scored.shared[number] == pytest.approx(log_probability[:3].sum().item(), abs=1e-4)  # the header
 
 
 def test_a_label_computed_after_another_clause_scores_otherwise(

@@ -59,14 +59,17 @@ def _score(opened: OpenedModel, suite: Suite, who: str, log: RowLog) -> None:
                 fix="check the base, the adapter and the rows",
             )
         labels: Sequence[list[float] | None] = [None] * len(chunk)
+        shared: Sequence[float | None] = [None] * len(chunk)
         if rows.labels is not None:
             records = [rows.records[n] for n in chunk]
             scores = score_labels(model, records, rows.labels, suite.data, task=f"{suite.name} labels, {who}")
             labels = scores.log_likelihood.tolist()
+            shared = [None] * len(chunk) if scores.shared is None else scores.shared.tolist()
         log.append(
             {
                 "measured": "score", "who": who, "suite": suite.name, "row": row,
                 "nll": float(loss.nll[place]), "weight": float(loss.weight[place]), "labels": labels[place],
+                "shared_nats": shared[place],
             }
             for place, row in enumerate(chunk)
         )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from finetune.data.duplicates import normalise
@@ -82,7 +82,7 @@ def find_contamination(train: Iterable[str], test: Sequence[str]) -> Contaminati
     return Contamination(shares, too_short, sum(is_copy))
 
 
-def _own_runs(runs: Sequence[int], rows_with: Mapping[int, int], limit: float) -> set[int]:
+def _own_runs(runs: Sequence[int], rows_with: Counter[int], limit: float) -> set[int]:
     """The runs that are not common and share no word with the task's wording; `runs[i]` begins at word i."""
     counts = [rows_with[run] for run in runs]
     is_wording = [False] * (len(runs) + WORDS - 1)  # by word

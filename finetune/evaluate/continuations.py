@@ -43,12 +43,14 @@ class GroupScores:
     """Scores of a group's answers.
 
     Attributes:
-        log_likelihood: float64 [answers], nats of all of an answer's tokens.
+        log_likelihood: float64 [answers], nats of all of an answer's tokens, the shared ones among them.
         is_greedy: bool [answers], each of its tokens is the likeliest at its place.
+        shared: nats of the `num_scored` tokens alone; 0 if there are none.
     """
 
     log_likelihood: NDArray[np.float64]
     is_greedy: NDArray[np.bool_]
+    shared: float
 
 
 @torch.no_grad()
@@ -72,6 +74,7 @@ def score_row(model: GptOssForCausalLM, groups: Sequence[Group]) -> list[GroupSc
         GroupScores(
             np.array([nats[shared].sum() + nats[own].sum() for own in answers]),
             np.array([bool(greedy[shared].all() and greedy[own].all()) for own in answers]),
+            float(nats[shared].sum()),
         )
         for shared, answers in spans
     ]

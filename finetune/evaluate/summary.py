@@ -14,7 +14,7 @@ from finetune.data.sources import Record
 from finetune.evaluate.classification import Classification, mcnemar
 from finetune.evaluate.compare import WHO, answered_rows
 from finetune.evaluate.intervals import bootstrap_ratio_interval, paired_ratio_interval, wilson_interval
-from finetune.evaluate.labels import label_tokens
+from finetune.evaluate.labels import own_tokens
 from finetune.evaluate.prose import AuthorClassifier, TrainingText, distinctness
 from finetune.evaluate.row_log import RowLog
 from finetune.evaluate.testset import Suite
@@ -75,8 +75,12 @@ def _labels(suite: Suite, by_who: Mapping[str, Rows], chosen: Sequence[int], con
         "num_labels": len(labels),
         "best_constant": float(np.bincount(right).max() / len(right)),
     }
-    for name, lengths in (("accuracy", None), ("accuracy_per_token", label_tokens(labels))):
-        found = {who: Classification.of(labels, scores[who], right, lengths) for who in WHO}
+    shared = {who: np.array([row["shared_nats"] for row in rows]) for who, rows in by_who.items()}
+    for name, tokens in (("accuracy", None), ("accuracy_per_token", own_tokens(labels))):
+        found = {
+            who: Classification.of(labels, scores[who], right, None if tokens is None else (shared[who], tokens))
+            for who in WHO
+        }
         figures[name] = _accuracy(found, confidence)
         if name == "accuracy":
             figures["macro_f1"] = {who: found[who].macro_f1 for who in WHO}

@@ -26,11 +26,20 @@ class Group:
         prompt: token ids, more than `num_scored`.
         answers: token ids of each, at least one.
         num_scored: tokens at the prompt's end that all answers begin with: they count in each answer's likelihood.
+
+    Raises:
+        ValueError: nothing is left of the prompt to predict the first scored token from.
     """
 
     prompt: Sequence[int]
     answers: Sequence[Sequence[int]]
     num_scored: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) <= self.num_scored:
+            raise ValueError(
+                f"a prompt of {len(self.prompt)} tokens, {self.num_scored} of them scored, predicts nothing"
+            )
 
     @property
     def num_tokens(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,16 +14,12 @@ from finetune.evaluate.classification import Classification, mcnemar
 from finetune.evaluate.compare import WHO, answered_rows
 from finetune.evaluate.intervals import bootstrap_ratio_interval, paired_ratio_interval, wilson_interval
 from finetune.evaluate.labels import own_tokens
-from finetune.evaluate.prose import AuthorClassifier, TrainingText, distinctness
+from finetune.evaluate.prose import prose_figures
+from finetune.evaluate.refusals import is_refusal
 from finetune.evaluate.row_log import RowLog
 from finetune.evaluate.testset import Suite
 
 Rows = list[dict[str, Any]]
-_REFUSAL = re.compile(
-    r"\b(i(?:['’]m| am) sorry|i (?:can(?:no|['’])t|am unable to|won['’]t) (?:help|assist|comply|provide|do that|answer)"
-    r"|as an ai\b)",
-    re.IGNORECASE,
-)
 _MOST_CONFUSED = 8
 
 
@@ -132,15 +127,12 @@ def summarise_answers(suite: Suite, log: RowLog, count: int, train: Sequence[Rec
     figures: dict[str, Any] = {"suite": suite.name, "rows": len(numbers), **{who: _form(rows[who]) for who in WHO}}
     if all(record.answer is not None for record in records):
         for who in WHO:
-            same = [
-                row["error"] is None and _plain(row["final"]) == _plain(record.answer or "")
-                for row, record in zip(rows[who], records, strict=True)
-            ]
+            same = [_is_exact(row, record) for row, record in zip(rows[who], records, strict=True)]
             figures[who]["exact"] = sum(same) / len(same)
         return figures
     texts = {who: [row["final"] for row in rows[who]] for who in WHO}
     texts["reference"] = [record.messages[-1].content for record in records]
-    return figures | {"prose": _prose(texts, records, train)}
+    return figures | {"prose": prose_figures(texts, records, train)}
 
 
 def _form(rows: Rows) -> dict[str, Any]:
@@ -148,32 +140,9 @@ def _form(rows: Rows) -> dict[str, Any]:
         "stopped": sum(row["stopped"] for row in rows),
         "cut": sum(not row["stopped"] for row in rows),
         "format_errors": sum(row["error"] is not None for row in rows),
-        "refusals": sum(bool(_REFUSAL.search(row["final"])) for row in rows),
+        "refusals": sum(is_refusal(row["final"]) for row in rows),
         "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
     }
-
-
-def _prose(texts: Mapping[str, Sequence[str]], records: Sequence[Record], train: Sequence[Record]) -> dict[str, Any]:
-    """Variety, copying and voice of the base's, the adapter's and the reference texts."""
-    answers = [record.messages[-1].content for record in train if record.messages]
-    seen = TrainingText(answers)
-    authors = [record.fields.get("author", "") for record in train if record.messages]
-    classifier = AuthorClassifier(answers, authors) if len(set(authors)) > 1 else None
-    figures: dict[str, Any] = {}
-    for who, written in texts.items():
-        copies = sorted(seen.longest_copy(text) for text in written)
-        figures[who] = {
-            "distinct_1": distinctness(written, 1),
-            "distinct_2": distinctness(written, 2),
-            "longest_copy_words": copies[-1],
-            "median_copy_words": copies[len(copies) // 2],
-        }
-        if classifier is not None:
-            voices = [
-                classifier.classify(text) == r.fields.get("author") for text, r in zip(written, records, strict=True)
-            ]
-            figures[who]["own_author"] = sum(voices) / len(voices)
-    return figures
 
 
 def _with_interval(value: float, interval: tuple[float, float]) -> dict[str, Any]:
@@ -182,6 +151,11 @@ def _with_interval(value: float, interval: tuple[float, float]) -> dict[str, Any
 
 def _exponential(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
+
+
+def _is_exact(row: Mapping[str, Any], record: Record) -> bool:
+    """Whether a generated answer equals the record's; one in a broken form does not."""
+    return row["error"] is None and _plain(row["final"]) == _plain(record.answer or "")
 
 
 def _plain(text: str) -> str:

@@ -207,7 +207,7 @@ class AdaptedModel(TemplateLM):
         return texts
 
     def _prompts(self, requests: Sequence[Instance], batches: Sequence[Batch]) -> dict[int, list[int]]:
-        """Contexts as tokens, cut from the left to leave room for the answers; all are known before the first answer."""
+        """Contexts as tokens, cut from the left to leave room for the answers; all before the first answer."""
         prompts: dict[int, list[int]] = {}
         cut = 0
         for numbers, _, sampling in batches:

@@ -28,6 +28,9 @@ _PROSE = {
     "longest_copy_words": "longest run of words copied from training",
     "median_copy_words": "median of that",
     "own_author": "taken for its own author",
+    "own_author_balanced": "the same, mean over authors",
+    "empty": "empty texts",
+    "refusals": "begin like a refusal",
 }
 
 
@@ -89,8 +92,8 @@ def _losses(suites: Sequence[Summary]) -> Part:
     ]
     head = ("rows", "base", "base + adapter", "difference", "perplexity, base", "perplexity, base + adapter")
     content: list[Piece] = [Table(head, rows)]
-    if any(suite["rows"] == 1 for suite in suites):
-        content.append("One row alone has no interval: nothing tells how another would have come out.")
+    if any(suite.get("records", suite["rows"]) == 1 for suite in suites):
+        content.append("One row or record alone has no interval: nothing tells how another would have come out.")
     if len(suites) > 1:
         content.append("Retention rows are of domains that were not trained on: a rise there is what was forgotten.")
     return Part("Loss, nats per trained token", content)
@@ -127,6 +130,12 @@ def _answers(found: Summary) -> Part:
         content.append(f"Equal to the answer: {mcnemar_in_words(exact['mcnemar'])}")
     if (prose := found.get("prose")) is not None:
         content.append(_prose(prose, found.get("prose_rows", total)))
+        if (authors := prose.get("authors")) is not None:
+            content.append(
+                f"Voices: {authors['known']} authors are known from training. Always naming the same one is right for "
+                f"at most {authors['largest_share']:.3f} of the rows, and for {1 / authors['known']:.3f} as a mean over "
+                f"authors. Rows of unknown authors, which do not count: {authors['unknown_rows']}."
+            )
     return Part(f"Generated answers ({total} rows)", content)
 
 

@@ -29,14 +29,18 @@ from finetune.model.hub import locate_base
 from finetune.model.shapes import ModelShape
 from finetune.model.tiny import write_tiny_base
 
-LARGE_BASES = {"20b": ("openai/gpt-oss-20b", LARGE_20B), "120b": ("openai/gpt-oss-120b", LARGE_120B)}
+LARGE_NAMES = {"20b": "openai/gpt-oss-20b", "120b": "openai/gpt-oss-120b"}
+
+_LARGE_HIDDEN, _EXPERTS_OF_20B = 1024, 32
 
 
 def main() -> None:
     arguments = parse()
-    large = arguments.base in LARGE_BASES
-    name, setting = LARGE_BASES.get(arguments.base, (str(Path(arguments.base).resolve()), TINY))
+    name = LARGE_NAMES.get(arguments.base, str(Path(arguments.base).resolve()))
     directory = locate_base(name, None).directory
+    shape = Checkpoint.open(directory).shape
+    setting = setting_for(shape)
+    large = setting is not TINY
     work = arguments.work.resolve()
     facts = machine(torch.device("cuda" if large else "cpu")) | {"base": name, "base_sha256": digest_of(directory)}
     bases: dict[BaseName, tuple[str, str]] = {"given": (name, digest_of(directory))}
@@ -47,7 +51,7 @@ def main() -> None:
         bases["constructed"] = (str(constructed), digest_of(constructed))
     deadline = time.monotonic() + 60 * arguments.minutes
     runner = Runner(setting, bases, work, lambda: time.monotonic() < deadline)
-    comparison = Comparison(setting, Checkpoint.open(directory).shape, runner, arguments.seeds, large)
+    comparison = Comparison(setting, shape, runner, arguments.seeds, large)
     finished = comparison.run(arguments.tasks)
     missing = comparison.num_runs - len(finished)
     cut = f" {missing} of {comparison.num_runs} runs are not made yet." if missing else ""
@@ -64,13 +68,20 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="directory of a tiny base, 20b or 120b")
+    parser.add_argument("--base", required=True, help="20b, 120b or a checkpoint's directory")
     parser.add_argument("--work", type=Path, required=True, help="where rows and runs lie")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=["legal", "medical", "creative"])
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no work after so many minutes")
     parser.add_argument("--save", metavar="NAME", help="write the tables to bench/results/DATE-NAME and -NAME-rates")
     return parser.parse_args()
+
+
+def setting_for(shape: ModelShape) -> Setting:
+    """How a base of this size is adapted."""
+    if shape.hidden < _LARGE_HIDDEN:
+        return TINY
+    return LARGE_20B if shape.num_experts <= _EXPERTS_OF_20B else LARGE_120B
 
 
 def digest_of(base: Path) -> str:

@@ -34,10 +34,12 @@ def published_shape(name: str) -> ModelShape:
 
 @pytest.mark.parametrize("size", ["tiny", "gpt-oss-20b", "gpt-oss-120b"])
 def test_equal_parameters_are_equal(size: str, tiny_base: Path) -> None:
+    from compare import setting_for
     from compare_plan import LARGE_20B, LARGE_120B, TINY, variants
 
     shape = Checkpoint.open(tiny_base).shape if size == "tiny" else published_shape(size)
     setting = {"tiny": TINY, "gpt-oss-20b": LARGE_20B, "gpt-oss-120b": LARGE_120B}[size]
+    assert setting_for(shape) is setting
     found = variants(setting, shape)
 
     def parameters(name: str) -> int:

@@ -17,6 +17,7 @@ from merging import GATE_UP, without_provenance
 
 from finetune.adapters.files import WEIGHTS
 from finetune.cli.main import main
+from finetune.digest import sha256_of
 from finetune.errors import InputError
 from finetune.export import execute, staging
 from finetune.export.merged import export_merged
@@ -190,6 +191,6 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(
 def test_shards_of_another_export_are_not_kept(tmp_path: Path) -> None:
     first = Staging(tmp_path / "out", "key")
     first.half("a").write_bytes(b"1")
-    first.finish_shard("a", {"sha256": staging.sha256(first.half("a"))})
+    first.finish_shard("a", {"sha256": sha256_of(first.half("a"))})
     assert Staging(tmp_path / "out", "key").shards.keys() == {"a"}
     assert not Staging(tmp_path / "out", "another").shards and not (first.path / "a").exists()

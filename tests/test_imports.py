@@ -28,14 +28,14 @@ ALLOWED = {
     "doctor": {"config", "data", "kernels"},
     "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report", "doctor"},
 }
-FREE = {"errors", "console"}
+FREE = {"errors", "console", "digest"}
 
 # Libraries that only some places may import at all.
 RESERVED = {
     "hydra": {"config/compose.py"},
     "omegaconf": {"config/compose.py"},
 }
-WITHOUT_TORCH = ("config", "cli", "estimate", "report", "errors", "console")
+WITHOUT_TORCH = ("config", "cli", "estimate", "report", "errors", "console", "digest")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed"}
 
 

@@ -105,9 +105,10 @@ def test_over_http_it_is_the_checkouts_file(
     before = written.stat().st_mtime_ns
     assert main(["data", "prepare", "medical", "--from", "http://127.0.0.1:1"]) == 0  # nothing is read again
     assert written.stat().st_mtime_ns == before
-    written.write_bytes(gzip.compress(b"{}\n"))
-    assert main(["data", "prepare", "medical"]) == 3
-    assert "changed or damaged" in capsys.readouterr().err
+    for damaged in (gzip.compress(b"{}\n"), SAMPLE.read_bytes()[:-100], b"no gzip"):
+        written.write_bytes(damaged)
+        assert main(["data", "prepare", "medical"]) == 3
+        assert "changed or damaged" in capsys.readouterr().err
 
 
 def test_what_is_not_the_source_is_refused(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,6 +268,9 @@ def test_clauses_are_built_as_they_ship(
     assert main(command) == 3 and "lacks the column 'Non-Disparagement'" in capsys.readouterr().err
     table.write_bytes(b"not a table\n")
     assert main(command) == 3 and "lacks the column 'Filename'" in capsys.readouterr().err
-    table.write_bytes(clause_table(clauses, columns).replace(b"['Too short.'", b"['Too short.", 1))
-    assert main(command) == 3 and "column 'Insurance' is no list of clauses" in capsys.readouterr().err
+    for cell in (b"['Too short.", b"None, ['Too short.'", b"[1, 'Too short.'"):
+        table.write_bytes(clause_table(clauses, columns).replace(b"['Too short.'", cell, 1))
+        assert main(command) == 3 and "column 'Insurance' is no list of clauses" in capsys.readouterr().err
+    table.write_bytes(clause_table(clauses, columns).decode().encode("latin-1", "replace") + b"\xe9")
+    assert main(command) == 3 and "is not UTF-8" in capsys.readouterr().err
     assert not out.exists()

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune import __version__
-from finetune.adapters.files import PROVENANCE, read_provenance, sha256_of, staged_directory, write_facts
+from finetune.adapters.files import PROVENANCE, read_provenance, staged_directory, write_facts
 from finetune.adapters.lora import Adapter
 from finetune.adapters.sites import Site
 from finetune.adapters.stored import read_router_bias, router_bias_changes, write_router_bias
+from finetune.digest import sha256_of
 from finetune.errors import InputError
 
 COMPACT_WEIGHTS = "adapter_compact.safetensors"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from finetune.adapters.stored import (
 )
 from finetune.config.schema import AdapterConfig
 from finetune.console import warn
+from finetune.digest import sha256_of
 from finetune.errors import CheckError, InputError, MachineError
 from finetune.model.headers import plain_file_name
 
@@ -341,9 +341,3 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         raise InputError(f"{directory} lacks {WEIGHTS}", why="adapters are read from safetensors only") from error
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged", why=str(error)) from error
-
-
-def sha256_of(path: Path) -> str:
-    """A file's sha256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

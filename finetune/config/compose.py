@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -39,16 +38,12 @@ class ComposedConfig:
     Attributes:
         config: what the run uses.
         recipe_name: a shipped recipe's name, or the stem of one's own file.
-        recipe_path: the recipe's file.
         overrides: the command line's overrides as typed.
-        plain: what Hydra composed, references resolved, before the schema's defaults.
     """
 
     config: RunConfig
     recipe_name: str
-    recipe_path: Path
     overrides: tuple[str, ...]
-    plain: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> ComposedConfig:
     raise_problems([problem for layer in layers for problem in unknown_keys(layer)], layers)
     plain = _run_hydra(recipe_layer.data, choices, command_line.texts, layers)
     raise_problems(list(lost_mappings([recipe_layer, command_line.layer], plain)), layers)
-    return ComposedConfig(validate(plain, layers), recipe_name(path), path, tuple(overrides), plain)
+    return ComposedConfig(validate(plain, layers), recipe_name(path), tuple(overrides))
 
 
 def _read_overrides(overrides: Sequence[str]) -> _CommandLine:

@@ -22,6 +22,7 @@ from finetune.data.files import broken_file, find_files
 from finetune.data.sources import BadRow
 from finetune.data.splits import SplitName, sources_of
 from finetune.data.tokenizer import RANK_FILE_SHA256
+from finetune.digest import sha256_of
 from finetune.errors import InputError, MachineError
 
 FACTS_FILE = "facts.json"
@@ -99,7 +100,7 @@ def _build_into(directory: Path, key: Mapping[str, Any], config: DataConfig, spl
                 fix="start again when nothing writes to it any more",
             )
         document = dataclasses.asdict(facts)
-        hashes = {name: _sha256(unfinished / name) for name in (SAMPLES_FILE, RECORDS_FILE)}
+        hashes = {name: sha256_of(unfinished / name) for name in (SAMPLES_FILE, RECORDS_FILE)}
         hashes[FACTS_FILE] = _sha256_of(document)
         (unfinished / FACTS_FILE).write_text(json.dumps({"facts": document, "sha256": hashes, "key": key}))
         unfinished.rename(directory)
@@ -117,7 +118,7 @@ def _read_facts(directory: Path) -> Facts | None:
     try:
         document = json.loads((directory / FACTS_FILE).read_text())
         for name in (SAMPLES_FILE, RECORDS_FILE):
-            if _sha256(directory / name) != document["sha256"][name]:
+            if sha256_of(directory / name) != document["sha256"][name]:
                 raise ValueError(f"{name} is not what was written")
         if _sha256_of(document["facts"]) != document["sha256"][FACTS_FILE]:
             raise ValueError(f"{FACTS_FILE} is not what was written")
@@ -151,7 +152,7 @@ def _content(name: str, source: SourceConfig) -> str:
         for found in find_files(name, source.path):
             files = sorted(file for file in found.rglob("*") if file.is_file()) if found.is_dir() else [found]
             for file in files:
-                digest.update(file.name.encode("utf-8", "surrogateescape") + f"\0{_sha256(file)}\n".encode())
+                digest.update(file.name.encode("utf-8", "surrogateescape") + f"\0{sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -181,8 +182,3 @@ def _code() -> str:
 
 def _sha256_of(document: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -96,7 +96,11 @@ def read_table(content: bytes) -> Iterator[Entry]:
         InputError: columns are missing, or a cell is no list.
     """
     csv.field_size_limit(sys.maxsize)
-    rows = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{TABLE} is not UTF-8: {error.reason} at byte {error.start}", fix=CUAD.bring) from None
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     names = [name for name in rows.fieldnames or () if name != "Filename" and not name.endswith("Answer")]
     if "Filename" not in (rows.fieldnames or ()) or (missing := [name for name in CATEGORIES if name not in names]):
         raise InputError(
@@ -106,11 +110,18 @@ def read_table(content: bytes) -> Iterator[Entry]:
         )
     for number, row in enumerate(rows, 2):
         for name in names:
-            try:
-                clauses = ast.literal_eval(row[name] or "[]")
-            except (SyntaxError, ValueError):
-                raise InputError(f"{TABLE}: contract {number}, column {name!r} is no list of clauses") from None
-            yield from ((row["Filename"], name, " ".join(clause.split())) for clause in clauses)
+            for clause in _clauses(row[name], f"{TABLE}: contract {number}, column {name!r}"):
+                yield row["Filename"], name, " ".join(clause.split())
+
+
+def _clauses(cell: str | None, where: str) -> list[str]:
+    try:
+        clauses = ast.literal_eval(cell or "[]")
+    except (SyntaxError, ValueError):
+        clauses = None
+    if not isinstance(clauses, list) or not all(isinstance(clause, str) for clause in clauses):
+        raise InputError(f"{where} is no list of clauses", why="the table was changed, or cut off", fix=CUAD.bring)
+    return clauses
 
 
 def select(entries: list[Entry]) -> Iterator[Entry]:

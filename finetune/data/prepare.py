@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import os
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Literal
 
@@ -67,16 +68,26 @@ def prepare(domain: Domain, source: str | None = None, out: Path | None = None) 
 def _already_there(upstream: Upstream) -> Path | None:
     for path in (shipped_dir("data") / upstream.name, prepared_dir() / upstream.name):
         if path.is_file():
-            found = hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
+            found = _sum_of(path)
             if found == upstream.sha256:
                 say(f"already there, sha256 {found[:12]} as it should be; --out FILE builds it all the same")
                 return path
             raise InputError(
-                f"{path} has sha256 {found[:12]}, not {upstream.sha256[:12]}",
+                f"{path} has sha256 {found[:12]}, not {upstream.sha256[:12]}"
+                if found
+                else f"{path} cannot be unpacked",
                 why="it was changed or damaged",
                 fix="remove it and prepare again",
             )
     return None
+
+
+def _sum_of(path: Path) -> str | None:
+    """sha256 of what a packed file holds; None: it cannot be unpacked."""
+    try:
+        return hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        return None
 
 
 def _write(path: Path, content: bytes) -> None:

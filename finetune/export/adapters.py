@@ -23,6 +23,7 @@ from finetune.adapters.files import (
 )
 from finetune.config.locate import shipped_dir
 from finetune.console import say, warn
+from finetune.digest import sha256_of
 from finetune.export.card import write_card
 from finetune.export.factors import largest_rank, layers_of
 from finetune.export.gguf_lora import FILE, gguf_lora_lines, gguf_lora_tensors, write_gguf_lora
@@ -32,7 +33,7 @@ from finetune.export.peft import adapts_every_layer, peft_contents, served_rank,
 from finetune.export.plan import check_fits
 from finetune.export.sglang import sglang_config, sglang_lines, sglang_tensors
 from finetune.export.source import AdapterSource
-from finetune.export.staging import refuse_existing, sha256
+from finetune.export.staging import refuse_existing
 from finetune.export.targets import CARD, FACTS, AdapterTarget, ExportOptions
 from finetune.export.verify_adapter import verify_adapter
 from finetune.model.checkpoint import CONFIG_FILE, Checkpoint
@@ -98,7 +99,7 @@ def export_adapter(
     if target == "peft":
         write_peft_directory(out, contents.tensors, contents.config, facts, finish)
     else:
-        _write(out, target, contents, facts | {"exported_from": sha256(source.directory / WEIGHTS)}, finish)
+        _write(out, target, contents, facts | {"exported_from": sha256_of(source.directory / WEIGHTS)}, finish)
     for line in contents.lines:
         say(line)
 
@@ -168,7 +169,7 @@ def _write(
         else:
             save_file(contents.tensors, staging / contents.file, metadata={"format": "pt"})
             write_facts(staging / CONFIG, contents.config)
-        files = {path.name: sha256(path) for path in sorted(staging.iterdir())}
+        files = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
         written_by = f"gpt-oss-finetune {__version__}"
         write_facts(staging / PROVENANCE, {"written_by": written_by, "target": target, **facts, "files": files})
         finish(staging)
@@ -190,7 +191,7 @@ def _finish(
         "base": {"name": source.base_name, "revision": source.base_revision, "identity": source.base_identity},
         "adapter": {
             "directory": str(source.directory.resolve()),
-            "sha256": sha256(source.directory / WEIGHTS),
+            "sha256": sha256_of(source.directory / WEIGHTS),
             "sites": len(source.sites),
         },
     }
@@ -200,7 +201,7 @@ def _finish(
         warn("the result was not verified (--no-verify)")
         facts["verification"] = {"skipped": "--no-verify"}
     write_card(staging / CARD, facts, run, lines)
-    files = {path.name: sha256(path) for path in sorted(staging.iterdir())}
+    files = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
     write_facts(staging / FACTS, facts | {"files": files})
 
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from finetune.adapters.files import WEIGHTS, warn_held_as, write_peft_directory
 from finetune.console import Progress, warn
+from finetune.digest import sha256_of
 from finetune.errors import ConfigError, InputError
 from finetune.export.adapters import known_shape
 from finetune.export.factors import layers_of
 from finetune.export.orientation import refuse_swapped
 from finetune.export.peft import adapts_every_layer, peft_contents
 from finetune.export.source import AdapterSource, Factors, open_adapter
-from finetune.export.staging import refuse_existing, sha256
+from finetune.export.staging import refuse_existing
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _facts(adapters: Sequence[Weighted], rank: int | None) -> dict[str, Any]:
             {
                 "directory": str(adapter.source.directory.resolve()),
                 "weight": adapter.weight,
-                "sha256": sha256(adapter.source.directory / WEIGHTS),
+                "sha256": sha256_of(adapter.source.directory / WEIGHTS),
             }
             for adapter in adapters
         ],

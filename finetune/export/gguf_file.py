@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from finetune.console import Progress
+from finetune.digest import sha256_of
 from finetune.errors import InputError, MachineError
 from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
 from finetune.export.merge import Tally, add_to_experts, merge_weight, round_experts
@@ -28,7 +29,7 @@ from finetune.export.plan import MergePlan, Operation
 from finetune.export.rounding.noise import seeded_noise
 from finetune.export.rounding.run import RoundedExperts
 from finetune.export.source import Factors
-from finetune.export.staging import Staging, sha256
+from finetune.export.staging import Staging
 from finetune.model.shapes import ModelShape
 from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK
 from finetune.mxfp4.format import unpack
@@ -132,7 +133,7 @@ def write_gguf(plan: MergePlan, staging: Staging, rounded: RoundedExperts | None
         staging.drop_halves()
         raise
     facts = {key: asdict(tally) for key, tally in tallies.items()}
-    staging.finish_shard(name, {"sha256": sha256(staging.half(name)), "tallies": facts})
+    staging.finish_shard(name, {"sha256": sha256_of(staging.half(name)), "tallies": facts})
     return tallies
 
 

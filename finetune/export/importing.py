@@ -11,6 +11,7 @@ from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
 from finetune.adapters.config_file import read_adapter_config
 from finetune.adapters.files import CONFIG, WEIGHTS, read_provenance, write_peft_directory
 from finetune.console import say, warn
+from finetune.digest import sha256_of
 from finetune.errors import InputError
 from finetune.export.adapters import known_shape
 from finetune.export.compact import expanded
@@ -20,7 +21,7 @@ from finetune.export.peft import adapts_every_layer, peft_contents
 from finetune.export.per_expert import PerExpertFile, holds_per_expert_keys
 from finetune.export.plan import check_fits
 from finetune.export.source import EXPERTS, AdapterSource, Factors, SourceSite, open_adapter, refuse_unsupported
-from finetune.export.staging import refuse_existing, sha256
+from finetune.export.staging import refuse_existing
 from finetune.export.targets import ExportOptions
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.headers import join, read_header
@@ -90,7 +91,7 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
     )
     file = directory / (COMPACT_WEIGHTS if is_compact(directory) else WEIGHTS)
     bias = adapter.source.router_bias
-    write_peft_directory(out, tensors, fields, facts | {"imported_from": sha256(file)}, router_bias=bias)
+    write_peft_directory(out, tensors, fields, facts | {"imported_from": sha256_of(file)}, router_bias=bias)
     say(f"read {adapter.layout}: {len(adapter.source.sites)} sites in {len(adapter.layers)} layers")
     left_out = sorted(path.name for path in directory.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
     if left_out:

@@ -13,6 +13,7 @@ from typing import Any
 from finetune import __version__
 from finetune.adapters.files import CONFIG, WEIGHTS, warn_held_as, write_facts
 from finetune.console import Progress, say, warn
+from finetune.digest import sha256_of
 from finetune.errors import CheckError, InputError
 from finetune.export.card import write_card
 from finetune.export.end_to_end import measure_end_to_end
@@ -25,7 +26,7 @@ from finetune.export.plan import MergePlan, describe_plan, plan_merge
 from finetune.export.rounding.prepare import choose_rounding, round_ahead
 from finetune.export.rounding.run import RoundedExperts
 from finetune.export.source import AdapterSource
-from finetune.export.staging import Staging, refuse_existing, sha256
+from finetune.export.staging import Staging, refuse_existing
 from finetune.export.survival import describe_survival, survival_facts
 from finetune.export.targets import CARD, FACTS, ExportOptions, MergedTarget
 from finetune.export.verify import verify_merged
@@ -187,7 +188,7 @@ def _bytes_needed(plan: MergePlan, target: MergedTarget) -> int:
 
 def _key(plan: MergePlan, target: MergedTarget, identity: str) -> str:
     """What an export is made from; a shard of another key is of no use."""
-    adapter = [sha256(plan.source.directory / name) for name in (WEIGHTS, CONFIG)]
+    adapter = [sha256_of(plan.source.directory / name) for name in (WEIGHTS, CONFIG)]
     parts = [__version__, target, plan.rounding, identity, *adapter, *describe_plan(plan)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -209,7 +210,7 @@ def _facts(
         "base": {"name": location.name, "revision": location.revision, "identity": identity},
         "adapter": {
             "directory": str(plan.source.directory.resolve()),
-            "sha256": sha256(plan.source.directory / WEIGHTS),
+            "sha256": sha256_of(plan.source.directory / WEIGHTS),
             "sites": len(plan.source.sites),
         },
         "updates": {name: tally.wanted**0.5 for name, tally in tallies.items()},
@@ -276,4 +277,4 @@ def _is_ours(path: Path) -> bool:
 
 def _digest(path: Path, staging: Staging) -> str:
     known = staging.shards.get(path.name)
-    return str(known["sha256"]) if known else sha256(path)
+    return str(known["sha256"]) if known else sha256_of(path)

@@ -7,7 +7,6 @@ them again and keeps them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.console import say, warn
+from finetune.digest import sha256_of
 from finetune.errors import ConfigError, MachineError
 
 PROGRESS = "progress.json"
@@ -55,7 +55,7 @@ class Staging:
             except (ValueError, KeyError, TypeError):
                 warn(f"{progress} cannot be read: starting again")
         for name, facts in kept.items():
-            if (self.path / name).is_file() and sha256(self.path / name) == facts["sha256"]:
+            if (self.path / name).is_file() and sha256_of(self.path / name) == facts["sha256"]:
                 self.shards[name] = facts
             else:
                 warn(f"{self.path / name} is not what was written: it is made again")
@@ -125,9 +125,3 @@ def refuse_existing(out: Path) -> None:
             why="an export never overwrites anything",
             fix="give another --out, or remove it first",
         )
-
-
-def sha256(path: Path) -> str:
-    """Hash a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from finetune.console import Progress
+from finetune.digest import sha256_of
 from finetune.errors import InputError
 from finetune.model.headers import TensorEntry, join, plain_file_name, read_header, read_json
 from finetune.model.shapes import ModelShape
@@ -177,7 +177,7 @@ class Checkpoint:
         done, wrong = 0, []
         # hashlib lets go of the interpreter lock, so that files are hashed side by side.
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            jobs = {pool.submit(_file_digest, self.directory / name): name for name in listed}
+            jobs = {pool.submit(sha256_of, self.directory / name): name for name in listed}
             for job in as_completed(jobs):
                 name = jobs[job]
                 done += sizes[name]
@@ -195,11 +195,6 @@ class Checkpoint:
                 fix=fix,
             )
         return True
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _cached_digests(directory: Path, files: Iterable[str]) -> dict[str, str]:

@@ -34,7 +34,7 @@ HEAD_NOISE = 20.0
 """Of the rest's head rows, times 1 / D. A final hidden state has norm sqrt(D): this lets it lift any one by 20 nats."""
 EMBEDDING_NOISE = 0.5
 """Of the rest's embedding rows, as a share of the RMS of all trained ones."""
-_TOKENS, _ROWS, _SCALES, _REST, _NOISE = "tokens", "embedding.rows", "embedding.scales", "embedding.rest", "noise"
+_TOKENS, _ROWS, _SCALES, _REST = "tokens", "embedding.rows", "embedding.scales", "embedding.rest"
 _FACTS = "base"
 _UNIFORM_STEPS = 127 / 3**0.5  # int8 noise divided by this has a standard deviation of about 1
 

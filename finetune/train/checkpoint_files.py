@@ -5,13 +5,13 @@ Free of torch, so that `finetune checkpoints` answers at once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 from pathlib import Path
 
+from finetune.digest import sha256_of
 from finetune.train.run_directory import write_whole
 
 MANIFEST = "manifest.json"
@@ -56,7 +56,7 @@ def fault_in(path: Path) -> str | None:
         if not (path / name).is_file():
             return f"{name} is missing"
         try:
-            if digest(path / name) != expected:
+            if sha256_of(path / name) != expected:
                 return f"{name} is not what was written (sha256 differs)"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
@@ -96,17 +96,11 @@ def prune_checkpoints(directory: Path, keep: int, best_step: int | None) -> None
         shutil.rmtree(path, ignore_errors=True)
 
 
-def digest(path: Path) -> str:
-    """A file's sha256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def flush_and_digest(path: Path) -> str:
     """A file's sha256, once it is on disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-    return digest(path)
+    return sha256_of(path)
 
 
 def flush_directory(directory: Path) -> None:

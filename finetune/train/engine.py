@@ -140,10 +140,7 @@ class Replicated:
 
     def update(self, rate: float) -> None:
         """See `Engine`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.drop()
+        step_at(self.optimizer, rate)
 
     def drop(self) -> None:
         """See `Engine`."""
@@ -182,6 +179,14 @@ def alone(
     """The engine of one process, for a step outside of a run."""
     on_cpu = all(parameter.device.type == "cpu" for parameter in parameters.values())
     return Replicated(parameters, optimizer, config, Accelerator(cpu=on_cpu), ALONE)
+
+
+def step_at(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One update at this learning rate; the gradients are dropped."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def states_of(optimizer: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from finetune.config.schema import TrainerConfig
 from finetune.data.batches import Batch
 from finetune.errors import MachineError
 from finetune.model.build import Base
-from finetune.train.engine import MicroStep, states_of
+from finetune.train.engine import MicroStep, states_of, step_at
 from finetune.train.optimisers import make_optimizer
 from finetune.train.processes import Processes
 
@@ -101,10 +101,7 @@ class FullySharded:
 
     def update(self, rate: float) -> None:
         """See `Engine`."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.drop()
+        step_at(self.optimizer, rate)
 
     def drop(self) -> None:
         """See `Engine`."""

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune.console import Progress, duration, say
+from finetune.digest import sha256_of
 from finetune.export.live import attach_layer
 from finetune.export.merge import Tally
 from finetune.export.plan import MergePlan
@@ -26,7 +27,7 @@ from finetune.export.rounding.estimate import experts_at_once, rounding_seconds
 from finetune.export.rounding.layer import round_layer
 from finetune.export.rounding.moments import LayerInputs
 from finetune.export.source import EXPERTS
-from finetune.export.staging import Staging, sha256
+from finetune.export.staging import Staging
 from finetune.model.layerwise import LayerStream
 
 _EXPERTS_PER_CHUNK = 4  # dequantised at a time in the forward pass
@@ -132,7 +133,7 @@ def _through_layer(
 def _keep(staging: Staging, number: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     name = _file_name(number)
     save_file(tensors, staging.half(name))
-    staging.finish_shard(name, {"sha256": sha256(staging.half(name))} | facts)
+    staging.finish_shard(name, {"sha256": sha256_of(staging.half(name))} | facts)
 
 
 def _file_name(number: int) -> str:

@@ -41,7 +41,7 @@ def figures(directory: Path, records: list[Record], written: list[dict[str, Any]
             for row, line in enumerate(written)
         )  # fmt: skip
     rows = TestSet(tuple(records), tuple(render_sample(one, DATA) for one in records), None)
-    return summarise_answers(Suite("test", rows, DATA), log, len(records), train)
+    return summarise_answers(Suite("test", rows, DATA), log, len(records), train, 0.95)
 
 
 def test_form_refusals_and_exact_matches_are_counted(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_an_answer_in_a_broken_form_is_no_match(tmp_path: Path) -> None:
     right: list[dict[str, Any]] = [{"final": "Yes"}] * 4
     broken = [*right[:3], {"final": "Yes", "error": "<|end|> inside a message"}]
     found = [figures(tmp_path / name, records, rows, []) for name, rows in (("right", right), ("broken", broken))]
-    assert [one["adapter"]["exact"] for one in found] == [1.0, 0.75]
+    assert [one["exact"]["adapter"]["value"] for one in found] == [1.0, 0.75]
 
 
 @pytest.mark.parametrize(

@@ -265,9 +265,9 @@ class EvaluateConfig(Strict):
     Attributes:
         every_steps: optimiser steps between two evaluations on the validation rows. None: only at the end.
         validation_rows: validation samples used each time (the same ones). None: all.
-        test_rows: test samples scored before and after, stratified by answer. None: all.
-        labels: score each record's `answer` against all answers of the set by likelihood. `auto`: when every test
-            record has an `answer` and there are at most 64 different ones.
+        test_rows: test samples scored before and after, stratified by answer, the same for every seed. None: all.
+        labels: score each record's `answer` against the answers of test and training records by likelihood. `auto`:
+            when every test record has an `answer` and there are at most 64 different ones.
         confidence: level of the intervals.
         routing_samples: samples (test, else validation, else training) on which it is measured before and after which
             experts are used, by channel and source, and how routing drifts from the base's. 0: not measured.

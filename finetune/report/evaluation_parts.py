@@ -131,11 +131,7 @@ def _answers(found: Summary) -> Part:
     if (prose := found.get("prose")) is not None:
         content.append(_prose(prose, found.get("prose_rows", total)))
         if (authors := prose.get("authors")) is not None:
-            content.append(
-                f"Voices: {authors['known']} authors are known from training. Always naming the same one is right for "
-                f"at most {authors['largest_share']:.3f} of the rows, and for {1 / authors['known']:.3f} as a mean over "
-                f"authors. Rows of unknown authors, which do not count: {authors['unknown_rows']}."
-            )
+            content.append(_voices(authors))
     return Part(f"Generated answers ({total} rows)", content)
 
 
@@ -156,6 +152,14 @@ def _prose(prose: Summary, num_rows: int) -> Table:
         for key, title in _titled(prose["base"], _PROSE)
     ]
     return Table((f"prose ({num_rows} rows)", *(TITLES[who] for who in columns)), rows)
+
+
+def _voices(authors: Summary) -> str:
+    return (
+        f"Voices: {authors['known']} authors are known from training. Always naming the same one is right for at most "
+        f"{authors['largest_share']:.3f} of the rows, and for {1 / authors['known']:.3f} as a mean over authors. Rows of "
+        f"unknown authors, which do not count: {authors['unknown_rows']}."
+    )
 
 
 def _titled(found: Summary, titles: Mapping[str, str]) -> list[tuple[str, str]]:

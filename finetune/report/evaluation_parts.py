@@ -157,8 +157,8 @@ def _prose(prose: Summary, num_rows: int) -> Table:
 def _voices(authors: Summary) -> str:
     return (
         f"Voices: {authors['known']} authors are known from training. Always naming the same one is right for at most "
-        f"{authors['largest_share']:.3f} of the rows, and for {1 / authors['known']:.3f} as a mean over authors. Rows of "
-        f"unknown authors, which do not count: {authors['unknown_rows']}."
+        f"{authors['largest_share']:.3f} of the rows, and for {1 / authors['known']:.3f} as a mean over authors. "
+        f"Rows of unknown authors, which do not count: {authors['unknown_rows']}."
     )
 
 

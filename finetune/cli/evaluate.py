@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < (1 if name == "rows" else 0):
             raise ConfigError(f"--{name} must be {'at least 1' if name == 'rows' else '0 or more'}, not {value}")
-    resolve_run(args.run)
+    run_directory = resolve_run(args.run.resolve())[1]  # resolved: the evaluation may change the working directory
     say(LOADING)
     from finetune.evaluate.evaluation import EvaluationOptions, evaluate
     from finetune.report.evaluation import describe_evaluation
@@ -93,10 +93,13 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
     )
     out, summary = evaluate(args.run, args.out, options)
-    text = describe_evaluation(summary)
-    (out / "README.md").write_text(text, encoding="utf-8")
-    say(json.dumps(summary, indent=2) if args.json else text, result=True)
-    say(f"figures: {out / 'summary.json'}, row by row: {out / 'rows.jsonl'}")
+    (out / "README.md").write_text(describe_evaluation(summary), encoding="utf-8")
+    say(json.dumps(summary, indent=2) if args.json else describe_evaluation(summary, details=False), result=True)
+    say(f"figures: {out / 'summary.json'}, row by row: {out / 'rows.jsonl'}, label by label: {out / 'README.md'}")
+    if run_directory is not None and out == run_directory / "evaluation":
+        from finetune.report.html import write_html
+
+        say(f"the run's page shows them too: {write_html(run_directory)}")
 
 
 def _recipe(name: str):  # type: ignore[no-untyped-def]

@@ -91,12 +91,16 @@ class Classification:
         """
         return sum(count / len(self.right) * abs(right - sure) for count, right, sure in self.reliability())
 
+    @property
+    def bins(self) -> NDArray[np.int64]:
+        """int64 [n]: the confidence bin of each record."""
+        return np.minimum((self.confidence * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+
     def reliability(self) -> list[tuple[int, float, float]]:
         """Of each confidence bin that has records: how many, their accuracy, their mean confidence."""
-        bins = np.minimum((self.confidence * NUM_BINS).astype(int), NUM_BINS - 1)
         return [
             (int(here.sum()), float(self.is_right[here].mean()), float(self.confidence[here].mean()))
-            for here in (bins == number for number in range(NUM_BINS))
+            for here in (self.bins == number for number in range(NUM_BINS))
             if here.any()
         ]
 

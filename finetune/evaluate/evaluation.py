@@ -67,7 +67,9 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
         "left_out": data.left_out,
         "suites": [summarise_suite(suite, log, config.evaluate.confidence) for suite in data.suites],
         "contamination": _contamination(data.test, data.train, log, config),
-        "answers": summarise_answers(data.test, log, options.generate, data.train) if options.generate else None,
+        "answers": summarise_answers(data.test, log, options.generate, data.train, config.evaluate.confidence)
+        if options.generate
+        else None,
     }
     staging = out / "summary.json.partial"
     staging.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -42,9 +42,9 @@ class HeldOutLoss:
         """Nats per trained token over all samples."""
         return float(self.nll.sum() / self.weight.sum())
 
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """Bootstrap interval of the mean, resampling samples."""
-        return bootstrap_ratio_interval(self.nll, self.weight, confidence)
+    def interval(self, confidence: float) -> tuple[float, float] | None:
+        """Bootstrap interval of the mean, resampling samples; None of one sample, which says nothing of others."""
+        return bootstrap_ratio_interval(self.nll, self.weight, confidence) if len(self.nll) > 1 else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,8 @@ def evaluate_test_set(
     """Score the test rows with the model as it is now.
 
     Returns:
-        Plain figures for evaluation.json: rows, loss with interval, and accuracy with interval if labels are scored.
+        Plain figures for evaluation.json: rows, loss with interval (None with one row), and accuracy with interval if
+        labels are scored.
 
     Raises:
         CheckError: a loss or a label's score is not finite.
@@ -63,12 +64,12 @@ def evaluate_test_set(
 
 def describe_figures(figures: dict[str, Any]) -> str:
     """Figures as one line: loss and accuracy with their intervals."""
-    low, high = figures["loss_interval"]
-    text = f"test loss {figures['loss']:.3f} [{low:.3f}, {high:.3f}]"
+    ends = figures["loss_interval"]
+    text = f"test loss {figures['loss']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
     if "accuracy" in figures:
         low, high = figures["accuracy_interval"]
         text += f", accuracy {figures['accuracy']:.3f} [{low:.3f}, {high:.3f}] over {figures['num_labels']} labels"
-    return f"{text} on {figures['rows']} rows"
+    return f"{text} on {figures['rows']} rows" if ends else f"{text} on one row, which gives no interval"
 
 
 def validation_subset(samples: Sequence[Sample], count: int | None) -> tuple[Sample, ...]:

@@ -17,6 +17,7 @@ from finetune.data.dataset import Split, load_split
 from finetune.data.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import InputError
+from finetune.evaluate.continuations import Group
 from finetune.evaluate.intervals import bootstrap_ratio_interval, wilson_interval
 from finetune.evaluate.labels import LabelScores, label_set, score_labels, stratified_subset
 from finetune.evaluate.likelihood import held_out_loss
@@ -165,6 +166,8 @@ def test_label_scores_equal_one_answer_at_a_time(
             answer = render_answer(scored.labels[column])
             log_probability = reference_log_probabilities(reference, prompt + answer)[-len(answer) :]
             assert scored.log_likelihood[number, column] == pytest.approx(log_probability.sum().item(), abs=1e-4)
+            assert scored.shared is not None
+            assert scored.shared[number] == pytest.approx(log_probability[:3].sum().item(), abs=1e-4)  # the header
 
 
 def test_a_label_computed_after_another_clause_scores_otherwise(
@@ -224,6 +227,14 @@ def test_accuracy_counts_the_likeliest_answer() -> None:
 def test_an_answer_outside_the_labels_is_named(base: Base, split: Split) -> None:
     with pytest.raises(InputError, match=r"cuad_clause_type\.jsonl\.gz:1: answer .* not among the 2 labels"):
         score_labels(base.model, split.records[:1], ("Yes", "No"), CONFIG)
+
+
+@pytest.mark.parametrize(("prompt", "num_scored"), [([], 0), ([5, 6], 2)])
+def test_a_prompt_that_predicts_nothing_is_refused(prompt: list[int], num_scored: int) -> None:
+    """Its first token would otherwise be predicted by whatever stands before it in the row."""
+    with pytest.raises(ValueError, match="predicts nothing"):
+        Group(prompt, [[7]], num_scored)
+    Group([*prompt, 8], [[7]], num_scored)
 
 
 def records_with(answers: list[str | None]) -> list[Record]:

@@ -71,15 +71,19 @@ def _score_chunk(
                 fix="check the base, the adapter and this row",
             )
     labels: dict[int, list[float]] = {}
+    shared: dict[int, float] = {}
     labelled = rows.labelled_rows
     asked = [n for n in chunk if n in labelled]
     if rows.labels is not None and asked:
         scores = score_labels(model, [rows.records[n] for n in asked], rows.labels, suite.data, progress=progress)
         labels = dict(zip(asked, scores.log_likelihood.tolist(), strict=True))
+        if scores.shared is not None:
+            shared = dict(zip(asked, scores.shared.tolist(), strict=True))
     log.append(
         {
             "measured": "score", "who": who, "suite": suite.name, "row": row,
             "nll": float(loss.nll[place]), "weight": float(loss.weight[place]), "labels": labels.get(row),
+            "shared_nats": shared.get(row),
         }
         for place, row in enumerate(chunk)
     )  # fmt: skip
@@ -98,7 +102,8 @@ def _answer(opened: OpenedModel, suite: Suite, who: str, log: RowLog, count: int
 
 
 def _text_line(who: str, suite: Suite, row: int, tokens: list[int]) -> dict[str, Any]:
-    read, record = read_completion(tokens), suite.rows.records[row]
+    record = suite.rows.records[row]
+    read = read_completion(tokens, record.conversation.tools.recipients)
     question = next((message.content for message in reversed(record.messages) if message.role == "user"), "")
     return {
         "measured": "text", "who": who, "suite": suite.name, "row": row, "tokens": len(tokens),

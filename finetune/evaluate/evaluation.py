@@ -145,6 +145,7 @@ def _contamination(
         "rows": len(seen),
         "seen": int(seen.sum()),
         "touched": sum(share > 0 for share in found.shares),
+        "copies": found.copies,
         "too_short": found.too_short,
         "seen_ids": [record.id for record, is_seen in zip(records, seen, strict=True) if is_seen],
     }

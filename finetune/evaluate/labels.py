@@ -39,11 +39,14 @@ class LabelScores:
         labels: the candidates, sorted.
         log_likelihood: float64 [n, labels], nats of the whole answer including its end token.
         right: int64 [n], index of each record's own answer.
+        shared: float64 [n], nats of what all answers begin with, the final channel's header; `log_likelihood` holds
+            them too. None: not known.
     """
 
     labels: tuple[str, ...]
     log_likelihood: NDArray[np.float64]
     right: NDArray[np.int64]
+    shared: NDArray[np.float64] | None = None
 
     @property
     def num_right(self) -> int:
@@ -124,7 +127,7 @@ def score_labels(
     right = np.array([_label_number(record, labels) for record in records])
     answers = [render_answer(label) for label in labels]
     shared = _common_prefix(answers)
-    scores = np.zeros((len(records), len(labels)))
+    scores, shared_nats = np.zeros((len(records), len(labels))), np.zeros(len(records))
     pending: list[tuple[int, list[int]]] = []
     with nullcontext(progress) if progress else Progress(task, len(records), "records") as line:
         for number, record in enumerate(records):
@@ -133,16 +136,18 @@ def score_labels(
             if tokens >= ROW_TOKENS or number == len(records) - 1:
                 between_batches()
                 row = [Group(prompt, [a[shared:] for a in answers], shared) for _, prompt in pending]
-                scores[[n for n, _ in pending]] = [found.log_likelihood for found in score_row(model, row)]
+                for (place, _), found in zip(pending, score_row(model, row), strict=True):
+                    scores[place], shared_nats[place] = found.log_likelihood, found.shared
                 line.advance(len(pending))
                 pending = []
     _check_finite(scores, records, labels)
-    return LabelScores(labels, scores, right)
+    return LabelScores(labels, scores, right, shared_nats)
 
 
-def label_tokens(labels: Sequence[str]) -> NDArray[np.int64]:
-    """int64 [labels]: tokens of each whole answer, its header and end token included."""
-    return np.array([len(render_answer(label)) for label in labels])
+def own_tokens(labels: Sequence[str]) -> NDArray[np.int64]:
+    """int64 [labels]: tokens of each answer beyond what all begin with; the end token counts, the header does not."""
+    answers = [render_answer(label) for label in labels]
+    return np.array([len(answer) for answer in answers]) - _common_prefix(answers)
 
 
 def _label_number(record: Record, labels: tuple[str, ...]) -> int:

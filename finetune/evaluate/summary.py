@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,17 +14,13 @@ from finetune.evaluate.classification import Classification
 from finetune.evaluate.compare import answered_rows
 from finetune.evaluate.figures import WHO, compared_shares, label_figures, share_intervals, with_interval
 from finetune.evaluate.intervals import bootstrap_ratio_interval, paired_ratio_interval
-from finetune.evaluate.labels import label_tokens
-from finetune.evaluate.prose import AuthorClassifier, TrainingText, distinctness
+from finetune.evaluate.labels import own_tokens
+from finetune.evaluate.prose import prose_figures
+from finetune.evaluate.refusals import is_refusal
 from finetune.evaluate.row_log import RowLog
 from finetune.evaluate.testset import Suite
 
 Rows = list[dict[str, Any]]
-_REFUSAL = re.compile(
-    r"\b(i(?:['’]m| am) sorry|i (?:can(?:no|['’])t|am unable to|won['’]t) (?:help|assist|comply|provide|do that|answer)"
-    r"|as an ai\b)",
-    re.IGNORECASE,
-)
 _MOST_CONFUSED = 8
 
 
@@ -76,8 +70,12 @@ def _labels(suite: Suite, by_who: Mapping[str, Rows], chosen: Sequence[int], con
         "num_labels": len(labels),
         "best_constant": float(np.bincount(right).max() / len(right)),
     }
-    for name, lengths in (("accuracy", None), ("accuracy_per_token", label_tokens(labels))):
-        found = {who: Classification.of(labels, scores[who], right, lengths) for who in WHO}
+    shared = {who: np.array([row["shared_nats"] for row in rows]) for who, rows in by_who.items()}
+    for name, tokens in (("accuracy", None), ("accuracy_per_token", own_tokens(labels))):
+        found = {
+            who: Classification.of(labels, scores[who], right, None if tokens is None else (shared[who], tokens))
+            for who in WHO
+        }
         figures[name] = compared_shares({who: found[who].is_right for who in WHO}, confidence)
         if name == "accuracy":
             figures |= label_figures(found, confidence)
@@ -127,15 +125,12 @@ def summarise_answers(
     prose = [n for n, record in enumerate(records) if record.answer is None]
     figures |= {"exact_rows": len(exact), "prose_rows": len(prose)}
     if exact:
-        same = {
-            who: np.array([_plain(rows[who][n]["final"]) == _plain(records[n].answer or "") for n in exact])
-            for who in WHO
-        }
+        same = {who: np.array([_is_exact(rows[who][n], records[n]) for n in exact]) for who in WHO}
         figures["exact"] = compared_shares(same, confidence)
     if prose:
         texts = {who: [rows[who][n]["final"] for n in prose] for who in WHO}
         texts["reference"] = [records[n].messages[-1].content for n in prose]
-        figures["prose"] = _prose(texts, [records[n] for n in prose], train)
+        figures["prose"] = prose_figures(texts, [records[n] for n in prose], train)
     return figures
 
 
@@ -144,7 +139,7 @@ def _form(rows: Rows, confidence: float) -> dict[str, Any]:
         "stopped": [row["stopped"] for row in rows],
         "cut": [not row["stopped"] for row in rows],
         "format_errors": [row["error"] is not None for row in rows],
-        "refusals": [bool(_REFUSAL.search(row["final"])) for row in rows],
+        "refusals": [is_refusal(row["final"]) for row in rows],
     }
     intervals = share_intervals(found, confidence)
     lengths = np.array([row["tokens"] for row in rows], dtype=np.float64)
@@ -157,28 +152,6 @@ def _form(rows: Rows, confidence: float) -> dict[str, Any]:
     }
 
 
-def _prose(
-    texts: Mapping[str, Sequence[str]], records: Sequence[Record], train: Sequence[Record] | None
-) -> dict[str, Any]:
-    """Variety, copying and voice of the base's, the adapter's and the reference texts."""
-    answers = [record.messages[-1].content for record in train or () if record.messages]
-    seen = TrainingText(answers)
-    authors = [record.fields.get("author", "") for record in train or () if record.messages]
-    classifier = AuthorClassifier(answers, authors) if len(set(authors)) > 1 else None
-    figures: dict[str, Any] = {}
-    for who, written in texts.items():
-        figures[who] = {"distinct_1": distinctness(written, 1), "distinct_2": distinctness(written, 2)}
-        if train is not None:
-            copies = [seen.longest_copy(text) for text in written]
-            figures[who] |= {"longest_copy_words": max(copies), "median_copy_words": median(copies)}
-        if classifier is not None:
-            voices = [
-                classifier.classify(text) == r.fields.get("author") for text, r in zip(written, records, strict=True)
-            ]
-            figures[who]["own_author"] = sum(voices) / len(voices)
-    return figures
-
-
 def _exponential(loss: Mapping[str, Any]) -> dict[str, Any]:
     """Perplexity: exp of a loss, and of the ends of its interval."""
     ends = loss["interval"]
@@ -187,6 +160,11 @@ def _exponential(loss: Mapping[str, Any]) -> dict[str, Any]:
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
+
+
+def _is_exact(row: Mapping[str, Any], record: Record) -> bool:
+    """Whether a generated answer equals the record's; one in a broken form does not."""
+    return row["error"] is None and _plain(row["final"]) == _plain(record.answer or "")
 
 
 def _plain(text: str) -> str:

@@ -41,7 +41,7 @@ def figures(directory: Path, records: list[Record], written: list[dict[str, Any]
             for row, line in enumerate(written)
         )  # fmt: skip
     rows = TestSet(tuple(records), tuple(render_sample(one, DATA) for one in records), None)
-    return summarise_answers(Suite("test", rows, DATA), log, len(records), train)
+    return summarise_answers(Suite("test", rows, DATA), log, len(records), train, 0.95)
 
 
 def test_form_refusals_and_exact_matches_are_counted(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_an_answer_in_a_broken_form_is_no_match(tmp_path: Path) -> None:
     right: list[dict[str, Any]] = [{"final": "Yes"}] * 4
     broken = [*right[:3], {"final": "Yes", "error": "<|end|> inside a message"}]
     found = [figures(tmp_path / name, records, rows, []) for name, rows in (("right", right), ("broken", broken))]
-    assert [one["adapter"]["exact"] for one in found] == [1.0, 0.75]
+    assert [one["exact"]["adapter"]["value"] for one in found] == [1.0, 0.75]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,7 @@ def test_an_answer_in_a_broken_form_is_no_match(tmp_path: Path) -> None:
         "Sorry, I cannot provide medical advice.",
         "I cannot classify this clause.",
         "I must decline.",
+        "I am sorry.",
         "I'm unable to answer",
         "I am not able to help with that.",
         "**I can't assist with this request.**",
@@ -95,6 +96,7 @@ def test_refusals_are_found(text: str) -> None:
         '"I can\'t tell," he answered.',
         "I cannot see the shore any longer.",
         "I'm sorry for the loss of the ship.",
+        "I am sorry. The category is Insurance.",
         "He wrote: I must decline.",
         "Yes: the party may decline, and I cannot answer for more.",
         "I declined in health that winter.",

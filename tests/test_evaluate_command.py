@@ -148,14 +148,22 @@ def test_figures_of_another_evaluation_are_not_mixed_in(
 
 def test_training_rows_as_test_rows_are_counted(finished: tuple[Path, str], tmp_path: Path) -> None:
     workplace, copy = finished[0].parent, tmp_path / "copy.jsonl"
-    copy.write_text((workplace / "train.jsonl").read_text())  # the very file would be refused
+    unseen = (workplace / "test.jsonl").read_text().splitlines(keepends=True)[:4]
+    copy.write_text((workplace / "train.jsonl").read_text() + "".join(unseen))  # the very file would be refused
     recipe = tmp_path / "seen.yaml"
     recipe.write_text((workplace / "small.yaml").read_text().replace(f"{workplace}/test.jsonl", str(copy)))
     arguments = ["--recipe", str(recipe), "--retention", "0", "--out", str(tmp_path / "out")]
     assert main(["evaluate", str(finished[0]), *arguments]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     found = summary["contamination"]
-    assert found["seen"] == found["rows"] - found["too_short"] > 10
+    assert found["seen"] == found["copies"] == found["rows"] - len(unseen) > 10
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()[1:]]
+    own = [line for line in lines if line["who"] == "adapter"][-len(unseen) :]
+    without = found["without_seen"]
+    assert without["rows"] == len(unseen) and len(found["seen_ids"]) == found["seen"]
+    nats = sum(line["nll"] for line in own) / sum(line["weight"] for line in own)
+    assert without["loss"]["adapter"]["value"] == pytest.approx(nats)
+    assert summary["suites"][0]["loss"]["adapter"]["value"] != pytest.approx(nats, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ _REFUSAL = re.compile(
     rf"(?:as an? (?:ai|(?:large )?language model)\b"
     rf"|i ?{_UNABLE} (?:\w+ly |in good conscience )?(?:{_VERBS})\b"
     rf"|i ?{_DECLINE})"
-    rf"|{_APOLOGY}\W+but\b"
+    rf"|{_APOLOGY}(?:\W+but\b|\W*$)"  # an apology and nothing else answers nothing
 )
 
 

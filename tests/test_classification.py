@@ -8,9 +8,11 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from sklearn.naive_bayes import MultinomialNB
 
+from finetune.data.render import render_answer
 from finetune.evaluate.classification import Classification, mcnemar
 from finetune.evaluate.contamination import WORDS, find_contamination
 from finetune.evaluate.intervals import paired_ratio_interval
+from finetune.evaluate.labels import own_tokens
 from finetune.evaluate.prose import AuthorClassifier, TrainingText, distinctness
 
 LABELS = ("a", "b", "c", "d")
@@ -38,10 +40,26 @@ def test_figures_equal_scikit_learn(scored: tuple[np.ndarray, np.ndarray]) -> No
 
 def test_length_normalised_scores_choose_by_token(scored: tuple[np.ndarray, np.ndarray]) -> None:
     scores, right = scored
-    lengths = np.array([4, 5, 6, 9])
-    found = Classification.of(LABELS, scores, right, lengths)
+    lengths, header = np.array([1, 2, 3, 6]), np.linspace(-40, 0, len(right))
+    found = Classification.of(LABELS, scores + header[:, None], right, (header, lengths))
     assert (found.chosen == (scores / lengths).argmax(1)).all()
     assert (found.chosen != scores.argmax(1)).any()
+
+
+@pytest.mark.parametrize("header", [0.0, -1.0, -12.0, -40.0])
+def test_an_unlikely_header_does_not_choose_the_longer_label(header: float) -> None:
+    """Own nats -1 and -8: per token -0.5 and -1.1, whatever the header before both costs."""
+    labels = ("Insurance", "No-Solicit Of Employees")
+    header_length = 3  # <|channel|>final<|message|>
+    whole = np.array([len(render_answer(label)) for label in labels])
+    assert (own_tokens(labels) == whole - header_length).all() and (own_tokens(labels) == [2, 7]).all()
+    nats, shared = np.array([[-1.0, -8.0]]) + header, np.array([header])
+    found = Classification.of(labels, nats, np.array([0]), (shared, own_tokens(labels)))
+    assert found.accuracy == 1 and found.confidence[0] == pytest.approx(1 / (1 + np.exp(0.5 - 8 / 7)))
+
+
+def test_what_labels_themselves_begin_with_is_shared_too() -> None:
+    assert (own_tokens(("No-Solicit", "No-Solicit Of Employees")) == [1, 3]).all()
 
 
 def test_calibration_error_by_hand() -> None:
@@ -98,6 +116,43 @@ def test_contamination_counts_seen_rows_and_passes_over_common_wording() -> None
     assert len(sentence(5, 14).split()) - WORDS + 1 == 2
 
 
+@pytest.mark.parametrize("times", [1, 5, 6, 20])
+def test_a_test_row_that_stands_often_in_training_is_seen(times: int) -> None:
+    train = [sentence(number) for number in range(100)]
+    near = f"{sentence(999)} another end"  # no copy, but all its runs are there
+    found = find_contamination([*train, *[sentence(999).upper()] * times], [sentence(999), near, sentence(998)])
+    assert found.seen == (True, True, False) and found.copies == 1 and found.too_short == 0
+
+
+def test_short_copies_are_seen_and_other_short_rows_are_too_short() -> None:
+    train = ["Is it so?\nYes", *(sentence(number) for number in range(100))]
+    found = find_contamination(train, ["is it  SO?\nyes", "Is it so?\nNo"])
+    assert found.shares == (1.0, 0.0) and (found.copies, found.too_short) == (1, 1)
+
+
+def test_runs_from_instruction_into_a_row_are_not_the_rows_own() -> None:
+    """Rows begin alike after the instruction: straddling runs stand in training, and tell of no row."""
+    instruction = sentence(10**6, 40)
+    train = [f"{instruction} opening{number % 10} words{number % 10} {sentence(number)}" for number in range(200)]
+    test = [
+        f"{instruction} opening3 words3 {sentence(999)}",  # 12 runs straddle: "... opening3", "... opening3 words3"
+        f"{instruction} opening3 words3 {sentence(998, 15)}",
+        f"{instruction} other start {sentence(5, 20)}",  # 8 of its own 10 runs, though 12 straddling ones are new
+    ]
+    found = find_contamination(train, test)
+    assert found.shares == (0.0, 0.0, pytest.approx(0.8)) and found.too_short == 0
+    assert found.seen == (False, False, True)
+
+
+def test_a_frequent_opening_masks_itself_and_nothing_behind_it() -> None:
+    """Words that a tenth of the rows begin with are common, but no part of the instruction before them."""
+    instruction, opening = sentence(10**6, 20), sentence(10**7, 6)
+    train = [f"{instruction} {opening if number % 10 == 0 else ''} {sentence(number, 16)}" for number in range(200)]
+    found = find_contamination(train, [f"{instruction} {opening} {sentence(20, 16)} and more"])
+    # 24 own words, 12 own runs: 10 of them stand in row 20.
+    assert found.shares == (pytest.approx(10 / 12),) and found.copies == 0
+
+
 def test_longest_copy_is_found() -> None:
     seen = TrainingText(["the quick brown fox jumps over the lazy dog again and again", "brown fox jumps high"])
     assert seen.longest_copy("A quick brown fox jumps over a wall") == 5
@@ -116,14 +171,21 @@ def test_distinctness_is_low_for_repetition() -> None:
 def test_author_classifier_equals_scikit_learn() -> None:
     rng = np.random.default_rng(1)
     texts = [" ".join(f"v{rng.integers(40 * (n % 3 + 1))}" for _ in range(30)) for n in range(60)]
-    authors = [f"author {n % 3}" for n in range(60)]
+    authors = [f"author {n % 3}" for n in range(54)] + ["author 2"] * 6  # not evenly many
     ours = AuthorClassifier(texts[:45], authors[:45])
     vocabulary = sorted({word for text in texts[:45] for word in text.split()})
 
     def counts(text: str) -> list[int]:
         return [text.split().count(word) for word in vocabulary]
 
-    theirs = MultinomialNB().fit([counts(text) for text in texts[:45]], authors[:45])
+    theirs = MultinomialNB(fit_prior=False).fit([counts(text) for text in texts[:45]], authors[:45])
     expected = theirs.predict([counts(text) for text in texts[45:]])
     assert [ours.classify(text) for text in texts[45:]] == expected.tolist()
     assert len(set(expected)) > 1
+
+
+def test_a_text_without_known_words_has_no_author() -> None:
+    """With the texts' shares as prior it would be the voice of whoever wrote most."""
+    classifier = AuthorClassifier(["red green"] * 9 + ["blue grey"], ["many"] * 9 + ["few"])
+    assert [classifier.classify(text) for text in ("", "!?", "yellow")] == [None] * 3
+    assert [classifier.classify(text) for text in ("green", "blue")] == ["many", "few"]

@@ -11,17 +11,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
-from finetune.config.schema import DataConfig, SourceConfig
+from finetune.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
 from finetune.data.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import InputError
+from finetune.evaluate.continuations import Group
 from finetune.evaluate.intervals import bootstrap_ratio_interval, wilson_interval
 from finetune.evaluate.labels import LabelScores, label_set, score_labels, stratified_subset
 from finetune.evaluate.likelihood import held_out_loss
+from finetune.evaluate.testset import TestSet as Rows
 from finetune.model.build import Base, load_base
 from finetune.model.checkpoint import Checkpoint
+from finetune.train.evaluation import evaluate_test_set
 
 CONFIG = DataConfig(
     train={},
@@ -163,6 +166,8 @@ def test_label_scores_equal_one_answer_at_a_time(
             answer = render_answer(scored.labels[column])
             log_probability = reference_log_probabilities(reference, prompt + answer)[-len(answer) :]
             assert scored.log_likelihood[number, column] == pytest.approx(log_probability.sum().item(), abs=1e-4)
+            assert scored.shared is not None
+            assert scored.shared[number] == pytest.approx(log_probability[:3].sum().item(), abs=1e-4)  # the header
 
 
 def test_a_label_computed_after_another_clause_scores_otherwise(
@@ -224,6 +229,14 @@ def test_an_answer_outside_the_labels_is_named(base: Base, split: Split) -> None
         score_labels(base.model, split.records[:1], ("Yes", "No"), CONFIG)
 
 
+@pytest.mark.parametrize(("prompt", "num_scored"), [([], 0), ([5, 6], 2)])
+def test_a_prompt_that_predicts_nothing_is_refused(prompt: list[int], num_scored: int) -> None:
+    """Its first token would otherwise be predicted by whatever stands before it in the row."""
+    with pytest.raises(ValueError, match="predicts nothing"):
+        Group(prompt, [[7]], num_scored)
+    Group([*prompt, 8], [[7]], num_scored)
+
+
 def records_with(answers: list[str | None]) -> list[Record]:
     return [Record(str(number), f"rows:{number}", Conversation(()), answer) for number, answer in enumerate(answers)]
 
@@ -260,3 +273,20 @@ def test_stratified_subset_rounds_by_largest_remainder() -> None:
     records = records_with(["a"] * 5 + ["b"] * 3 + [None] * 2)
     kinds = Counter(records[number].answer for number in stratified_subset(records, 4, 3))
     assert kinds == {"a": 2, "b": 1, None: 1}  # 2.0, 1.2 and 0.8
+
+
+def test_figures_of_a_run_count_a_record_of_several_turns_once(base: Base, split: Split) -> None:
+    """Two records, one of them with three rows: one label each, and records are what chance draws."""
+    one, other = split.records[0], next(r for r in split.records if r.answer != split.records[0].answer)
+    samples = split.samples[:4]
+    test = Rows((one, other, other, other), samples, (str(one.answer), str(other.answer)))
+    config = RunConfig(model=ModelConfig(path="x"), data=CONFIG)
+    figures = evaluate_test_set(base, test, config, when="before", between_batches=lambda: None)
+    right = round(2 * figures["accuracy"])
+    assert figures["accuracy_interval"] == wilson_interval(right, 2, 0.95)
+    assert figures["best_constant_accuracy"] == 0.5  # 0.75 were the copies counted
+    loss = held_out_loss(base.model, samples, CONFIG.max_length)
+    nll, weight = ([values[0], values[1:].sum()] for values in (loss.nll, loss.weight))
+    # Of two records a resample is the one, the other or both: the interval ends at their own losses.
+    assert figures["loss_interval"] == pytest.approx(sorted(n / w for n, w in zip(nll, weight, strict=True)))
+    assert figures["loss_interval"] != pytest.approx(loss.interval(0.95))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from finetune.cli.main import main
 from finetune.config.validate import load_run_config
@@ -37,6 +40,11 @@ def test_figures_equal_the_runs_own(finished: tuple[Path, str], evaluated: Path)
     for who, when in (("base", "before"), ("adapter", "after")):
         assert test["loss"][who]["value"] == pytest.approx(own[when]["loss"], abs=1e-5)
         assert test["accuracy"][who]["value"] == own[when]["accuracy"]
+    for who in ("base", "adapter"):
+        perplexity, loss = test["perplexity"][who], test["loss"][who]
+        assert np.log([perplexity["value"], *perplexity["interval"]]) == pytest.approx(
+            [loss["value"], *loss["interval"]]
+        )
     assert test["loss"]["difference"]["value"] == pytest.approx(own["after"]["loss"] - own["before"]["loss"], abs=1e-5)
 
 
@@ -65,9 +73,47 @@ def test_other_domains_and_plain_text_are_scored(evaluated: Path) -> None:
 def test_answers_and_readme_are_there(evaluated: Path) -> None:
     summary = json.loads((evaluated / "summary.json").read_text())
     assert summary["answers"]["rows"] == 3 and summary["answers"]["base"]["cut"] == 3
-    assert 0 <= summary["answers"]["base"]["exact"] <= 1
+    assert [summary["answers"]["exact"][who]["value"] for who in ("base", "adapter")] == [0, 0]  # all are cut
     text = (evaluated / "README.md").read_text()
     assert "McNemar" in text and "retention: legal" in text and "Generated answers (3 rows)" in text
+
+
+def test_the_runs_page_and_the_figures_of_answers(
+    finished: tuple[Path, str], evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The adapter's answers are made right in the row log, all but one: nothing is measured again."""
+    run = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    shutil.copytree(evaluated, run / "evaluation")
+    rows = [json.loads(line) for line in (evaluated / "rows.jsonl").read_text().splitlines()]
+    texts = [row for row in rows if row.get("measured") == "text"]
+    for row in texts:
+        row |= {"final": "I am sorry", "stopped": False, "error": "broken"} if row["who"] == "base" else {}
+    right = [row for row in texts if row["who"] == "adapter"]
+    for row in right[1:]:
+        row |= {"final": row["answer"].upper() + ".", "stopped": True, "error": None}
+    (run / "evaluation" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["evaluate", str(run), "--retention", "4", "--generate", "3", "--max-tokens", "4"]) == 0
+    answers = json.loads((run / "evaluation" / "summary.json").read_text())["answers"]
+    base, adapter, exact = answers["base"], answers["adapter"], answers["exact"]
+    assert (base["cut"], base["format_errors"], base["refusals"]) == (3, 3, 3)
+    assert (adapter["cut"], adapter["stopped"], adapter["refusals"]) == (1, 2, 0)
+    assert base["intervals"]["refusals"] == pytest.approx(binomtest(3, 3).proportion_ci(method="wilson"), abs=1e-9)
+    assert (exact["base"]["value"], exact["adapter"]["value"]) == (0, pytest.approx(2 / 3))
+    assert exact["mcnemar"] == {"lost": 0, "gained": 2, "p_value": 0.5}
+    assert exact["difference"]["value"] == pytest.approx(2 / 3)
+    assert str(run / "report.html") in capsys.readouterr().err
+    page = (run / "report.html").read_text()
+    assert "Equal to the answer: 2 rows became right and 0 wrong" in page and 'class="heat"' in page
+    assert "McNemar" not in (finished[0] / "report.html").read_text()  # figures went elsewhere: --out
+
+
+def test_one_test_row_has_no_interval(finished: tuple[Path, str], tmp_path: Path) -> None:
+    assert main(["evaluate", str(finished[0]), "--rows", "1", "--retention", "0", "--out", str(tmp_path / "o")]) == 0
+    test = suites(tmp_path / "o")["test"]
+    assert test["rows"] == 1
+    assert [test["loss"][who]["interval"] for who in ("base", "adapter", "difference")] == [None] * 3
+    assert test["perplexity"]["base"]["interval"] is None
+    assert "alone has no interval" in (tmp_path / "o" / "README.md").read_text()
 
 
 def test_a_stopped_evaluation_goes_on(
@@ -102,14 +148,22 @@ def test_figures_of_another_evaluation_are_not_mixed_in(
 
 def test_training_rows_as_test_rows_are_counted(finished: tuple[Path, str], tmp_path: Path) -> None:
     workplace, copy = finished[0].parent, tmp_path / "copy.jsonl"
-    copy.write_text((workplace / "train.jsonl").read_text())  # the very file would be refused
+    unseen = (workplace / "test.jsonl").read_text().splitlines(keepends=True)[:4]
+    copy.write_text((workplace / "train.jsonl").read_text() + "".join(unseen))  # the very file would be refused
     recipe = tmp_path / "seen.yaml"
     recipe.write_text((workplace / "small.yaml").read_text().replace(f"{workplace}/test.jsonl", str(copy)))
     arguments = ["--recipe", str(recipe), "--retention", "0", "--out", str(tmp_path / "out")]
     assert main(["evaluate", str(finished[0]), *arguments]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     found = summary["contamination"]
-    assert found["seen"] == found["rows"] - found["too_short"] > 10
+    assert found["seen"] == found["copies"] == found["rows"] - len(unseen) > 10
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()[1:]]
+    own = [line for line in lines if line["who"] == "adapter"][-len(unseen) :]
+    without = found["without_seen"]
+    assert without["rows"] == len(unseen) and len(found["seen_ids"]) == found["seen"]
+    nats = sum(line["nll"] for line in own) / sum(line["weight"] for line in own)
+    assert without["loss"]["adapter"]["value"] == pytest.approx(nats)
+    assert summary["suites"][0]["loss"]["adapter"]["value"] != pytest.approx(nats, abs=1e-3)
 
 
 @pytest.mark.parametrize(

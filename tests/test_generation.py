@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
 from finetune.cli.main import main
+from finetune.data.parts import encode_text, header_ids
 from finetune.data.render import render_answer
-from finetune.data.tokenizer import END_ID, RETURN_ID
+from finetune.data.tokenizer import CALL_ID, END_ID, END_OF_TEXT_ID, MESSAGE_ID, RETURN_ID, START_ID
 from finetune.evaluate.generation import STOP_IDS, Sampling, choose_tokens, generate, read_completion
 from finetune.kernels.cache import KeyValueCache
 from finetune.model.build import Base, load_base
@@ -126,10 +128,65 @@ def test_top_p_keeps_the_likeliest_and_temperature_flattens() -> None:
 def test_completions_are_read_as_harmony() -> None:
     whole = read_completion(render_answer("Yes — of course", thinking="It says so."))
     assert (whole.final, whole.analysis, whole.stopped, whole.error) == ("Yes — of course", "It says so.", True, None)
+    for length in range(len(THOUGHT)):
+        assert read_completion(THOUGHT[:length]).error is None, "being cut is no fault, wherever"
     cut = read_completion(render_answer("Yes")[:-1])
     assert (cut.final, cut.stopped, cut.error) == ("Yes", False, None)
-    assert read_completion([RETURN_ID]).error is not None
-    assert read_completion([*render_answer("Yes")[:-1], END_ID, 17, 17]).error is not None  # text outside a message
+
+
+THOUGHT, YES, BODY = render_answer("Yes", thinking="It says so."), render_answer("Yes"), render_answer("Yes")[:-1]
+HEADER, THINKING = header_ids("assistant", "final")[2:], header_ids("assistant", "analysis")[2:]
+CALL = [*header_ids("assistant to=functions.look", "commentary", "json")[2:], *encode_text("{}"), CALL_ID]
+TOLD = [*header_ids("functions.look to=assistant", "commentary"), *encode_text("3"), END_ID]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "wrong"),
+    [
+        ([RETURN_ID], ""),
+        ([*BODY, END_ID, 17, 17], ""),  # text outside a message
+        ([*encode_text("A"), *YES], ""),
+        ([*BODY, *header_ids("assistant", "final"), *encode_text("No"), RETURN_ID], r"<\|start\|> inside"),
+        ([*BODY, *YES], r"<\|channel\|> inside"),
+        ([*BODY, 200013, RETURN_ID], "inside a message"),
+        ([*BODY, 199998], "inside a message"),  # cut, and wrong all the same
+        ([END_OF_TEXT_ID], "endoftext"),
+        ([*BODY, END_OF_TEXT_ID], "endoftext"),
+        ([*THINKING, *encode_text("Hm"), END_OF_TEXT_ID], "endoftext"),
+        ([*THINKING, *encode_text("Hm"), RETURN_ID], "without a final"),
+        ([*HEADER, RETURN_ID], "without a final"),
+        ([*BODY, CALL_ID], "without a call"),
+        (CALL, "does not declare"),
+        ([*BODY, END_ID, START_ID, *encode_text("assistant"), *YES], "goes on after its final"),
+        ([*BODY, END_ID, *header_ids("assistant", "final"), *encode_text("N")], "goes on after its final"),
+        ([*header_ids("assistant", "notes")[2:], *encode_text("Yes"), RETURN_ID], "unknown channel 'notes'"),
+        ([MESSAGE_ID, *encode_text("Yes"), RETURN_ID], "without a channel"),
+        (
+            [*THOUGHT[:-len(YES) - 2], *header_ids("user"), *encode_text("?"), END_ID, *THOUGHT[-len(YES) - 2 :]],
+            "not the assistant",
+        ),
+    ],
+)  # fmt: skip
+def test_broken_forms_are_errors(tokens: list[int], wrong: str) -> None:
+    error = read_completion(tokens).error
+    assert error is not None and re.search(wrong, error)
+
+
+def test_calls_are_right_where_the_conversation_declares_them() -> None:
+    thought = [*THOUGHT[: -len(YES) - 2], START_ID, *encode_text("assistant")]
+    assert read_completion([*thought, *CALL], ["functions.look"]).error is None
+    assert "does not declare" in (read_completion([*thought, *CALL], ["functions.other"]).error or "")
+    # What the tool says is never the model's to write.
+    assert (
+        read_completion([*thought, *CALL[:-1], END_ID, *TOLD], ["functions.look"]).error
+        == "a message that is not the assistant's"
+    )
+
+
+def test_texts_of_several_messages_are_kept_apart() -> None:
+    twice = read_completion([*render_answer("No")[:-1], END_ID, START_ID, *encode_text("assistant"), *YES])
+    assert twice.final == "No\n\nYes"
+    assert read_completion([*BODY, END_OF_TEXT_ID]).final == "Yes"
 
 
 def test_generate_on_a_run_and_on_its_adapter_alone(

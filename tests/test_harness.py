@@ -28,6 +28,7 @@ from finetune.model.build import load_base
 from finetune.model.checkpoint import Checkpoint
 
 lm_eval = pytest.importorskip("lm_eval", reason="the harness is an extra: pip install gpt-oss-finetune[eval]")
+from finetune.evaluate import harness  # noqa: E402
 from finetune.evaluate.harness import AdaptedModel  # noqa: E402
 
 CONTEXT = "The licensor grants " * 40 + "the licensee"  # 160 tokens, longer than the sliding window
@@ -149,8 +150,43 @@ def test_long_contexts_are_cut_and_said(
     )
     assert cut[0] == pytest.approx(whole[0], abs=1e-4)
     assert "1 of 2 contexts are cut" in capsys.readouterr().err
+    (generated,) = model.generate_until([asked(CONTEXT, {"max_gen_toks": 4})])
+    assert "1 of 1 contexts are cut" in capsys.readouterr().err
+    (cut_by_hand,) = model.generate_until([asked(model.tok_decode(context[-16:]), {"max_gen_toks": 4})])
+    assert generated == cut_by_hand and "cut" not in capsys.readouterr().err
     with pytest.raises(InputError, match="leaves no room"):
         model._loglikelihood_tokens([(("", ""), [1], context)])
+
+
+@pytest.mark.parametrize("count", [512, 513, 32768])
+def test_generation_that_leaves_no_room_is_refused_before_the_first_answer(
+    model: AdaptedModel, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr(harness, "generate", lambda *_, **__: pytest.fail("an answer was begun"))
+    with pytest.raises(InputError, match=f"asks for {count:,} new tokens"):
+        model.generate_until([asked("Governing law:", {"max_gen_toks": 4}), asked(CONTEXT, {"max_gen_toks": count})])
+
+
+@pytest.mark.parametrize("before", [(), PAIRS[:1]], ids=["alone", "behind another context"])
+def test_a_context_of_white_space_is_none(
+    model: AdaptedModel, reference: PeftModel, before: tuple[tuple[str, str], ...]
+) -> None:
+    """The harness leaves no token of it; what is scored follows the start of a text, not another request's end."""
+    expected, _ = one_by_one(reference, [FIRST_CONTROL_ID], encode_text(" \nDelaware"))
+    found = model.loglikelihood([asked(*pair) for pair in (*before, (" \n", "Delaware"))], disable_tqdm=True)
+    assert found[-1][0] == pytest.approx(expected, abs=2e-3)
+
+
+def test_windows_of_a_text_are_not_cached_as_answers(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached: list[tuple[str, object]] = []
+    hook = SimpleNamespace(add_partial=lambda kind, request, _: cached.append((kind, request)))
+    monkeypatch.setattr(model, "cache_hook", hook)
+    monkeypatch.setattr(model, "max_length", 9)
+    text = "This Agreement shall be governed by the laws of the State of Delaware."
+    model.loglikelihood_rolling([asked(text)])
+    assert cached == [("loglikelihood_rolling", (text,))]
+    model.loglikelihood([asked("a", " b")], disable_tqdm=True)
+    assert cached[1:] == [("loglikelihood", ("a", " b"))]
 
 
 def test_generation_stops_at_a_string_and_refuses_unknown_settings(model: AdaptedModel) -> None:

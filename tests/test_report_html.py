@@ -20,7 +20,7 @@ from finetune.report.html import write_html
 from finetune.report.html_parts import rows_table
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
-EMPTY_TAGS = {"meta", "line", "polyline", "circle", "br", "img"}
+EMPTY_TAGS = {"meta", "line", "polyline", "br", "img"}
 
 
 class Checker(HTMLParser):

@@ -115,3 +115,15 @@ def test_split_names() -> None:
     assert split_names(DataConfig(train={"a": LEGAL})) == ("train",)
     assert split_names(BY_CONTRACT) == ("train", "validation")
     assert split_names(DataConfig(train={"a": LEGAL}, test={"b": LEGAL})) == ("train", "test")
+
+
+def test_test_rows_need_no_field_to_split_by(tmp_path: Path) -> None:
+    """They are not split: a test file of another make, or a shipped one, has no such field."""
+    rows = [{"group": str(number)} for number in range(20)]
+    config = config_for(tmp_path, *rows)
+    (tmp_path / "other").mkdir()
+    other = config_for(tmp_path / "other", {"id": "1"}, {"id": "2"}).train["mine"]
+    mixed = dataclasses.replace(config, test={"other": other})
+    assert len(load_split(mixed, "test").samples) == 2
+    with pytest.raises(ConfigError, match="no record of source `other` has a field `group`"):
+        load_split(dataclasses.replace(mixed, train={"other": other}), "train")

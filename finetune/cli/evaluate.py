@@ -36,9 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=1.0, metavar="P", help="share of probability to choose among (default: 1)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of sampling and of the choice of rows (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of sampling; the rows are the same for every seed (default: 0)",
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where figures go (default: RUN/evaluation)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where figures go (default: RUN/evaluation, with --recipe RUN/evaluation-RECIPE)",
+    )
     parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as in the run")
@@ -64,13 +73,14 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < (1 if name == "rows" else 0):
             raise ConfigError(f"--{name} must be {'at least 1' if name == 'rows' else '0 or more'}, not {value}")
-    resolve_run(args.run)
+    run_directory = resolve_run(args.run.resolve())[1]  # resolved: the evaluation may change the working directory
     say(LOADING)
     from finetune.evaluate.evaluation import EvaluationOptions, evaluate
     from finetune.report.evaluation import describe_evaluation
 
     options = EvaluationOptions(
         recipe=_recipe(args.recipe) if args.recipe else None,
+        recipe_name=Path(args.recipe).stem if args.recipe else None,
         rows=args.rows,
         retention=args.retention,
         generate=args.generate,
@@ -83,10 +93,13 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
     )
     out, summary = evaluate(args.run, args.out, options)
-    text = describe_evaluation(summary)
-    (out / "README.md").write_text(text, encoding="utf-8")
-    say(json.dumps(summary, indent=2) if args.json else text, result=True)
-    say(f"figures: {out / 'summary.json'}, row by row: {out / 'rows.jsonl'}")
+    (out / "README.md").write_text(describe_evaluation(summary), encoding="utf-8")
+    say(json.dumps(summary, indent=2) if args.json else describe_evaluation(summary, details=False), result=True)
+    say(f"figures: {out / 'summary.json'}, row by row: {out / 'rows.jsonl'}, label by label: {out / 'README.md'}")
+    if run_directory is not None and out == run_directory / "evaluation":
+        from finetune.report.html import write_html
+
+        say(f"the run's page shows them too: {write_html(run_directory)}")
 
 
 def _recipe(name: str):  # type: ignore[no-untyped-def]

@@ -265,9 +265,9 @@ class EvaluateConfig(Strict):
     Attributes:
         every_steps: optimiser steps between two evaluations on the validation rows. None: only at the end.
         validation_rows: validation samples used each time (the same ones). None: all.
-        test_rows: test samples scored before and after, stratified by answer. None: all.
-        labels: score each record's `answer` against all answers of the set by likelihood. `auto`: when every test
-            record has an `answer` and there are at most 64 different ones.
+        test_rows: test samples scored before and after, stratified by answer, the same for every seed. None: all.
+        labels: score each record's `answer` against the answers of test and training records by likelihood. `auto`:
+            when every test record has an `answer` and there are at most 64 different ones.
         confidence: level of the intervals.
         routing_samples: samples (test, else validation, else training) on which it is measured before and after which
             experts are used, by channel and source, and how routing drifts from the base's. 0: not measured.
@@ -342,7 +342,7 @@ class RunConfig(Strict):
     Attributes:
         name: directory name under `output_dir`. None: the recipe's name and the time.
         output_dir: where run directories are made.
-        seed: the one seed: adapter initialisation, order of rows, evaluation subsets.
+        seed: the one seed: adapter initialisation, order of rows. Which rows are evaluated does not depend on it.
     """
 
     name: str | None = None

@@ -19,6 +19,9 @@ from finetune.data.splits import SplitName, belongs_to, counts_broken_rows, sour
 from finetune.data.tokenizer import LONGEST_TOKEN_BYTES
 from finetune.errors import ConfigError
 
+ANSWERS_KEPT = 1000
+"""Different answers counted of a source: far more than make a label set, far fewer than a large source may have."""
+
 
 @dataclass
 class Facts:
@@ -33,6 +36,7 @@ class Facts:
         num_truncated: samples that lost context.
         bad_rows: rows that cannot be used.
         dropped: rows left out because the recipe says so, such as too long ones.
+        answers: by source, how many records have which `answer`; only the first `ANSWERS_KEPT` different ones.
         fingerprint: sha256 over the samples' token ids and weights, in order.
     """
 
@@ -45,6 +49,7 @@ class Facts:
     num_truncated: int = 0
     bad_rows: list[BadRow] = field(default_factory=list)
     dropped: list[BadRow] = field(default_factory=list)
+    answers: dict[str, dict[str, int]] = field(default_factory=dict)
     fingerprint: str = ""
 
 
@@ -57,7 +62,7 @@ def build(config: DataConfig, split: SplitName, writer: TableWriter) -> Facts:
         writer: where samples go.
 
     Raises:
-        ConfigError: see `read_raw_records`; or no record has the field of `validation_split.key`.
+        ConfigError: see `read_raw_records`; or no training record has the field of `validation_split.key`.
         InputError: see `read_raw_records`.
     """
     facts, digest = Facts(), hashlib.sha256()
@@ -65,6 +70,7 @@ def build(config: DataConfig, split: SplitName, writer: TableWriter) -> Facts:
         for name, source in sources_of(config, split).items():
             keys, counts_broken = _SplitKeys(config, name), counts_broken_rows(config, split, name)
             facts.source_sizes[name] = 0
+            answers = facts.answers.setdefault(name, {})
             for row in read_raw_records(name, source):
                 progress.advance()
                 if isinstance(row, BadRow):
@@ -79,10 +85,12 @@ def build(config: DataConfig, split: SplitName, writer: TableWriter) -> Facts:
                     continue
                 writer.add(row, source.form, samples)
                 facts.num_records += 1
+                _count_answer(row.fields.get("answer"), answers)
                 facts.source_sizes[name] += len(samples)
                 for sample in samples:
                     _count(sample, facts, digest)
-            keys.check()
+            if split != "test":  # test rows are not split, and need no such field
+                keys.check()
     facts.fingerprint = digest.hexdigest()
     return facts
 
@@ -129,6 +137,11 @@ def _shortened(sample: Sample, config: DataConfig, facts: Facts) -> Sample | Non
         reason += ", and what is trained alone does not fit"
     facts.dropped.append(bad_row(sample.where, BadRowError("too long", reason)))
     return None
+
+
+def _count_answer(answer: str | None, answers: dict[str, int]) -> None:
+    if answer is not None and (answer in answers or len(answers) < ANSWERS_KEPT):
+        answers[answer] = answers.get(answer, 0) + 1
 
 
 def _count(sample: Sample, facts: Facts, digest: hashlib._Hash) -> None:

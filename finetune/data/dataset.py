@@ -34,6 +34,7 @@ class Split:
         unused: key that nothing is read from -> how many records have it.
         num_records: records that the samples were made of.
         num_tokens, num_trained_tokens: of all samples; trained is what has a loss weight above 0.
+        answers: by source, how many records have which `answer` (see `Facts`).
         fingerprint: sha256 over the samples' token ids and weights, in order: what is trained, wherever it is from.
     """
 
@@ -49,6 +50,7 @@ class Split:
     num_records: int = 0
     num_tokens: int = 0
     num_trained_tokens: int = 0
+    answers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     fingerprint: str = ""
 
 
@@ -91,6 +93,7 @@ def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> S
         facts.num_records,
         facts.num_tokens,
         facts.num_trained_tokens,
+        facts.answers,
         facts.fingerprint,
     )
 

@@ -37,7 +37,7 @@ class Classification:
         labels: tuple[str, ...],
         log_likelihood: NDArray[np.float64],
         right: NDArray[np.int64],
-        label_tokens: NDArray[np.int64] | None = None,
+        per_token: tuple[NDArray[np.float64], NDArray[np.int64]] | None = None,
     ) -> Classification:
         """Choose by likelihood.
 
@@ -45,10 +45,14 @@ class Classification:
             labels: the candidates.
             log_likelihood: float64 [n, C], nats of each whole answer.
             right: int64 [n].
-            label_tokens: int64 [C], tokens of each answer: then likelihood per token decides, which does not favour
-                short answers. None: raw.
+            per_token: float64 [n], nats of what all answers begin with, and int64 [C], each answer's tokens beyond
+                that: then likelihood per own token decides, which does not favour short answers. What is shared must
+                not be divided: an unlikely header would weigh less on longer answers. None: raw.
         """
-        scores = log_likelihood if label_tokens is None else log_likelihood / label_tokens
+        scores = log_likelihood
+        if per_token is not None:
+            shared, tokens = per_token
+            scores = (log_likelihood - shared[:, None]) / tokens
         probabilities = np.exp(scores - scores.max(1, keepdims=True))
         probabilities /= probabilities.sum(1, keepdims=True)
         return cls(labels, right, scores.argmax(1), probabilities.max(1))
@@ -91,12 +95,16 @@ class Classification:
         """
         return sum(count / len(self.right) * abs(right - sure) for count, right, sure in self.reliability())
 
+    @property
+    def bins(self) -> NDArray[np.int64]:
+        """int64 [n]: the confidence bin of each record."""
+        return np.minimum((self.confidence * NUM_BINS).astype(np.int64), NUM_BINS - 1)
+
     def reliability(self) -> list[tuple[int, float, float]]:
         """Of each confidence bin that has records: how many, their accuracy, their mean confidence."""
-        bins = np.minimum((self.confidence * NUM_BINS).astype(int), NUM_BINS - 1)
         return [
             (int(here.sum()), float(self.is_right[here].mean()), float(self.confidence[here].mean()))
-            for here in (bins == number for number in range(NUM_BINS))
+            for here in (self.bins == number for number in range(NUM_BINS))
             if here.any()
         ]
 

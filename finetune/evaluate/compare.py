@@ -35,7 +35,7 @@ def measure(
         sampling: how.
 
     Raises:
-        CheckError: a loss is not finite.
+        CheckError: a loss or a label's score is not finite.
         InputError: a row's answer is not among its suite's labels.
     """
     for who in WHO:
@@ -47,29 +47,46 @@ def measure(
 
 
 def _score(opened: OpenedModel, suite: Suite, who: str, log: RowLog) -> None:
+    rows, labelled = suite.rows, suite.rows.labelled_rows
+    todo = log.missing("score", who, suite.name, range(len(rows.samples)))
+    total, left = len(rows.samples) + len(labelled), len(todo) + len(labelled.intersection(todo))
+    with Progress(f"{suite.name}, {who}", total, "losses and labels") as progress:
+        progress.start_at(total - left)
+        for chunk in _chunks(todo, ROWS_AT_ONCE):
+            _score_chunk(opened, suite, who, log, chunk, progress)
+
+
+def _score_chunk(
+    opened: OpenedModel, suite: Suite, who: str, log: RowLog, chunk: Sequence[int], progress: Progress
+) -> None:
     model, rows = opened.base.model, suite.rows
-    for chunk in _chunks(log.missing("score", who, suite.name, range(len(rows.samples))), ROWS_AT_ONCE):
-        samples = [rows.samples[n] for n in chunk]
-        row_tokens = max(suite.data.max_length, *(len(sample.ids) for sample in samples))
-        loss = held_out_loss(model, samples, row_tokens, task=f"{suite.name} loss, {who}")
-        if not all(math.isfinite(value) for value in loss.nll):
+    samples = [rows.samples[n] for n in chunk]
+    row_tokens = max(suite.data.max_length, *(len(sample.ids) for sample in samples))
+    loss = held_out_loss(model, samples, row_tokens, progress=progress)
+    for row, value in zip(chunk, loss.nll, strict=True):
+        if not math.isfinite(value):
             raise CheckError(
-                f"{suite.name}: a loss of {who} is not finite",
+                f"{suite.name}: the loss of {who} on {rows.records[row].where} is {value}",
                 why="the model's numbers left the range of its dtype",
-                fix="check the base, the adapter and the rows",
+                fix="check the base, the adapter and this row",
             )
-        labels: Sequence[list[float] | None] = [None] * len(chunk)
-        if rows.labels is not None:
-            records = [rows.records[n] for n in chunk]
-            scores = score_labels(model, records, rows.labels, suite.data, task=f"{suite.name} labels, {who}")
-            labels = scores.log_likelihood.tolist()
-        log.append(
-            {
-                "measured": "score", "who": who, "suite": suite.name, "row": row,
-                "nll": float(loss.nll[place]), "weight": float(loss.weight[place]), "labels": labels[place],
-            }
-            for place, row in enumerate(chunk)
-        )  # fmt: skip
+    labels: dict[int, list[float]] = {}
+    shared: dict[int, float] = {}
+    labelled = rows.labelled_rows
+    asked = [n for n in chunk if n in labelled]
+    if rows.labels is not None and asked:
+        scores = score_labels(model, [rows.records[n] for n in asked], rows.labels, suite.data, progress=progress)
+        labels = dict(zip(asked, scores.log_likelihood.tolist(), strict=True))
+        if scores.shared is not None:
+            shared = dict(zip(asked, scores.shared.tolist(), strict=True))
+    log.append(
+        {
+            "measured": "score", "who": who, "suite": suite.name, "row": row,
+            "nll": float(loss.nll[place]), "weight": float(loss.weight[place]), "labels": labels.get(row),
+            "shared_nats": shared.get(row),
+        }
+        for place, row in enumerate(chunk)
+    )  # fmt: skip
 
 
 def _answer(opened: OpenedModel, suite: Suite, who: str, log: RowLog, count: int, sampling: Sampling) -> None:
@@ -85,7 +102,8 @@ def _answer(opened: OpenedModel, suite: Suite, who: str, log: RowLog, count: int
 
 
 def _text_line(who: str, suite: Suite, row: int, tokens: list[int]) -> dict[str, Any]:
-    read, record = read_completion(tokens), suite.rows.records[row]
+    record = suite.rows.records[row]
+    read = read_completion(tokens, record.conversation.tools.recipients)
     question = next((message.content for message in reversed(record.messages) if message.role == "user"), "")
     return {
         "measured": "text", "who": who, "suite": suite.name, "row": row, "tokens": len(tokens),
@@ -99,6 +117,7 @@ def _chunks(numbers: list[int], size: int) -> Iterator[list[int]]:
 
 
 def answered_rows(rows: TestSet, count: int) -> list[int]:
-    """Numbers of the rows that are answered: evenly spread, so that they do not depend on a seed."""
-    total = len(rows.records)
-    return list(range(total)) if count >= total else [number * total // count for number in range(count)]
+    """Numbers of the rows that are answered: conversations, each once, evenly spread and so the same for every seed."""
+    asking = [row for row in rows.first_rows if rows.records[row].conversation.text is None]
+    total = len(asking)
+    return asking if count >= total else [asking[number * total // count] for number in range(count)]

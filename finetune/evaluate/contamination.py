@@ -1,20 +1,25 @@
 """Test rows that were seen in training: word sequences of a test row that stand in training rows too.
 
 A run of `WORDS` words hardly occurs twice by chance (GPT-3's report used 13). Runs that stand in more than
-`COMMON_SHARE` of the training rows are the task's own wording (instructions, a list of categories) and say nothing
-about a row.
+`COMMON_SHARE` of the training rows are the task's own wording (instructions, a list of categories): their words say
+nothing about a row, nor do runs that begin or end in them. A row that is a training row's copy is found whatever its
+length.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from finetune.data.duplicates import normalise
+
 WORDS = 13
 COMMON_SHARE = 0.02
 _FEWEST_ROWS_FOR_COMMON = 5
+EDGE_SHARE = 0.5
 SEEN_SHARE = 0.5
 """A row with at least this share of its runs seen counts as seen."""
 _WORD = re.compile(r"\w+")
@@ -25,13 +30,15 @@ class Contamination:
     """What of the test rows stands in the training rows.
 
     Attributes:
-        shares: for each test row the share of its runs of WORDS words that stand in a training row; 0 for a row that
-            has none (too short).
-        too_short: rows without a single run.
+        shares: for each test row the share of its own runs of WORDS words that stand in a training row; 1 for a
+            training row's copy, 0 for a row without runs (too short).
+        too_short: rows without a single run of their own that are no copies.
+        copies: rows whose whole text stands in training as a row.
     """
 
     shares: tuple[float, ...]
     too_short: int
+    copies: int = 0
 
     @property
     def seen(self) -> tuple[bool, ...]:
@@ -43,7 +50,7 @@ class Contamination:
         touched = sum(share > 0 for share in self.shares)
         text = (
             f"{sum(self.seen)} of {len(self.shares)} test rows have half or more of their {WORDS}-word runs in the "
-            f"training rows, {touched} have any"
+            f"training rows ({self.copies} are copies of one), {touched} have any"
         )
         return text + (f"; {self.too_short} are too short to tell" if self.too_short else "")
 
@@ -52,22 +59,48 @@ def find_contamination(train: Iterable[str], test: Sequence[str]) -> Contaminati
     """Look for test rows' word runs in training rows.
 
     Args:
-        train, test: the rows' texts, questions and answers joined.
+        train, test: the rows' texts, questions and answers joined. A text that stands several times in `train` counts
+            once: being repeated makes no wording the task's own.
     """
-    wanted: list[set[int]] = [set(_runs(text)) for text in test]
-    of_interest = set().union(*wanted) if wanted else set()
+    texts = [normalise(text) for text in test]
+    runs = [_runs(text) for text in texts]
+    of_interest = {run for row in runs for run in row}
     rows_with: Counter[int] = Counter()
-    num_train = 0
-    for text in train:
-        num_train += 1
-        rows_with.update(of_interest.intersection(_runs(text)))
-    limit = max(_FEWEST_ROWS_FOR_COMMON, COMMON_SHARE * num_train)
-    common = {run for run, rows in rows_with.items() if rows > limit}
-    own = [runs - common for runs in wanted]
-    shares = tuple(sum(run in rows_with for run in runs) / len(runs) if runs else 0.0 for runs in own)
-    return Contamination(shares, sum(not runs for runs in own))
+    trained: set[bytes] = set()
+    for text in map(normalise, train):
+        if (digest := _digest(text)) not in trained:
+            trained.add(digest)
+            rows_with.update(of_interest.intersection(_runs(text)))
+    limit = max(_FEWEST_ROWS_FOR_COMMON, COMMON_SHARE * len(trained))
+    own = [_own_runs(row, rows_with, limit) for row in runs]
+    is_copy = [_digest(text) in trained for text in texts]
+    shares = tuple(
+        1.0 if copied else sum(rows_with[run] > 0 for run in row) / max(1, len(row))
+        for row, copied in zip(own, is_copy, strict=True)
+    )
+    too_short = sum(not row and not copied for row, copied in zip(own, is_copy, strict=True))
+    return Contamination(shares, too_short, sum(is_copy))
 
 
-def _runs(text: str) -> Iterable[int]:
-    words = _WORD.findall(text.lower())
-    return (hash(tuple(words[start : start + WORDS])) for start in range(len(words) - WORDS + 1))
+def _own_runs(runs: Sequence[int], rows_with: Counter[int], limit: float) -> set[int]:
+    """The runs that are not common and share no word with the task's wording; `runs[i]` begins at word i."""
+    counts = [rows_with[run] for run in runs]
+    is_wording = [False] * (len(runs) + WORDS - 1)  # by word
+    for start, count in enumerate(counts):
+        # Instruction's last words and a row's first ones are common, too, but far less than the instruction itself.
+        overlapping = counts[max(0, start - WORDS + 1) : start + WORDS]
+        if count > limit and count >= EDGE_SHARE * max(overlapping):
+            is_wording[start : start + WORDS] = [True] * WORDS
+    return {
+        run for start, run in enumerate(runs) if counts[start] <= limit and not any(is_wording[start : start + WORDS])
+    }
+
+
+def _runs(text: str) -> list[int]:
+    """Hashes of every WORDS words in a row of a normalised text, by place."""
+    words = _WORD.findall(text)
+    return [hash(tuple(words[start : start + WORDS])) for start in range(len(words) - WORDS + 1)]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -26,11 +26,20 @@ class Group:
         prompt: token ids, more than `num_scored`.
         answers: token ids of each, at least one.
         num_scored: tokens at the prompt's end that all answers begin with: they count in each answer's likelihood.
+
+    Raises:
+        ValueError: nothing is left of the prompt to predict the first scored token from.
     """
 
     prompt: Sequence[int]
     answers: Sequence[Sequence[int]]
     num_scored: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.prompt) <= self.num_scored:
+            raise ValueError(
+                f"a prompt of {len(self.prompt)} tokens, {self.num_scored} of them scored, predicts nothing"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -43,12 +52,14 @@ class GroupScores:
     """Scores of a group's answers.
 
     Attributes:
-        log_likelihood: float64 [answers], nats of all of an answer's tokens.
+        log_likelihood: float64 [answers], nats of all of an answer's tokens, the shared ones among them.
         is_greedy: bool [answers], each of its tokens is the likeliest at its place.
+        shared: nats of the `num_scored` tokens alone; 0 if there are none.
     """
 
     log_likelihood: NDArray[np.float64]
     is_greedy: NDArray[np.bool_]
+    shared: float
 
 
 @torch.no_grad()
@@ -72,6 +83,7 @@ def score_row(model: GptOssForCausalLM, groups: Sequence[Group]) -> list[GroupSc
         GroupScores(
             np.array([nats[shared].sum() + nats[own].sum() for own in answers]),
             np.array([bool(greedy[shared].all() and greedy[own].all()) for own in answers]),
+            float(nats[shared].sum()),
         )
         for shared, answers in spans
     ]

@@ -6,51 +6,30 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune.adapters.files import WEIGHTS
+from finetune.adapters.files import CONFIG, WEIGHTS
 from finetune.adapters.locate import resolve_run
+from finetune.adapters.stored import ROUTER_BIAS
 from finetune.config.schema import RunConfig
 from finetune.config.validate import load_run_config
-from finetune.console import say, warn
-from finetune.data.dataset import load_split
+from finetune.console import say
+from finetune.data.render import render_prompt
 from finetune.data.sources import Record
 from finetune.errors import ConfigError
-from finetune.evaluate.compare import measure
+from finetune.evaluate.compare import answered_rows, measure
 from finetune.evaluate.contamination import find_contamination
+from finetune.evaluate.evaluation_data import EvaluationOptions as EvaluationOptions
+from finetune.evaluate.evaluation_data import read_evaluation_data
 from finetune.evaluate.generation import Sampling
 from finetune.evaluate.opening import OpenedModel, open_model
 from finetune.evaluate.row_log import RowLog
 from finetune.evaluate.summary import summarise_answers, summarise_suite
-from finetune.evaluate.testset import Suite, choose_test_set, retention_suites
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """What to evaluate; see `finetune evaluate --help`.
-
-    Attributes:
-        recipe: whose data; None: the run's.
-        rows, retention, generate: how many rows of each kind; `rows` None: as the recipe says.
-        max_tokens, temperature, top_p, seed: of generated answers; the seed also chooses rows.
-        base, revision, device: see `open_model`.
-    """
-
-    recipe: RunConfig | None = None
-    rows: int | None = None
-    retention: int = 100
-    generate: int = 0
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    base: str | None = None
-    revision: str | None = None
-    device: str | None = None
+from finetune.evaluate.testset import Suite
 
 
 def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[Path, dict[str, Any]]:
@@ -59,7 +38,7 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
     Args:
         path: a run directory, or an adapter directory.
         out: where figures go; rows measured there under the same settings are not measured again. None: `evaluation`
-            in the run, or beside the adapter.
+            in the run (`evaluation-RECIPE` for another recipe's rows), or beside the adapter.
         options: what to evaluate.
 
     Returns:
@@ -69,30 +48,28 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
         ConfigError: no recipe to take rows from, it has no test rows, or `out` holds another evaluation.
         FinetuneError: whatever is wrong with adapter, base or data.
     """
-    path, out = path.resolve(), out.resolve() if out else None  # the working directory may change below
-    config = _config(path, options)
+    path, out = path.resolve(), out.resolve() if out else None  # the working directory changes while data is read
+    directory, run = resolve_run(path)
+    own = load_run_config(run / "config.yaml") if run else None
+    config = _config(directory, own, options)
+    data = read_evaluation_data(config, options, run, own)
     opened = open_model(path, base=options.base, revision=options.revision, device=options.device)
-    if opened.run is not None:
-        _work_where_the_run_did(opened.run)
-    test_split = load_split(config.data, "test")
-    test = Suite("test", choose_test_set(test_split, config), config.data)
-    suites = [test]
-    if options.retention:
-        suites += retention_suites(config.data, options.retention, options.seed)
     sampling = Sampling(options.max_tokens, options.temperature, options.top_p, options.seed)
-    out = out or (
-        opened.run / "evaluation" if opened.run else opened.directory.with_name(f"{opened.directory.name}-evaluation")
-    )
-    log = RowLog(out / "rows.jsonl", _belongs_to(opened, suites, sampling))
-    measure(opened, suites, log, num_generated=options.generate, sampling=sampling)
-    train = load_split(config.data, "train").records if config.data.train else ()
+    _check_positions(opened, data.test, options)
+    out = out or _default_directory(directory, run, options)
+    log = RowLog(out / "rows.jsonl", _belongs_to(opened, data.suites, sampling))
+    measure(opened, data.suites, log, num_generated=options.generate, sampling=sampling)
     summary = {
         "adapter": str(opened.directory),
         "base": {"name": str(opened.base.checkpoint.directory), "identity": opened.base.identity},
         "confidence": config.evaluate.confidence,
-        "suites": [summarise_suite(suite, log, config.evaluate.confidence) for suite in suites],
-        "contamination": _contamination(test, train, log, config),
-        "answers": summarise_answers(test, log, options.generate, train) if options.generate else None,
+        "notes": list(data.notes),
+        "left_out": data.left_out,
+        "suites": [summarise_suite(suite, log, config.evaluate.confidence) for suite in data.suites],
+        "contamination": _contamination(data.test, data.train, log, config),
+        "answers": summarise_answers(data.test, log, options.generate, data.train, config.evaluate.confidence)
+        if options.generate
+        else None,
     }
     staging = out / "summary.json.partial"
     staging.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -100,40 +77,53 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
     return out, summary
 
 
-def _config(path: Path, options: EvaluationOptions) -> RunConfig:
-    """Whose rows to score: known before a model is loaded."""
-    directory, run = resolve_run(path)
-    config = options.recipe or (load_run_config(run / "config.yaml") if run else None)
+def _config(directory: Path, own: RunConfig | None, options: EvaluationOptions) -> RunConfig:
+    """Whose rows to score: known before anything is read."""
+    config = options.recipe or own
     if config is None:
         raise ConfigError(f"{directory} belongs to no run, so it has no test rows", fix="say whose with --recipe NAME")
     if not config.data.test:
         raise ConfigError("the recipe has no data.test", fix="add test sources, or name another recipe with --recipe")
     rows = options.rows if options.rows is not None else config.evaluate.test_rows
-    return replace(config, seed=options.seed, evaluate=replace(config.evaluate, test_rows=rows))
+    return replace(config, evaluate=replace(config.evaluate, test_rows=rows))
 
 
-def _work_where_the_run_did(run: Path) -> None:
-    """Relative paths of a recipe start where the run was started."""
-    try:
-        origin = json.loads((run / "manifest.json").read_text()).get("working_directory")
-    except (OSError, ValueError):
+def _default_directory(directory: Path, run: Path | None, options: EvaluationOptions) -> Path:
+    """Beside the adapter or in the run; the run's report takes `evaluation` for the run's own test rows."""
+    if run is None:
+        return directory.with_name(f"{directory.name}-evaluation")
+    return run / (f"evaluation-{options.recipe_name or 'other'}" if options.recipe else "evaluation")
+
+
+def _check_positions(opened: OpenedModel, test: Suite, options: EvaluationOptions) -> None:
+    """Answers that cannot be written are told before hours of scoring."""
+    rows = answered_rows(test.rows, options.generate)
+    if not rows:
         return
-    if origin and Path(origin) != Path.cwd() and Path(origin).is_dir():
-        warn(f"reading the recipe's data from {origin}, where the run was started")
-        os.chdir(origin)
+    longest = max(len(render_prompt(test.rows.records[row], test.data)) for row in rows)
+    positions: int = opened.base.model.config.max_position_embeddings
+    if longest + options.max_tokens > positions:
+        raise ConfigError(
+            f"--max-tokens {options.max_tokens:,}: the longest prompt has {longest:,} tokens, and the model has "
+            f"{positions:,} positions",
+            fix=f"ask for {positions - longest:,} or fewer" if longest < positions else "answer fewer or shorter rows",
+        )
 
 
 def _belongs_to(opened: OpenedModel, suites: Sequence[Suite], sampling: Sampling) -> dict[str, Any]:
     """What figures depend on: model, rows as tokens, and how answers are made."""
-    with (opened.directory / WEIGHTS).open("rb") as file:
-        adapter = hashlib.file_digest(file, "sha256").hexdigest()
+    adapter = hashlib.sha256()
+    for name in (WEIGHTS, CONFIG, ROUTER_BIAS):  # alpha, and with it every figure, stands in the second
+        if (opened.directory / name).is_file():
+            with (opened.directory / name).open("rb") as file:
+                adapter.update(f"{name} ".encode() + hashlib.file_digest(file, "sha256").digest())
     rows = hashlib.sha256()
     for suite in suites:
         rows.update(f"{suite.name} {suite.rows.labels}".encode())
         for sample in suite.rows.samples:
             rows.update(sample.ids.tobytes() + sample.weights.tobytes())
     return {
-        "adapter": adapter,
+        "adapter": adapter.hexdigest(),
         "base": opened.base.identity,
         "compute_dtype": str(opened.base.compute_dtype),
         "rows": rows.hexdigest(),
@@ -141,22 +131,26 @@ def _belongs_to(opened: OpenedModel, suites: Sequence[Suite], sampling: Sampling
     }
 
 
-def _contamination(test: Suite, train: Sequence[Record], log: RowLog, config: RunConfig) -> dict[str, Any] | None:
+def _contamination(
+    test: Suite, train: Sequence[Record] | None, log: RowLog, config: RunConfig
+) -> dict[str, Any] | None:
     """Test rows seen in training, and the figures without them."""
-    if not train:
+    if train is None:
         return None
-    found = find_contamination(map(_text, train), [_text(record) for record in test.rows.records])
+    records = [test.rows.records[row] for row in test.rows.first_rows]
+    found = find_contamination(map(_text, train), [_text(record) for record in records])
     say(found.describe())
     seen = np.array(found.seen)
     result: dict[str, Any] = {
         "rows": len(seen),
         "seen": int(seen.sum()),
         "touched": sum(share > 0 for share in found.shares),
+        "copies": found.copies,
         "too_short": found.too_short,
-        "seen_ids": [record.id for record, is_seen in zip(test.rows.records, seen, strict=True) if is_seen],
+        "seen_ids": [record.id for record, is_seen in zip(records, seen, strict=True) if is_seen],
     }
     if 0 < seen.sum() < len(seen):
-        result["without_seen"] = summarise_suite(test, log, config.evaluate.confidence, ~seen)
+        result["without_seen"] = summarise_suite(test, log, config.evaluate.confidence, ~seen[test.rows.record_numbers])
     return result
 
 

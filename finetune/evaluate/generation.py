@@ -5,18 +5,20 @@ Shape legend: B sequences still going, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from openai_harmony import HarmonyError, Role, StreamableParser
+from openai_harmony import HarmonyError, Message, Role, StreamableParser, StreamState, TextContent
 from torch import Tensor
 from transformers import GptOssForCausalLM
 
-from finetune.data.tokenizer import CALL_ID, END_OF_TEXT_ID, RETURN_ID, harmony_encoding
+from finetune.data.tokenizer import CALL_ID, END_ID, END_OF_TEXT_ID, FIRST_CONTROL_ID, RETURN_ID, harmony_encoding
 from finetune.model.decoding import Decoder
 
 STOP_IDS = frozenset({RETURN_ID, CALL_ID, END_OF_TEXT_ID})
+_MESSAGE_ENDS = frozenset({END_ID, RETURN_ID, CALL_ID})
+_CHANNELS = frozenset({"analysis", "commentary", "final"})
 OnToken = Callable[[int, int], None]
 """Called with the prompt's number and each new token, in the order in which they come."""
 
@@ -116,8 +118,8 @@ class Completion:
     """What a model wrote after a prompt, read as harmony.
 
     Attributes:
-        final: text of the final channel, "" if it wrote none.
-        analysis: text of the analysis channel, "" if it wrote none.
+        final: text of the final channel, "" if it wrote none; texts of several are joined by an empty line.
+        analysis: text of the analysis channel, likewise.
         stopped: it ended with a stop token; otherwise it was cut at `max_tokens`.
         error: what is wrong with its form, or None. A cut one is not wrong for being cut.
     """
@@ -128,34 +130,74 @@ class Completion:
     error: str | None
 
 
-def read_completion(tokens: Sequence[int]) -> Completion:
-    """Read generated tokens as harmony's messages."""
-    texts: dict[str, str] = {}
+def read_completion(tokens: Sequence[int], recipients: Collection[str] = ()) -> Completion:
+    """Read generated tokens as harmony's messages, and check that they are what harmony lets an assistant write.
+
+    openai-harmony's parser refuses little: inside a message it takes any control token but the three end tokens for
+    text. The checks beyond it follow https://cookbook.openai.com/articles/openai-harmony: an assistant thinks, calls a
+    tool with `<|call|>`, or gives one final answer, which `<|return|>` ends.
+
+    Args:
+        tokens: without the prompt, the stop token included.
+        recipients: the tools that the conversation declares, as `DeclaredTools.recipients` gives them.
+    """
+    parser = StreamableParser(harmony_encoding(), role=Role.ASSISTANT)
+    stopped = bool(tokens) and tokens[-1] in STOP_IDS
     error = None
     try:
-        for channel, text in stream_text(tokens):
-            texts[channel] = texts.get(channel, "") + text
+        for token in tokens[:-1] if stopped and tokens[-1] == END_OF_TEXT_ID else tokens:
+            if token >= FIRST_CONTROL_ID and token not in _MESSAGE_ENDS and parser.state == StreamState.CONTENT:
+                error = error or f"{harmony_encoding().decode([token])} inside a message"
+            parser.process(token)
     except HarmonyError as problem:
-        error = str(problem)
-    stopped = bool(tokens) and tokens[-1] in STOP_IDS
-    if error is None and stopped and "final" not in texts and tokens[-1] == RETURN_ID:
-        error = "ended without a final channel"
-    return Completion(texts.get("final", ""), texts.get("analysis", ""), stopped, error)
+        error = error or str(problem)
+    written = [_Written.of(message) for message in parser.messages]
+    if parser.state == StreamState.CONTENT:
+        recipient, channel = parser.current_recipient, parser.current_channel
+        written.append(_Written(parser.current_role == Role.ASSISTANT, channel, recipient, parser.current_content))
+    error = error or _wrong_message(written, recipients) or (_wrong_end(written, tokens[-1]) if stopped else None)
+    texts = {name: [one.text for one in written if one.channel == name] for name in ("final", "analysis")}
+    return Completion("\n\n".join(texts["final"]), "\n\n".join(texts["analysis"]), stopped, error)
 
 
-def stream_text(tokens: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """Text as it comes, with the channel it belongs to; headers and control tokens are left out.
+@dataclass(frozen=True)
+class _Written:
+    """A message of a completion, or the unfinished one at its end."""
 
-    Yields:
-        (channel, text). A character that several tokens make comes with its last one.
+    by_assistant: bool
+    channel: str | None
+    recipient: str | None
+    text: str
 
-    Raises:
-        HarmonyError: a token stands where harmony allows none like it; what came before was yielded.
-    """
-    stream = TextStream()
-    for token in tokens:
-        if text := stream.take(token):
-            yield text
+    @classmethod
+    def of(cls, message: Message) -> _Written:
+        text = "".join(part.text for part in message.content if isinstance(part, TextContent))
+        return cls(message.author.role == Role.ASSISTANT, message.channel, message.recipient, text)
+
+
+def _wrong_message(written: Sequence[_Written], recipients: Collection[str]) -> str | None:
+    for place, one in enumerate(written):
+        if not one.by_assistant:
+            return "a message that is not the assistant's"
+        if one.channel not in _CHANNELS:
+            return f"unknown channel {one.channel!r}" if one.channel else "a message without a channel"
+        if one.recipient is not None and one.recipient not in recipients:
+            return f"a call to {one.recipient!r}, which the conversation does not declare"
+        if one.channel == "final" and place + 1 < len(written):
+            return "goes on after its final message"
+    return None
+
+
+def _wrong_end(written: Sequence[_Written], stop: int) -> str | None:
+    """What is wrong with where it stopped; its messages are right."""
+    if stop == END_OF_TEXT_ID:
+        return "ended by <|endoftext|>, outside harmony"
+    last = written[-1] if written else None
+    if stop == CALL_ID:
+        return None if last is not None and last.recipient is not None else "ended by <|call|> without a call"
+    if last is None or last.channel != "final" or not last.text:
+        return "ended without a final answer"
+    return None
 
 
 class TextStream:

@@ -33,8 +33,10 @@ from finetune.evaluate.continuations import Group, score_row
 from finetune.evaluate.generation import STOP_IDS, Sampling, generate
 from finetune.evaluate.opening import open_model
 
-Scored = tuple[tuple[str, str], list[int], list[int]]
-"""What the harness asks for: (context, continuation) as text, and the token ids of both."""
+Scored = tuple[tuple[str, str] | None, list[int], list[int]]
+"""What the harness asks for: (context, continuation) as text, and the token ids of both. None: not to be cached."""
+Batch = tuple[list[int], list[str], Sampling]
+"""Requests that are answered together: their numbers, their stop strings, and how tokens are chosen."""
 
 ROW_TOKENS = 4096
 PROMPTS_AT_ONCE = 8
@@ -143,9 +145,9 @@ class AdaptedModel(TemplateLM):
                     fix="raise max_length",
                 )
             cut += len(context) > room
-            groups.setdefault(tuple(context[-room:]), []).append(number)
-        if cut:
-            warn(f"{cut} of {len(requests)} contexts are cut from the left to {self.max_length} tokens")
+            # The harness moves white space at a context's end into the continuation, and may leave nothing.
+            groups.setdefault(tuple(context[-room:] or [self.prefix_token_id]), []).append(number)
+        self._say_cut(cut, len(requests))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         with self._as_asked(), Progress("likelihoods", len(groups), "contexts") as progress:
             for row in _rows([(list(context), numbers) for context, numbers in groups.items()], answers):
@@ -156,7 +158,8 @@ class AdaptedModel(TemplateLM):
                 for (_, numbers), score in zip(row, scores, strict=True):
                     for place, number in enumerate(numbers):
                         found[number] = float(score.log_likelihood[place]), bool(score.is_greedy[place])
-                        self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                        if (request := requests[number][0]) is not None:
+                            self.cache_hook.add_partial("loglikelihood", request, found[number])
                 progress.advance(len(row))
         return found
 
@@ -168,7 +171,7 @@ class AdaptedModel(TemplateLM):
             (text,) = request.args
             windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length - 1, 1)
             for context, continuation in map(make_disjoint_window, windows):
-                asked.append((("", text), context, continuation))
+                asked.append((None, context, continuation))  # a window's likelihood is not the text's
                 owner.append(number)
         totals = [0.0] * len(requests)
         for number, (nats, _) in zip(owner, self._loglikelihood_tokens(asked), strict=True):
@@ -182,15 +185,16 @@ class AdaptedModel(TemplateLM):
 
         Raises:
             ConfigError: a generation setting that is not known here.
+            InputError: a task asks for so many new tokens that no room is left for a context.
         """
         texts = [""] * len(requests)
+        batches = list(_batches(requests, self.max_gen_toks, self._seed))
+        prompts = self._prompts(requests, batches)
         with self._as_asked(), Progress("answers", len(requests), "prompts") as progress:
-            for numbers, until, sampling in _batches(requests, self.max_gen_toks, self._seed):
-                room = self.max_length - sampling.max_tokens
-                prompts = [(self.tok_encode(requests[number].args[0]) or [self.prefix_token_id]) for number in numbers]
+            for numbers, until, sampling in batches:
                 written = generate(
                     self.opened.base.model,
-                    [prompt[-room:] for prompt in prompts],
+                    [prompts[number] for number in numbers],
                     sampling,
                     numbers=numbers,
                     is_finished=partial(self._has_stopped, until),
@@ -201,6 +205,29 @@ class AdaptedModel(TemplateLM):
                     self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
                 progress.advance(len(numbers))
         return texts
+
+    def _prompts(self, requests: Sequence[Instance], batches: Sequence[Batch]) -> dict[int, list[int]]:
+        """Contexts as tokens, cut from the left to leave room for the answers; all before the first answer."""
+        prompts: dict[int, list[int]] = {}
+        cut = 0
+        for numbers, _, sampling in batches:
+            room = self.max_length - sampling.max_tokens
+            if room < 1:
+                raise InputError(
+                    f"a task asks for {sampling.max_tokens:,} new tokens, and context and answer together have "
+                    f"{self.max_length:,}",
+                    fix=f"raise max_length above {sampling.max_tokens:,}, or lower the task's max_gen_toks",
+                )
+            for number in numbers:
+                ids = self.tok_encode(requests[number].args[0])
+                cut += len(ids) > room
+                prompts[number] = ids[-room:] or [self.prefix_token_id]
+        self._say_cut(cut, len(requests))
+        return prompts
+
+    def _say_cut(self, cut: int, total: int) -> None:
+        if cut:
+            warn(f"{cut} of {total} contexts are cut from the left, to {self.max_length} tokens with what follows them")
 
     def _has_stopped(self, until: Sequence[str], tokens: Sequence[int]) -> bool:
         """Whether the last token completed a stop string; only as much of the end is read as can hold one."""
@@ -228,9 +255,7 @@ def _rows(
         yield row
 
 
-def _batches(
-    requests: Sequence[Instance], max_tokens: int, seed: int
-) -> Iterator[tuple[list[int], list[str], Sampling]]:
+def _batches(requests: Sequence[Instance], max_tokens: int, seed: int) -> Iterator[Batch]:
     """Requests with the same settings, PROMPTS_AT_ONCE together."""
     alike: dict[tuple[tuple[str, ...], Sampling], list[int]] = {}
     for number, request in enumerate(requests):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import NormalDist
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,3 +63,36 @@ def paired_ratio_interval(
         seed: of the resampling.
     """
     return bootstrap_ratio_interval(after - before, weights, confidence, seed=seed)
+
+
+def bootstrap_intervals(
+    figures: Callable[[NDArray[np.int64]], NDArray[np.float64]],
+    num_rows: int,
+    confidence: float,
+    *,
+    kind: Literal["percentile", "reflected"] = "percentile",
+    seed: int = 0,
+) -> NDArray[np.float64]:
+    """Bootstrap intervals of figures that are no ratio of sums, resampling rows.
+
+    Args:
+        figures: from the numbers of the drawn rows, int64 [n], to float64 [K]; NaN where a draw says nothing.
+        num_rows: n.
+        confidence: level, such as 0.95.
+        kind: `reflected` turns the percentiles about the measured value (Davison and Hinkley 1997, "basic"). It suits
+            figures that every draw makes larger on average, such as a calibration error: chance differences within
+            bins count as error, those of the rows and those of the draw on top.
+        seed: of the resampling.
+
+    Returns:
+        float64 [K, 2], lower and upper ends; NaN where no draw said anything.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = np.array([figures(rng.integers(num_rows, size=num_rows)) for _ in range(NUM_RESAMPLES)])
+    ends = np.full((drawn.shape[1], 2), np.nan)
+    told = ~np.isnan(drawn).all(0)
+    ends[told] = np.nanquantile(drawn[:, told], [(1 - confidence) / 2, (1 + confidence) / 2], axis=0).T
+    if kind == "reflected":
+        measured = figures(np.arange(num_rows))
+        ends = 2 * measured[:, None] - ends[:, ::-1]
+    return ends

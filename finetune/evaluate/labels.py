@@ -8,6 +8,7 @@ channel's header, moves into the prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +20,14 @@ from finetune.config.schema import DataConfig
 from finetune.console import Progress
 from finetune.data.render import render_answer, render_prompt
 from finetune.data.sources import Record
-from finetune.errors import InputError
+from finetune.errors import CheckError, InputError
 from finetune.evaluate.continuations import Group, score_row
 from finetune.evaluate.intervals import wilson_interval
 from finetune.evaluate.likelihood import BetweenBatches
 
 MOST_LABELS = 64
+SUBSET_SEED = 0
+"""Fixed: whatever seed a run has, the same rows are scored, so that seeds differ in training alone."""
 ROW_TOKENS = 4096
 
 
@@ -36,11 +39,14 @@ class LabelScores:
         labels: the candidates, sorted.
         log_likelihood: float64 [n, labels], nats of the whole answer including its end token.
         right: int64 [n], index of each record's own answer.
+        shared: float64 [n], nats of what all answers begin with, the final channel's header; `log_likelihood` holds
+            them too. None: not known.
     """
 
     labels: tuple[str, ...]
     log_likelihood: NDArray[np.float64]
     right: NDArray[np.int64]
+    shared: NDArray[np.float64] | None = None
 
     @property
     def num_right(self) -> int:
@@ -70,7 +76,7 @@ def label_set(records: Sequence[Record]) -> tuple[str, ...] | None:
     return tuple(sorted(answer for answer in answers if answer is not None))
 
 
-def stratified_subset(records: Sequence[Record], count: int | None, seed: int) -> list[int]:
+def stratified_subset(records: Sequence[Record], count: int | None, seed: int = SUBSET_SEED) -> list[int]:
     """Numbers of `count` records with answers in proportion to all, the same for the same seed.
 
     Answers get their share rounded by largest remainder; within an answer the choice is random. Records without an
@@ -100,6 +106,7 @@ def score_labels(
     *,
     task: str = "label accuracy",
     between_batches: BetweenBatches = lambda: None,
+    progress: Progress | None = None,
 ) -> LabelScores:
     """Log-likelihood of every label after every record's prompt.
 
@@ -110,38 +117,55 @@ def score_labels(
         config: conversation date and reasoning effort of the prompts.
         task: what the progress line says.
         between_batches: see `BetweenBatches`.
+        progress: a line to advance by the records instead of one of its own.
 
     Raises:
+        CheckError: a score is not finite.
         InputError: a record's answer is not among the labels.
     """
     labels = tuple(labels)
     right = np.array([_label_number(record, labels) for record in records])
     answers = [render_answer(label) for label in labels]
     shared = _common_prefix(answers)
-    scores = np.zeros((len(records), len(labels)))
+    scores, shared_nats = np.zeros((len(records), len(labels))), np.zeros(len(records))
     pending: list[tuple[int, list[int]]] = []
-    with Progress(task, len(records), "records") as progress:
+    with nullcontext(progress) if progress else Progress(task, len(records), "records") as line:
         for number, record in enumerate(records):
             pending.append((number, render_prompt(record, config) + answers[0][:shared]))
             tokens = sum(len(prompt) for _, prompt in pending) + len(pending) * sum(len(a) - shared for a in answers)
             if tokens >= ROW_TOKENS or number == len(records) - 1:
                 between_batches()
                 row = [Group(prompt, [a[shared:] for a in answers], shared) for _, prompt in pending]
-                scores[[n for n, _ in pending]] = [found.log_likelihood for found in score_row(model, row)]
-                progress.advance(len(pending))
+                for (place, _), found in zip(pending, score_row(model, row), strict=True):
+                    scores[place], shared_nats[place] = found.log_likelihood, found.shared
+                line.advance(len(pending))
                 pending = []
-    return LabelScores(labels, scores, right)
+    _check_finite(scores, records, labels)
+    return LabelScores(labels, scores, right, shared_nats)
 
 
-def label_tokens(labels: Sequence[str]) -> NDArray[np.int64]:
-    """int64 [labels]: tokens of each whole answer, its header and end token included."""
-    return np.array([len(render_answer(label)) for label in labels])
+def own_tokens(labels: Sequence[str]) -> NDArray[np.int64]:
+    """int64 [labels]: tokens of each answer beyond what all begin with; the end token counts, the header does not."""
+    answers = [render_answer(label) for label in labels]
+    return np.array([len(answer) for answer in answers]) - _common_prefix(answers)
 
 
 def _label_number(record: Record, labels: tuple[str, ...]) -> int:
     if record.answer not in labels:
         raise InputError(f"{record.where}: answer {record.answer!r} is not among the {len(labels)} labels")
     return labels.index(record.answer)
+
+
+def _check_finite(scores: NDArray[np.float64], records: Sequence[Record], labels: tuple[str, ...]) -> None:
+    bad = np.argwhere(~np.isfinite(scores))
+    if len(bad):
+        record, label = bad[0]
+        raise CheckError(
+            f"{records[record].where}: the log-likelihood of {labels[label]!r} is {scores[record, label]}",
+            why=f"the model's numbers left the range of its dtype, in {len(np.unique(bad[:, 0])):,} of "
+            f"{len(records):,} rows scored together",
+            fix="check the base, the adapter and these rows",
+        )
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,9 +42,9 @@ class HeldOutLoss:
         """Nats per trained token over all samples."""
         return float(self.nll.sum() / self.weight.sum())
 
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """Bootstrap interval of the mean, resampling samples."""
-        return bootstrap_ratio_interval(self.nll, self.weight, confidence)
+    def interval(self, confidence: float) -> tuple[float, float] | None:
+        """Bootstrap interval of the mean, resampling samples; None of one sample, which says nothing of others."""
+        return bootstrap_ratio_interval(self.nll, self.weight, confidence) if len(self.nll) > 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +66,16 @@ class PredictedStates:
 
 @torch.no_grad()
 def predicted_states(
-    model: GptOssForCausalLM, samples: Sequence[Sample], row_tokens: int, task: str, between_batches: BetweenBatches
+    model: GptOssForCausalLM,
+    samples: Sequence[Sample],
+    row_tokens: int,
+    task: str,
+    between_batches: BetweenBatches,
+    progress: Progress | None = None,
 ) -> Iterator[PredictedStates]:
     """Run samples in packed rows; row by row what predicts their trained tokens. Arguments as in `held_out_loss`."""
     rows = pack([len(sample.ids) for sample in samples], row_tokens, np.random.default_rng(0))
-    with Progress(task, len(samples), "samples") as progress:
+    with nullcontext(progress) if progress else Progress(task, len(samples), "samples") as line:
         for row in rows:
             between_batches()
             batch = collate([[samples[number] for number in row]])
@@ -81,7 +87,7 @@ def predicted_states(
                 weights.double().numpy(),
                 np.array(row)[batch.segments[0, where].numpy()],
             )
-            progress.advance(len(row))
+            line.advance(len(row))
 
 
 @torch.no_grad()
@@ -92,6 +98,7 @@ def held_out_loss(
     *,
     task: str = "held-out loss",
     between_batches: BetweenBatches = lambda: None,
+    progress: Progress | None = None,
 ) -> HeldOutLoss:
     """Score samples with the model as it is.
 
@@ -101,9 +108,10 @@ def held_out_loss(
         row_tokens: tokens in a packed row, at least the longest sample.
         task: what the progress line says.
         between_batches: see `BetweenBatches`.
+        progress: a line to advance by the samples instead of one of its own.
     """
     nll, weight = np.zeros(len(samples)), np.zeros(len(samples))
-    for found in predicted_states(model, samples, row_tokens, task, between_batches):
+    for found in predicted_states(model, samples, row_tokens, task, between_batches, progress):
         losses = token_nll(found.hidden, model.lm_head.weight, found.targets)
         np.add.at(nll, found.sample, losses.double().cpu().numpy() * found.weights)
         np.add.at(weight, found.sample, found.weights)

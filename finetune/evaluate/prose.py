@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from finetune.data.sources import Record
+from finetune.evaluate.refusals import is_refusal
 
 _WORD = re.compile(r"\w+(?:'\w+)?")
 _SEED_WORDS = 4
@@ -65,6 +70,9 @@ def _common_length(one: Sequence[str], at: int, other: Sequence[str], there: int
 class AuthorClassifier:
     """Multinomial naive Bayes over words, with add-one smoothing: whose voice does a text have?
 
+    All authors are as likely before a word is read: with the training texts' shares as prior, a text that says little
+    would go to whoever wrote most of them.
+
     Args:
         texts, authors: what it learns from, text by text.
     """
@@ -75,7 +83,6 @@ class AuthorClassifier:
         for text, author in zip(texts, authors, strict=True):
             counts[author].update(words(text))
         self._vocabulary = set().union(*counts.values())
-        self._log_prior = {a: math.log(authors.count(a) / len(authors)) for a in self.authors}
         self._log_probability = {
             author: {
                 word: math.log((found[word] + 1) / (found.total() + len(self._vocabulary))) for word in self._vocabulary
@@ -83,11 +90,87 @@ class AuthorClassifier:
             for author, found in counts.items()
         }
 
-    def classify(self, text: str) -> str:
-        """The likeliest author; words never seen are passed over."""
+    def classify(self, text: str) -> str | None:
+        """The likeliest author; words never seen are passed over, and a text without any other word has none."""
         known = [word for word in words(text) if word in self._vocabulary]
-        scores = {
-            author: self._log_prior[author] + sum(self._log_probability[author][word] for word in known)
-            for author in self.authors
+        scores = {author: sum(self._log_probability[author][word] for word in known) for author in self.authors}
+        return max(self.authors, key=lambda author: scores[author]) if known else None
+
+
+def prose_figures(
+    texts: Mapping[str, Sequence[str]], records: Sequence[Record], train: Sequence[Record] | None
+) -> dict[str, Any]:
+    """Variety, copying and voice of texts.
+
+    Args:
+        texts: by who wrote them; each has one a record.
+        records: the test records that they answer; a field `author` says whose voice is right.
+        train: training records; None if they are not known.
+
+    Returns:
+        By who wrote them `distinct_1`, `distinct_2`, `empty` texts, `refusals`; with training records
+        `longest_copy_words` and `median_copy_words`; where these have several authors `own_author`, the share of texts
+        taken for their own author's, and `own_author_balanced`, the mean of that share over authors, which always
+        naming the same one makes 1 / authors. Then `authors`: how many are `known`, the `largest_share` of rows that
+        one of them wrote, and `unknown_rows`, which the training records have no author for and which do not count.
+    """
+    spoken = {record.where: record for record in train or ()}  # a record of several samples comes several times
+    seen = TrainingText(text for record in spoken.values() for text in trained_texts(record))
+    figures: dict[str, Any] = {}
+    for who, written in texts.items():
+        figures[who] = {
+            "distinct_1": distinctness(written, 1),
+            "distinct_2": distinctness(written, 2),
+            "empty": sum(not text.strip() for text in written),
+            "refusals": sum(map(is_refusal, written)),
         }
-        return max(self.authors, key=lambda author: scores[author])
+        if spoken:
+            copies = [seen.longest_copy(text) for text in written]
+            figures[who] |= {"longest_copy_words": max(copies), "median_copy_words": median(copies)}
+    signed = [record for record in spoken.values() if "author" in record.fields]
+    classifier = AuthorClassifier(
+        ["\n".join(trained_texts(record, thinking=False)) for record in signed],
+        [record.fields["author"] for record in signed],
+    )
+    own = {n: record.fields.get("author", "") for n, record in enumerate(records)}
+    own = {n: author for n, author in own.items() if author in classifier.authors}
+    if len(classifier.authors) < 2 or not own:
+        return figures
+    for who, written in texts.items():
+        figures[who] |= _voice(classifier, {n: written[n] for n in own}, own)
+    largest = max(Counter(own.values()).values()) / len(own)
+    figures["authors"] = {
+        "known": len(classifier.authors),
+        "largest_share": largest,
+        "unknown_rows": len(records) - len(own),
+    }
+    return figures
+
+
+def trained_texts(record: Record, *, thinking: bool = True) -> list[str]:
+    """What a training record teaches to write: plain text, or all that its assistant says.
+
+    Every turn counts, also where `data.loss` trains the last one alone: the others stand in its context.
+
+    Args:
+        record: of the training data.
+        thinking: reasoning and the arguments of calls, too.
+    """
+    found = [record.conversation.text or ""]
+    for message in record.messages:
+        if message.role == "assistant":
+            found.append(message.content)
+            if thinking:
+                found += [message.thinking or "", *(call.arguments for call in message.tool_calls)]
+    return [text for text in found if text]
+
+
+def _voice(classifier: AuthorClassifier, texts: Mapping[int, str], own: Mapping[int, str]) -> dict[str, float]:
+    """How many texts are taken for their own author's: of all, and as a mean over authors."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for row, author in own.items():
+        right[author].append(classifier.classify(texts[row]) == author)
+    return {
+        "own_author": sum(map(sum, right.values())) / len(own),
+        "own_author_balanced": sum(sum(found) / len(found) for found in right.values()) / len(right),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ class RowLog:
         for line in lines[1:]:
             self.rows[_key(line)] = line
         # A line cut short by a kill would otherwise swallow the next one.
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        staging = path.with_name(f"{path.name}.partial")
+        staging.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(staging, path)  # a kill in between leaves the file as it was
 
     def missing(self, measured: str, who: str, suite: str, rows: Iterable[int]) -> list[int]:
         """Those of `rows` that are not there yet."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,20 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.data.sources import Record
-from finetune.evaluate.classification import Classification, mcnemar
-from finetune.evaluate.compare import WHO, answered_rows
-from finetune.evaluate.intervals import bootstrap_ratio_interval, paired_ratio_interval, wilson_interval
-from finetune.evaluate.labels import label_tokens
-from finetune.evaluate.prose import AuthorClassifier, TrainingText, distinctness
+from finetune.evaluate.classification import Classification
+from finetune.evaluate.compare import answered_rows
+from finetune.evaluate.figures import WHO, compared_shares, label_figures, share_intervals, with_interval
+from finetune.evaluate.intervals import bootstrap_ratio_interval, paired_ratio_interval
+from finetune.evaluate.labels import own_tokens
+from finetune.evaluate.prose import prose_figures
+from finetune.evaluate.refusals import is_refusal
 from finetune.evaluate.row_log import RowLog
 from finetune.evaluate.testset import Suite
 
 Rows = list[dict[str, Any]]
-_REFUSAL = re.compile(
-    r"\b(i(?:['’]m| am) sorry|i (?:can(?:no|['’])t|am unable to|won['’]t) (?:help|assist|comply|provide|do that|answer)"
-    r"|as an ai\b)",
-    re.IGNORECASE,
-)
 _MOST_CONFUSED = 8
 
 
@@ -37,32 +33,31 @@ def summarise_suite(
         suite: what was scored.
         log: with all its rows.
         confidence: level of the intervals.
-        keep: bool [n], rows that count. None: all.
+        keep: bool [n], rows that count, with all rows of a record or none. None: all.
 
     Returns:
-        `rows`; `loss` and, for a label set, `accuracy` (likelihood of the whole answer) and `accuracy_per_token`, each
-        with `base`, `adapter`, `difference` and their intervals; for labels also macro-F1, calibration, the confusion
-        table after, and McNemar's test.
+        `rows` and how many `records` they are of, which intervals resample; `loss` and, for a label set, `accuracy`
+        (likelihood of the whole answer) and `accuracy_per_token`, each with `base`, `adapter`, `difference` and their
+        intervals; for labels also McNemar's test and what `figures.label_figures` gives. With one record no interval,
+        but for shares.
     """
     chosen = [n for n in range(len(suite.rows.samples)) if keep is None or keep[n]]
     by_who = {who: [log.rows["score", who, suite.name, n] for n in chosen] for who in WHO}
     nll = {who: np.array([row["nll"] for row in rows]) for who, rows in by_who.items()}
     weight = np.array([row["weight"] for row in by_who["base"]])
+    sums = {who: suite.rows.by_record(nll[who], chosen) for who in WHO}
+    weights = suite.rows.by_record(weight, chosen)
     figures: dict[str, Any] = {
         "suite": suite.name,
         "rows": len(chosen),
-        "loss": {
-            who: _with_interval(nll[who].sum() / weight.sum(), bootstrap_ratio_interval(nll[who], weight, confidence))
-            for who in WHO
-        },
+        "records": len(weights),
+        "loss": _loss(sums, weights, confidence),
     }
-    difference = float((nll["adapter"] - nll["base"]).sum() / weight.sum())
-    figures["loss"]["difference"] = _with_interval(
-        difference, paired_ratio_interval(nll["base"], nll["adapter"], weight, confidence)
-    )
-    figures["perplexity"] = {who: _exponential(figures["loss"][who]["value"]) for who in WHO}
+    figures["perplexity"] = {who: _exponential(figures["loss"][who]) for who in WHO}
     if suite.rows.labels is not None:
-        figures |= _labels(suite, by_who, chosen, confidence)
+        labelled = [n for n in chosen if n in suite.rows.labelled_rows]
+        scored = {who: [log.rows["score", who, suite.name, n] for n in labelled] for who in WHO}
+        figures |= _labels(suite, scored, labelled, confidence)
     return figures
 
 
@@ -75,106 +70,101 @@ def _labels(suite: Suite, by_who: Mapping[str, Rows], chosen: Sequence[int], con
         "num_labels": len(labels),
         "best_constant": float(np.bincount(right).max() / len(right)),
     }
-    for name, lengths in (("accuracy", None), ("accuracy_per_token", label_tokens(labels))):
-        found = {who: Classification.of(labels, scores[who], right, lengths) for who in WHO}
-        figures[name] = _accuracy(found, confidence)
+    shared = {who: np.array([row["shared_nats"] for row in rows]) for who, rows in by_who.items()}
+    for name, tokens in (("accuracy", None), ("accuracy_per_token", own_tokens(labels))):
+        found = {
+            who: Classification.of(labels, scores[who], right, None if tokens is None else (shared[who], tokens))
+            for who in WHO
+        }
+        figures[name] = compared_shares({who: found[who].is_right for who in WHO}, confidence)
         if name == "accuracy":
-            figures["macro_f1"] = {who: found[who].macro_f1 for who in WHO}
-            figures["calibration_error"] = {who: found[who].calibration_error for who in WHO}
-            figures["reliability"] = {who: found[who].reliability() for who in WHO}
-            figures["labels"] = list(labels)
-            figures["f1"] = {who: found[who].f1.tolist() for who in WHO}
-            figures["confusion"] = found["adapter"].confusion.tolist()
+            figures |= label_figures(found, confidence)
             figures["most_confused"] = found["adapter"].most_confused(_MOST_CONFUSED)
     return figures
 
 
-def _accuracy(found: Mapping[str, Classification], confidence: float) -> dict[str, Any]:
-    right = {who: found[who].is_right for who in WHO}
-    ones = np.ones(len(right["base"]))
-    lost, gained, p_value = mcnemar(right["base"], right["adapter"])
-    as_numbers = {who: right[who].astype(np.float64) for who in WHO}
+def _loss(nll: Mapping[str, NDArray[np.float64]], weight: NDArray[np.float64], confidence: float) -> dict[str, Any]:
+    several = len(weight) > 1
+    difference = paired_ratio_interval(nll["base"], nll["adapter"], weight, confidence) if several else None
     return {
-        **{
-            who: _with_interval(
-                found[who].accuracy, wilson_interval(int(right[who].sum()), len(right[who]), confidence)
-            )
-            for who in WHO
-        },
-        "difference": _with_interval(
-            found["adapter"].accuracy - found["base"].accuracy,
-            paired_ratio_interval(as_numbers["base"], as_numbers["adapter"], ones, confidence),
-        ),
-        "mcnemar": {"lost": lost, "gained": gained, "p_value": p_value},
-    }
+        who: with_interval(
+            nll[who].sum() / weight.sum(),
+            bootstrap_ratio_interval(nll[who], weight, confidence) if several else None,
+        )
+        for who in WHO
+    } | {"difference": with_interval((nll["adapter"] - nll["base"]).sum() / weight.sum(), difference)}
 
 
-def summarise_answers(suite: Suite, log: RowLog, count: int, train: Sequence[Record]) -> dict[str, Any]:
+def summarise_answers(
+    suite: Suite, log: RowLog, count: int, train: Sequence[Record] | None, confidence: float
+) -> dict[str, Any]:
     """Figures of generated answers.
 
     Args:
         suite: whose rows were answered.
         log: with the answers.
         count: how many were asked for.
-        train: training records, for what was copied and for whose voice it is.
+        train: training records, for what was copied and for whose voice it is; None if they are not known, and then
+            these figures are left out.
+        confidence: level of the intervals.
 
     Returns:
-        By `base` and `adapter`: how many stopped, were cut, broke harmony's form or refused; for rows with an answer
-        the share that equals it; for prose (rows without one) how varied it is, what was copied, whose voice it has.
+        By `base` and `adapter`: how many stopped, were cut, broke harmony's form or refused, with `intervals` of their
+        shares. For the `exact_rows` rows with an answer `exact`, the share that equals it, paired and tested like
+        accuracy; for the `prose_rows` without one how varied they are, what was copied, whose voice they have.
     """
     numbers = answered_rows(suite.rows, count)
     records = [suite.rows.records[n] for n in numbers]
     rows = {who: [log.rows["text", who, suite.name, n] for n in numbers] for who in WHO}
-    figures: dict[str, Any] = {"suite": suite.name, "rows": len(numbers), **{who: _form(rows[who]) for who in WHO}}
-    if all(record.answer is not None for record in records):
-        for who in WHO:
-            same = [_plain(row["final"]) == _plain(r.answer or "") for row, r in zip(rows[who], records, strict=True)]
-            figures[who]["exact"] = sum(same) / len(same)
-        return figures
-    texts = {who: [row["final"] for row in rows[who]] for who in WHO}
-    texts["reference"] = [record.messages[-1].content for record in records]
-    return figures | {"prose": _prose(texts, records, train)}
-
-
-def _form(rows: Rows) -> dict[str, Any]:
-    return {
-        "stopped": sum(row["stopped"] for row in rows),
-        "cut": sum(not row["stopped"] for row in rows),
-        "format_errors": sum(row["error"] is not None for row in rows),
-        "refusals": sum(bool(_REFUSAL.search(row["final"])) for row in rows),
-        "mean_tokens": sum(row["tokens"] for row in rows) / len(rows),
+    figures: dict[str, Any] = {
+        "suite": suite.name,
+        "rows": len(numbers),
+        **{who: _form(rows[who], confidence) for who in WHO},
     }
-
-
-def _prose(texts: Mapping[str, Sequence[str]], records: Sequence[Record], train: Sequence[Record]) -> dict[str, Any]:
-    """Variety, copying and voice of the base's, the adapter's and the reference texts."""
-    answers = [record.messages[-1].content for record in train if record.messages]
-    seen = TrainingText(answers)
-    authors = [record.fields.get("author", "") for record in train if record.messages]
-    classifier = AuthorClassifier(answers, authors) if len(set(authors)) > 1 else None
-    figures: dict[str, Any] = {}
-    for who, written in texts.items():
-        copies = sorted(seen.longest_copy(text) for text in written)
-        figures[who] = {
-            "distinct_1": distinctness(written, 1),
-            "distinct_2": distinctness(written, 2),
-            "longest_copy_words": copies[-1],
-            "median_copy_words": copies[len(copies) // 2],
-        }
-        if classifier is not None:
-            voices = [
-                classifier.classify(text) == r.fields.get("author") for text, r in zip(written, records, strict=True)
-            ]
-            figures[who]["own_author"] = sum(voices) / len(voices)
+    exact = [n for n, record in enumerate(records) if record.answer is not None]
+    prose = [n for n, record in enumerate(records) if record.answer is None]
+    figures |= {"exact_rows": len(exact), "prose_rows": len(prose)}
+    if exact:
+        same = {who: np.array([_is_exact(rows[who][n], records[n]) for n in exact]) for who in WHO}
+        figures["exact"] = compared_shares(same, confidence)
+    if prose:
+        texts = {who: [rows[who][n]["final"] for n in prose] for who in WHO}
+        texts["reference"] = [records[n].messages[-1].content for n in prose]
+        figures["prose"] = prose_figures(texts, [records[n] for n in prose], train)
     return figures
 
 
-def _with_interval(value: float, interval: tuple[float, float]) -> dict[str, Any]:
-    return {"value": float(value), "interval": list(interval)}
+def _form(rows: Rows, confidence: float) -> dict[str, Any]:
+    found = {
+        "stopped": [row["stopped"] for row in rows],
+        "cut": [not row["stopped"] for row in rows],
+        "format_errors": [row["error"] is not None for row in rows],
+        "refusals": [is_refusal(row["final"]) for row in rows],
+    }
+    intervals = share_intervals(found, confidence)
+    lengths = np.array([row["tokens"] for row in rows], dtype=np.float64)
+    if len(rows) > 1:
+        intervals["mean_tokens"] = list(bootstrap_ratio_interval(lengths, np.ones(len(rows)), confidence))
+    return {
+        **{name: sum(each) for name, each in found.items()},
+        "mean_tokens": float(lengths.mean()),
+        "intervals": intervals,
+    }
 
 
-def _exponential(value: float) -> float:
+def _exponential(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """Perplexity: exp of a loss, and of the ends of its interval."""
+    ends = loss["interval"]
+    return with_interval(_exp(loss["value"]), None if ends is None else [_exp(end) for end in ends])
+
+
+def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
+
+
+def _is_exact(row: Mapping[str, Any], record: Record) -> bool:
+    """Whether a generated answer equals the record's; one in a broken form does not."""
+    return row["error"] is None and _plain(row["final"]) == _plain(record.answer or "")
 
 
 def _plain(text: str) -> str:

@@ -198,8 +198,8 @@ def _evaluation(evaluation: Mapping[str, Any], when: str) -> str:
 
 
 def _interval(figures: Mapping[str, Any], key: str) -> str:
-    low, high = figures[f"{key}_interval"]
-    return f"{figures[key]:.3f} [{low:.3f}, {high:.3f}]"
+    ends = figures[f"{key}_interval"]  # None: measured on one row
+    return f"{figures[key]:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else " (one row: no interval)")
 
 
 def _checks(facts: Mapping[str, Any]) -> str:

@@ -64,13 +64,13 @@ def held_out_rows(config: RunConfig, count: int) -> HeldOutRows | None:
         return None
     name = "test" if data.test else "validation"
     split = load_split(data, name)  # type: ignore[arg-type]
-    chosen = stratified_subset(split.records, count, config.seed)
+    chosen = stratified_subset(split.records, count)
     records = tuple(split.records[number] for number in chosen)
     labels = label_set(split.records) if config.evaluate.labels != "never" else None
     old: tuple[Sample, ...] = ()
     if config.export.old_domain:
         other = load_split(replace(data, test=config.export.old_domain), "test")
-        old = tuple(other.samples[number] for number in stratified_subset(other.records, count, config.seed))
+        old = tuple(other.samples[number] for number in stratified_subset(other.records, count))
     return HeldOutRows(name, records, tuple(split.samples[number] for number in chosen), labels, old, config)
 
 

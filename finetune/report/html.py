@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune.config.differences import defaults, differences, in_words
 from finetune.report.charts import Series, line_chart, smoothed
+from finetune.report.evaluation_html import evaluation_html
 from finetune.report.experts import FIGURES
 from finetune.report.html_parts import bars, cards, picture, plain, rows_table, section, survival_table
 from finetune.report.markdown import write_report
@@ -143,7 +144,7 @@ def _warnings(facts: RunFacts) -> str:
 
 def _evaluation(facts: RunFacts) -> str:
     if facts.comparison:
-        return _comparison(facts.comparison)
+        return evaluation_html(facts.comparison)
     shown = [when for when in ("before", "after") if when in facts.evaluation]
     if not shown:
         return ""
@@ -158,25 +159,6 @@ def _evaluation(facts: RunFacts) -> str:
     if "best_constant_accuracy" in first:
         note += f" Always giving the most frequent answer is right for {first['best_constant_accuracy']:.3f}."
     return rows_table(("", *shown), table) + f"<p><small>{escape(note)}</small></p>"
-
-
-def _comparison(comparison: Mapping[str, Any]) -> str:
-    """Figures of `finetune evaluate`: paired, with retention."""
-
-    def cell(figure: Mapping[str, Any], form: str = ".3f") -> str:
-        low, high = figure["interval"]
-        return f"{figure['value']:{form}} [{low:{form}}, {high:{form}}]"
-
-    table = []
-    for suite in comparison.get("suites", ()):
-        name = "test" if suite["suite"] == "test" else f"retention: {suite['suite']}"
-        for title, key in (("loss", "loss"), ("accuracy", "accuracy")):
-            if key in suite:
-                f = suite[key]
-                values = (cell(f["base"]), cell(f["adapter"]), cell(f["difference"], "+.3f"))
-                table.append((f"{name}, {title} ({suite['rows']} rows)", *values))
-    note = "Differences are paired row by row. A loss that rises on retention rows is what was forgotten."
-    return rows_table(("", "base", "base + adapter", "difference"), table) + f"<p><small>{note}</small></p>"
 
 
 def _charts(facts: RunFacts) -> str:

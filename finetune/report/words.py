@@ -32,9 +32,10 @@ def summary(manifest: dict[str, Any], evaluation: dict[str, Any]) -> str:
 
 
 def with_interval(figures: dict[str, Any], key: str) -> str:
-    """A figure with its interval, which stands beside it in evaluation.json."""
-    low, high = figures[f"{key}_interval"]
-    return f"{figures[key]:.3f} [{low:.3f}, {high:.3f}]"
+    """A figure with its interval, which stands beside it in evaluation.json; one row has none."""
+    if (interval := figures[f"{key}_interval"]) is None:
+        return f"{figures[key]:.3f} (one row: no interval)"
+    return f"{figures[key]:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
 
 
 def check_lines(manifest: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from finetune.config.schema import RunConfig
 from finetune.console import say
 from finetune.data.render import Sample
 from finetune.errors import CheckError
+from finetune.evaluate.intervals import bootstrap_ratio_interval
 from finetune.evaluate.labels import score_labels
 from finetune.evaluate.likelihood import BetweenBatches, held_out_loss
 from finetune.evaluate.testset import TestSet
@@ -22,31 +23,34 @@ def evaluate_test_set(
     """Score the test rows with the model as it is now.
 
     Returns:
-        Plain figures for evaluation.json: rows, loss with interval, and accuracy with interval if labels are scored.
+        Plain figures for evaluation.json: rows, loss with interval (None with one row), and accuracy with interval if
+        labels are scored.
 
     Raises:
-        CheckError: the loss is not finite.
+        CheckError: a loss or a label's score is not finite.
     """
     base.model.eval()
     confidence = config.evaluate.confidence
     loss = held_out_loss(
         base.model, test.samples, config.data.max_length, task=f"test loss {when}", between_batches=between_batches
     )
-    if not math.isfinite(loss.mean):
+    bad = next((row for row, value in enumerate(loss.nll) if not math.isfinite(value)), None)
+    if bad is not None:
         raise CheckError(
-            f"the test loss {when} training is {loss.mean}",
+            f"the test loss {when} training is {loss.nll[bad]} on {test.records[bad].where}",
             why="the model's numbers left the range of its dtype",
             fix="lower trainer.learning_rate" if when == "after" else "check the base and the test rows",
         )
     figures: dict[str, Any] = {
         "rows": len(test.samples),
         "loss": loss.mean,
-        "loss_interval": loss.interval(confidence),
+        "loss_interval": bootstrap_ratio_interval(test.by_record(loss.nll), test.by_record(loss.weight), confidence),
         "confidence": confidence,
     }
     if test.labels is not None:
+        records = [test.records[row] for row in test.first_rows]
         scores = score_labels(
-            base.model, test.records, test.labels, config.data, task=f"labels {when}", between_batches=between_batches
+            base.model, records, test.labels, config.data, task=f"labels {when}", between_batches=between_batches
         )
         figures |= {
             "accuracy": scores.accuracy,
@@ -60,12 +64,12 @@ def evaluate_test_set(
 
 def describe_figures(figures: dict[str, Any]) -> str:
     """Figures as one line: loss and accuracy with their intervals."""
-    low, high = figures["loss_interval"]
-    text = f"test loss {figures['loss']:.3f} [{low:.3f}, {high:.3f}]"
+    ends = figures["loss_interval"]
+    text = f"test loss {figures['loss']:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
     if "accuracy" in figures:
         low, high = figures["accuracy_interval"]
         text += f", accuracy {figures['accuracy']:.3f} [{low:.3f}, {high:.3f}] over {figures['num_labels']} labels"
-    return f"{text} on {figures['rows']} rows"
+    return f"{text} on {figures['rows']} rows" if ends else f"{text} on one row, which gives no interval"
 
 
 def validation_subset(samples: Sequence[Sample], count: int | None) -> tuple[Sample, ...]:

@@ -103,7 +103,7 @@ def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bo
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         say(describe(split))
-    test = choose_test_set(splits["test"], config) if "test" in splits else None
+    test = choose_test_set(splits["test"], config, splits["train"].answers) if "test" in splits else None
     plan = BatchPlan(
         splits["train"].samples,
         config.data,

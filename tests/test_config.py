@@ -85,6 +85,13 @@ def test_own_recipe_anywhere_with_a_shipped_group(tmp_path, monkeypatch):
     assert composed.recipe_name == "mine"
 
 
+def test_a_key_and_a_key_below_it_are_refused(tmp_path):
+    recipe = own_recipe(tmp_path, OWN)
+    for overrides in (["name=", "name.name="], ["adapter.experts=3", "adapter.experts.rank=2"]):
+        with pytest.raises(ConfigError, match="another override sets"):
+            compose(str(recipe), overrides)
+
+
 def test_command_line_wins_over_recipe_and_group_choice_over_both(tmp_path):
     recipe = own_recipe(tmp_path, OWN + "trainer: {epochs: 3}\nadapter: {experts: {rank: 2}}\n")
     config = compose(

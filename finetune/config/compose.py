@@ -110,8 +110,14 @@ def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
         texts[path] = text.partition("=")[2]
         lines |= dict.fromkeys([path, *_below(value, path)])
         section = data
-        for part in path[:-1]:
-            section = section[part] if isinstance(section.get(part), dict) else section.setdefault(part, {})
+        for number, part in enumerate(path[:-1], 1):
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                above = ".".join(path[:number])
+                raise ConfigError(
+                    f"{COMMAND_LINE}: {text!r} sets a key of {above}, and another override sets {above} itself",
+                    fix="leave one of the two out",
+                )
         section[path[-1]] = value
     return _CommandLine(texts, choices, Layer(COMMAND_LINE, data, lines))
 

@@ -69,8 +69,8 @@ def test_what_is_missing_is_told_before_anything_is_loaded_or_measured(
 
 def test_a_misspelt_form_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "mine.jsonl").write_text('{"mesages": []}\n')
-    main(["data", "stats", "mine.yaml"])
-    assert "did you mean messages?" in capsys.readouterr().err
+    assert main(["data", "stats", "mine.yaml"]) == 0
+    assert "did you mean messages?" in capsys.readouterr().out
 
 
 def test_a_record_without_an_id_is_named_once(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

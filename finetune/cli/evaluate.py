@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < (1 if name == "rows" else 0):
             raise ConfigError(f"--{name} must be {'at least 1' if name == 'rows' else '0 or more'}, not {value}")
-    run_directory = resolve_run(args.run.resolve())[1]  # resolved: the evaluation may change the working directory
+    run_directory = resolve_run(args.run)[1]
     say(LOADING)
     from finetune.evaluate.evaluation import EvaluationOptions, evaluate
     from finetune.report.evaluation import describe_evaluation
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     (out / "README.md").write_text(describe_evaluation(summary), encoding="utf-8")
     say(json.dumps(summary, indent=2) if args.json else describe_evaluation(summary, details=False), result=True)
     say(f"figures: {out / 'summary.json'}, row by row: {out / 'rows.jsonl'}, label by label: {out / 'README.md'}")
-    if run_directory is not None and out == run_directory / "evaluation":
+    if run_directory is not None and out.resolve() == run_directory.resolve() / "evaluation":
         from finetune.report.html import write_html
 
         say(f"the run's page shows them too: {write_html(run_directory)}")

@@ -48,8 +48,10 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
         ConfigError: no recipe to take rows from, it has no test rows, or `out` holds another evaluation.
         FinetuneError: whatever is wrong with adapter, base or data.
     """
-    path, out = path.resolve(), out.resolve() if out else None  # the working directory changes while data is read
     directory, run = resolve_run(path)
+    # The working directory changes while data is read.
+    path, directory = path.resolve(), directory.resolve()
+    run, out = run.resolve() if run else None, out.resolve() if out else None
     own = load_run_config(run / "config.yaml") if run else None
     config = _config(directory, own, options)
     data = read_evaluation_data(config, options, run, own)

@@ -20,6 +20,7 @@ from finetune.config.validate import load_run_config
 from finetune.console import say
 from finetune.data.render import render_prompt
 from finetune.data.sources import Record
+from finetune.digest import sha256_of
 from finetune.errors import ConfigError
 from finetune.evaluate.compare import answered_rows, measure
 from finetune.evaluate.contamination import find_contamination
@@ -117,8 +118,7 @@ def _belongs_to(opened: OpenedModel, suites: Sequence[Suite], sampling: Sampling
     adapter = hashlib.sha256()
     for name in (WEIGHTS, CONFIG, ROUTER_BIAS):  # alpha, and with it every figure, stands in the second
         if (opened.directory / name).is_file():
-            with (opened.directory / name).open("rb") as file:
-                adapter.update(f"{name} ".encode() + hashlib.file_digest(file, "sha256").digest())
+            adapter.update(f"{name} {sha256_of(opened.directory / name)} ".encode())
     rows = hashlib.sha256()
     for suite in suites:
         rows.update(f"{suite.name} {suite.rows.labels}".encode())

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune import log
 from finetune.config.compose import compose
 from finetune.config.schema import RunConfig
-from finetune.console import Progress
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.tiny import write_tiny_base
 from finetune.train.engine import alone
@@ -128,7 +128,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "tiny"
         write_tiny_base(base, seed=0, kind="constructed")
-        with Progress("variants", len(VARIANTS) * len(args.seeds), "runs") as progress:
+        with log.Progress("variants", len(VARIANTS) * len(args.seeds), "runs") as progress:
             for seed in args.seeds:
                 for name, overrides in VARIANTS.items():
                     settings = (

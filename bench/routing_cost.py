@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetune import log
 from finetune.adapters.lora import attach_adapter
 from finetune.config.schema import AdapterConfig, ModelConfig, TrainerConfig
-from finetune.console import Progress
 from finetune.data.batches import Batch, collate
 from finetune.data.render import Sample
 from finetune.evaluate.routing import RoutingCounter
@@ -96,7 +96,7 @@ def _now() -> float:
 def _times(step: OptimiserStep, batch: Batch, steps: int) -> dict[bool, list[float]]:
     count: Callable[..., None] = step.router_loss.usage.add
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    with Progress("training", 2 * steps, "steps") as progress:
+    with log.Progress("training", 2 * steps, "steps") as progress:
         for number in range(2 * steps + 2):
             counted = number % 2 == 0
             step.router_loss.usage.add = count if counted else lambda *_: None  # type: ignore[method-assign]

@@ -27,9 +27,9 @@ from measure import interleaved, machine, peak_bytes, publish, summary
 from random_base import SHAPES, config_of, dense_bytes, dequantised, random_base
 from torch import nn
 
+from finetune import log
 from finetune.adapters.lora import attach_adapter
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
-from finetune.console import say
 from finetune.data.batches import Batch
 from finetune.model.attention import select_attention
 from finetune.model.build import Base
@@ -78,9 +78,9 @@ def make_variant(name: str, config: dict[str, Any], batch: Batch, args: argparse
     else:
         base = dequantised(base)
         parameters = _peft_parameters(base, args.rank, experts=bool(expert_rank))
-    say(select_attention(base.model, args.attention_kernel).describe())
+    log.info(select_attention(base.model, args.attention_kernel).describe())
     if name.startswith("ours"):
-        say(select_expert_kernel(base.model, "auto").describe())
+        log.info(select_expert_kernel(base.model, "auto").describe())
     trainer = replace(TrainerConfig(), **{key: yaml.safe_load(value) for key, _, value in _pairs(args.trainer)})
     if trainer.activation_checkpointing:
         checkpoint_activations(base.model)
@@ -194,7 +194,7 @@ def main() -> None:
     facts, config = machine(device), config_of(args.shape)
     if args.cap_gb:
         facts |= cap_memory(args.cap_gb, device)
-        say(f"context {facts['context_gb']} GB, allocator at most {facts['allocator_cap_gb']} GB")
+        log.info(f"context {facts['context_gb']} GB, allocator at most {facts['allocator_cap_gb']} GB")
     batch = batch_of(args, config["vocab_size"])
     if device.type == "cuda":
         rows = [row for name in args.variants for row in measure_alone(name, config, batch, args)]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.console import Progress
+from finetune import log
 from finetune.errors import InputError
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.headers import read_header
@@ -90,7 +90,7 @@ def test_digests_and_identity_against_their_definition(tiny_base: Path) -> None:
 
 
 def test_the_identity_does_not_depend_on_sharding_and_does_on_every_bit(base: Path, tiny_base: Path) -> None:
-    before = checkpoint_identity(Checkpoint.open(tiny_base), Progress("hashing", None, "MiB"))
+    before = checkpoint_identity(Checkpoint.open(tiny_base), log.Progress("hashing", None, "MiB"))
     everything: dict[str, torch.Tensor] = {}
     for shard in sorted(base.glob("*.safetensors")):
         everything.update(load_file(shard))
@@ -104,7 +104,7 @@ def test_the_identity_does_not_depend_on_sharding_and_does_on_every_bit(base: Pa
 
 
 def test_checksums_vouch_for_the_tiny_base(tiny_base: Path) -> None:
-    assert Checkpoint.open(tiny_base).verify_checksums(Progress("checking", None, "MiB"))
+    assert Checkpoint.open(tiny_base).verify_checksums(log.Progress("checking", None, "MiB"))
 
 
 def test_a_flipped_bit_opens_but_fails_the_checksums(base: Path) -> None:

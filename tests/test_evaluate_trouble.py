@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune import console
+from finetune import log
 from finetune.cli.main import main
 from finetune.evaluate import compare, evaluation, labels, testset
 from finetune.evaluate.intervals import wilson_interval
@@ -86,7 +86,7 @@ def test_another_recipe_with_odd_rows(
     here.mkdir()
     odd_rows(workplace, here)
     monkeypatch.chdir(here)
-    monkeypatch.setattr(console, "PLAIN_LINE_SECONDS", -1.0)
+    monkeypatch.setattr(log, "PLAIN_LINE_SECONDS", -1.0)
     monkeypatch.setattr(compare, "ROWS_AT_ONCE", 2)
     monkeypatch.setattr(testset, "SHIPPED", {"legal": testset.SHIPPED["legal"]})
     assert main(["evaluate", str(run), "--recipe", "odd.yaml", "--retention", "1"]) == 0

@@ -11,7 +11,7 @@ import finetune
 
 PACKAGE = Path(finetune.__file__).parent
 
-# What each part may import of the others. Everything may import finetune.errors, finetune.console and finetune itself.
+# What each part may import of the others. Everything may import finetune.errors, finetune.log and finetune itself.
 ALLOWED = {
     "config": set(),
     "mxfp4": set(),
@@ -28,14 +28,14 @@ ALLOWED = {
     "doctor": {"config", "data", "kernels"},
     "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report", "doctor"},
 }
-FREE = {"errors", "console", "digest"}
+FREE = {"errors", "log", "digest"}
 
 # Libraries that only some places may import at all.
 RESERVED = {
     "hydra": {"config/compose.py"},
     "omegaconf": {"config/compose.py"},
 }
-WITHOUT_TORCH = ("config", "cli", "estimate", "report", "errors", "console", "digest")
+WITHOUT_TORCH = ("config", "cli", "estimate", "report", "errors", "log", "digest")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed"}
 
 

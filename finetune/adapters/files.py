@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune import __version__
+from finetune import __version__, log
 from finetune.adapters.config_file import CONFIG, read_adapter_config
 from finetune.adapters.lora import Adapter
 from finetune.adapters.peft_layout import from_peft, peft_config_fields, peft_keys, to_peft
@@ -28,7 +28,6 @@ from finetune.adapters.stored import (
     write_router_bias,
 )
 from finetune.config.schema import AdapterConfig
-from finetune.console import warn
 from finetune.digest import sha256_of
 from finetune.errors import CheckError, InputError, MachineError
 from finetune.model.headers import plain_file_name
@@ -186,7 +185,7 @@ def read_adapter_into(
         )
     itemsize = min(parameter.element_size() for parameter in adapter.parameters().values())
     if any(factor.element_size() > itemsize for factor in stored.values()):
-        warn(f"{directory}: its factors are rounded to the recipe's adapter.dtype, which is narrower")
+        log.warning(f"{directory}: its factors are rounded to the recipe's adapter.dtype, which is narrower")
     for site, module in zip(adapter.sites, adapter.modules, strict=True):
         factors: dict[str, Tensor] = {}
         shapes = {name: factor.shape for name, factor in stored_factors(site, module).items()}
@@ -280,7 +279,7 @@ def refuse_other_base(provenance: Mapping[str, Any], base_identity: str, where: 
     """Raise InputError if an adapter was trained on another base than `base_identity`; warn if that is not known."""
     written_for = provenance["base_identity"]
     if written_for is None:
-        warn(f"{where} was imported without its base: whether it belongs to this one cannot be checked")
+        log.warning(f"{where} was imported without its base: whether it belongs to this one cannot be checked")
     elif written_for != base_identity:
         raise InputError(
             f"{where} was trained on another base",
@@ -303,7 +302,7 @@ def warn_held_as(provenance: Mapping[str, Any], held_as: Mapping[str, Any], wher
         return
     words = [f"{part} in {held['format']} (off by {held['relative_rms']:.1%})" for part, held in trained.items()]
     here = ", ".join(f"{part} in {form}" for part, form in now.items()) or "the checkpoint's own values"
-    warn(
+    log.warning(
         f"{where} was trained over {', '.join(words) or 'the checkpoint as it is'}, and is used with {here}: "
         "that is another function, and its evaluation says nothing about it; evaluate again"
     )
@@ -312,7 +311,7 @@ def warn_held_as(provenance: Mapping[str, Any], held_as: Mapping[str, Any], wher
 def _check_provenance(directory: Path, base_identity: str, base_held_as: Mapping[str, Any]) -> None:
     provenance = read_provenance(directory)
     if provenance is None:
-        warn(f"{directory} has no {PROVENANCE}: whether it belongs to this base cannot be checked")
+        log.warning(f"{directory} has no {PROVENANCE}: whether it belongs to this base cannot be checked")
         return
     refuse_other_base(provenance, base_identity, directory)
     warn_held_as(provenance, base_held_as, directory)

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finetune import log
 from finetune.adapters.lora import Adapter
-from finetune.console import say
 from finetune.data.render import Sample
 from finetune.errors import CheckError, MachineError
 from finetune.model.build import Base
@@ -115,9 +115,9 @@ def read_back(
     Raises:
         CheckError: keys are missing or unexpected, logits differ, or the other process failed.
     """
-    say(f"reading {directory} back with stock PEFT in a fresh process ...")
+    log.info(f"reading {directory} back with stock PEFT in a fresh process ...")
     if adapter.changes_router_bias:
-        say("compared without the changes of the routers' biases, which only merged exports carry")
+        log.info("compared without the changes of the routers' biases, which only merged exports carry")
     with tempfile.TemporaryDirectory() as scratch:
         tensors = live_logits(base, adapter, samples) if live is None else dict(live)
         save_file(tensors, Path(scratch) / "live.safetensors")

@@ -9,11 +9,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import get_args, get_origin
 
+from finetune import log
 from finetune.cli.arguments import Parser, actions_of, add_action
 from finetune.config.groups import groups, options
 from finetune.config.keys import allowed_words, children, takes_keys, type_at
 from finetune.config.recipes import list_recipes
-from finetune.console import say
 
 SCRIPTS = {
     "bash": """_finetune() {
@@ -54,10 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a script, or the candidates, to standard output."""
     if args.action in SCRIPTS:
-        say(SCRIPTS[args.action], result=True)
+        log.result(SCRIPTS[args.action])
         return
     for candidate in candidates(args.line):
-        say(candidate, result=True)
+        log.result(candidate)
 
 
 def candidates(line: str) -> list[str]:

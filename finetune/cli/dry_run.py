@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune import log
 from finetune.adapters.ranks import given_ranks, ranks_of
 from finetune.adapters.sites import ExpertRanks, Selection, describe_sites, plan_sites
 from finetune.config.affinity import read_affinity
@@ -15,7 +16,6 @@ from finetune.config.expert_rules import parse_rank_by, parse_select
 from finetune.config.locate import shipped_dir
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.config.validate import to_plain
-from finetune.console import say
 from finetune.data.dataset import describe, load_split
 from finetune.data.splits import split_names
 from finetune.errors import ConfigError, InputError
@@ -46,16 +46,16 @@ def dry_run(recipe: str, composed: ComposedConfig) -> None:
         )
     inputs = check_inputs(config)
     plain = to_plain(config)
-    say(f"not at its default (`finetune config show {recipe}` prints every key):", result=True)
+    log.result(f"not at its default (`finetune config show {recipe}` prints every key):")
     for difference in differences(defaults(plain), plain):
         default = "" if difference.before == ABSENT else f"  (default: {in_words(difference.before)})"
-        say(f"  {difference.key}: {in_words(difference.after)}{default}", result=True)
+        log.result(f"  {difference.key}: {in_words(difference.after)}{default}")
     for line in [*derived_lines(config), *deepspeed_lines(config), *inputs]:
-        say(line, result=True)
+        log.result(line)
     for split in split_names(config.data):
-        say(describe(load_split(config.data, split)), result=True)
-    say(_adapter(config), result=True)
-    say(_memory(config), result=True)
+        log.result(describe(load_split(config.data, split)))
+    log.result(_adapter(config))
+    log.result(_memory(config))
 
 
 def _memory(config: RunConfig) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune import log
 from finetune.cli.arguments import add_action, add_examples, add_recipe, recipe_and_overrides
 from finetune.config.expert_rules import parse_select
-from finetune.console import say
 from finetune.errors import ConfigError
 
 _USAGE = """finetune experts score RECIPE [key=value ...] [--select top_p=0.2] [--by gate|tokens] [--samples N]
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
 
     config = composed.config
     split = load_split(config.data, "train")
-    say(describe(split))
+    log.info(describe(split))
     location = locate_base(config.model.path, config.model.revision)
     checkpoint = Checkpoint.open(location.directory)
     device = choose_device(config.model)
@@ -75,5 +75,5 @@ def run(args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_affinity(out, affinity)
     for line in affinity.describe():
-        say(line, result=True)
-    say(f"{out}: train with adapter.experts.select={out}, or adapter.experts.rank_by={out}", result=True)
+        log.result(line)
+    log.result(f"{out}: train with adapter.experts.select={out}, or adapter.experts.rank_by={out}")

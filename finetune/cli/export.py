@@ -6,10 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
+from finetune import log
 from finetune.adapters.locate import resolve_run
 from finetune.cli.arguments import add_examples
 from finetune.config.keys import suggest_word
-from finetune.console import answer, results_aside, say
 from finetune.errors import ConfigError
 from finetune.export.targets import (
     ADAPTER_TARGETS,
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.json and args.dry_run:
         raise ConfigError("--json does not go with --dry-run", fix="leave one of the two out")
-    with results_aside(args.json):
+    with log.results_to_stderr(args.json):
         _run(args)
 
 
@@ -97,9 +97,9 @@ def _run(args: argparse.Namespace) -> None:
             export_adapter(source, target, out, options, run_directory)
     if args.json:
         facts = out / "export.json"
-        answer({"out": str(out)} | (json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}))
+        log.result_json({"out": str(out)} | (json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}))
     elif not args.dry_run:
-        say(str(out), result=True)
+        log.result(str(out))
 
 
 def _report(run: Path | None) -> None:

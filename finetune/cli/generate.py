@@ -9,9 +9,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune import log
 from finetune.adapters.locate import resolve_run
 from finetune.cli.arguments import add_examples
-from finetune.console import LOADING, say, warn
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
     resolve_run(args.run)
-    say(LOADING)
+    log.info(log.LOADING)
     from finetune.evaluate.generation import read_completion
     from finetune.evaluate.opening import open_model
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         if args.which not in ("both", name):
             continue
         if not args.json:
-            say(f"--- {'base' if name == 'base' else 'base + adapter'} ---", result=True)
+            log.result(f"--- {'base' if name == 'base' else 'base + adapter'} ---")
         tokens = answer(opened, ids, sampling_of(args), with_adapter=name == "adapter", stream=not args.json)
         completion = read_completion(tokens)
         results[name] = {
@@ -86,11 +86,11 @@ def run(args: argparse.Namespace) -> None:
             "tokens": tokens,
         }
         if completion.error:
-            warn(f"{name}: not harmony's form: {completion.error}")
+            log.warning(f"{name}: not harmony's form: {completion.error}")
         if not completion.stopped:
-            say(f"({name}: cut after {len(tokens)} tokens, --max-tokens)")
+            log.info(f"({name}: cut after {len(tokens)} tokens, --max-tokens)")
     if args.json:
-        say(json.dumps({"prompt_tokens": len(ids), **results}, ensure_ascii=False, indent=2), result=True)
+        log.result(json.dumps({"prompt_tokens": len(ids), **results}, ensure_ascii=False, indent=2))
 
 
 def check_sampling(args: argparse.Namespace) -> None:

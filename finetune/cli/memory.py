@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from finetune import log
 from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.schema import RunConfig
-from finetune.console import say, warn
 from finetune.errors import CapacityError, is_out_of_memory
 from finetune.estimate.changes import cheapest_changes
 from finetune.estimate.fit import Budget, fit
@@ -27,16 +27,16 @@ def check_memory(config: RunConfig) -> None:
     """
     facts = find_base(config.model.path)
     if facts is None:
-        say(f"memory: not estimated, since config.json of {config.model.path} is not here yet")
+        log.info(f"memory: not estimated, since config.json of {config.model.path} is not here yet")
         return
     budget = device_budget(config)
     result = fit(config, facts.shape, budget)
     if result.fits:
-        say(f"memory, estimated: {verdict(result)}")
+        log.info(f"memory, estimated: {verdict(result)}")
     elif config.trainer.ignore_memory_estimate:
-        warn(f"memory, estimated: {verdict(result)}; going on, as trainer.ignore_memory_estimate says")
+        log.warning(f"memory, estimated: {verdict(result)}; going on, as trainer.ignore_memory_estimate says")
     elif config.distributed.kind in SHARDED_BASE:
-        warn(
+        log.warning(
             f"memory, estimated: {verdict(result)}; going on, since the estimate for distributed.kind="
             f"{config.distributed.kind} has not been held against a GPU yet"
         )

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune import log
 from finetune.cli.file_report import LONGEST_ROW, is_skippable, report_file
 from finetune.config.groups import checked_option
 from finetune.config.recipes import find_recipe
-from finetune.console import say
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,9 +73,11 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str |
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     compose(str(path))
-    say(str(path), result=True)
+    log.result(str(path))
     recipe = shlex.quote(str(path))
-    say(f"look at it, then: finetune data preview {recipe}; finetune train {recipe} --dry-run; finetune train {recipe}")
+    log.info(
+        f"look at it, then: finetune data preview {recipe}; finetune train {recipe} --dry-run; finetune train {recipe}"
+    )
 
 
 def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:

@@ -6,11 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
+from finetune import log
 from finetune.cli.arguments import add_examples, add_recipe, recipe_and_overrides
 from finetune.config.derive import check_inputs
 from finetune.config.resuming import resumed_config
 from finetune.config.schema import RunConfig
-from finetune.console import LOADING, answer, results_aside, say
 from finetune.errors import ConfigError
 from finetune.train.launch import launch, watch_parent
 from finetune.train.run_directory import RunDirectory, prepare_run
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json and (args.dry_run or args.sweep):
         other = "--dry-run" if args.dry_run else "--sweep"
         raise ConfigError(f"--json does not go with {other}", fix="leave one of the two out")
-    with results_aside(args.json):
+    with log.results_to_stderr(args.json):
         _run(args)
 
 
@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> None:
             count = composed.config.distributed.num_processes
             launch(["train", "--worker", str(prepared.path), *_json(args)], count, prepared.path)
         return
-    say(LOADING)
+    log.info(log.LOADING)
     from finetune.report.html import write_reports
     from finetune.train.run import train
 
@@ -121,7 +121,7 @@ def _resume(args: argparse.Namespace) -> None:
         words = ["train", "--resume", str(path), *args.words, *_json(args)]
         launch(words, config.distributed.num_processes, path)
         return
-    say(LOADING)
+    log.info(log.LOADING)
     from finetune.cli.memory import explained_out_of_memory
     from finetune.report.html import write_reports
     from finetune.train.run import resume
@@ -145,6 +145,6 @@ def _print_outcome(run_directory: Path, *, as_json: bool) -> None:
     from finetune.report.markdown import outcome, outcome_facts
 
     if as_json:
-        answer(outcome_facts(run_directory))
+        log.result_json(outcome_facts(run_directory))
     else:
-        say(outcome(run_directory), result=True)
+        log.result(outcome(run_directory))

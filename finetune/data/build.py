@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from finetune import log
 from finetune.config.keys import suggest_word
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.console import Progress
 from finetune.data.arrow import TableWriter
 from finetune.data.forms import unused_keys
 from finetune.data.lengths import truncate
@@ -66,7 +66,7 @@ def build(config: DataConfig, split: SplitName, writer: TableWriter) -> Facts:
         InputError: see `read_raw_records`.
     """
     facts, digest = Facts(), hashlib.sha256()
-    with Progress(f"tokenising {split}", None, "rows") as progress:
+    with log.Progress(f"tokenising {split}", None, "rows") as progress:
         for name, source in sources_of(config, split).items():
             keys, counts_broken = _SplitKeys(config, name), counts_broken_rows(config, split, name)
             facts.source_sizes[name] = 0

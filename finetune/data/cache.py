@@ -13,9 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from finetune import log
 from finetune.config.locate import HUB_PREFIX, cache_dir
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.console import say, warn
 from finetune.data.arrow import RECORDS_FILE, SAMPLES_FILE, Tables, TableWriter, open_tables
 from finetune.data.build import Facts, build
 from finetune.data.files import broken_file, find_files
@@ -127,7 +127,7 @@ def _read_facts(directory: Path) -> Facts | None:
         facts.bad_rows = [BadRow(**row) for row in document["facts"]["bad_rows"]]
         facts.dropped = [BadRow(**row) for row in document["facts"]["dropped"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warn(f"the cached tokens in {directory} are damaged ({error}); they are made anew")
+        log.warning(f"the cached tokens in {directory} are damaged ({error}); they are made anew")
         return None
     return facts
 
@@ -139,7 +139,7 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process makes the same tokens; waiting for it")
+            log.info("another process makes the same tokens; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

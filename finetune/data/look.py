@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from finetune import log
 from finetune.config.schema import DataConfig, DataForm, SourceConfig, ValidationSplitConfig
-from finetune.console import Progress
 from finetune.data.columns import propose_columns
 from finetune.data.dataset import count_kinds
 from finetune.data.duplicates import text_of
@@ -183,7 +183,7 @@ def _proposal(raw: Mapping[str, Any], path: str) -> SourceConfig | None:
 
 def _read(source: SourceConfig) -> _Seen:
     seen, config = _Seen(source), DataConfig(train={}, max_length=2**20)
-    with Progress(f"reading {source.path}", None, "rows") as progress:
+    with log.Progress(f"reading {source.path}", None, "rows") as progress:
         for row in islice(read_raw_records("mine", source), ROWS_READ + 1):
             if seen.rows == ROWS_READ:
                 seen.has_more = True

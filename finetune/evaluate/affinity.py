@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune import log
 from finetune.adapters.ranks import given_ranks, ranks_of
 from finetune.adapters.sites import refuse_bad_selection
 from finetune.config.affinity import Affinity, Score, read_affinity
 from finetune.config.expert_rules import RankRule, SelectRule, parse_rank_by, parse_select
 from finetune.config.schema import AdapterConfig, DataConfig
-from finetune.console import say
 from finetune.data.render import Sample
 from finetune.errors import ConfigError, InputError
 from finetune.evaluate.routing import count_routing, spread
@@ -153,7 +153,7 @@ def choose_experts(
     else:
         affinity = score_experts(base, base_name, samples, data, config.experts.select, "gate", SCORED_SAMPLES)
     affinity = replace(affinity, ranks=_ranks(affinity, given, config, ranking))
-    say("experts to adapt:\n  " + "\n  ".join(affinity.describe()))
+    log.info("experts to adapt:\n  " + "\n  ".join(affinity.describe()))
     return affinity
 
 

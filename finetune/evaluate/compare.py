@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from finetune.console import Progress
+from finetune import log
 from finetune.data.render import render_prompt
 from finetune.errors import CheckError
 from finetune.evaluate.generation import Sampling, generate, read_completion
@@ -23,14 +23,14 @@ PROMPTS_AT_ONCE = 8
 
 
 def measure(
-    opened: OpenedModel, suites: Sequence[Suite], log: RowLog, *, num_generated: int, sampling: Sampling
+    opened: OpenedModel, suites: Sequence[Suite], row_log: RowLog, *, num_generated: int, sampling: Sampling
 ) -> None:
     """Fill a row log with what is missing in it.
 
     Args:
         opened: base and adapter.
         suites: what to score; the first one's prompts are answered too.
-        log: rows measured already are not measured again.
+        row_log: rows measured already are not measured again.
         num_generated: how many rows of the first suite are answered.
         sampling: how.
 
@@ -41,23 +41,23 @@ def measure(
     for who in WHO:
         with nullcontext() if who == "adapter" else opened.adapter.disabled():
             for suite in suites:
-                _score(opened, suite, who, log)
+                _score(opened, suite, who, row_log)
             if suites and num_generated:
-                _answer(opened, suites[0], who, log, num_generated, sampling)
+                _answer(opened, suites[0], who, row_log, num_generated, sampling)
 
 
-def _score(opened: OpenedModel, suite: Suite, who: str, log: RowLog) -> None:
+def _score(opened: OpenedModel, suite: Suite, who: str, row_log: RowLog) -> None:
     rows, labelled = suite.rows, suite.rows.labelled_rows
-    todo = log.missing("score", who, suite.name, range(len(rows.samples)))
+    todo = row_log.missing("score", who, suite.name, range(len(rows.samples)))
     total, left = len(rows.samples) + len(labelled), len(todo) + len(labelled.intersection(todo))
-    with Progress(f"{suite.name}, {who}", total, "losses and labels") as progress:
+    with log.Progress(f"{suite.name}, {who}", total, "losses and labels") as progress:
         progress.start_at(total - left)
         for chunk in _chunks(todo, ROWS_AT_ONCE):
-            _score_chunk(opened, suite, who, log, chunk, progress)
+            _score_chunk(opened, suite, who, row_log, chunk, progress)
 
 
 def _score_chunk(
-    opened: OpenedModel, suite: Suite, who: str, log: RowLog, chunk: Sequence[int], progress: Progress
+    opened: OpenedModel, suite: Suite, who: str, row_log: RowLog, chunk: Sequence[int], progress: log.Progress
 ) -> None:
     model, rows = opened.base.model, suite.rows
     samples = [rows.samples[n] for n in chunk]
@@ -79,7 +79,7 @@ def _score_chunk(
         labels = dict(zip(asked, scores.log_likelihood.tolist(), strict=True))
         if scores.shared is not None:
             shared = dict(zip(asked, scores.shared.tolist(), strict=True))
-    log.append(
+    row_log.append(
         {
             "measured": "score", "who": who, "suite": suite.name, "row": row,
             "nll": float(loss.nll[place]), "weight": float(loss.weight[place]), "labels": labels.get(row),
@@ -89,15 +89,15 @@ def _score_chunk(
     )  # fmt: skip
 
 
-def _answer(opened: OpenedModel, suite: Suite, who: str, log: RowLog, count: int, sampling: Sampling) -> None:
+def _answer(opened: OpenedModel, suite: Suite, who: str, row_log: RowLog, count: int, sampling: Sampling) -> None:
     rows = answered_rows(suite.rows, count)
-    todo = log.missing("text", who, suite.name, rows)
-    with Progress(f"answers, {who}", len(rows), "rows") as progress:
+    todo = row_log.missing("text", who, suite.name, rows)
+    with log.Progress(f"answers, {who}", len(rows), "rows") as progress:
         progress.start_at(len(rows) - len(todo))
         for chunk in _chunks(todo, PROMPTS_AT_ONCE):
             prompts = [render_prompt(suite.rows.records[n], suite.data) for n in chunk]
             answers = generate(opened.base.model, prompts, sampling, numbers=chunk)
-            log.append(_text_line(who, suite, row, tokens) for row, tokens in zip(chunk, answers, strict=True))
+            row_log.append(_text_line(who, suite, row, tokens) for row, tokens in zip(chunk, answers, strict=True))
             progress.advance(len(chunk))
 
 

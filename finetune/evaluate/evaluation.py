@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from finetune import log
 from finetune.adapters.files import CONFIG, WEIGHTS
 from finetune.adapters.locate import resolve_run
 from finetune.adapters.stored import ROUTER_BIAS
 from finetune.config.schema import RunConfig
 from finetune.config.validate import load_run_config
-from finetune.console import say
 from finetune.data.render import render_prompt
 from finetune.data.sources import Record
 from finetune.digest import sha256_of
@@ -60,17 +60,17 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
     sampling = Sampling(options.max_tokens, options.temperature, options.top_p, options.seed)
     _check_positions(opened, data.test, options)
     out = out or _default_directory(directory, run, options)
-    log = RowLog(out / "rows.jsonl", _belongs_to(opened, data.suites, sampling))
-    measure(opened, data.suites, log, num_generated=options.generate, sampling=sampling)
+    row_log = RowLog(out / "rows.jsonl", _belongs_to(opened, data.suites, sampling))
+    measure(opened, data.suites, row_log, num_generated=options.generate, sampling=sampling)
     summary = {
         "adapter": str(opened.directory),
         "base": {"name": str(opened.base.checkpoint.directory), "identity": opened.base.identity},
         "confidence": config.evaluate.confidence,
         "notes": list(data.notes),
         "left_out": data.left_out,
-        "suites": [summarise_suite(suite, log, config.evaluate.confidence) for suite in data.suites],
-        "contamination": _contamination(data.test, data.train, log, config),
-        "answers": summarise_answers(data.test, log, options.generate, data.train, config.evaluate.confidence)
+        "suites": [summarise_suite(suite, row_log, config.evaluate.confidence) for suite in data.suites],
+        "contamination": _contamination(data.test, data.train, row_log, config),
+        "answers": summarise_answers(data.test, row_log, options.generate, data.train, config.evaluate.confidence)
         if options.generate
         else None,
     }
@@ -134,14 +134,14 @@ def _belongs_to(opened: OpenedModel, suites: Sequence[Suite], sampling: Sampling
 
 
 def _contamination(
-    test: Suite, train: Sequence[Record] | None, log: RowLog, config: RunConfig
+    test: Suite, train: Sequence[Record] | None, row_log: RowLog, config: RunConfig
 ) -> dict[str, Any] | None:
     """Test rows seen in training, and the figures without them."""
     if train is None:
         return None
     records = [test.rows.records[row] for row in test.rows.first_rows]
     found = find_contamination(map(_text, train), [_text(record) for record in records])
-    say(found.describe())
+    log.info(found.describe())
     seen = np.array(found.seen)
     result: dict[str, Any] = {
         "rows": len(seen),
@@ -152,7 +152,9 @@ def _contamination(
         "seen_ids": [record.id for record, is_seen in zip(records, seen, strict=True) if is_seen],
     }
     if 0 < seen.sum() < len(seen):
-        result["without_seen"] = summarise_suite(test, log, config.evaluate.confidence, ~seen[test.rows.record_numbers])
+        result["without_seen"] = summarise_suite(
+            test, row_log, config.evaluate.confidence, ~seen[test.rows.record_numbers]
+        )
     return result
 
 

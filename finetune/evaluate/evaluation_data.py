@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune import log
 from finetune.config.schema import DataConfig, RunConfig
-from finetune.console import say, warn
 from finetune.data.dataset import Split, count_kinds, describe, load_split
 from finetune.data.sources import Record
 from finetune.errors import FinetuneError, InputError
@@ -84,7 +84,7 @@ def read_evaluation_data(
     is_own = options.recipe is None
     with _working_where_started(run if is_own else None):
         split = load_split(config.data, "test")
-        say(describe(split))
+        log.info(describe(split))
         beside, cannot = _training_split(config.data)
         rows = choose_test_set(split, config, beside.answers if beside else {})
     suites = [Suite("test", rows, config.data)]
@@ -102,7 +102,7 @@ def read_evaluation_data(
             suites += retention_suites(config.data, was_trained_on.train, options.retention, scores_labels=wanted)
     if trained is None:
         notes.append(f"contamination and copying are not checked: {cannot}")
-        warn(notes[-1])
+        log.warning(notes[-1])
     _check_answerable(suites[0], options.generate)
     left_out = {"skipped": len(split.bad_rows), "dropped": len(split.dropped), "truncated": split.num_truncated}
     return EvaluationData(tuple(suites), trained.records if trained else None, left_out, tuple(notes))
@@ -156,6 +156,6 @@ def _working_where_started(run: Path | None) -> Iterator[None]:
     if not origin or Path(origin) == Path.cwd() or not Path(origin).is_dir():
         yield
         return
-    warn(f"reading the run's data from {origin}, where it was started")
+    log.warning(f"reading the run's data from {origin}, where it was started")
     with contextlib.chdir(origin):
         yield

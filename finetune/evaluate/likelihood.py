@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GptOssForCausalLM
 
-from finetune.console import Progress
+from finetune import log
 from finetune.data.batches import collate
 from finetune.data.pack import pack
 from finetune.data.render import Sample
@@ -71,11 +71,11 @@ def predicted_states(
     row_tokens: int,
     task: str,
     between_batches: BetweenBatches,
-    progress: Progress | None = None,
+    progress: log.Progress | None = None,
 ) -> Iterator[PredictedStates]:
     """Run samples in packed rows; row by row what predicts their trained tokens. Arguments as in `held_out_loss`."""
     rows = pack([len(sample.ids) for sample in samples], row_tokens, np.random.default_rng(0))
-    with nullcontext(progress) if progress else Progress(task, len(samples), "samples") as line:
+    with nullcontext(progress) if progress else log.Progress(task, len(samples), "samples") as line:
         for row in rows:
             between_batches()
             batch = collate([[samples[number] for number in row]])
@@ -98,7 +98,7 @@ def held_out_loss(
     *,
     task: str = "held-out loss",
     between_batches: BetweenBatches = lambda: None,
-    progress: Progress | None = None,
+    progress: log.Progress | None = None,
 ) -> HeldOutLoss:
     """Score samples with the model as it is.
 

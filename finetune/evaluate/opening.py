@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from finetune import log
 from finetune.adapters.files import CONFIG, read_adapter_into, read_provenance
 from finetune.adapters.locate import resolve_run
 from finetune.adapters.lora import Adapter, attach_adapter
@@ -23,7 +24,6 @@ from finetune.config.schema import (
     RunConfig,
 )
 from finetune.config.validate import load_run_config
-from finetune.console import say
 from finetune.errors import InputError
 from finetune.model.attention import select_attention
 from finetune.model.build import Base, choose_device, choose_dtype, load_base
@@ -95,16 +95,16 @@ def open_model(
         settings.experts_per_chunk,
         BaseStorage.of(settings),
     )
-    say(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
-    say(select_attention(loaded.model, settings.attention_kernel).describe())
+    log.info(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
+    log.info(select_attention(loaded.model, settings.attention_kernel).describe())
     # A run's demand holds where it ran; on a device named here it is a preference.
-    say(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
+    log.info(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
     check_packing(loaded.model)
     # The file has factors for every expert, zeros where a run adapted only some.
     adapter_config = replace(adapter_config, experts=_as_filed(adapter_config.experts, directory, stored))
     adapter = attach_adapter(loaded, replace(adapter_config, init_from=None), seed=0)
     read_adapter_into(directory, adapter, adapter_config, loaded.identity, loaded.held_as)
-    say(f"adapter: {directory}")
+    log.info(f"adapter: {directory}")
     loaded.model.eval()
     return OpenedModel(loaded, adapter, directory, run, config)
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetune.console import Progress
+from finetune import log
 from finetune.data.batches import PADDING_SEGMENT, collate
 from finetune.data.pack import pack
 from finetune.data.render import Sample
@@ -105,7 +105,7 @@ def count_routing(
     counter = RoutingCounter(shape.num_layers, shape.num_experts, num_groups, base.device)
     choices = []
     rows = pack([len(sample.ids) for sample in samples], row_tokens, np.random.default_rng(0))
-    with Progress(task, len(samples), "samples") as progress:
+    with log.Progress(task, len(samples), "samples") as progress:
         for row in rows:
             between_batches()
             batch = collate([[samples[number] for number in row]])

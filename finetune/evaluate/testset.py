@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune import log
 from finetune.config.locate import SHIPPED_PREFIX, matching_files, resolve_data_path
 from finetune.config.schema import DataConfig, RunConfig, SourceConfig, ValidationSplitConfig
-from finetune.console import warn
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
 from finetune.data.render import Sample, render_samples
@@ -102,7 +102,7 @@ def choose_test_set(split: Split, config: RunConfig, train: AnswersBySource) -> 
                 fix="set evaluate.labels=never, or give the records answers",
             )
     for note in notes:
-        warn(note)
+        log.warning(note)
     chosen = stratified_subset(split.records, config.evaluate.test_rows)
     return _take(split.records, split.samples, chosen, labels, notes)
 
@@ -143,7 +143,7 @@ def retention_suites(
         if path.resolve() in files:
             continue
         if not path.is_file():
-            warn(f"retention: {domain} is not installed; `finetune data prepare {domain}` builds it")
+            log.warning(f"retention: {domain} is not installed; `finetune data prepare {domain}` builds it")
             continue
         source = SourceConfig(path=str(path), where={"split": "test"})
         data = replace(

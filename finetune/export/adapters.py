@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune import __version__
+from finetune import __version__, log
 from finetune.adapters.files import (
     CONFIG,
     PROVENANCE,
@@ -22,7 +22,6 @@ from finetune.adapters.files import (
     write_peft_directory,
 )
 from finetune.config.locate import shipped_dir
-from finetune.console import say, warn
 from finetune.digest import sha256_of
 from finetune.export.card import write_card
 from finetune.export.factors import largest_rank, layers_of
@@ -83,10 +82,10 @@ def export_adapter(
     contents = _contents(source, target, out, shape, options)
     if source.router_bias:
         left_out = f"changes of {len(source.router_bias)} routers' biases"
-        warn(f"left out: {left_out}; only merged exports carry them (--to bf16)")
+        log.warning(f"left out: {left_out}; only merged exports carry them (--to bf16)")
     if options.dry_run:
         for line in _describe(contents, target):
-            say(line, result=True)
+            log.result(line)
         return
     facts = source.base_facts
     warn_held_as(facts, {}, source.directory)
@@ -101,7 +100,7 @@ def export_adapter(
     else:
         _write(out, target, contents, facts | {"exported_from": sha256_of(source.directory / WEIGHTS)}, finish)
     for line in contents.lines:
-        say(line)
+        log.info(line)
 
 
 def known_shape(source: AdapterSource) -> ModelShape | None:
@@ -125,7 +124,7 @@ def _check_base(source: AdapterSource, options: ExportOptions) -> ModelShape | N
         shape = known_shape(source)
         refuse_swapped(source, shape)
         if shape is None:
-            warn(f"no base here to compare {source.directory} with; --base BASE does")
+            log.warning(f"no base here to compare {source.directory} with; --base BASE does")
         else:
             check_fits(shape, source)
         return shape
@@ -198,7 +197,7 @@ def _finish(
     if options.verify:
         facts["verification"] = verify_adapter(source, target, staging)
     else:
-        warn("the result was not verified (--no-verify)")
+        log.warning("the result was not verified (--no-verify)")
         facts["verification"] = {"skipped": "--no-verify"}
     write_card(staging / CARD, facts, run, lines)
     files = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}

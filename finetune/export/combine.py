@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune import log
 from finetune.adapters.files import WEIGHTS, warn_held_as, write_peft_directory
-from finetune.console import Progress, warn
 from finetune.digest import sha256_of
 from finetune.errors import ConfigError, InputError
 from finetune.export.adapters import known_shape
@@ -89,7 +89,7 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | N
     layers: dict[int, dict[str, Factors]] = {}
     costs: list[Reranked] = []
     numbers = sorted({number for source in sources for number in layers_of(source)})
-    with Progress("merging", len(numbers), "layers") as progress:
+    with log.Progress("merging", len(numbers), "layers") as progress:
         for number in numbers:
             layers[number] = {}
             for name, factors in _summed(adapters, number).items():
@@ -181,7 +181,7 @@ def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
     for adapter in adapters[1:]:
         warn_held_as(adapters[0].source.base_facts, adapter.source.base_held_as, adapters[0].source.directory)
     if any(adapter.source.base_identity is None for adapter in adapters):
-        warn("not every adapter records its base: whether they belong together is compared by shapes only")
+        log.warning("not every adapter records its base: whether they belong together is compared by shapes only")
 
 
 def _facts(adapters: Sequence[Weighted], rank: int | None) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from finetune import log
 from finetune.config.schema import RunConfig
-from finetune.console import say
 from finetune.data.dataset import load_split
 from finetune.data.render import Sample
 from finetune.data.sources import Record
@@ -191,4 +191,4 @@ def _nothing() -> None:
 def say_effect(facts: Mapping[str, Any]) -> None:
     """Print the table as the command's result."""
     for line in describe_effect(facts):
-        say(line, result=True)
+        log.result(line)

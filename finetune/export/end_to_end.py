@@ -8,8 +8,8 @@ from typing import Any
 import psutil
 import torch
 
+from finetune import log
 from finetune.config.schema import ModelConfig, RunConfig
-from finetune.console import say, warn
 from finetune.errors import FinetuneError
 from finetune.export.effect import held_out_rows, measure_variants, say_effect
 from finetune.export.judge import judge
@@ -55,7 +55,7 @@ def measure_end_to_end(
     say_effect(facts)
     verdict = judge(facts, plan.rounding, config.export)
     for note in verdict["notes"]:
-        say(note, result=True)
+        log.result(note)
     return facts | {"verdict": verdict}
 
 
@@ -77,5 +77,5 @@ def _fits(plan: MergePlan, device: torch.device) -> bool:
 
 
 def _skipped(reason: str) -> dict[str, Any]:
-    warn(f"whether the fine-tune survives was not measured: {reason}")
+    log.warning(f"whether the fine-tune survives was not measured: {reason}")
     return {"skipped": reason}

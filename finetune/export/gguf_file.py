@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.console import Progress
+from finetune import log
 from finetune.digest import sha256_of
 from finetune.errors import InputError, MachineError
 from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
@@ -262,7 +262,7 @@ def _write_tensors(
     rounded: RoundedExperts | None,
 ) -> None:
     total, done = sum(math.prod(tensor.byte_shape) for tensor in tensors), 0
-    with Progress("writing GGUF", total >> 20, "MiB") as progress, worker_pool() as pool:
+    with log.Progress("writing GGUF", total >> 20, "MiB") as progress, worker_pool() as pool:
         for tensor in tensors:
             tally = Tally()
             if rounded is not None and tensor.operation.kind in ("round experts", "expert bias"):

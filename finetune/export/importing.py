@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from finetune import log
 from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
 from finetune.adapters.config_file import read_adapter_config
 from finetune.adapters.files import CONFIG, WEIGHTS, read_provenance, write_peft_directory
-from finetune.console import say, warn
 from finetune.digest import sha256_of
 from finetune.errors import InputError
 from finetune.export.adapters import known_shape
@@ -83,7 +83,7 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
         facts |= {"base_name": adapter.base.location.name, "base_revision": adapter.base.location.revision}
         facts["base_identity"] = check_base(adapter.base.checkpoint, adapter.source)
     elif facts["base_identity"] is None:
-        warn("which base it belongs to is not recorded; --base BASE checks it and records it")
+        log.warning("which base it belongs to is not recorded; --base BASE checks it and records it")
     tensors, fields = peft_contents(
         sorted(adapter.layers.items()),
         rslora=adapter.rslora,
@@ -92,10 +92,10 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
     file = directory / (COMPACT_WEIGHTS if is_compact(directory) else WEIGHTS)
     bias = adapter.source.router_bias
     write_peft_directory(out, tensors, fields, facts | {"imported_from": sha256_of(file)}, router_bias=bias)
-    say(f"read {adapter.layout}: {len(adapter.source.sites)} sites in {len(adapter.layers)} layers")
+    log.info(f"read {adapter.layout}: {len(adapter.source.sites)} sites in {len(adapter.layers)} layers")
     left_out = sorted(path.name for path in directory.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
     if left_out:
-        warn(f"left out: {join(left_out)}; an adapter's tokens are its base's")
+        log.warning(f"left out: {join(left_out)}; an adapter's tokens are its base's")
 
 
 def _read(directory: Path, options: ExportOptions) -> Imported:

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__
+from finetune import __version__, log
 from finetune.adapters.files import CONFIG, WEIGHTS, warn_held_as, write_facts
-from finetune.console import Progress, say, warn
 from finetune.digest import sha256_of
 from finetune.errors import CheckError, InputError
 from finetune.export.card import write_card
@@ -65,7 +64,7 @@ def export_merged(
     plan = plan_merge(checkpoint, source, layout, rounding)
     if options.dry_run:
         for line in _dry_run(plan, target, options):
-            say(line, result=True)
+            log.result(line)
         return
     identity = check_base(checkpoint, source)
     with native_base(checkpoint, out) as native:
@@ -128,10 +127,10 @@ def check_base(checkpoint: Checkpoint, source: AdapterSource) -> str:
     Raises:
         InputError: it is another base, or it was changed since.
     """
-    with Progress("checking base", None, "MiB") as progress:
+    with log.Progress("checking base", None, "MiB") as progress:
         identity = checkpoint_identity(checkpoint, progress)
     if source.base_identity is None:
-        warn(f"base {identity[:12]}: the adapter does not say which base it was trained on")
+        log.warning(f"base {identity[:12]}: the adapter does not say which base it was trained on")
     elif source.base_identity != identity:
         raise InputError(
             f"{source.directory} was trained on another base",
@@ -220,7 +219,7 @@ def _facts(
     if plan.target == "mxfp4":
         facts["survival"] = survival_facts(plan, tallies, rounded.experts if rounded else None)
         for line in describe_survival(facts["survival"]):
-            say(line, result=True)
+            log.result(line)
     return facts
 
 
@@ -235,7 +234,7 @@ def _verify(
 ) -> None:
     """Verify, and put the outcome into `facts`; a failure is written beside the files before it is raised."""
     if not options.verify:
-        warn("the result was not verified (--no-verify)")
+        log.warning("the result was not verified (--no-verify)")
         facts["verification"] = {"skipped": "--no-verify"}
         return
     try:

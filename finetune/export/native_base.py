@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune.console import say
+from finetune import log
 from finetune.errors import MachineError
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint
 from finetune.model.dense import DenseCheckpoint, write_native
@@ -46,7 +46,7 @@ def native_base(checkpoint: Checkpoint, out: Path) -> Iterator[Checkpoint]:
         for path in checkpoint.directory.iterdir():
             if path.is_file() and path.name not in skipped:
                 shutil.copyfile(path, copy / path.name)
-        say(checkpoint.describe_rounding())
+        log.info(checkpoint.describe_rounding())
         yield Checkpoint.open(copy)
     finally:
         shutil.rmtree(copy, ignore_errors=True)

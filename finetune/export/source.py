@@ -17,10 +17,10 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from finetune import log
 from finetune.adapters.config_file import read_adapter_config
 from finetune.adapters.files import CONFIG, PROVENANCE, WEIGHTS, read_provenance
 from finetune.adapters.stored import read_router_bias
-from finetune.console import warn
 from finetune.errors import InputError
 from finetune.model.headers import read_header
 
@@ -148,7 +148,7 @@ def open_adapter(directory: Path) -> AdapterSource:
         raise InputError(f"no adapter directory {directory}")
     provenance = read_provenance(directory)
     if provenance is None:
-        warn(f"{directory} has no {PROVENANCE}: whether it belongs to a base can be checked by shapes only")
+        log.warning(f"{directory} has no {PROVENANCE}: whether it belongs to a base can be checked by shapes only")
     config = read_adapter_config(directory / CONFIG)
     refuse_unsupported(config, directory)
     if not (directory / WEIGHTS).is_file():

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune.console import say, warn
+from finetune import log
 from finetune.digest import sha256_of
 from finetune.errors import ConfigError, MachineError
 
@@ -53,17 +53,17 @@ class Staging:
                 stored = json.loads(progress.read_text())
                 kept = stored["shards"] if stored["key"] == self.key else {}
             except (ValueError, KeyError, TypeError):
-                warn(f"{progress} cannot be read: starting again")
+                log.warning(f"{progress} cannot be read: starting again")
         for name, facts in kept.items():
             if (self.path / name).is_file() and sha256_of(self.path / name) == facts["sha256"]:
                 self.shards[name] = facts
             else:
-                warn(f"{self.path / name} is not what was written: it is made again")
+                log.warning(f"{self.path / name} is not what was written: it is made again")
         for file in self.path.iterdir():
             if file.name not in self.shards and file.name != PROGRESS:
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
         if self.shards:
-            say(f"going on with {self.path}: {len(self.shards)} finished files are kept")
+            log.info(f"going on with {self.path}: {len(self.shards)} finished files are kept")
 
     def require_space(self, num_bytes: int) -> None:
         """Check the disk for what is still to be written.
@@ -101,7 +101,7 @@ class Staging:
         for file in self.path.glob("*" + _HALF):
             file.unlink()
         if not self.discard_if_empty():
-            say(f"finished files are kept in {self.path}: the same command goes on from there, or remove it")
+            log.info(f"finished files are kept in {self.path}: the same command goes on from there, or remove it")
 
     def discard_if_empty(self) -> bool:
         """Remove the directory if no shard is finished; whether it did."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from finetune import log
 from finetune.adapters.files import WEIGHTS
 from finetune.adapters.read_back import (
     CHILD,
@@ -26,7 +27,6 @@ from finetune.adapters.read_back import (
 )
 from finetune.config.schema import ModelConfig
 from finetune.config.validate import load_run_config
-from finetune.console import say, warn
 from finetune.data.dataset import load_split
 from finetune.data.render import Sample
 from finetune.errors import CheckError, FinetuneError
@@ -67,7 +67,7 @@ def verify_merged(
         reason = "the file's own runtime is llama.cpp; its weights were compared"
     if samples and reason is None:
         return result | {"logits": compare_logits(plan, directory, samples)}
-    say(f"logits were not compared: {reason}")
+    log.info(f"logits were not compared: {reason}")
     return result | {"logits": {"skipped": reason}}
 
 
@@ -101,7 +101,7 @@ def compare_weights(
 def _check_weights(
     plan: MergePlan, target: MergedTarget, directory: Path, tallies: Mapping[str, Tally]
 ) -> dict[str, Any]:
-    say("comparing every weight with base + update in a fresh process ...")
+    log.info("comparing every weight with base + update in a fresh process ...")
     answer = compare_weights(plan, target, directory, tallies)
     if answer["problems"]:
         name, problem = next(iter(answer["problems"].items()))
@@ -114,7 +114,7 @@ def _check_weights(
     if plan.target == "mxfp4":
         nearest = "no block further from it than the base"
         rule = nearest if plan.rounding == "nearest" else f"{plan.rounding} rounding, what survives as it was counted"
-    say(f"weights: {changed} changed tensors are base + update ({rule}), all others are the base's")
+    log.info(f"weights: {changed} changed tensors are base + update ({rule}), all others are the base's")
     return {"tensors_changed": changed, "comparisons": answer["compared"], "updates": answer["updates"]}
 
 
@@ -126,7 +126,7 @@ def _prompts(run: Path | None) -> tuple[list[Sample], str | None]:
         config = load_run_config(run / "config.yaml")
         split = load_split(config.data, "test" if config.data.test else "train")
     except FinetuneError as error:
-        warn(f"the run's data cannot be read: {error.what}")
+        log.warning(f"the run's data cannot be read: {error.what}")
         return [], f"the run's data cannot be read: {error.what}"
     return list(split.samples[:NUM_SAMPLES]), None
 
@@ -146,7 +146,7 @@ def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Sample]) 
     base = load_base(plan.checkpoint, device, dtype, experts_per_chunk=4)
     if not fits_in_memory(base):
         reason = "a dequantised model needs more than half of the memory that is free"
-        warn(f"logits were not compared: {reason}")
+        log.warning(f"logits were not compared: {reason}")
         return {"skipped": reason}
     tensors = sample_positions(samples)
     tensors |= sample_logits(base, tensors, "base")
@@ -162,7 +162,7 @@ def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Sample]) 
         answer = run_child(CHILD, request, f"transformers could not load {directory}")
     _judge(answer, directory, exact=str(dtype) == "torch.float32")
     adapted, plain = answer["adapted"], answer["base"]
-    say(
+    log.info(
         f"logits by transformers in a fresh process against base + adapter on {len(samples)} samples: "
         f"KL {adapted['mean_kl']:.1e}, same likeliest token {adapted['argmax_agreement']:.1%}, largest difference "
         f"{adapted['max_difference']:.2g} (the plain base: KL {plain['mean_kl']:.1e})"

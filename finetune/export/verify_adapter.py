@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from finetune import log
 from finetune.adapters.read_back import run_child
-from finetune.console import say
 from finetune.errors import CheckError
 from finetune.export.source import AdapterSource
 from finetune.export.targets import AdapterTarget
@@ -40,7 +40,7 @@ def verify_adapter(source: AdapterSource, target: AdapterTarget, directory: Path
             why=f"{len(problems)} problems in all, {answer['sites']} sites were compared with {source.directory}",
             fix="nothing was kept; report this with the adapter's adapter_config.json",
         )
-    say(
+    log.info(
         f"read back as {target} has it in a fresh process: {answer['sites']} sites act as the source's "
         f"(largest relative difference {answer['max_relative_difference']:.1e})"
     )

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
+from finetune import log
 from finetune.config.schema import ModelConfig
-from finetune.console import Progress, say
 from finetune.errors import CheckError, ConfigError, MachineError
 from finetune.model.attention import register_attention
 from finetune.model.checkpoint import Checkpoint
@@ -143,7 +143,7 @@ def load_base(
     digests: dict[str, str] = {}
     converted: dict[str, str] = {}
     names = sorted(checkpoint.names())
-    with Progress("reading base", len(names), "tensors") as progress:
+    with log.Progress("reading base", len(names), "tensors") as progress:
         for name in names:
             stored = checkpoint.read(name)
             digests[name] = tensor_digest(stored)
@@ -167,7 +167,7 @@ def load_base(
     _refuse_unfilled(model)
     errors = holder.rounding_errors()
     for part, error in errors.items():
-        say(f"{part}: held in NF4, which changed them by {error:.2%} (relative RMS); {_CONSEQUENCE}")
+        log.info(f"{part}: held in NF4, which changed them by {error:.2%} (relative RMS); {_CONSEQUENCE}")
     held_digests = {name: digest for name, digest in digests.items() if name in state} | converted
     return Base(model, checkpoint, _identity(checkpoint, digests), held_digests, storage, errors, shards)
 
@@ -205,7 +205,7 @@ def _refuse_unfilled(model: nn.Module) -> None:
 def _identity(checkpoint: Checkpoint, digests: dict[str, str]) -> str:
     """The files' identity. What was held is what was read, except for experts that were rounded on the way."""
     if isinstance(checkpoint, DenseCheckpoint):
-        say(checkpoint.describe_rounding())
+        log.info(checkpoint.describe_rounding())
         return checkpoint_identity(checkpoint)
     return identity(
         (name, checkpoint.dtype(name), checkpoint.tensor_shape(name), digest) for name, digest in digests.items()
@@ -224,7 +224,7 @@ def check_unchanged(base: Base) -> str:
     state = base.model.state_dict()
     changed = []
     names = sorted(base.digests)
-    with Progress("checking frozen base", len(names), "tensors") as progress:
+    with log.Progress("checking frozen base", len(names), "tensors") as progress:
         for name in names:
             if base.shards is not None:
                 base.shards.hold_layer_of(name)

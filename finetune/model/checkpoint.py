@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from finetune.console import Progress
+from finetune import log
 from finetune.digest import sha256_of
 from finetune.errors import InputError
 from finetune.model.headers import TensorEntry, join, plain_file_name, read_header, read_json
@@ -147,7 +147,7 @@ class Checkpoint:
                 done += count
         return data.view(_TORCH_DTYPES[entry.dtype]).reshape(last - first, *entry.shape[1:])
 
-    def verify_checksums(self, progress: Progress | None = None) -> bool:
+    def verify_checksums(self, progress: log.Progress | None = None) -> bool:
         """Compare the files with `checksums.json`, or with the names that the hub's cache gives them.
 
         The cache keeps a large file as a blob named by its sha256, and the snapshot links to it.

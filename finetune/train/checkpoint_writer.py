@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from types import TracebackType
 
-from finetune.console import say, warn
+from finetune import log
 from finetune.train.checkpoint_files import prune_checkpoints
 from finetune.train.checkpoints import Checkpoint, save_checkpoint
 
@@ -38,14 +38,14 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._thread is not None and self._thread.is_alive() and error is not None:
-            say(f"waiting for the checkpoint of step {self._step}")
+            log.info(f"waiting for the checkpoint of step {self._step}")
         if error is None:
             self.wait()
             return
         try:
             self.wait()
         except Exception as failure:  # what ended the run matters more
-            warn(f"the checkpoint of step {self._step} was not saved: {failure}")
+            log.warning(f"the checkpoint of step {self._step} was not saved: {failure}")
 
     def save(self, step: int, checkpoint: Checkpoint, best_step: int | None) -> None:
         """Save a moment and remove the checkpoints no longer kept.

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.console import warn
+from finetune import log
 from finetune.errors import InputError, MachineError
 from finetune.train.checkpoint_files import (
     ADAPTER,
@@ -96,12 +96,12 @@ def load_newest(directory: Path) -> tuple[int, Checkpoint]:
     found = list_checkpoints(directory)
     last = latest_step(directory)
     if last is not None and last not in dict(found):
-        warn(f"checkpoint {checkpoint_path(directory, last).name}, the last that was saved, is gone")
+        log.warning(f"checkpoint {checkpoint_path(directory, last).name}, the last that was saved, is gone")
     for step, path in reversed(found):
         fault = fault_in(path)
         if fault is None:
             return step, _read(path)
-        warn(f"checkpoint {path.name} is damaged ({fault}); going back to the one before")
+        log.warning(f"checkpoint {path.name} is damaged ({fault}); going back to the one before")
     raise InputError(f"no whole checkpoint in {directory}", fix="start the run again")
 
 

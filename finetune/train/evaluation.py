@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from finetune import log
 from finetune.config.schema import RunConfig
-from finetune.console import say
 from finetune.data.render import Sample
 from finetune.errors import CheckError
 from finetune.evaluate.intervals import bootstrap_ratio_interval
@@ -58,7 +58,7 @@ def evaluate_test_set(
             "num_labels": len(test.labels),
             "best_constant_accuracy": scores.best_constant,
         }
-    say(f"{when}: {describe_figures(figures)}")
+    log.info(f"{when}: {describe_figures(figures)}")
     return figures
 
 

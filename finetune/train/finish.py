@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from finetune import log
 from finetune.adapters.compact import is_worth_it, write_compact
 from finetune.adapters.files import write_adapter
 from finetune.adapters.lora import Adapter, lora_parameters
 from finetune.adapters.norms import update_norms
 from finetune.adapters.read_back import fits_in_memory, memory_needed_bytes, read_back
-from finetune.console import say, warn
 from finetune.data.render import Sample
 from finetune.errors import MachineError
 from finetune.train.run_directory import RunDirectory
@@ -71,13 +71,13 @@ def write_result(session: Session, run: RunDirectory, result: Result) -> None:
     }
     write_adapter(run.adapter, session.adapter, config, **base)
     run.update_manifest(adapter_norms=update_norms(session.adapter))
-    say(f"adapter: {run.adapter}")
+    log.info(f"adapter: {run.adapter}")
     if is_worth_it(session.adapter):
         compact = run.path / "adapter_compact"
         shutil.rmtree(compact, ignore_errors=True)
         num_experts = session.base.checkpoint.shape.num_experts
         write_compact(compact, session.adapter, num_experts, rslora=config.rslora, facts=base)
-        say(f"adapter, compact form: {compact}")
+        log.info(f"adapter, compact form: {compact}")
     run.update_manifest(read_back=_read_back(session, run, result))
 
 
@@ -91,14 +91,14 @@ def _hold_whole(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
 def _read_back(session: Session, run: RunDirectory, result: Result) -> dict[str, Any]:
     """Read the adapter back, or say why not; what is stored says which."""
     if result.live_logits is None:
-        warn(f"the adapter was not read back with stock PEFT: {result.not_read_back}")
+        log.warning(f"the adapter was not read back with stock PEFT: {result.not_read_back}")
         return {"skipped": result.not_read_back}
     try:
         found = read_back(session.base, session.adapter, run.adapter, read_back_samples(session), result.live_logits)
     except MachineError as error:
         if session.config.export.read_back == "always":
             raise
-        warn(f"the adapter was not read back with stock PEFT: {error.what}")
+        log.warning(f"the adapter was not read back with stock PEFT: {error.what}")
         return {"skipped": error.what}
-    (say if found.conclusive else warn)(found.describe())
+    (log.info if found.conclusive else log.warning)(found.describe())
     return asdict(found)

@@ -19,7 +19,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from finetune.console import complain
+from finetune import log
 from finetune.errors import MachineError
 from finetune.train.processes import Processes
 
@@ -66,13 +66,13 @@ class HangWatch:
                 self._end()
 
     def _end(self) -> None:
-        complain(f"no sign of life for {self.timeout_s:g} s, in: {self._doing}; every thread's stack:")
+        log.error(f"no sign of life for {self.timeout_s:g} s, in: {self._doing}; every thread's stack:")
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
         try:
-            complain(f"error: {self.explain(self._frozen())}")
+            log.error(f"error: {self.explain(self._frozen())}")
             time.sleep(SETTLE_SECONDS)
         except RuntimeError as error:  # the store lives in process 0
-            complain(f"error: the run hangs, and process 0, which knows what each said last, does not answer: {error}")
+            log.error(f"error: the run hangs, and process 0, which knows what each said last, does not answer: {error}")
         finally:
             os._exit(MachineError.exit_code)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from finetune import log
 from finetune.adapters.audit import audit_gradients
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import RunConfig
-from finetune.console import Progress, say, warn
 from finetune.data.batches import Batch, BatchPlan
 from finetune.errors import CheckError, InputError, Interrupted
 from finetune.model.build import Base
@@ -130,7 +130,7 @@ class Trainer:
         total = self.plan.total_steps
         epoch_steps: tuple[int, list[Any]] = (-1, [])
         asked = 0
-        with self.writer, Progress("training", total, "steps") as progress:
+        with self.writer, log.Progress("training", total, "steps") as progress:
             progress.start_at(self.state.step)
             stopped_early = self.state.step > 0 and self._evaluate_and_save(total)
             while self.state.step < total and not stopped_early:
@@ -154,7 +154,7 @@ class Trainer:
         self.processes.largest(0)  # from here on every process may read what process 0 has written
         return self.state
 
-    def _make_step(self, batches: list[Batch], epoch: int, progress: Progress) -> None:
+    def _make_step(self, batches: list[Batch], epoch: int, progress: log.Progress) -> None:
         """One step, counted, unless its numbers are not finite and the recipe says to skip such a step."""
         started, step = time.monotonic(), self.state.step
         rate = learning_rate(step, self.plan.total_steps, self.config.trainer)
@@ -171,7 +171,7 @@ class Trainer:
             self._keep_evidence(error, batches, rate)
             if self.config.trainer.on_nonfinite == "stop" or self.state.skipped_in_a_row + 1 >= MOST_SKIPPED:
                 raise
-            warn(f"{error.what}; skipped. {error.why}")
+            log.warning(f"{error.what}; skipped. {error.why}")
             skipped = self.state.skipped_in_a_row + 1
             self.state = replace(self.state, step=step + 1, skipped_in_a_row=skipped)
             self.metrics.append("skipped", step + 1, epoch=epoch, samples=error.culprits)
@@ -185,7 +185,7 @@ class Trainer:
         facts = {"error": str(error), "rows": error.culprits, "learning_rate": rate, "seed": self.config.seed}
         write_evidence(directory, self.processes.rank, batches, adapter if self.run.writes else None, facts)
         self.processes.wait()
-        say(f"the step's rows and the adapter before it are in {directory}")
+        log.info(f"the step's rows and the adapter before it are in {directory}")
 
     def _audit(self) -> None:
         """B on the first step; A on the second, when an update has moved B away from zero (the rate is never zero)."""
@@ -194,11 +194,11 @@ class Trainer:
         if due is None:
             return
         result = audit_gradients(self.base.model, self.adapter, due, gradient_of=self.engine.gradient)
-        say(result.describe())
+        log.info(result.describe())
         self.audit_lines.append(result.describe())
         self.state = replace(self.state, audited=audited + due)
 
-    def _count(self, figures: StepFigures, rate: float, epoch: int, seconds: float, progress: Progress) -> None:
+    def _count(self, figures: StepFigures, rate: float, epoch: int, seconds: float, progress: log.Progress) -> None:
         state = self.state = replace(
             self.state,
             step=self.state.step + 1,
@@ -224,7 +224,7 @@ class Trainer:
         )
         if (usual := self.spikes.usual_if_spike(figures.loss)) is not None:
             self.metrics.append("spike", state.step, loss=figures.loss, usual=usual)
-            warn(f"step {state.step}: the loss jumped to {figures.loss:.4f}; {usual:.4f} was usual")
+            log.warning(f"step {state.step}: the loss jumped to {figures.loss:.4f}; {usual:.4f} was usual")
         shown = {"loss": figures.loss, "balance_loss": figures.balance, "router_z_loss": figures.router_z}
         shown |= {"gradient_norm": figures.gradient_norm, "learning_rate": rate}
         shown |= {"tokens_per_second": speed, "memory_gib": memory}
@@ -244,7 +244,7 @@ class Trainer:
             self.save(wait=False)
         patience = self.config.trainer.early_stop_patience
         if patience is not None and self.state.evaluations_since_best >= patience:
-            say(f"early stop at step {step}: no better validation loss in {patience} evaluations")
+            log.info(f"early stop at step {step}: no better validation loss in {patience} evaluations")
             self.save()
             return True
         return False
@@ -267,7 +267,7 @@ class Trainer:
         else:
             self.state = replace(self.state, evaluations_since_best=self.state.evaluations_since_best + 1)
         self.state = replace(self.state, validated=self.state.step)
-        say(f"step {self.state.step}: validation loss {loss:.4f}{' (best so far)' if improved else ''}")
+        log.info(f"step {self.state.step}: validation loss {loss:.4f}{' (best so far)' if improved else ''}")
         return improved
 
     def save(self, *, wait: bool = True) -> None:

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from numpy.typing import NDArray
 
+from finetune import log
 from finetune.config.schema import LoggingConfig
-from finetune.console import warn
 from finetune.train.run_directory import write_whole
 
 GIB = 2**30
@@ -92,7 +92,7 @@ class Tracker:
         if config.tracker == "none" or not accelerator.is_main_process:
             return
         if importlib.util.find_spec(config.tracker) is None:
-            warn(f"tracking is off: {config.tracker} is not installed (pip install {config.tracker})")
+            log.warning(f"tracking is off: {config.tracker} is not installed (pip install {config.tracker})")
             return
         self._try(self._start, config, run_config, directory)
 
@@ -129,7 +129,7 @@ class Tracker:
             call(*args, **kwargs)
         except Exception as error:  # a tracker may fail in any way; none of them is worth a run
             self._tracker = None
-            warn(f"tracking is off from here on: {type(error).__name__}: {error}")
+            log.warning(f"tracking is off from here on: {type(error).__name__}: {error}")
 
 
 def make_tracker(config: LoggingConfig, directory: Path) -> GeneralTracker:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from finetune import log
 from finetune.config.schema import RunConfig
-from finetune.console import speak_as
 from finetune.errors import CheckError, MachineError
 
 GRACE = 1.5  # torch's own time-out comes after ours, which knows more (train/hangs.py)
@@ -132,7 +132,7 @@ def open_processes(config: RunConfig) -> Processes:
     if on_gpu:
         _take_gpu()
     processes = _meet(backend, wanted.timeout_s)
-    speak_as(processes.rank)
+    log.set_rank(processes.rank)
     if processes.count != wanted.num_processes:
         raise MachineError(f"{processes.count} processes met, the recipe says {wanted.num_processes}")
     return processes

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from accelerate import Accelerator
 
+from finetune import log
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import RunConfig
-from finetune.console import say
 from finetune.data.dataset import Split
 from finetune.errors import CheckError
 from finetune.evaluate.routing import RoutingCounter, RoutingCounts, changed_share, count_routing
@@ -68,7 +68,7 @@ class RoutingWatch:
         drift = changed_share(self._before, counts)
         worst = int(np.argmax(drift))
         text = f"routing: {np.mean(drift):.1%} of tokens take other experts than in the base, most in layer {worst}"
-        say(f"{text} ({drift[worst]:.1%})")
+        log.info(f"{text} ({drift[worst]:.1%})")
         figures = usage_figures(counts.chosen.sum(0))
         if self.accelerator.is_main_process:
             line = {"drift": drift, "entropy": figures.entropy, "variation": figures.variation}

@@ -10,13 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from finetune import log
 from finetune.adapters.read_back import live_logits
 from finetune.config.affinity import write_affinity
 from finetune.config.compose import ComposedConfig
 from finetune.config.deepspeed import deepspeed_settings
 from finetune.config.schema import AdapterConfig, RunConfig
 from finetune.config.validate import dump_yaml, to_plain
-from finetune.console import say, warn, warnings_so_far
 from finetune.data.preview import as_json
 from finetune.errors import ConfigError, InputError, Interrupted
 from finetune.evaluate.likelihood import held_out_loss
@@ -77,7 +77,7 @@ def train_prepared(path: Path, write_report: WriteReport) -> Path:
 
 
 def _begin(session: Session, run: RunDirectory, started: float, write_report: WriteReport) -> None:
-    say(f"run directory: {run.path}")
+    log.info(f"run directory: {run.path}")
     with StopRequest() as stop, run.locked():
         run.update_manifest(**session_facts(session))
         if run.writes:
@@ -115,7 +115,7 @@ def resume(path: Path, write_report: WriteReport, config: RunConfig | None = Non
         run = replace(run, writes=processes.is_first)
         # Relative paths of the recipe, and a hub name's moving branch, mean what they meant when the run was started.
         if (origin := manifest.get("working_directory")) and Path(origin) != Path.cwd() and Path(origin).is_dir():
-            warn(f"working in {origin}, where the run was started")
+            log.warning(f"working in {origin}, where the run was started")
             os.chdir(origin)
         if revision := manifest.get("base", {}).get("revision"):
             config = replace(config, model=replace(config.model, revision=revision))
@@ -146,7 +146,7 @@ def _execute(
     """Train and finish; manifest and report say how it ended, whatever happens."""
     tracker = Tracker(session.accelerator, session.config.logging, to_plain(session.config), run.path)
     engine = open_engine(session.config, session.base, session.adapter, session.accelerator, session.processes)
-    say(f"processes: {engine.describe()}")
+    log.info(f"processes: {engine.describe()}")
     if run.writes and (settings := deepspeed_settings(session.config)):
         write_json(run.path / "deepspeed.json", settings)
     hangs = HangWatch(session.processes, session.config.distributed.timeout_s)
@@ -173,7 +173,7 @@ def _execute(
             if run.writes:
                 write_report(run.path)
         except Exception as error:  # what ended the run matters more than a report that cannot be written
-            warn(f"no report: {type(error).__name__}: {error}")
+            log.warning(f"no report: {type(error).__name__}: {error}")
 
 
 def _name_skipped_rows(session: Session, run: RunDirectory) -> None:
@@ -187,7 +187,7 @@ def _name_skipped_rows(session: Session, run: RunDirectory) -> None:
         path = run.path / "skipped_rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in skipped))
         first = "; ".join(f"{row['where']}: {row['reason']}" for row in skipped[:3])
-        warn(f"{len(skipped):,} rows are left out, all named in {path}: {first}")
+        log.warning(f"{len(skipped):,} rows are left out, all named in {path}: {first}")
 
 
 def _restore(trainer: Trainer, session: Session, run: RunDirectory) -> None:
@@ -213,7 +213,7 @@ def _restore(trainer: Trainer, session: Session, run: RunDirectory) -> None:
     trainer.restore(checkpoint)
     if run.writes:
         remove_after(run.checkpoints, step)
-    say(f"resuming after step {step} of {session.plan.total_steps}")
+    log.info(f"resuming after step {step} of {session.plan.total_steps}")
 
 
 def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, stop: StopRequest) -> Result:
@@ -276,7 +276,7 @@ def _sitting(trainer: Trainer, earlier: dict[str, Any], started: float) -> dict[
     minutes = (time.monotonic() - started) / 60
     return {
         "audit": trainer.audit_lines,
-        "warnings": list(dict.fromkeys([*earlier.get("warnings", []), *warnings_so_far()])),
+        "warnings": list(dict.fromkeys([*earlier.get("warnings", []), *log.warnings_so_far()])),
         "loop": asdict(trainer.state),
         "minutes": round(earlier.get("minutes", 0.0) + minutes, 2),
         "peak_memory_gib": round(max(earlier.get("peak_memory_gib", 0.0), memory_gib(trainer.base.device)), 3),
@@ -328,5 +328,5 @@ def _choose_best(session: Session, trainer: Trainer, run: RunDirectory) -> None:
         return
     if best != trainer.state.step:
         trainer.load_adapter(load_checkpoint(checkpoint_path(run.checkpoints, best)))
-    say(f"adapter of step {best}: best validation loss {trainer.state.best_loss:.4f}")
+    log.info(f"adapter of step {best}: best validation loss {trainer.state.best_loss:.4f}")
     run.update_manifest(adapter_of_step=best)

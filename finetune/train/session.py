@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from finetune import __version__
+from finetune import __version__, log
 from finetune.adapters.files import read_adapter_into
 from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.adapters.ranks import ranks_by_expert
@@ -23,7 +23,6 @@ from finetune.config.affinity import Affinity
 from finetune.config.derive import check_inputs, router_notes
 from finetune.config.distributed_rules import SHARDED_BASE
 from finetune.config.schema import RunConfig
-from finetune.console import Progress, say
 from finetune.data.arrow import sample_lengths
 from finetune.data.batches import BatchPlan
 from finetune.data.dataset import Split, describe, load_split
@@ -98,11 +97,11 @@ def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bo
     device, accelerator = choose_device(config.model), _accelerator(config, processes)
     _check_offload(config, device)
     if device.type == "cuda":
-        say(_describe_allocator())
+        log.info(_describe_allocator())
     check_optimizer(config, device)
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
-        say(describe(split))
+        log.info(describe(split))
     test = choose_test_set(splits["test"], config, splits["train"].answers) if "test" in splits else None
     plan = BatchPlan(
         splits["train"].samples,
@@ -118,37 +117,37 @@ def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bo
     checkpoint = Checkpoint.open(location.directory)
     _check_length(checkpoint, config)
     if config.trainer.activation_offload:
-        say(_describe_offload(checkpoint, config))
+        log.info(_describe_offload(checkpoint, config))
     _verify_checksums(checkpoint, config)
     wanted = BaseStorage.of(config.model)
     deals_out = config.distributed.kind in SHARDED_BASE
     shards = ShardedLayers(processes.rank, processes.count, device) if deals_out else None
     dtype = choose_dtype(config.model, device)
     base = load_base(checkpoint, device, dtype, config.model.experts_per_chunk, wanted, shards)
-    say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
-    say(select_expert_kernel(base.model, config.model.expert_kernel).describe())
+    log.info(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
+    log.info(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
-    say(select_attention(base.model, config.model.attention_kernel).describe())
+    log.info(select_attention(base.model, config.model.attention_kernel).describe())
     storage = storage_table(base.model)
-    say(describe_storage(storage))
+    log.info(describe_storage(storage))
     if shards is not None:
-        say(shards.describe())
+        log.info(shards.describe())
     check_storage(storage, wanted)
     if config.data.pack:
-        say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
+        log.info(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
     affinity = _chosen_experts(base, location.name, splits["train"], config, accelerator)
     selection = None if affinity is None else affinity.selected
     ranks = None if affinity is None else ranks_by_expert(affinity)
     adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection, ranks=ranks)
     if config.adapter.init_from is not None:
         read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
-        say(f"adapter: training on from {config.adapter.init_from}")
-    say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
-    say(describe_optimizer(config, adapter.parameters()))
+        log.info(f"adapter: training on from {config.adapter.init_from}")
+    log.info("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
+    log.info(describe_optimizer(config, adapter.parameters()))
     if config.trainer.router_balance_coefficient or config.trainer.router_z_loss_coefficient:
-        say(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
+        log.info(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
     for note in router_notes(config):
-        say(note)
+        log.info(note)
     processes.must_agree("the base", base.identity)
     for split_name, split in splits.items():
         processes.must_agree(f"the {split_name} data", split.fingerprint)
@@ -245,7 +244,7 @@ def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
     count = config.distributed.num_processes
     processes = f" x {count} processes" if count > 1 else ""
     efficiency = packing_efficiency(sample_lengths(split.samples), rows, config.data.max_length)
-    say(
+    log.info(
         f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
         f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps{processes} = "
         f"{trainer.rows_per_micro_step * trainer.micro_steps * count} rows a step => {plan.total_steps:,} steps "
@@ -296,10 +295,10 @@ def _check_identity(base: Base, config: RunConfig) -> None:
 
 def _verify_checksums(checkpoint: Checkpoint, config: RunConfig) -> None:
     if not config.model.verify_checksums:
-        say("base files: checksums not compared (model.verify_checksums=false)")
+        log.info("base files: checksums not compared (model.verify_checksums=false)")
         return
-    with Progress("checking base files", None, "MiB") as progress:
+    with log.Progress("checking base files", None, "MiB") as progress:
         if checkpoint.verify_checksums(progress):
-            say("base files: every sha256 is as it was written or downloaded")
+            log.info("base files: every sha256 is as it was written or downloaded")
         else:
-            say("base files: nothing to compare their sha256 with; the identity below is what was read")
+            log.info("base files: nothing to compare their sha256 with; the identity below is what was read")

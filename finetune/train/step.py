@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finetune import log
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import TrainerConfig
-from finetune.console import warn
 from finetune.data.batches import Batch
 from finetune.errors import CapacityError, CheckError, is_out_of_memory
 from finetune.model.build import Base
@@ -177,7 +177,9 @@ class OptimiserStep:
             raise cause or CapacityError(f"process {', '.join(who)} is out of memory", fix="see what it wrote")
         self.parts *= 2
         where = f"process {', '.join(who)} is " if self.processes.count > 1 else ""
-        warn(f"{where}out of memory: micro-steps are made in {self.parts} parts from here on; steps stay the same")
+        log.warning(
+            f"{where}out of memory: micro-steps are made in {self.parts} parts from here on; steps stay the same"
+        )
 
     def _figures(self, batches: list[Batch], terms: Tensor, norm: float) -> StepFigures:
         loss, balance, router_z, tokens, trained = self.processes.sums(

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GptOssForCausalLM
 
+from finetune import log
 from finetune.config.locate import shipped_dir
-from finetune.console import Progress, say
 from finetune.data.batches import PADDING_SEGMENT, Batch, collate
 from finetune.data.pack import pack
 from finetune.data.render import Sample
@@ -100,7 +100,7 @@ class Pretraining:
         spent = self.place.cpu_seconds
         begun = time.process_time() if spent else 0.0  # preparing counts once
         saved = time.monotonic()
-        with Progress("pretraining", round(budget_seconds), "CPU seconds") as progress:
+        with log.Progress("pretraining", round(budget_seconds), "CPU seconds") as progress:
             progress.start_at(round(spent))
             while (part := self.place.cpu_seconds / budget_seconds) < 1:
                 batch = self._next_batch()
@@ -237,7 +237,7 @@ class Pretraining:
             row, self.place.row = self.place.row, 0
             self._next_batch()
             self.place.row = row
-        say(f"going on from step {self.place.steps}, after {self.place.cpu_seconds:.0f} CPU seconds")
+        log.info(f"going on from step {self.place.steps}, after {self.place.cpu_seconds:.0f} CPU seconds")
 
 
 def noise() -> float:

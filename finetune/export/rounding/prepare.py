@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import asdict
 from pathlib import Path
 
+from finetune import log
 from finetune.config.schema import ModelConfig
-from finetune.console import say
 from finetune.errors import ConfigError
 from finetune.export.plan import MergePlan
 from finetune.export.rounding.calibration import calibration_config, check_belongs, choose_rows
@@ -74,7 +74,7 @@ def round_ahead(
     staging = rounding_staging(out, hashlib.sha256(text.encode()).hexdigest())
     rounded = round_experts_by_layer(plan, calibration, staging, device, choose_dtype(where, device), settings)
     for line in describe_experts(rounded):
-        say(line)
+        log.info(line)
     return rounded
 
 

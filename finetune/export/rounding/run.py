@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finetune.console import Progress, duration, say
+from finetune import log
 from finetune.digest import sha256_of
 from finetune.export.live import attach_layer
 from finetune.export.merge import Tally
@@ -93,10 +93,12 @@ def round_experts_by_layer(
     missing = [number for number in wanted if _file_name(number) not in staging.shards]
     if missing:
         at_once = experts_at_once(checkpoint.shape, device)
-        say(_announcement(plan, calibration, len(missing), rounding_seconds(plan, missing, at_once, device, settings)))
+        log.info(
+            _announcement(plan, calibration, len(missing), rounding_seconds(plan, missing, at_once, device, settings))
+        )
         stream = LayerStream(checkpoint, device, dtype, _EXPERTS_PER_CHUNK)
         hidden = [stream.embed(batch.input_ids) for batch in calibration.batches]
-        with Progress("rounding", missing[-1] + 1, "layers") as progress:
+        with log.Progress("rounding", missing[-1] + 1, "layers") as progress:
             for number in range(missing[-1] + 1):
                 inputs = _through_layer(stream, number, hidden, calibration, plan)
                 if number in missing:
@@ -152,5 +154,5 @@ def _details(staging: Staging, number: int) -> str:
 def _announcement(plan: MergePlan, calibration: Calibration, layers: int, seconds: float) -> str:
     return (
         f"compensated rounding: {layers} layers x {plan.checkpoint.shape.num_experts} experts, calibrated on "
-        f"{calibration.num_tokens:,} tokens of the training rows; about {duration(seconds)} by a probe on this machine"
+        f"{calibration.num_tokens:,} tokens of the training rows; about {log.duration(seconds)} by a probe on this machine"
     )

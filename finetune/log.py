@@ -1,6 +1,6 @@
-"""What a person sees while something runs: plain lines, and a progress line that a terminal redraws.
+"""Log lines, results and progress of a command: plain lines, and a progress line that a terminal redraws.
 
-Everything goes to standard error except results (`say(..., result=True)`), so that output can be piped.
+Everything goes to standard error except results (`result`, `result_json`), so that output can be piped.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TextIO
 
 # Imports take seconds, and longer on a busy machine or a network disk: nothing else would be said meanwhile.
 LOADING = "loading torch, transformers and PEFT"
@@ -19,61 +20,70 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 _warnings: list[str] = []  # of this process, for the run's report
-_open_line = False  # is there a progress line on the terminal that no newline has ended yet?
-_aside = False  # do results go to standard error, because standard output is for one JSON object?
-_process: int | None = None  # this process's number, where the first one speaks for all
+_open_line = False  # whether the terminal shows a progress line that no newline has ended yet
+_results_to_stderr = False  # because standard output carries one JSON object
+_rank: int | None = None  # of this process in a run of several; rank 0 prints
 
 
-def speak_as(process: int) -> None:
-    """Leave printing to process 0 of a run of several; errors are printed by whom they befall, with its number."""
-    global _process
-    _process = process
+def set_rank(rank: int) -> None:
+    """Print on rank 0 only from now on; errors are still printed by the rank they occur on, with its number."""
+    global _rank
+    _rank = rank
 
 
-def complain(text: str) -> None:
-    """Print an error: also from a process that leaves everything else to the first."""
-    if _process:
-        print(f"process {_process}: {text}", file=sys.stderr, flush=True)
-    else:
-        say(text)
+def info(text: str = "") -> None:
+    """Print a line to standard error."""
+    _print(text, sys.stderr)
 
 
-def say(text: str = "", *, result: bool = False) -> None:
-    """Print a line: to standard output if it is the command's result, to standard error otherwise."""
+def result(text: str = "") -> None:
+    """Print a line of the command's result to standard output."""
+    _print(text, sys.stderr if _results_to_stderr else sys.stdout)
+
+
+def _print(text: str, stream: TextIO) -> None:
     global _open_line
-    if _process:
+    if _rank:
         return
-    if _open_line:  # take the progress line's place; it is drawn again below when due
+    if _open_line:  # replace the progress line; it is drawn again below when due
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
         _open_line = False
-    print(text, file=sys.stdout if result and not _aside else sys.stderr, flush=True)
+    print(text, file=stream, flush=True)
+
+
+def warning(text: str) -> None:
+    """Print a warning and keep it for the run's report."""
+    _warnings.append(text)
+    info(f"warning: {text}")
+
+
+def error(text: str) -> None:
+    """Print an error, on any rank."""
+    if _rank:
+        print(f"process {_rank}: {text}", file=sys.stderr, flush=True)
+    else:
+        info(text)
 
 
 @contextmanager
-def results_aside(wanted: bool) -> Iterator[None]:
-    """While a command answers with `answer` alone, send everything else to standard error; nothing if not wanted."""
-    global _aside
-    before, _aside = _aside, wanted
+def results_to_stderr(wanted: bool) -> Iterator[None]:
+    """Send `result` lines to standard error while a command prints one JSON object (`result_json`); no-op if not wanted."""
+    global _results_to_stderr
+    before, _results_to_stderr = _results_to_stderr, wanted
     try:
         yield
     finally:
-        _aside = before
+        _results_to_stderr = before
 
 
-def answer(facts: object) -> None:
-    """Print a command's result as JSON on standard output; paths become strings."""
-    if not _process:
-        print(json.dumps(facts, indent=1, default=str), flush=True)
-
-
-def warn(text: str) -> None:
-    """Print a line that the person should not miss."""
-    _warnings.append(text)
-    say(f"warning: {text}")
+def result_json(record: object) -> None:
+    """Print the command's result as JSON on standard output; paths become strings."""
+    if not _rank:
+        print(json.dumps(record, indent=1, default=str), flush=True)
 
 
 def warnings_so_far() -> tuple[str, ...]:
-    """What `warn` was given in this process, in order."""
+    """Texts given to `warning` in this process, in order."""
     return tuple(_warnings)
 
 
@@ -132,7 +142,7 @@ class Progress:
     def show(self, done: int, details: str = "", *, force: bool = False) -> None:
         """Set the position to `done` units and redraw when due, when `force` says so, and at the end."""
         self.done = done
-        if _process:
+        if _rank:
             return
         now = time.monotonic()
         due = REDRAW_SECONDS if self._terminal else PLAIN_LINE_SECONDS
@@ -146,7 +156,7 @@ class Progress:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
             _open_line = True
         else:
-            say(line)
+            info(line)
 
     def _line(self, now: float, details: str) -> str:
         count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"

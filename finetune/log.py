@@ -67,7 +67,7 @@ def error(text: str) -> None:
 
 @contextmanager
 def results_to_stderr(wanted: bool) -> Iterator[None]:
-    """Send `result` lines to standard error while a command prints one JSON object (`result_json`); no-op if not wanted."""
+    """If wanted, send `result` lines to standard error while a command prints one JSON object (`result_json`)."""
     global _results_to_stderr
     before, _results_to_stderr = _results_to_stderr, wanted
     try:

@@ -76,7 +76,9 @@ def _show(directory: Path, *, as_json: bool) -> None:
 
     source = open_adapter(adapter)
     if is_swapped(source, known_shape(source)):
-        log.warning(f"expert factors are swapped, as PEFT {SWAPPING_RELEASE} wrote them: finetune adapter import")
+        log.warning(
+            f"expert factors are the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them: finetune adapter import"
+        )
     sites = show.measure(source)
     if as_json:
         log.result(json.dumps(show.as_json(source, sites), indent=2))

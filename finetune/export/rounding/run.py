@@ -154,5 +154,5 @@ def _details(staging: Staging, number: int) -> str:
 def _announcement(plan: MergePlan, calibration: Calibration, layers: int, seconds: float) -> str:
     return (
         f"compensated rounding: {layers} layers x {plan.checkpoint.shape.num_experts} experts, calibrated on "
-        f"{calibration.num_tokens:,} tokens of the training rows; about {log.duration(seconds)} by a probe on this machine"
+        f"{calibration.num_tokens:,} training tokens; about {log.duration(seconds)} by a probe on this machine"
     )

@@ -67,7 +67,7 @@ def curve(config: RunConfig, *, control: bool) -> tuple[list[float], float]:
         losses.append(step(batches, learning_rate(position, total, config.trainer), position + 1).loss)
         position += 1
     base.model.eval()
-    samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_rows)
+    samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_examples)
     return losses, held_out_loss(base.model, samples, config.data.max_length, task="held out").mean
 
 
@@ -75,7 +75,7 @@ def nearest(parameters: dict[str, nn.Parameter], config: RunConfig) -> torch.opt
     """What bfloat16 parameters get from torch's own AdamW: moments and updates rounded to nearest."""
     trainer = config.trainer
     betas = (trainer.adam_beta1, trainer.adam_beta2)
-    return torch.optim.AdamW(parameters.values(), betas=betas, eps=trainer.adam_epsilon, weight_decay=0.0)
+    return torch.optim.AdamW(parameters.values(), betas=betas, eps=trainer.adam_eps, weight_decay=0.0)
 
 
 def summary(curves: dict[str, list[list[float]]], held_out: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ def main() -> None:
                     settings = (
                         f"model.path={base}", "data.max_length=512", "data.too_long=drop", f"seed={seed}",
                         f"trainer.max_steps={args.steps}", f"trainer.learning_rate={args.rate}",
-                        "trainer.micro_steps=2", "evaluate.validation_rows=60", *overrides,
+                        "trainer.gradient_accumulation_steps=2", "evaluate.validation_examples=60", *overrides,
                     )  # fmt: skip
                     losses, loss = curve(compose("quickstart", settings).config, control=name == CONTROL)
                     curves[name].append(losses)

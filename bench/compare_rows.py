@@ -45,7 +45,7 @@ def write_rows(name: TaskName, task: Task, directory: Path, labels: Labels = "as
     """
     with gzip.open(shipped_dir("data") / SHIPPED[name], "rt", encoding="utf-8") as file:
         rows: list[Row] = [json.loads(line) for line in file]
-    counts = {"train": task.train_rows, "val": task.validation_rows, "test": task.test_rows}
+    counts = {"train": task.train_rows, "val": task.validation_examples, "test": task.test_examples}
     drawn = {
         split: _draw([row for row in rows if row["split"] == split], count, random.Random(f"{split} rows"))
         for split, count in counts.items()

@@ -84,7 +84,7 @@ def on_gpu(name: str, overrides: list[str]) -> dict[str, Any]:
     step = OptimiserStep(
         config.trainer, base, alone(parameters, make_optimizer(parameters, config.trainer), config.trainer)
     )
-    batches = [full_batch(config, base.model.config.vocab_size, 1.0)] * config.trainer.micro_steps
+    batches = [full_batch(config, base.model.config.vocab_size, 1.0)] * config.trainer.gradient_accumulation_steps
     busiest = max(busiest_chunks(base, batches[0]))
     for number in (1, 2):
         torch.cuda.reset_peak_memory_stats(device)

@@ -48,11 +48,11 @@ from finetune.train.checkpoint_files import LATEST, fault_in, list_checkpoints
 EVERY = 2  # steps between two saves
 OVERRIDES = (
     f"trainer.max_steps={STEPS}",
-    "trainer.micro_steps=1",
+    "trainer.gradient_accumulation_steps=1",
     f"save.every_steps={EVERY}",
     f"evaluate.every_steps={EVERY}",
-    "evaluate.validation_rows=2",
-    "evaluate.test_rows=2",
+    "evaluate.validation_examples=2",
+    "evaluate.test_examples=2",
     "evaluate.labels=never",
 )
 

@@ -57,8 +57,8 @@ defaults:
 model: {{path: {base}}}
 data: {{max_length: 1024}}
 adapter: {{{kind}: {{rank: 8, alpha: 16}}}}
-trainer: {{epochs: 1, max_steps: {steps}, micro_steps: 1, activation_checkpointing: false}}
-evaluate: {{validation_rows: 2, test_rows: 2, labels: never}}
+trainer: {{epochs: 1, max_steps: {steps}, gradient_accumulation_steps: 1, activation_checkpointing: false}}
+evaluate: {{validation_examples: 2, test_examples: 2, labels: never}}
 export:
   read_back: never
   old_domain:

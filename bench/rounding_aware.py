@@ -174,7 +174,7 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
         loss = language_loss(hidden, base.model.lm_head.weight, *where) / batch.weight_sum
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimiser.step()
     return {split: held_out_loss(base.model, work.held_out(split).samples, 1024).mean for split in SPLITS}
 

@@ -60,7 +60,7 @@ def measure(name: str, tokens: int, steps: int) -> dict[str, object]:
     base = load_base(checkpoint, device, choose_dtype(config, device), config.experts_per_chunk)
     adapter = attach_adapter(base, AdapterConfig(), seed=0)
     checkpoint_activations(base.model)
-    trainer = TrainerConfig(micro_steps=1)
+    trainer = TrainerConfig(gradient_accumulation_steps=1)
     parameters = adapter.parameters()
     step = OptimiserStep(trainer, base, one_process(parameters, make_optimizer(parameters, trainer), trainer), adapter)
     ids = np.random.default_rng(0).integers(0, 199_998, tokens).astype(np.int32)

@@ -31,7 +31,7 @@ model: {path: %(base)s}
 data:
   train: {mine: {path: %(rows)s}}
   max_length: %(length)d
-trainer: {epochs: 100000, micro_steps: 1, schedule: constant}
+trainer: {epochs: 100000, gradient_accumulation_steps: 1, schedule: constant}
 export: {read_back: never}
 """
 SAVE_EVERY = 100

@@ -89,17 +89,17 @@ def recipe(kind: str, count: int, fault: str = "") -> RunConfig:
         ),
         trainer=TrainerConfig(
             epochs=EPOCHS,
-            rows_per_micro_step=rows,
-            micro_steps=MICRO_STEPS_IN_ALL // count // rows,
+            micro_batch_size=rows,
+            gradient_accumulation_steps=MICRO_STEPS_IN_ALL // count // rows,
             learning_rate=1e-3,
             # Adam divides a gradient by its size: at the usual 1e-8 one of 62,720 elements, whose gradient is about
             # that small, took another step (3.5e-5 away) under zero3, which sums in another order.
-            adam_epsilon=1e-6,
+            adam_eps=1e-6,
             router_balance_coefficient=0.05,
             router_balance_scope="step",
             activation_checkpointing=fault != "no-checkpointing",
             halve_micro_batch_on_oom=fault == "oom",
-            max_gradient_norm=0.5,
+            max_grad_norm=0.5,
         ),
         distributed=DistributedConfig(kind=kind, num_processes=count),
     )

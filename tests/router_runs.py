@@ -79,7 +79,7 @@ class Run:
             shake(parameters)
         if checkpointed:
             checkpoint_activations(self.base.model)
-        config = TrainerConfig(max_gradient_norm=0, **trainer)
+        config = TrainerConfig(max_grad_norm=0, **trainer)
         accelerator = accelerator or Accelerator(cpu=True)
         optimizer = make_optimizer(parameters, config)
         self.gradients: dict[str, Tensor] = {}

@@ -198,7 +198,7 @@ def test_a_stopped_run_with_dropout_resumes_bit_for_bit(
         "data=own", f"data.train.mine.path={tmp_path / 'data.jsonl'}", "data.max_length=256", f"model.path={tiny_base}",
         "adapter.attention.dropout=0.3", "adapter.rslora=true", "adapter.layers=[1,1]", "trainer.max_steps=4",
         "trainer.epochs=9", "trainer.activation_checkpointing=true", "save.every_steps=2", "save.keep=9",
-        "evaluate.every_steps=null", "evaluate.validation_rows=null", "evaluate.test_rows=null",
+        "evaluate.every_steps=null", "evaluate.validation_examples=null", "evaluate.test_examples=null",
         "export.read_back=never", f"output_dir={tmp_path}",
     ]  # fmt: skip
     whole = train(compose("quickstart", [*settings, "name=whole"]), lambda path: None)

@@ -17,7 +17,7 @@ from finetune.data.render import Sample
 PAD = 199_999
 SOURCE = SourceConfig(path="shipped://legal/cuad_clause_type.jsonl.gz", where={"split": "val"}, limit=300)
 CONFIG = DataConfig(train={"legal": SOURCE}, max_length=2048)
-TRAINER = TrainerConfig(epochs=3, rows_per_micro_step=2, micro_steps=4)
+TRAINER = TrainerConfig(epochs=3, micro_batch_size=2, gradient_accumulation_steps=4)
 
 
 @pytest.fixture(scope="module")
@@ -84,18 +84,23 @@ def test_samples_can_be_cut_out_of_real_batches_again(samples: tuple[Sample, ...
 
 
 @pytest.mark.parametrize("pack", [True, False])
-@pytest.mark.parametrize("rows_per_micro_step, micro_steps", [(1, 1), (1, 8), (3, 4), (1000, 8)])
+@pytest.mark.parametrize("micro_batch_size, gradient_accumulation_steps", [(1, 1), (1, 8), (3, 4), (1000, 8)])
 def test_steps_take_every_row_once(
-    samples: tuple[Sample, ...], pack: bool, rows_per_micro_step: int, micro_steps: int
+    samples: tuple[Sample, ...], pack: bool, micro_batch_size: int, gradient_accumulation_steps: int
 ) -> None:
-    trainer = dataclasses.replace(TRAINER, rows_per_micro_step=rows_per_micro_step, micro_steps=micro_steps)
+    trainer = dataclasses.replace(
+        TRAINER, micro_batch_size=micro_batch_size, gradient_accumulation_steps=gradient_accumulation_steps
+    )
     plan = BatchPlan(samples, dataclasses.replace(CONFIG, pack=pack), trainer, seed=0)
     steps = plan.steps(1)
     assert [row for step in steps for micro_step in step for row in micro_step] == plan.rows(1)
     assert sorted(number for row in plan.rows(1) for number in row) == list(range(len(samples)))
-    assert all(len(step) == micro_steps for step in steps[:-1]) and 1 <= len(steps[-1]) <= micro_steps
+    assert (
+        all(len(step) == gradient_accumulation_steps for step in steps[:-1])
+        and 1 <= len(steps[-1]) <= gradient_accumulation_steps
+    )
     micro = [micro_step for step in steps for micro_step in step]
-    assert all(len(rows) == rows_per_micro_step for rows in micro[:-1]) and 1 <= len(micro[-1]) <= rows_per_micro_step
+    assert all(len(rows) == micro_batch_size for rows in micro[:-1]) and 1 <= len(micro[-1]) <= micro_batch_size
     if not pack:
         assert all(len(row) == 1 for row in plan.rows(1))
 

@@ -86,7 +86,7 @@ def test_a_changed_byte_or_setting_builds_anew(rows: Path, builds: list[str]) ->
         load_split(changed, "train")
         assert len(builds) == number, changed
     same_tokens = [
-        dataclasses.replace(config, on_bad_row="skip", pack=False, mix_temperature=2.0),
+        dataclasses.replace(config, on_bad_record="skip", pack=False, mix_temperature=2.0),
         dataclasses.replace(config, train={"mine": SourceConfig(path=str(rows), weight=3.0)}),
     ]
     for unchanged in [*changes, *same_tokens]:
@@ -162,7 +162,7 @@ def test_a_build_that_fails_leaves_nothing_behind(rows: Path, builds: list[str])
 
 def test_bad_rows_come_out_of_the_cache_too(rows: Path, builds: list[str]) -> None:
     rows.write_text(rows.read_text() + "{\n")
-    skipping = config_for(rows, on_bad_row="skip")
+    skipping = config_for(rows, on_bad_record="skip")
     assert [bad.where for bad in load_split(skipping, "train").bad_rows] == [f"{rows}:21"]
     for _ in range(2):
         with pytest.raises(InputError, match="1 of 21 rows cannot be used"):

@@ -35,7 +35,7 @@ OWN = "defaults:\n  - override /model: tiny\ndata:\n  train: {mine: {path: mine.
 
 
 ROWS = {"legal": "4,369", "quickstart": "4,369", "medical": "437", "creative": "2,020", "one_batch": "7", "": "400"}
-NO_EVALUATION = [f"evaluate.{key}=null" for key in ("every_steps", "validation_rows", "test_rows")]
+NO_EVALUATION = [f"evaluate.{key}=null" for key in ("every_steps", "validation_examples", "test_examples")]
 
 
 def refused(recipe: str | Path, *overrides: str) -> str:
@@ -64,7 +64,7 @@ def test_every_recipe_composes_and_dry_runs(recipe, tmp_path, capsys):
     rows = next(rows for word, rows in ROWS.items() if word in recipe)
     assert f"train: {rows} rows" in printed
     trainer, data = composed.config.trainer, composed.config.data
-    tokens = trainer.rows_per_micro_step * trainer.micro_steps * data.max_length
+    tokens = trainer.micro_batch_size * trainer.gradient_accumulation_steps * data.max_length
     assert f"at most {tokens:,}" in printed
     assert all(f"data.train.{name}: " in printed for name in composed.config.data.train)
 
@@ -128,7 +128,7 @@ def test_unknown_key_on_the_command_line(prefix, key, meant):
         ("trainer:\n  learning_rat: 1\n", ":6", "did you mean trainer.learning_rate?"),
         ("trainr:\n  epochs: 1\n", ":5", "did you mean trainer?"),
         ("hydra:\n  run: {dir: x}\n", ":5", "hydra is not a key"),
-        ("trainer:\n  micro_steps: many\n", ":6", 'is "many", must be a whole number'),
+        ("trainer:\n  gradient_accumulation_steps: many\n", ":6", 'is "many", must be a whole number'),
         ("trainer:\n  schedule: cosin\n", ":6", "did you mean cosine?"),
         ("trainer:\n", ":5", "is null, must be a mapping"),
         ("model: gpt_oss_20b\n", ":5", "override /model: gpt_oss_20b"),
@@ -196,11 +196,11 @@ def test_override_that_cannot_be_used(override, words):
 
 
 RULES = [
-    ("trainer.micro_steps=0", "at least 1"),
+    ("trainer.gradient_accumulation_steps=0", "at least 1"),
     ("trainer.learning_rate=0", "above 0"),
     ("trainer.learning_rate=nan", "above 0"),
     ("trainer.epochs=inf", "above 0"),
-    ("trainer.warmup_share=1.5", "between 0 and 1"),
+    ("trainer.warmup_ratio=1.5", "between 0 and 1"),
     ("trainer.adam_beta2=1.0", "below 1"),
     ("evaluate.confidence=1.0", "below 1"),
     ("adapter.attention.rank=-1", "0 or more"),
@@ -258,7 +258,7 @@ def test_written_configuration_reads_back_equal(tmp_path):
     assert load_run_config(path) == config
     assert validate(to_plain(config)) == config
     assert yaml.safe_load(path.read_text())["name"] == "null"
-    path.write_text(dump_yaml(config).replace("micro_steps", "micro_stps"))
+    path.write_text(dump_yaml(config).replace("gradient_accumulation_steps", "micro_stps"))
     with pytest.raises(ConfigError, match=r"config.yaml:\d+: trainer\.\w*micro_stps"):
         load_run_config(path)
     with pytest.raises(InputError):

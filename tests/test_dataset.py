@@ -68,12 +68,12 @@ def test_stop_counts_all_and_shows_three(tmp_path: Path) -> None:
 
 def test_skip_counts_up_to_the_share(tmp_path: Path) -> None:
     lines = [row()] * 19 + ["{"]
-    split = load_split(config_for(tmp_path, *lines, on_bad_row="skip"), "train")
+    split = load_split(config_for(tmp_path, *lines, on_bad_record="skip"), "train")
     assert len(split.samples) == 19
     assert [bad.where.rsplit(":", 1)[1] for bad in split.bad_rows] == ["20"]
     assert describe(split).endswith("; 1 rows skipped (1 broken JSON)")
-    with pytest.raises(InputError, match=r"2 of 20 rows cannot be used: more than data.max_skipped_share \(5 %\)"):
-        load_split(config_for(tmp_path, *lines[1:], "{", on_bad_row="skip"), "train")
+    with pytest.raises(InputError, match=r"2 of 20 rows cannot be used: more than data.max_skipped_ratio \(5 %\)"):
+        load_split(config_for(tmp_path, *lines[1:], "{", on_bad_record="skip"), "train")
 
 
 def test_max_length_is_inclusive(tmp_path: Path) -> None:
@@ -84,14 +84,14 @@ def test_max_length_is_inclusive(tmp_path: Path) -> None:
 
 
 def test_a_huge_row_is_refused_without_encoding_it(tmp_path: Path) -> None:
-    config = config_for(tmp_path, row(), row(question="a" * 50_000_000), on_bad_row="skip", max_skipped_share=0.5)
+    config = config_for(tmp_path, row(), row(question="a" * 50_000_000), on_bad_record="skip", max_skipped_ratio=0.5)
     (bad,) = load_split(config, "train").bad_rows
     assert bad.kind == "too long" and "characters cannot fit" in bad.reason
 
 
 def test_nothing_usable_stops_even_when_skipping(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="none of 2 rows can be used"):
-        load_split(config_for(tmp_path, "{", "{", on_bad_row="skip", max_skipped_share=1.0), "train")
+        load_split(config_for(tmp_path, "{", "{", on_bad_record="skip", max_skipped_ratio=1.0), "train")
 
 
 def test_a_split_without_sources_is_a_configuration_error(tmp_path: Path) -> None:

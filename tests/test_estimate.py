@@ -170,8 +170,8 @@ def test_a_plan_fits_and_keeps_the_step() -> None:
     assert plan is not None and fit(plan.config, base, Budget.of_card(24)).fits
     assert plan.config == compose("legal_20b", as_text(plan.overrides).split()).config
     large = make_plan(config, base, CARD, gpus=1)
-    assert large is not None and large.config.trainer.rows_per_micro_step > config.trainer.rows_per_micro_step
-    rows = [c.trainer.rows_per_micro_step * c.trainer.micro_steps for c in (config, large.config)]
+    assert large is not None and large.config.trainer.micro_batch_size > config.trainer.micro_batch_size
+    rows = [c.trainer.micro_batch_size * c.trainer.gradient_accumulation_steps for c in (config, large.config)]
     assert rows[0] == rows[1]
     assert make_plan(config, base, Budget.of_card(8), gpus=1) is None
 
@@ -230,7 +230,7 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(
 ) -> None:
     monkeypatch.setattr(guard, "device_budget", lambda _: Budget.of_host(2 * 10**8))
     monkeypatch.setattr("finetune.train.run.train", None)  # not reached: nothing is loaded, downloaded or read
-    code, run = train("trainer.rows_per_micro_step=64")
+    code, run = train("trainer.micro_batch_size=64")
     assert code == 4 and not run.exists()
     message = capsys.readouterr().err
     for words in ("does not fit", "loss-head chunk", "saves", "trainer.ignore_memory_estimate=true"):
@@ -267,11 +267,11 @@ def test_memory_that_runs_out_is_explained(
         raise error
 
     monkeypatch.setattr("finetune.train.step.OptimiserStep.__call__", end)
-    code, run = train("evaluate.test_rows=1", "trainer.rows_per_micro_step=64")
+    code, run = train("evaluate.test_examples=1", "trainer.micro_batch_size=64")
     assert code == 4 and str(error) in json.loads((run / "manifest.json").read_text())["stopped_by"]
     message = capsys.readouterr().err
     assert str(error) in message and "output head" in message
-    assert "trainer.rows_per_micro_step=32 trainer.micro_steps=4" in message and "saves" in message
+    assert "trainer.micro_batch_size=32 trainer.gradient_accumulation_steps=4" in message and "saves" in message
     assert "then it fits" not in message
 
 

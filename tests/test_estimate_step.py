@@ -23,7 +23,7 @@ CASES = {
     "one expert at a time": ("experts", EXPERTS, {"chunk": 1, "tokens": 768}),
     "all experts at once": ("experts", EXPERTS, {"chunk": 16}),
     "nothing recomputed": ("experts", EXPERTS, {"checkpointing": False}),
-    "bfloat16, accumulated": ("experts", EXPERTS, {"dtype": "bfloat16", "micro_steps": 2}),
+    "bfloat16, accumulated": ("experts", EXPERTS, {"dtype": "bfloat16", "gradient_accumulation_steps": 2}),
     "high ranks": ("experts", EXPERTS, {"tokens": 64, "ranks": (32, 32), "chunk": 1}),
     "several rows, attention only": ("experts", EXPERTS, {"tokens": 256, "rows": 2, "ranks": (4, 0)}),
     "several rows, experts only": ("experts", EXPERTS, {"tokens": 256, "rows": 2, "ranks": (0, 4)}),

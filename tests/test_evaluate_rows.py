@@ -109,7 +109,8 @@ def test_every_seed_scores_the_same_rows() -> None:
     data = DataConfig(train={}, test={"legal": legal}, max_length=1024)
     split = load_split(data, "test")
     chosen = [
-        choose_test_set(split, recipe(data, seed=seed, evaluate=EvaluateConfig(test_rows=50)), {}) for seed in (0, 1)
+        choose_test_set(split, recipe(data, seed=seed, evaluate=EvaluateConfig(test_examples=50)), {})
+        for seed in (0, 1)
     ]
     ids = [[record.id for record in test.records] for test in chosen]
     assert ids[0] == ids[1] and len(ids[0]) == 50

@@ -74,7 +74,7 @@ def odd_rows(workplace: Path, directory: Path) -> None:
     (directory / "odd.yaml").write_text(
         HEAD.format(train="own/train.jsonl", test="odd.jsonl")
         + "  validation_split: {key: part, share: 0.2}\n  earlier_thinking: split\n  too_long: truncate\n"
-        + "  max_length: 700\n  on_bad_row: skip\n  max_skipped_share: 0.5\n"
+        + "  max_length: 700\n  on_bad_record: skip\n  max_skipped_ratio: 0.5\n"
         + "evaluate: {labels: auto}\n"
     )
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def run(train: Train) -> Path:
     code, directory = train(
         "adapter.experts.select=top_k=4", "adapter.experts.rank_by=gate", "adapter.router.mode=full",
-        "trainer.max_steps=4", "logging.tracker=tensorboard", "logging.mode=offline", "evaluate.routing_samples=4",
+        "trainer.max_steps=4", "logging.tracker=tensorboard", "logging.mode=offline", "evaluate.routing_examples=4",
     )  # fmt: skip
     assert code == 0
     return directory

@@ -263,7 +263,7 @@ def test_bad_settings_are_refused_at_once(override: str, words: str) -> None:
         (["adapter.experts.rank=0", "adapter.experts.select=top_k=2"], "adapter.experts.rank is 0"),
         (["trainer.router_balance_coefficient=0", "trainer.router_balance_scope=step"], "coefficient is 0"),
         (["adapter.router.mode=lora", "adapter.router.rank=0"], "must be at least 1"),
-        (["evaluate.routing_samples=0", "evaluate.max_routing_drift=0.2"], "routing_samples is 0"),
+        (["evaluate.routing_examples=0", "evaluate.max_routing_drift=0.2"], "routing_examples is 0"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(overrides: list[str], words: str) -> None:

@@ -48,7 +48,7 @@ def run(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) ->
     """A finished run whose export may lose anything, so that tests decide what is judged."""
     directory = tmp_path_factory.mktemp("rounding") / "run"
     shutil.copytree(finished[0], directory)
-    set_export(directory, min_gain_kept=0.0, max_gain_kept=9.0, max_kl_share=1.0, survival_rows=4)
+    set_export(directory, min_gain_kept=0.0, max_gain_kept=9.0, max_kl_share=1.0, survival_examples=4)
     return directory
 
 

@@ -302,23 +302,23 @@ lines = (
 )
 
 
-def check_rows(directory: Path, given_lines: list[bytes], on_bad_row: str) -> None:
+def check_rows(directory: Path, given_lines: list[bytes], on_bad_record: str) -> None:
     path = directory / "rows.jsonl"
     path.write_bytes(b"\n".join(given_lines))
     source = {"mine": SourceConfig(path=str(path))}
-    config = DataConfig(train=source, cache=False, on_bad_row=on_bad_row, max_skipped_share=1.0)  # type: ignore[arg-type]
+    config = DataConfig(train=source, cache=False, on_bad_record=on_bad_record, max_skipped_ratio=1.0)  # type: ignore[arg-type]
     must_answer(lambda: load_split(config, "train"))
     assert [file.name for file in directory.iterdir()] == ["rows.jsonl"]
 
 
 @QUIET
-@given(given_lines=st.lists(lines, max_size=3), on_bad_row=st.sampled_from(["stop", "skip"]))
-def test_rows(tmp_path_factory: pytest.TempPathFactory, given_lines: list[bytes], on_bad_row: str) -> None:
-    check_rows(tmp_path_factory.mktemp("rows"), given_lines, on_bad_row)
+@given(given_lines=st.lists(lines, max_size=3), on_bad_record=st.sampled_from(["stop", "skip"]))
+def test_examples(tmp_path_factory: pytest.TempPathFactory, given_lines: list[bytes], on_bad_record: str) -> None:
+    check_rows(tmp_path_factory.mktemp("rows"), given_lines, on_bad_record)
 
 
 @pytest.mark.slow
 @LONG
-@given(given_lines=st.lists(lines, max_size=3), on_bad_row=st.sampled_from(["stop", "skip"]))
-def test_many_rows(tmp_path_factory: pytest.TempPathFactory, given_lines: list[bytes], on_bad_row: str) -> None:
-    check_rows(tmp_path_factory.mktemp("rows"), given_lines, on_bad_row)
+@given(given_lines=st.lists(lines, max_size=3), on_bad_record=st.sampled_from(["stop", "skip"]))
+def test_many_rows(tmp_path_factory: pytest.TempPathFactory, given_lines: list[bytes], on_bad_record: str) -> None:
+    check_rows(tmp_path_factory.mktemp("rows"), given_lines, on_bad_record)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_run_and_its_export_answer_in_json(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
-    code, run = train("--json", "trainer.max_steps=2", "evaluate.test_rows=4")
+    code, run = train("--json", "trainer.max_steps=2", "evaluate.test_examples=4")
     told = json.loads(capsys.readouterr().out)
     assert code == 0 and told["status"] == "finished" and told["total_steps"] == 2
     assert Path(told["adapter"]) == run / "adapter" and Path(told["report"]).is_file()

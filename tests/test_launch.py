@@ -28,8 +28,8 @@ from finetune.train.processes import Processes, naming_lost_processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TWO = ("distributed=ddp", "trainer.micro_steps=1")
-LONG = ("trainer.epochs=500", "trainer.max_steps=5000", "evaluate.every_steps=null", "evaluate.test_rows=2")
+TWO = ("distributed=ddp", "trainer.gradient_accumulation_steps=1")
+LONG = ("trainer.epochs=500", "trainer.max_steps=5000", "evaluate.every_steps=null", "evaluate.test_examples=2")
 TOLERANCE = 1e-5
 
 
@@ -84,7 +84,12 @@ def test_every_kind_trains_and_is_gone_on_with_by_another(
 ) -> None:
     """Stopped on a signal to the second process alone, gone on with by two ddp processes."""
     run = tmp_path / "run"
-    whole = [f"output_dir={tmp_path}", "save.every_steps=3", f"distributed={kind}", "trainer.micro_steps=1"]
+    whole = [
+        f"output_dir={tmp_path}",
+        "save.every_steps=3",
+        f"distributed={kind}",
+        "trainer.gradient_accumulation_steps=1",
+    ]
     process = finetune("train", workplace / "small.yaml", "name=run", *whole)
     wait_for_steps(process, run, 2)
     os.kill(worker(process, 1), signal.SIGUSR1)
@@ -208,9 +213,13 @@ def test_a_failed_start_leaves_no_run_directory(workplace: Path, tmp_path: Path)
 
 
 def test_a_step_keeps_its_rows_under_other_processes(workplace: Path) -> None:
-    config = compose(str(workplace / "small.yaml"), ["trainer.micro_steps=6"]).config
+    config = compose(str(workplace / "small.yaml"), ["trainer.gradient_accumulation_steps=6"]).config
     three = resumed_config(config, ["distributed=ddp", "distributed.num_processes=3"])
-    assert (three.trainer.micro_steps, three.distributed.kind, three.distributed.num_processes) == (2, "ddp", 3)
+    assert (three.trainer.gradient_accumulation_steps, three.distributed.kind, three.distributed.num_processes) == (
+        2,
+        "ddp",
+        3,
+    )
     assert resumed_config(three, ["distributed=single"]) == config
     with pytest.raises(ConfigError, match="4 processes cannot share the 6 micro-steps"):
         resumed_config(config, ["distributed=ddp", "distributed.num_processes=4"])
@@ -222,7 +231,7 @@ def test_deepspeed_s_settings_are_shown_and_follow_the_recipe(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = str(workplace / "small.yaml")
-    assert main(["config", "show", recipe, "distributed=zero3", "trainer.max_gradient_norm=0.25"]) == 0
+    assert main(["config", "show", recipe, "distributed=zero3", "trainer.max_grad_norm=0.25"]) == 0
     shown = capsys.readouterr().out
     settings = json.loads("".join(line[2:] for line in shown.splitlines() if line.startswith("#")).partition(":")[2])
     assert settings["zero_optimization"]["stage"] == 3 and settings["gradient_clipping"] == 0.25
@@ -328,5 +337,5 @@ def test_a_step_that_is_not_finite_can_be_skipped(train: Train, bad_step: dict[s
 def test_skipping_comes_to_an_end(train: Train, bad_step: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.train.loop.MOST_SKIPPED", 3)
     bad_step |= {"from": 3, "count": 1000}
-    code, run = train("trainer.on_nonfinite=skip", "evaluate.every_steps=null", "evaluate.test_rows=1")
+    code, run = train("trainer.on_nonfinite=skip", "evaluate.every_steps=null", "evaluate.test_examples=1")
     assert code == 6 and [line["kind"] for line in metrics_of(run)].count("skipped") == 2

@@ -76,10 +76,14 @@ def test_without_weights_an_epoch_is_every_sample_once() -> None:
     assert mixture.samples(0).tolist() == mixture.samples(7).tolist() == list(range(8))
 
 
-def plan_of(world_size: int = 1, rank: int = 0, micro_steps: int = 8, seed: int = 3, **settings: object) -> BatchPlan:
+def plan_of(
+    world_size: int = 1, rank: int = 0, gradient_accumulation_steps: int = 8, seed: int = 3, **settings: object
+) -> BatchPlan:
     sizes = {"a": 120, "b": 37}
     data = dataclasses.replace(DataConfig(train=sources(a=1, b=2.5), max_length=64, mix_temperature=1.5), **settings)
-    trainer = TrainerConfig(epochs=3, rows_per_micro_step=2, micro_steps=micro_steps // world_size)
+    trainer = TrainerConfig(
+        epochs=3, micro_batch_size=2, gradient_accumulation_steps=gradient_accumulation_steps // world_size
+    )
     return BatchPlan(samples_of(sizes), data, trainer, seed, source_sizes=sizes, rank=rank, world_size=world_size)
 
 
@@ -108,18 +112,18 @@ def test_any_number_of_processes_makes_the_same_steps(world_size: int, pack: boo
         shares = [plan.steps(epoch) for plan in ranks]
         for number, step in enumerate(expected):
             dealt = [share[number] for share in shares]
-            assert len({len(micro_steps) for micro_steps in dealt}) == 1, "all take part in every exchange"
+            assert len({len(steps) for steps in dealt}) == 1, "all take part in every exchange"
             in_turn = [micro for turn in zip(*dealt, strict=True) for micro in turn if micro]
             assert in_turn == step
-            assert sum(not micro for micro_steps in dealt for micro in micro_steps) < world_size
+            assert sum(not micro for steps in dealt for micro in steps) < world_size
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 60), st.integers(0, 99))
 @settings(max_examples=80, deadline=None)
 def test_processes_share_out_every_row_once(
-    world_size: int, micro_steps: int, rows_per_micro_step: int, count: int, seed: int
+    world_size: int, gradient_accumulation_steps: int, micro_batch_size: int, count: int, seed: int
 ) -> None:
-    trainer = TrainerConfig(rows_per_micro_step=rows_per_micro_step, micro_steps=micro_steps)
+    trainer = TrainerConfig(micro_batch_size=micro_batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
     data = DataConfig(train={}, max_length=64)
     samples = samples_of({"a": count}, seed)
     plans = [BatchPlan(samples, data, trainer, seed, rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -127,7 +131,12 @@ def test_processes_share_out_every_row_once(
     assert sorted(dealt) == sorted(plans[0].rows(0))
     same = {tuple(len(step) for step in plan.steps(0)) for plan in plans}
     assert len(same) == 1
-    one = BatchPlan(samples, data, dataclasses.replace(trainer, micro_steps=micro_steps * world_size), seed)
+    one = BatchPlan(
+        samples,
+        data,
+        dataclasses.replace(trainer, gradient_accumulation_steps=gradient_accumulation_steps * world_size),
+        seed,
+    )
     assert one.steps(0) == plans[0].global_steps(0)
 
 

@@ -72,10 +72,10 @@ def test_a_copy_of_a_shipped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
 def test_few_bad_rows_are_skipped_and_many_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = [{"instruction": f"Say {n}", "output": str(n)} for n in range(60)]
     assert new(tmp_path / "few.yaml", "--data", write_rows(tmp_path / "few.jsonl", [*good, {"instruction": 3}])) == 0
-    assert compose(str(tmp_path / "few.yaml")).config.data.on_bad_row == "skip"
+    assert compose(str(tmp_path / "few.yaml")).config.data.on_bad_record == "skip"
     many = write_rows(tmp_path / "many.jsonl", [*good, *[{"instruction": 3}] * 9])
     assert new(tmp_path / "many.yaml", "--data", many) == 0
-    assert compose(str(tmp_path / "many.yaml")).config.data.on_bad_row == "stop"
+    assert compose(str(tmp_path / "many.yaml")).config.data.on_bad_record == "stop"
     assert "9 of 69 rows cannot be used: a run will stop" in capsys.readouterr().err
 
 

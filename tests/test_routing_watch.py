@@ -106,7 +106,7 @@ def test_training_tokens_are_counted_once_and_padding_never(tiny_base: Path) -> 
 
 
 def test_a_run_leaves_table_figures_and_section(train: Train) -> None:
-    code, run = train("evaluate.routing_samples=6", "trainer.max_steps=3", "adapter.router.mode=lora")
+    code, run = train("evaluate.routing_examples=6", "trainer.max_steps=3", "adapter.router.mode=lora")
     assert code == 0
     table = pq.read_table(run / "expert_usage.parquet")
     rows = table.to_pylist()
@@ -131,7 +131,7 @@ def test_a_run_leaves_table_figures_and_section(train: Train) -> None:
 
 def test_a_run_whose_routing_drifts_too_far_stops_with_6(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     code, run = train(
-        "evaluate.routing_samples=4", "evaluate.max_routing_drift=0.01", "trainer.max_steps=4",
+        "evaluate.routing_examples=4", "evaluate.max_routing_drift=0.01", "trainer.max_steps=4",
         "trainer.learning_rate=0.1", "adapter.router.mode=full",
     )  # fmt: skip
     assert code == 6

@@ -296,7 +296,7 @@ def test_skipped_rows_are_named_one_by_one(train: Train, workplace: Path, tmp_pa
     rows = (workplace / "train.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join([*rows[:4], "{broken", *rows[4:]]) + "\n")
     source = f"data.train.mine.path={tmp_path / 'train.jsonl'}"
-    code, run = train(source, "data.on_bad_row=skip", "trainer.max_steps=1", "evaluate.every_steps=null")
+    code, run = train(source, "data.on_bad_record=skip", "trainer.max_steps=1", "evaluate.every_steps=null")
     assert code == 0
     (named,) = [json.loads(line) for line in (run / "skipped_rows.jsonl").read_text().splitlines()]
     assert named["split"] == "train" and named["where"].endswith("train.jsonl:5")

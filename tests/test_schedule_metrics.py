@@ -32,7 +32,7 @@ def rates(total: int, **settings: Any) -> list[float]:
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_warm_up_starts_at_a_share_and_ends_at_the_peak(schedule: str) -> None:
-    found = rates(100, schedule=schedule, warmup_share=0.1)
+    found = rates(100, schedule=schedule, warmup_ratio=0.1)
     assert found[0] == pytest.approx(1e-4)
     assert found[4] == pytest.approx(5e-4)
     assert found[9] == pytest.approx(1e-3) and found[10] == pytest.approx(1e-3)
@@ -43,33 +43,33 @@ def test_warm_up_starts_at_a_share_and_ends_at_the_peak(schedule: str) -> None:
     ("schedule", "share", "last"), [("cosine", 0.1, 1e-4), ("linear", 0.0, 0.0), ("linear", 1, 1e-3)]
 )
 def test_the_last_step_has_the_final_share(schedule: str, share: float, last: float) -> None:
-    found = rates(50, schedule=schedule, warmup_share=0.0, final_learning_rate_share=share)
+    found = rates(50, schedule=schedule, warmup_ratio=0.0, min_lr_ratio=share)
     assert found[0] == pytest.approx(1e-3) and found[-1] == pytest.approx(last)
     assert found == sorted(found, reverse=True)
 
 
 def test_the_middle_is_half_way() -> None:
     for schedule in ("cosine", "linear"):
-        found = rates(101, schedule=schedule, warmup_share=0.0, final_learning_rate_share=0.2)
+        found = rates(101, schedule=schedule, warmup_ratio=0.0, min_lr_ratio=0.2)
         assert found[50] == pytest.approx(0.6e-3)
     assert found[25] == pytest.approx(0.8e-3)  # linear; a cosine is higher there
-    assert rates(101, schedule="cosine", warmup_share=0.0, final_learning_rate_share=0.2)[25] > 0.85e-3
+    assert rates(101, schedule="cosine", warmup_ratio=0.0, min_lr_ratio=0.2)[25] > 0.85e-3
 
 
 def test_constant_stays() -> None:
-    assert rates(10, schedule="constant", warmup_share=0.0) == [1e-3] * 10
+    assert rates(10, schedule="constant", warmup_ratio=0.0) == [1e-3] * 10
 
 
 @pytest.mark.parametrize("total", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 1.0])
 def test_very_short_runs_never_have_a_zero_or_an_excessive_rate(total: int, share: float) -> None:
-    found = rates(total, warmup_share=share)
+    found = rates(total, warmup_ratio=share)
     assert all(0 < rate <= 1e-3 for rate in found)
 
 
 def test_warm_up_is_rounded_up() -> None:
-    assert [warmup_steps(total, TrainerConfig(warmup_share=0.03)) for total in (1, 33, 34, 100)] == [1, 1, 2, 3]
-    assert warmup_steps(100, TrainerConfig(warmup_share=0.0)) == 0
+    assert [warmup_steps(total, TrainerConfig(warmup_ratio=0.03)) for total in (1, 33, 34, 100)] == [1, 1, 2, 3]
+    assert warmup_steps(100, TrainerConfig(warmup_ratio=0.0)) == 0
 
 
 # ---- metrics.jsonl --------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def test_each_bad_row_is_counted_once(tmp_path: Path) -> None:
     rows = [{"group": str(number)} for number in range(20)] + [
         {"group": str(number), "messages": 3} for number in range(8)
     ]
-    config = config_for(tmp_path, *rows, on_bad_row="skip", max_skipped_share=1.0)
+    config = config_for(tmp_path, *rows, on_bad_record="skip", max_skipped_ratio=1.0)
     path = Path(config.train["mine"].path)
     path.write_text(path.read_text() + "{\n")
     bad = [row.where for split in split_names(config) for row in load_split(config, split).bad_rows]
@@ -90,7 +90,7 @@ def test_each_bad_row_is_counted_once(tmp_path: Path) -> None:
 def test_a_broken_line_is_counted_once_whatever_the_splits(tmp_path: Path) -> None:
     """It has no field for `where`: the first source that reads the file to its end counts it."""
     rows = [{"group": name} for name in ("a", "a", "b", "c")]
-    base = config_for(tmp_path, *rows, on_bad_row="skip", max_skipped_share=1.0, cache_dir=str(tmp_path / "cache"))
+    base = config_for(tmp_path, *rows, on_bad_record="skip", max_skipped_ratio=1.0, cache_dir=str(tmp_path / "cache"))
     path = Path(base.train["mine"].path)
     path.write_text(path.read_text() + "{\n[]\n")
 

@@ -48,7 +48,7 @@ def config(tmp_path: Path) -> RunConfig:
 def test_figures_by_hand(config: RunConfig) -> None:
     result = collect(config)
     train = result["splits"]["train"]
-    split = load_split(dataclasses.replace(config.data, on_bad_row="skip", max_skipped_share=1.0), "train")
+    split = load_split(dataclasses.replace(config.data, on_bad_record="skip", max_skipped_ratio=1.0), "train")
     assert (train["records"], train["samples"]) == (5, 5)
     assert train["sources"] == {"mine": 4, "twice": 1}
     assert train["packing"]["samples_by_source"] == {"mine": 4, "twice": 2}

@@ -58,7 +58,7 @@ class Run:
                     parameter.copy_(torch.randn(parameter.shape, generator=g) * 0.05 + perturb)
         if checkpointed:
             checkpoint_activations(self.base.model)
-        config = TrainerConfig(router_balance_coefficient=balance, max_gradient_norm=0)
+        config = TrainerConfig(router_balance_coefficient=balance, max_grad_norm=0)
         parameters = self.adapter.parameters()
         optimizer = make_optimizer(parameters, config)
         self.gradients: dict[str, Tensor] = {}

@@ -104,7 +104,7 @@ def recipe(
     *,
     tokens: int = 512,
     rows: int = 1,
-    micro_steps: int = 1,
+    gradient_accumulation_steps: int = 1,
     chunk: int = 4,
     dtype: Any = "float32",
     ranks: tuple[int, int] = (4, 4),
@@ -120,7 +120,9 @@ def recipe(
             attention=AttentionAdapterConfig(rank=attention), experts=ExpertAdapterConfig(rank=experts)
         ),
         trainer=TrainerConfig(
-            rows_per_micro_step=rows, micro_steps=micro_steps, activation_checkpointing=checkpointing
+            micro_batch_size=rows,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            activation_checkpointing=checkpointing,
         ),
     )
     changed = with_overrides(config, options) if options else config
@@ -130,7 +132,7 @@ def recipe(
 
 def full_batch(config: RunConfig, vocabulary: int, trained_share: float) -> Batch:
     """Rows of `max_length` random tokens, two samples in each."""
-    rows, length = config.trainer.rows_per_micro_step, config.data.max_length
+    rows, length = config.trainer.micro_batch_size, config.data.max_length
     generator = torch.Generator().manual_seed(1)
     place = torch.arange(length)
     second = place >= length // 2
@@ -157,7 +159,9 @@ def measure(directory: Path, config: RunConfig, trained_share: float = 1.0) -> M
     parameters = adapter.parameters()
     optimizer = make_optimizer(parameters, config.trainer)
     step = OptimiserStep(config.trainer, base, alone(parameters, optimizer, config.trainer))
-    batches = [full_batch(config, base.model.config.vocab_size, trained_share)] * config.trainer.micro_steps
+    batches = [
+        full_batch(config, base.model.config.vocab_size, trained_share)
+    ] * config.trainer.gradient_accumulation_steps
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter, dtype=DTYPES[config.trainer.gradient_dtype])
     optimizer.step()  # makes the optimiser's states

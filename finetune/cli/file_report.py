@@ -17,7 +17,7 @@ _BAD_ROWS_SHOWN = 3
 
 def is_skippable(facts: FileFacts) -> bool:
     """Whether a run that skips the rows that cannot be used goes on without them."""
-    return len(facts.bad_rows) <= DataConfig.max_skipped_share * facts.rows
+    return len(facts.bad_rows) <= DataConfig.max_skipped_ratio * facts.rows
 
 
 def report_file(facts: FileFacts, path: str) -> None:
@@ -91,7 +91,7 @@ def _report_left_out(facts: FileFacts) -> None:
         return
     bad = f"{len(facts.bad_rows):,} of {facts.rows:,} rows cannot be used"
     if is_skippable(facts):
-        log.warning(f"{bad}: the recipe skips them (data.on_bad_row)")
+        log.warning(f"{bad}: the recipe skips them (data.on_bad_record)")
     else:
         log.warning(f"{bad}: a run will stop until they are corrected")
     for row in facts.bad_rows[:_BAD_ROWS_SHOWN]:

@@ -128,7 +128,7 @@ def _as_known(error: Exception) -> FinetuneError | None:
         first = (str(error).splitlines() or ["out of memory"])[0]
         return CapacityError(
             f"out of memory: {first}",
-            fix="shorten data.max_length, lower trainer.rows_per_micro_step or model.experts_per_chunk, keep "
+            fix="shorten data.max_length, lower trainer.micro_batch_size or model.experts_per_chunk, keep "
             "trainer.activation_checkpointing=true, or lower adapter.experts.rank",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -27,8 +27,8 @@ adapter:
 trainer:
   epochs: 2 # more fits the training rows closer; watch the validation loss turn
   learning_rate: 2.0e-4 # higher learns faster until it becomes unstable
-  rows_per_micro_step: 1 # more: faster while memory lasts; lower micro_steps to keep the step
-  micro_steps: 4 # more: steadier gradients, fewer updates
+  micro_batch_size: 1 # more: faster while memory lasts; lower gradient_accumulation_steps to keep the step
+  gradient_accumulation_steps: 4 # more: steadier gradients, fewer updates
 """
 
 
@@ -99,12 +99,12 @@ def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:
     if not facts.with_thinking:
         lines.append("  reasoning_effort: low # no record shows any thinking, so low is the effort that they show")
     if facts.bad_rows and is_skippable(facts):
-        lines.append(f"  on_bad_row: skip # {len(facts.bad_rows):,} of {facts.rows:,} rows cannot be used")
+        lines.append(f"  on_bad_record: skip # {len(facts.bad_rows):,} of {facts.rows:,} rows cannot be used")
     text = "\n".join(lines) + "\n" + _ADAPTER_AND_TRAINER
     if facts.validates:
         text += "\nevaluate:\n  every_steps: 50 # optimiser steps between two looks at the validation loss\n"
         if facts.tests:
-            text += "  test_rows: 500 # scored before and after; fewer: faster, wider intervals\n"
+            text += "  test_examples: 500 # scored before and after; fewer: faster, wider intervals\n"
         text += "\nsave:\n  every_steps: 50 # optimiser steps that a crash can cost at most\n"
         text += "  best_metric: validation_loss # exports the best adapter; `none` exports the last\n"
     return text

@@ -25,9 +25,9 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any] | None:
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # deal out small factors too: the adapter is made of them
     return {
-        "train_micro_batch_size_per_gpu": trainer.rows_per_micro_step,
-        "gradient_accumulation_steps": trainer.micro_steps,
-        "gradient_clipping": trainer.max_gradient_norm,
+        "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
+        "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
+        "gradient_clipping": trainer.max_grad_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

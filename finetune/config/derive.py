@@ -21,10 +21,10 @@ def derived_lines(config: RunConfig) -> list[str]:
     """Write the numbers that follow from others, with the arithmetic that gives them."""
     data, trainer, adapter = config.data, config.trainer, config.adapter
     count = config.distributed.num_processes
-    rows = trainer.rows_per_micro_step * trainer.micro_steps * count
+    rows = trainer.micro_batch_size * trainer.gradient_accumulation_steps * count
     lines = [
-        f"rows per optimiser step = {trainer.rows_per_micro_step} a micro-step x {trainer.micro_steps} micro-steps x "
-        f"{count} process{'es' if count > 1 else ''} = {rows:,}",
+        f"rows per optimiser step = {trainer.micro_batch_size} a micro-step x "
+        f"{trainer.gradient_accumulation_steps} micro-steps x {count} process{'es' if count > 1 else ''} = {rows:,}",
         f"tokens per optimiser step = {rows:,} rows x {data.max_length:,} = at most {rows * data.max_length:,}",
     ]
     for name, lora in (("attention", adapter.attention), ("experts", adapter.experts)):
@@ -37,9 +37,9 @@ def derived_lines(config: RunConfig) -> list[str]:
         else:
             lines.append(f"{name}: not adapted (rank 0)")
     lines += router_notes(config)
-    last = trainer.learning_rate * (1.0 if trainer.schedule == "constant" else trainer.final_learning_rate_share)
+    last = trainer.learning_rate * (1.0 if trainer.schedule == "constant" else trainer.min_lr_ratio)
     lines.append(
-        f"learning rate: {trainer.warmup_share:.0%} of the steps up to {trainer.learning_rate:g}, "
+        f"learning rate: {trainer.warmup_ratio:.0%} of the steps up to {trainer.learning_rate:g}, "
         f"then {trainer.schedule} to {last:g}"
     )
     return lines

@@ -32,7 +32,7 @@ def distributed_problems(config: RunConfig) -> Iterator[Problem]:
             ("trainer", "halve_micro_batch_on_oom"),
             f"is true, but with distributed.kind={kind} processes exchange tensors while they compute: one that is "
             "out of memory cannot begin a micro-step again without the others",
-            "set it to false and lower trainer.rows_per_micro_step yourself, or use distributed=ddp",
+            "set it to false and lower trainer.micro_batch_size yourself, or use distributed=ddp",
         )
     if config.trainer.on_nonfinite == "skip" and kind in DEEPSPEED:
         yield Problem(

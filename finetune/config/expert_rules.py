@@ -140,8 +140,8 @@ def expert_problems(config: RunConfig) -> Iterator[Problem]:
         for key, off in (("router_balance_scope", "microbatch"), ("router_balance_target", "uniform")):
             if getattr(trainer, key) != off:
                 yield Problem(("trainer", key), "is set, but trainer.router_balance_coefficient is 0")
-    if config.evaluate.max_routing_drift is not None and not config.evaluate.routing_samples:
-        yield Problem(("evaluate", "max_routing_drift"), "is set, but evaluate.routing_samples is 0")
+    if config.evaluate.max_routing_drift is not None and not config.evaluate.routing_examples:
+        yield Problem(("evaluate", "max_routing_drift"), "is set, but evaluate.routing_examples is 0")
 
 
 def _rank_problems(experts: ExpertAdapterConfig) -> Iterator[Problem]:

@@ -49,7 +49,7 @@ def resumed_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 def _deal_anew(plain: dict[str, Any], config: RunConfig) -> None:
     """Keep the micro-steps of a step in all."""
     processes = plain["distributed"]["num_processes"]
-    in_all = config.trainer.micro_steps * config.distributed.num_processes
+    in_all = config.trainer.gradient_accumulation_steps * config.distributed.num_processes
     if not isinstance(processes, int) or processes < 1:
         return  # `validate` says so
     if in_all % processes:
@@ -59,4 +59,4 @@ def _deal_anew(plain: dict[str, Any], config: RunConfig) -> None:
             why="a resumed run keeps the rows of every step",
             fix=f"resume with {', '.join(counts)} processes",
         )
-    plain["trainer"]["micro_steps"] = in_all // processes
+    plain["trainer"]["gradient_accumulation_steps"] = in_all // processes

@@ -24,30 +24,30 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 1",
         lambda value: value >= 1,
-        "model.experts_per_chunk data.max_length trainer.max_steps trainer.rows_per_micro_step trainer.micro_steps "
-        "trainer.early_stop_patience distributed.num_processes logging.every_steps evaluate.every_steps "
-        "evaluate.validation_rows evaluate.test_rows save.every_steps save.keep export.read_back_rows "
+        "model.experts_per_chunk data.max_length trainer.max_steps trainer.micro_batch_size "
+        "trainer.gradient_accumulation_steps trainer.early_stop_patience distributed.num_processes "
+        "logging.every_steps evaluate.every_steps "
+        "evaluate.validation_examples evaluate.test_examples save.every_steps save.keep export.read_back_examples "
         "export.calibration_tokens export.max_gain_kept adapter.experts.max_rank",
     ),
     (
         "above 0",
         lambda value: value > 0,
         "data.mix_temperature adapter.attention.alpha adapter.experts.alpha adapter.router.alpha trainer.epochs "
-        "trainer.learning_rate trainer.adam_epsilon distributed.timeout_s",
+        "trainer.learning_rate trainer.adam_eps distributed.timeout_s",
     ),
     (
         "0 or more",
         lambda value: value >= 0,
-        "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_gradient_norm "
-        "trainer.router_balance_coefficient trainer.router_z_loss_coefficient evaluate.routing_samples "
+        "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_grad_norm "
+        "trainer.router_balance_coefficient trainer.router_z_loss_coefficient evaluate.routing_examples "
         "data.loss.analysis data.loss.commentary data.loss.tool_call data.loss.final "
-        "export.survival_rows",
+        "export.survival_examples",
     ),
     (
         "between 0 and 1",
         lambda value: 0 <= value <= 1,
-        "data.max_skipped_share export.min_gain_kept export.max_kl_share trainer.final_learning_rate_share "
-        "trainer.warmup_share",
+        "data.max_skipped_ratio export.min_gain_kept export.max_kl_share trainer.min_lr_ratio trainer.warmup_ratio",
     ),
     (
         "0 or more and below 1",
@@ -224,9 +224,9 @@ def _evaluation(config: RunConfig) -> Iterator[Problem]:
         )
     if evaluate.every_steps is not None and not validates:
         yield Problem(("evaluate", "every_steps"), "is set, but data.validation names no source")
-    if evaluate.validation_rows is not None and not validates:
-        yield Problem(("evaluate", "validation_rows"), "is set, but data.validation names no source")
-    if evaluate.test_rows is not None and not data.test:
-        yield Problem(("evaluate", "test_rows"), "is set, but data.test names no source")
+    if evaluate.validation_examples is not None and not validates:
+        yield Problem(("evaluate", "validation_examples"), "is set, but data.validation names no source")
+    if evaluate.test_examples is not None and not data.test:
+        yield Problem(("evaluate", "test_examples"), "is set, but data.test names no source")
     if evaluate.labels == "always" and not data.test:
         yield Problem(("evaluate", "labels"), "is always, but data.test names no source")

@@ -133,7 +133,7 @@ class BatchPlan:
     Args:
         samples: the training samples, in the order of the sources.
         config: `max_length`, `pack`, and the sources' weights and temperature.
-        trainer: `rows_per_micro_step`, `micro_steps` (of each process), `epochs` and `max_steps`.
+        trainer: `micro_batch_size`, `gradient_accumulation_steps` (of each process), `epochs` and `max_steps`.
         seed: the run's seed.
         source_sizes: samples of each source (`Split.source_sizes`). None: every sample once an epoch.
         rank: number of this process, from 0.
@@ -173,10 +173,10 @@ class BatchPlan:
     def global_steps(self, epoch: int) -> list[Step]:
         """The optimiser steps of one whole epoch, of all processes; the last may be smaller.
 
-        `micro_steps` counts those of each process: 2 processes of 4 make the same steps as 1 of 8.
+        `gradient_accumulation_steps` counts those of each process: 2 processes of 4 make the same steps as 1 of 8.
         """
-        micro_steps = _chunks(self.rows(epoch), self._trainer.rows_per_micro_step)
-        return _chunks(micro_steps, self._trainer.micro_steps * self._world_size)
+        gradient_accumulation_steps = _chunks(self.rows(epoch), self._trainer.micro_batch_size)
+        return _chunks(gradient_accumulation_steps, self._trainer.gradient_accumulation_steps * self._world_size)
 
     def steps(self, epoch: int) -> list[Step]:
         """This process's share of each of an epoch's steps: every `world_size`-th micro-step from `rank` on.

@@ -29,7 +29,8 @@ FACTS_FILE = "facts.json"
 
 # Settings that change which rows are used or refused after tokenising, and where things are kept, but no token.
 _NOT_IN_KEY = {
-    "train", "validation", "test", "on_bad_row", "max_skipped_share", "pack", "cache", "cache_dir", "mix_temperature",
+    "train", "validation", "test", "on_bad_record", "max_skipped_ratio", "pack", "cache", "cache_dir",
+    "mix_temperature",
 }  # fmt: skip
 
 

@@ -67,8 +67,8 @@ def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> S
 
     Raises:
         ConfigError: the recipe has no source for this split, or a source's settings name what is not there.
-        InputError: a source cannot be read; a row cannot be used and `on_bad_row` is `stop`; more than
-            `max_skipped_share` of the rows would be skipped; or no usable row is left.
+        InputError: a source cannot be read; a row cannot be used and `on_bad_record` is `stop`; more than
+            `max_skipped_ratio` of the rows would be skipped; or no usable row is left.
         MachineError: the cache cannot be written, or a package is missing.
     """
     sources_of(config, split)
@@ -142,13 +142,13 @@ def _check_left_out(config: DataConfig, split: SplitName, facts: Facts) -> None:
             first = facts.dropped[0]
             why = f"data.too_long={config.too_long} drops them all ({first.where}: {first.reason})"
         raise InputError(f"data.{split}: none of {num_rows:,} rows can be used", why=why)
-    if bad_rows and config.on_bad_row == "stop":
-        raise InputError(what, why=why, fix="correct them, or set data.on_bad_row=skip to leave them out")
-    if len(bad_rows) > config.max_skipped_share * num_rows:
+    if bad_rows and config.on_bad_record == "stop":
+        raise InputError(what, why=why, fix="correct them, or set data.on_bad_record=skip to leave them out")
+    if len(bad_rows) > config.max_skipped_ratio * num_rows:
         raise InputError(
-            f"{what}: more than data.max_skipped_share ({100 * config.max_skipped_share:g} %) allows",
+            f"{what}: more than data.max_skipped_ratio ({100 * config.max_skipped_ratio:g} %) allows",
             why=why,
-            fix="correct them, or raise data.max_skipped_share",
+            fix="correct them, or raise data.max_skipped_ratio",
         )
 
 

@@ -87,8 +87,8 @@ def _config(directory: Path, own: RunConfig | None, options: EvaluationOptions) 
         raise ConfigError(f"{directory} belongs to no run, so it has no test rows", fix="say whose with --recipe NAME")
     if not config.data.test:
         raise ConfigError("the recipe has no data.test", fix="add test sources, or name another recipe with --recipe")
-    rows = options.rows if options.rows is not None else config.evaluate.test_rows
-    return replace(config, evaluate=replace(config.evaluate, test_rows=rows))
+    rows = options.rows if options.rows is not None else config.evaluate.test_examples
+    return replace(config, evaluate=replace(config.evaluate, test_examples=rows))
 
 
 def _default_directory(directory: Path, run: Path | None, options: EvaluationOptions) -> Path:

@@ -103,7 +103,7 @@ def choose_test_set(split: Split, config: RunConfig, train: AnswersBySource) -> 
             )
     for note in notes:
         log.warning(note)
-    chosen = stratified_subset(split.records, config.evaluate.test_rows)
+    chosen = stratified_subset(split.records, config.evaluate.test_examples)
     return _take(split.records, split.samples, chosen, labels, notes)
 
 

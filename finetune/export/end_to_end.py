@@ -39,11 +39,11 @@ def measure_end_to_end(
         Figures (see `measure_variants`) with a `verdict`, or why it was `skipped`.
     """
     config, reason = _config(options, run)
-    if config is not None and config.export.survival_rows == 0:
-        reason = "export.survival_rows is 0"
+    if config is not None and config.export.survival_examples == 0:
+        reason = "export.survival_examples is 0"
     if config is None or reason is not None:
         return _skipped(str(reason))
-    rows = held_out_rows(config, config.export.survival_rows)
+    rows = held_out_rows(config, config.export.survival_examples)
     if rows is None:
         return _skipped("the recipe names neither test nor validation rows")
     where = ModelConfig(path=str(plan.checkpoint.directory))

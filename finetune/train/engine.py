@@ -100,7 +100,7 @@ class Replicated:
         processes: Processes,
     ) -> None:
         self.parameters, self.optimizer = dict(parameters), optimizer
-        self.max_norm, self.accelerator, self.processes = config.max_gradient_norm, accelerator, processes
+        self.max_norm, self.accelerator, self.processes = config.max_grad_norm, accelerator, processes
 
     def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> Tensor:
         """See `Engine`."""

@@ -54,7 +54,7 @@ class FullySharded:
         processes: Processes,
     ) -> None:
         self.accelerator = accelerator
-        self.processes, self.max_norm = processes, config.max_gradient_norm
+        self.processes, self.max_norm = processes, config.max_grad_norm
         mesh = init_device_mesh(base.device.type, (processes.count,))
         model = base.model.model
         frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}

@@ -94,7 +94,7 @@ def _maker(config: TrainerConfig) -> MakeOptimizer:
             parameters,
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
+            eps=config.adam_eps,
             weight_decay=config.weight_decay,
         )
         return made

@@ -118,7 +118,7 @@ class RoutingWatch:
     @functools.cached_property
     def _numbers(self) -> list[int]:
         """Samples that are measured, evenly spread over the split."""
-        total, count = len(self.split.samples), self.config.evaluate.routing_samples
+        total, count = len(self.split.samples), self.config.evaluate.routing_examples
         return [number * total // min(count, total) for number in range(min(count, total))]
 
     def _count(self, task: str) -> RoutingCounts:

@@ -294,7 +294,7 @@ def _trainer(
         _leave_if_asked(stop, run, trainer.save, session.processes)
 
     if "validation" in session.splits:
-        samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_rows)
+        samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_examples)
 
         def validation() -> float:
             return held_out_loss(
@@ -302,7 +302,7 @@ def _trainer(
             ).mean
 
     watch = None
-    if config.evaluate.routing_samples:
+    if config.evaluate.routing_examples:
         split = next(session.splits[name] for name in ("test", "validation", "train") if name in session.splits)
         watch = RoutingWatch(
             config,

@@ -246,9 +246,9 @@ def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
     efficiency = packing_efficiency(sample_lengths(split.samples), rows, config.data.max_length)
     log.info(
         f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
-        f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps{processes} = "
-        f"{trainer.rows_per_micro_step * trainer.micro_steps * count} rows a step => {plan.total_steps:,} steps "
-        f"for {trainer.epochs:g} epochs"
+        f"{trainer.micro_batch_size} rows x {trainer.gradient_accumulation_steps} micro-steps{processes} = "
+        f"{trainer.micro_batch_size * trainer.gradient_accumulation_steps * count} rows a step => "
+        f"{plan.total_steps:,} steps for {trainer.epochs:g} epochs"
     )
 
 
@@ -278,7 +278,7 @@ def _describe_allocator() -> str:
 
 
 def _describe_offload(checkpoint: Checkpoint, config: RunConfig) -> str:
-    shape, tokens = checkpoint.shape, config.trainer.rows_per_micro_step * config.data.max_length
+    shape, tokens = checkpoint.shape, config.trainer.micro_batch_size * config.data.max_length
     gib = shape.num_layers * tokens * shape.hidden * 2 / 2**30  # bfloat16, as on every GPU
     return f"activation checkpoints: in the CPU's memory, {gib:.2f} GiB of it (pinned) for {tokens:,} tokens at a time"
 

@@ -34,7 +34,7 @@ def sha256_of(path: Path) -> str:
 
 
 def seed_of(*words: object) -> int:
-    """A seed for torch from words: the first 8 bytes of the SHA-256 of the words joined by spaces, little-endian, signed.
+    """A seed for torch: the first 8 bytes of the SHA-256 of the words joined by spaces, little-endian, signed.
 
     >>> seed_of(0, "step", 3, "process", 1) == seed_of("0 step 3 process 1")
     True

@@ -1,7 +1,7 @@
 """Memory and cores of this machine, as far as this process may use them: a container's limits count.
 
 A process in a memory-limited container (Kubernetes, Docker, Slurm) is killed at its control group's limit however much
-memory the host has. Control groups nest, and the tightest limit on the way to the root applies, so every parent is read.
+memory the host has. Control groups nest, and the tightest limit on the way to the root applies: every parent is read.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _memory_cgroups(mount: Path, own_cgroups: Path) -> Iterator[tuple[Path, str,
     except OSError:  # not Linux, or /proc is not mounted
         return
     for line in lines:  # hierarchy:controllers:path
-        hierarchy, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        hierarchy, controllers, path = [*line.split(":", 2), "", ""][:3]
         if "memory" in controllers.split(","):
             yield mount / "memory", path, _V1
         elif hierarchy == "0" and not controllers:

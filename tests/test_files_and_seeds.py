@@ -118,9 +118,11 @@ class SafetensorError(Exception):
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
 def test_a_full_disk_is_this_machine_s_fault(error: Exception, tmp_path: Path) -> None:
-    with pytest.raises(MachineError, match="cannot write the adapter to .*adapter") as caught:
-        with staged_directory(tmp_path / "adapter", "the adapter", fix="free some"):
-            raise error
+    with (
+        pytest.raises(MachineError, match="cannot write the adapter to ") as caught,
+        staged_directory(tmp_path / "adapter", "the adapter", fix="free some"),
+    ):
+        raise error
     assert caught.value.fix == "free some" and os.listdir(tmp_path) == []
 
 

@@ -1,12 +1,7 @@
-"""sha256 of files, by which runs, adapters, exports and caches know theirs again."""
+"""Former place of `finetune.files.sha256_of`; to be folded into it."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
+from finetune.files import sha256_of
 
-
-def sha256_of(path: Path) -> str:
-    """A file's sha256, in hexadecimal, read piece by piece."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+__all__ = ["sha256_of"]

@@ -28,14 +28,15 @@ ALLOWED = {
     "doctor": {"config", "data", "kernels"},
     "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report", "doctor"},
 }
-FREE = {"errors", "log", "digest"}
+FREE = {"errors", "log", "digest", "arch", "files", "machine"}
 
+# files and machine import torch inside the functions that need it; tests/test_files_and_seeds.py holds that.
 # Libraries that only some places may import at all.
 RESERVED = {
     "hydra": {"config/compose.py"},
     "omegaconf": {"config/compose.py"},
 }
-WITHOUT_TORCH = ("config", "cli", "estimate", "report", "errors", "log", "digest")
+WITHOUT_TORCH = ("config", "cli", "estimate", "report", "errors", "log", "digest", "arch")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed"}
 
 

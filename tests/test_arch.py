@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from finetune.arch import Arch
 from finetune.errors import InputError
-from finetune.model.shapes import ModelShape
 
 
 def published_config(**changes: Any) -> dict[str, Any]:
@@ -51,13 +51,13 @@ def config_120b() -> dict[str, Any]:
     ids=["20b", "120b"],
 )
 def test_counts_and_bytes_of_the_published_checkpoints(config: dict[str, Any], tensors: int, num_bytes: int) -> None:
-    shape = ModelShape.from_config(config, "config.json")
+    shape = Arch.from_config(config, "config.json")
     assert len(shape.expected_tensors()) == tensors
     assert shape.num_bytes() == num_bytes
 
 
 def test_shapes_of_one_layer() -> None:
-    shape = ModelShape.from_config(published_config(intermediate_size=1440), "config.json")
+    shape = Arch.from_config(published_config(intermediate_size=1440), "config.json")
     tensors = shape.expected_tensors()
     prefix = "model.layers.23."
     assert tensors[prefix + "mlp.experts.gate_up_proj_blocks"] == ("U8", (32, 2880, 90, 16))
@@ -80,7 +80,7 @@ def test_names_are_those_of_transformers() -> None:
     config["num_key_value_heads"] = 2
     theirs = {name: tuple(p.shape) for name, p in GptOssForCausalLM(GptOssConfig(**config)).named_parameters()}
     ours: dict[str, tuple[int, ...]] = {}
-    for name, (_, shape) in ModelShape.from_config(config, "config.json").expected_tensors().items():
+    for name, (_, shape) in Arch.from_config(config, "config.json").expected_tensors().items():
         if name.endswith("_blocks"):
             experts, out_size, groups, _bytes = shape
             ours[name.removesuffix("_blocks")] = (experts, groups * 32, out_size)
@@ -91,7 +91,7 @@ def test_names_are_those_of_transformers() -> None:
 
 def test_another_architecture_is_named() -> None:
     with pytest.raises(InputError, match="another architecture: model_type is 'llama'") as caught:
-        ModelShape.from_config({"model_type": "llama"}, "base/config.json")
+        Arch.from_config({"model_type": "llama"}, "base/config.json")
     assert caught.value.exit_code == 3
     assert "base/config.json" in str(caught.value)
 
@@ -99,11 +99,11 @@ def test_another_architecture_is_named() -> None:
 def test_all_missing_keys_are_named_with_lookalikes() -> None:
     config = published_config(head_dim=..., hidden_size=..., hiden_size=64)
     with pytest.raises(InputError, match=r"lacks hidden_size \(it has hiden_size\), head_dim"):
-        ModelShape.from_config(config, "config.json")
+        Arch.from_config(config, "config.json")
 
 
 def test_either_name_of_the_active_experts_will_do() -> None:
-    assert ModelShape.from_config(published_config(num_experts_per_tok=...), "c").num_active_experts == 4
+    assert Arch.from_config(published_config(num_experts_per_tok=...), "c").num_active_experts == 4
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_either_name_of_the_active_experts_will_do() -> None:
 )
 def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        ModelShape.from_config(published_config(**changes), "config.json")
+        Arch.from_config(published_config(**changes), "config.json")
 
 
-def test_reading_shapes_does_not_import_torch() -> None:
-    code = "import sys, finetune.model.shapes; sys.exit('torch' in sys.modules)"
+def test_reading_dimensions_does_not_import_torch() -> None:
+    code = "import sys, finetune.arch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0

@@ -29,13 +29,12 @@ from finetune.config.compose import compose
 from finetune.config.schema import RunConfig
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.tiny import write_tiny_base
-from finetune.train.engine import alone
+from finetune.train.engines.base import alone
 from finetune.train.evaluation import validation_subset
-from finetune.train.loop import seed_step
-from finetune.train.optimisers import make_optimizer
-from finetune.train.schedule import learning_rate
+from finetune.train.optim import learning_rate, make_optimizer
 from finetune.train.session import open_session
 from finetune.train.step import OptimiserStep
+from finetune.train.trainer import seed_step
 
 ROOT = Path(__file__).resolve().parent.parent
 BFLOAT16 = ("adapter.dtype=bfloat16",)

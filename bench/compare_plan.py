@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune.adapters.sites import plan_sites
+from finetune.arch import Arch
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig
-from finetune.model.shapes import ModelShape
 
 TaskName = Literal["legal", "medical", "creative"]
 Labels = Literal["as they are", "shuffled", "renamed", "renamed and shuffled"]
@@ -159,7 +159,7 @@ class Run:
     steps: int | None = None
 
 
-def variants(setting: Setting, shape: ModelShape) -> dict[str, Variant]:
+def variants(setting: Setting, shape: Arch) -> dict[str, Variant]:
     """The kinds of adapter, with ranks that give the parameters of the first where the name says so."""
     attention, experts = setting.ranks
     target = num_parameters(shape, attention, experts)
@@ -189,13 +189,13 @@ def variants(setting: Setting, shape: ModelShape) -> dict[str, Variant]:
     return {variant.name: variant for variant in (*found, *derived)}
 
 
-def num_parameters(shape: ModelShape, attention: int, experts: int) -> int:
+def num_parameters(shape: Arch, attention: int, experts: int) -> int:
     """Trained parameters of these ranks on every projection and every expert."""
     config = AdapterConfig(attention=AttentionAdapterConfig(rank=attention), experts=ExpertAdapterConfig(rank=experts))
     return sum(site.num_parameters for site in plan_sites(shape, config))
 
 
-def plan(setting: Setting, shape: ModelShape) -> list[list[Line]]:
+def plan(setting: Setting, shape: Arch) -> list[list[Line]]:
     """All lines in tiers, what matters most first, so that a program that is cut short has whole comparisons to show.
 
     The seeds of a tier take turns: each of its lines has its first seed before one has its second.

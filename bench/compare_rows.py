@@ -12,8 +12,8 @@ from typing import Any
 
 from compare_plan import Labels, Task, TaskName
 
-from finetune.config.locate import shipped_dir
-from finetune.evaluate.testset import SHIPPED
+from finetune.config.paths import shipped_dir
+from finetune.evaluate.evalset import SHIPPED
 
 Row = dict[str, Any]
 

@@ -43,7 +43,7 @@ from small_run import RECIPE, assert_same_run
 from finetune import log
 from finetune.cli.main import main
 from finetune.model.tiny import write_tiny_base
-from finetune.train.checkpoint_files import LATEST, fault_in, list_checkpoints
+from finetune.train.checkpoint import LATEST, fault_in, list_checkpoints
 
 EVERY = 2  # steps between two saves
 OVERRIDES = (

@@ -21,7 +21,7 @@ from typing import Any
 from finetune import log
 from finetune.cli.main import main
 from finetune.model import tiny
-from finetune.train import loop
+from finetune.train import trainer as loop
 
 RECIPE = """# @package _global_
 defaults:

@@ -29,15 +29,15 @@ from torch import nn
 
 from finetune import log
 from finetune.adapters.lora import attach_adapter
+from finetune.arch import Arch
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import Batch
 from finetune.model.attention import select_attention
 from finetune.model.build import Base
 from finetune.model.experts import select_expert_kernel
 from finetune.model.forward import checkpoint_activations
-from finetune.model.shapes import ModelShape
-from finetune.train.engine import alone
-from finetune.train.optimisers import make_optimizer
+from finetune.train.engines.base import alone
+from finetune.train.optim import make_optimizer
 from finetune.train.step import OptimiserStep
 
 VARIANTS = ("ours", "ours, attention", "PEFT", "PEFT, attention")
@@ -153,7 +153,7 @@ def measure_alone(name: str, config: dict[str, Any], batch: Batch, args: argpars
     try:
         return measure({name: make_variant(name, config, batch, args)}, args, device)
     except torch.OutOfMemoryError as error:
-        dense_gb = dense_bytes(ModelShape.from_config(config, "config.json")) / 1e9
+        dense_gb = dense_bytes(Arch.from_config(config, "config.json")) / 1e9
         held = f"; dequantised experts are {dense_gb:.1f} GB" if name.startswith("PEFT") else ""
         return [{"step": name, "note": f"does not fit: {str(error).splitlines()[0]}{held}"}]
     finally:

@@ -299,3 +299,8 @@ def _with_lookalikes(missing: list[str], config: Mapping[str, Any]) -> str:
         close = difflib.get_close_matches(key, list(config), n=1, cutoff=0.85)
         parts.append(f"{key} (it has {close[0]})" if close and close[0] != key else key)
     return ", ".join(parts)
+
+
+# Former place of `finetune.arch`; to be folded into it.
+
+__all__ = ["DTYPE_BYTES", "LAYER_TYPES", "Arch", "LayerType"]

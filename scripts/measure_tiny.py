@@ -23,7 +23,7 @@ from pretraining.vocabulary import Vocabulary
 
 from finetune import log
 from finetune.evaluate.likelihood import held_out_loss
-from finetune.model.build import load_base
+from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.tiny import KINDS, write_tiny_base
 
@@ -73,7 +73,7 @@ def measure_loss(bases: list[Path]) -> None:
     _say_row("uniform", [math.log(len(vocabulary.number_of))] * len(FILES))
     _say_row("unigram of the training documents", [vocabulary.unigram_loss(chosen[domain]) for domain in FILES])
     for path in bases:
-        base = load_base(Checkpoint.open(path), torch.device("cpu"), torch.float32, experts_per_chunk=8)
+        base = build_base(Checkpoint.open(path), torch.device("cpu"), torch.float32, experts_per_chunk=8)
         losses = [held_out_loss(base.model, samples, _ROW_TOKENS, task=path.name) for samples in chosen.values()]
         _say_row(path.name, [loss.mean for loss in losses])
 

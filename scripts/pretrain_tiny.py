@@ -20,9 +20,8 @@ from pretraining.corpus import KINDS, Conversations, documents, read_texts
 from pretraining.training import Pretraining
 
 from finetune import log
-from finetune.config.locate import shipped_dir
-from finetune.model.compact import COMPACT_FILE
-from finetune.model.tiny import write_tiny_base
+from finetune.config.paths import shipped_dir
+from finetune.model.tiny import COMPACT_FILE, write_tiny_base
 
 COMPACT, FIGURES, BASE = "tiny.safetensors.gz", "figures.json", "base"
 _HELD_OUT_CONVERSATIONS = 400

@@ -54,7 +54,7 @@ QUESTIONS = (
     Question("LoRA on an expert", "train", "kernels/experts.py", "_lora_products", 4),
     Question("the learning rate", "train", "train/optim.py", "learning_rate", 3),
     Question("a checkpoint", "train", "train/checkpoint.py", "write_checkpoint", 3),
-    Question("a record becomes tokens", "data", "data/render.py", "render", 3),
+    Question("a record becomes tokens", "data", "data/harmony/render.py", "render", 3),
     Question("a merge rounds", "export", "rounding/compensate.py", "round_compensated", 3),
 )
 
@@ -160,10 +160,21 @@ def measure_hops(questions: tuple[Question, ...] = QUESTIONS) -> list[Hops]:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         run = ["output_dir=" + str(place), "name=run", f"model.path={place / 'base'}"]
-        small = ["trainer.max_steps=2", "evaluate.test_examples=4", "evaluate.validation_examples=4", "save.background=false"]
+        small = [
+            "trainer.max_steps=2",
+            "evaluate.test_examples=4",
+            "evaluate.validation_examples=4",
+            "save.background=false",
+        ]
         commands = (
             ["base", "tiny", str(place / "base")],
-            ["data", "preview", "quickstart", f"model.path={place / 'base'}", f"data.cache_dir={place / 'cache-preview'}"],
+            [
+                "data",
+                "preview",
+                "quickstart",
+                f"model.path={place / 'base'}",
+                f"data.cache_dir={place / 'cache-preview'}",
+            ],
             ["train", "quickstart", *run, *small, f"data.cache_dir={place / 'cache'}", "export.read_back=never"],
             ["export", str(place / "run"), "--to", "mxfp4", "--out", str(place / "merged")],
         )

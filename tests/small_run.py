@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config.locate import shipped_dir
-from finetune.train.checkpoints import load_newest
+from finetune.config.paths import shipped_dir
+from finetune.train.checkpoint import load_newest
 from finetune.train.metrics import MetricsLog
 
 Train = Callable[..., tuple[int, Path]]

@@ -161,7 +161,7 @@ def test_a_base_s_index_cannot_name_files_outside(
 
 
 def test_a_manifest_cannot_name_files_outside(finished: tuple[Path, str], tmp_path: Path) -> None:
-    from finetune.train.checkpoint_files import fault_in, list_checkpoints
+    from finetune.train.checkpoint import fault_in, list_checkpoints
 
     path = tmp_path / "step-00000001"
     shutil.copytree(list_checkpoints(finished[0] / "checkpoints")[-1][1], path)

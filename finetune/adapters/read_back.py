@@ -24,12 +24,12 @@ from torch import Tensor
 
 from finetune import log
 from finetune.adapters.lora import Adapter
-from finetune.data.render import Sample
+from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, MachineError
 from finetune.model.build import Base
-from finetune.model.dense import DenseCheckpoint, write_native
+from finetune.model.checkpoint import DenseCheckpoint, write_native
 from finetune.model.forward import hidden_states
-from finetune.model.held import write_held
+from finetune.model.held import write_dense
 
 MAX_TOKENS = 1024  # of a sample; transformers' eager attention holds T x T scores
 NUM_POSITIONS = 16  # compared in each sample: 201,088 logits each
@@ -100,7 +100,7 @@ def read_back(
     base: Base,
     adapter: Adapter,
     directory: Path,
-    samples: Sequence[Sample],
+    samples: Sequence[Example],
     live: Mapping[str, Tensor] | None = None,
 ) -> ReadBack:
     """Compare the adapter on disk with the live model.
@@ -158,14 +158,14 @@ def _trained_base(base: Base, scratch: Path) -> Path:
         return base.checkpoint.directory
     scratch.mkdir()
     if base.held_as:
-        write_held(base, scratch)
+        write_dense(base, scratch)
     elif isinstance(base.checkpoint, DenseCheckpoint):
         write_native(base.checkpoint, scratch)
     return scratch
 
 
 @torch.no_grad()
-def live_logits(base: Base, adapter: Adapter, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def live_logits(base: Base, adapter: Adapter, samples: Sequence[Example]) -> dict[str, Tensor]:
     """What the live model computes, for `read_back` to compare with.
 
     Where processes hold parts of the model, every one of them calls this.
@@ -186,7 +186,7 @@ def live_logits(base: Base, adapter: Adapter, samples: Sequence[Sample]) -> dict
     return tensors
 
 
-def sample_positions(samples: Sequence[Sample]) -> dict[str, Tensor]:
+def sample_positions(samples: Sequence[Example]) -> dict[str, Tensor]:
     """What is compared: `ids.N`, the first MAX_TOKENS tokens of a sample, and `where.N`, positions spread over them."""
     tensors: dict[str, Tensor] = {}
     for number, sample in enumerate(samples):

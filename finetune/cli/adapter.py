@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from finetune import log
-from finetune.adapters.locate import resolve_run
+from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_action, add_examples
 
 USAGE = {
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             _show(args.directory, as_json=args.json)
         case "import":
             from finetune.export.importing import import_adapter
-            from finetune.export.targets import ExportOptions
+            from finetune.export.options import ExportOptions
 
             import_adapter(args.directory, args.out, ExportOptions(base=args.base, revision=args.revision))
             log.result(str(args.out))
@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _show(directory: Path, *, as_json: bool) -> None:
     adapter, _ = resolve_run(directory)
+    from finetune.adapters.store import open_adapter
     from finetune.export import show
     from finetune.export.adapters import known_shape
-    from finetune.export.orientation import SWAPPING_RELEASE, is_swapped
-    from finetune.export.source import open_adapter
+    from finetune.export.factors import SWAPPING_RELEASE, is_swapped
 
     source = open_adapter(adapter)
     if is_swapped(source, known_shape(source)):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import log
-from finetune.adapters.locate import resolve_run
+from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
 from finetune.cli.generate import add_sampling, answer, check_sampling, prompt_ids, sampling_of
 

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: no run, no checkpoint, or one that is not whole.
     """
-    from finetune.train.checkpoint_files import fault_in, latest_step, left_overs, list_checkpoints
+    from finetune.train.checkpoint import fault_in, latest_step, left_overs, list_checkpoints
     from finetune.train.run_directory import RunDirectory
 
     directory = RunDirectory(args.run).checkpoints

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     from finetune.config.compose import compose
-    from finetune.config.deepspeed import deepspeed_lines
+    from finetune.config.derive import deepspeed_lines
     from finetune.config.validate import dump_yaml, to_plain
 
     recipe, overrides = recipe_and_overrides(args)

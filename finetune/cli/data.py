@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _stats(config: RunConfig, args: argparse.Namespace) -> None:
-    from finetune.data.printable import printable
+    from finetune.data.files import printable
     from finetune.data.stats import collect, describe_stats
 
     result = collect(config, duplicates=not args.no_duplicates)

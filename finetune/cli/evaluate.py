@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from finetune import log
-from finetune.adapters.locate import resolve_run
+from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
 from finetune.errors import ConfigError
 
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be {'at least 1' if name == 'rows' else '0 or more'}, not {value}")
     run_directory = resolve_run(args.run)[1]
     log.info(log.LOADING)
-    from finetune.evaluate.evaluation import EvaluationOptions, evaluate
-    from finetune.report.evaluation import describe_evaluation
+    from finetune.evaluate.run import EvaluationOptions, evaluate
+    from finetune.report.markdown import describe_evaluation
 
     options = EvaluationOptions(
         recipe=_recipe(args.recipe) if args.recipe else None,

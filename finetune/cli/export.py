@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 from finetune import log
-from finetune.adapters.locate import resolve_run
+from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
-from finetune.config.keys import suggest_word
+from finetune.config.suggest import suggest_word
 from finetune.errors import ConfigError
-from finetune.export.targets import (
+from finetune.export.options import (
     ADAPTER_TARGETS,
     DEFAULT_ROUNDING,
     MERGED_TARGETS,
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> None:
         fix = suggest_word(target, list(SUMMARIES)) or f"one of {', '.join(SUMMARIES)}"
         raise ConfigError(f"cannot export to {target!r}", fix=fix)
     directory, run_directory = resolve_run(args.run)
-    from finetune.export.source import open_adapter
+    from finetune.adapters.store import open_adapter
 
     source = open_adapter(directory)
     out = args.out or _default_out(directory, run_directory, target)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune import log
 from finetune.cli.arguments import add_action, add_examples
-from finetune.config.recipes import find_recipe, first_comment, list_recipes
+from finetune.config.recipes import find_recipe, list_recipes, recipe_summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,4 +47,4 @@ def run(args: argparse.Namespace) -> None:
     recipes = list_recipes()
     width = max(map(len, recipes))
     for name, path in recipes.items():
-        log.result(f"{name:{width}}  {first_comment(path)}")
+        log.result(f"{name:{width}}  {recipe_summary(path)}")

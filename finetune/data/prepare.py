@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune import log
-from finetune.config.locate import prepared_dir, shipped_dir
+from finetune.config.paths import prepared_dir, shipped_dir
 from finetune.data.cuad import CUAD, cuad_records
 from finetune.data.fiction import FICTION, fiction_records
 from finetune.data.pubmedqa import PUBMEDQA, pubmedqa_records

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from finetune.config.keys import allowed_words, type_at
 from finetune.config.rules import broken_rules
 from finetune.config.schema import RunConfig
+from finetune.config.suggest import allowed_words, type_at
 from finetune.estimate.fit import Budget, fit
 from finetune.estimate.shapes import BaseShape
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.config.affinity import read_affinity
-from finetune.config.expert_rules import highest_rank, parse_select
+from finetune.config.expert_selection import highest_rank, parse_select, read_expert_scores
 from finetune.config.schema import RunConfig
 from finetune.estimate.shapes import BaseShape
 
@@ -143,7 +142,7 @@ def _adapted_experts(select: str, base: BaseShape, first: int, last: int) -> tup
     layers = range(first, min(last, base.num_layers - 1) + 1)
     rule = parse_select(select)
     if rule.kind == "file":
-        selected = read_affinity(Path(rule.path).expanduser()).selected
+        selected = read_expert_scores(Path(rule.path).expanduser()).selected
         return tuple(len(selected.get(layer, ())) for layer in layers)
     count = min(rule.top_k, base.num_experts) if rule.kind == "top_k" else base.num_experts
     return (count,) * len(layers)

@@ -22,15 +22,15 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from finetune import log
-from finetune.data.conversation import Conversation
+from finetune.data.forms import Conversation
+from finetune.data.harmony.encode import encode_text, header_ids
+from finetune.data.harmony.render import render_prompt
+from finetune.data.harmony.tokenizer import END_OF_TEXT_ID, FIRST_CONTROL_ID, harmony_encoding
 from finetune.data.message import Message
-from finetune.data.parts import encode_text, header_ids
-from finetune.data.render import render_prompt
 from finetune.data.sources import Record
-from finetune.data.tokenizer import END_OF_TEXT_ID, FIRST_CONTROL_ID, harmony_encoding
 from finetune.errors import ConfigError, InputError
-from finetune.evaluate.continuations import Group, score_row
 from finetune.evaluate.generation import STOP_IDS, Sampling, generate
+from finetune.evaluate.likelihood import Group, score_row
 from finetune.evaluate.opening import open_model
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]

@@ -18,12 +18,11 @@ from transformers import GptOssForCausalLM
 
 from finetune import log
 from finetune.config.schema import DataConfig
-from finetune.data.render import render_answer, render_prompt
+from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import CheckError, InputError
-from finetune.evaluate.continuations import Group, score_row
-from finetune.evaluate.intervals import wilson_interval
-from finetune.evaluate.likelihood import BetweenBatches
+from finetune.evaluate.likelihood import BetweenBatches, Group, score_row
+from finetune.evaluate.statistics import wilson_interval
 
 MOST_LABELS = 64
 SUBSET_SEED = 0

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from finetune import log
-from finetune.adapters.files import CONFIG, read_adapter_into, read_provenance
-from finetune.adapters.locate import resolve_run
+from finetune.adapters.config_file import resolve_run
+from finetune.adapters.layout import EXPERT_PARAMETERS, ROUTER_PARAMETER
 from finetune.adapters.lora import Adapter, attach_adapter
-from finetune.adapters.peft_layout import EXPERT_PARAMETERS, ROUTER_PARAMETER
-from finetune.adapters.stored import ROUTER_BIAS
+from finetune.adapters.store import CONFIG, ROUTER_BIAS, read_adapter_into, read_provenance
 from finetune.config.schema import (
     AdapterConfig,
     AttentionAdapterConfig,
@@ -26,16 +25,16 @@ from finetune.config.schema import (
 from finetune.config.validate import load_run_config
 from finetune.errors import InputError
 from finetune.model.attention import select_attention
-from finetune.model.build import Base, choose_device, choose_dtype, load_base
+from finetune.model.build import Base, build_base, choose_device, choose_dtype
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import select_expert_kernel
+from finetune.model.forward import check_packing
 from finetune.model.hub import locate_base
-from finetune.model.selftest import check_packing
 from finetune.model.storage import BaseStorage
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class LoadedModel:
     """A base with an adapter attached, in evaluation mode.
 
     Attributes:
@@ -60,7 +59,7 @@ class OpenedModel:
 
 def open_model(
     path: Path, *, base: str | None = None, revision: str | None = None, device: str | None = None
-) -> OpenedModel:
+) -> LoadedModel:
     """Load the base of a run's adapter, or of an adapter alone, and attach the adapter.
 
     Args:
@@ -88,7 +87,7 @@ def open_model(
     adapter_config = config.adapter if config else adapter_config_of(directory, stored)
     location = locate_base(settings.path, settings.revision)
     where = choose_device(settings)
-    loaded = load_base(
+    loaded = build_base(
         Checkpoint.open(location.directory),
         where,
         choose_dtype(settings, where),
@@ -106,7 +105,7 @@ def open_model(
     read_adapter_into(directory, adapter, adapter_config, loaded.identity, loaded.held_as)
     log.info(f"adapter: {directory}")
     loaded.model.eval()
-    return OpenedModel(loaded, adapter, directory, run, config)
+    return LoadedModel(loaded, adapter, directory, run, config)
 
 
 def _as_filed(experts: ExpertAdapterConfig, directory: Path, stored: dict[str, Any]) -> ExpertAdapterConfig:

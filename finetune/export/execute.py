@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from finetune import log
-from finetune.export.merge import Tally, add_to_experts, merge_weight, round_experts
+from finetune.adapters.store import Factors
 from finetune.export.plan import MergePlan, Operation, Shard
-from finetune.export.rounding.noise import seeded_noise
-from finetune.export.rounding.run import RoundedExperts
-from finetune.export.source import Factors
-from finetune.export.staging import Staging
 from finetune.model.checkpoint import Checkpoint
+from finetune.rounding.merge import Tally, add_to_experts, merge_weight, round_experts
+from finetune.rounding.nearest import seeded_noise
+from finetune.rounding.run import RoundedExperts
+from finetune.staging import Staging
 
 PIECE_BYTES = 48 << 20  # of the result; every worker holds one, and one waits
 _MAX_WORKERS = 8

@@ -15,33 +15,32 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from finetune import __version__, log
-from finetune.adapters.files import read_adapter_into
 from finetune.adapters.lora import Adapter, attach_adapter
-from finetune.adapters.ranks import ranks_by_expert
-from finetune.adapters.sites import describe_sites
-from finetune.config.affinity import Affinity
+from finetune.adapters.sites import describe_sites, ranks_by_expert
+from finetune.adapters.store import read_adapter_into
 from finetune.config.derive import check_inputs, router_notes
-from finetune.config.distributed_rules import SHARDED_BASE
+from finetune.config.expert_selection import ExpertScores
+from finetune.config.rules import SHARDED_BASE
 from finetune.config.schema import RunConfig
-from finetune.data.arrow import sample_lengths
 from finetune.data.batches import BatchPlan
 from finetune.data.dataset import Split, describe, load_split
-from finetune.data.pack import packing_efficiency
-from finetune.data.splits import split_names
+from finetune.data.example_table import example_lengths
+from finetune.data.packing import packing_efficiency
+from finetune.data.sources import split_names
 from finetune.errors import ConfigError, InputError, MachineError
-from finetune.evaluate.affinity import choose_experts
-from finetune.evaluate.testset import TestSet, choose_test_set
+from finetune.evaluate.evalset import EvalSet, choose_test_set
+from finetune.evaluate.expert_scores import choose_experts
 from finetune.model.attention import attention_kernel, select_attention
-from finetune.model.build import Base, choose_device, choose_dtype, load_base
+from finetune.model.build import Base, build_base, choose_device, choose_dtype
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import expert_kernel, select_expert_kernel
+from finetune.model.forward import check_packing
 from finetune.model.hub import BaseLocation, locate_base
-from finetune.model.selftest import check_packing
 from finetune.model.shards import ShardedLayers
 from finetune.model.storage import BaseStorage, check_storage, describe_storage, storage_table
-from finetune.train.balance_reach import describe_balance_reach
-from finetune.train.optimisers import check_optimizer, describe_optimizer
-from finetune.train.processes import ALONE, Processes
+from finetune.train.optim import check_optimizer, describe_optimizer
+from finetune.train.router_loss import describe_balance_reach
+from finetune.train.world import ALONE, World
 
 _FOREIGN_SETTINGS = (
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -75,12 +74,12 @@ class Session:
     splits: dict[str, Split]
     plan: BatchPlan
     accelerator: Accelerator
-    processes: Processes
-    test: TestSet | None
-    affinity: Affinity | None = None
+    processes: World
+    test: EvalSet | None
+    affinity: ExpertScores | None = None
 
 
-def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bool = False) -> Session:
+def open_session(config: RunConfig, processes: World = ALONE, *, resumed: bool = False) -> Session:
     """Read data and base, attach the adapter, and check all of it.
 
     Args:
@@ -123,7 +122,7 @@ def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bo
     deals_out = config.distributed.kind in SHARDED_BASE
     shards = ShardedLayers(processes.rank, processes.count, device) if deals_out else None
     dtype = choose_dtype(config.model, device)
-    base = load_base(checkpoint, device, dtype, config.model.experts_per_chunk, wanted, shards)
+    base = build_base(checkpoint, device, dtype, config.model.experts_per_chunk, wanted, shards)
     log.info(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
     log.info(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
@@ -148,15 +147,15 @@ def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bo
         log.info(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
     for note in router_notes(config):
         log.info(note)
-    processes.must_agree("the base", base.identity)
+    processes.assert_same("the base", base.identity)
     for split_name, split in splits.items():
-        processes.must_agree(f"the {split_name} data", split.fingerprint)
+        processes.assert_same(f"the {split_name} data", split.fingerprint)
     return Session(config, location, base, adapter, splits, plan, accelerator, processes, test, affinity)
 
 
 def _chosen_experts(
     base: Base, name: str, split: Split, config: RunConfig, accelerator: Accelerator
-) -> Affinity | None:
+) -> ExpertScores | None:
     """Which experts are adapted; processes whose sums differ in the last bit must not differ in that."""
     if not config.adapter.experts.rank:
         return None
@@ -186,7 +185,7 @@ def session_facts(session: Session) -> dict[str, Any]:
                 "rows": len(split.samples),
                 "tokens": split.num_tokens,
                 "trained_tokens": split.num_trained_tokens,
-                "skipped_rows": len(split.bad_rows),
+                "skipped_rows": len(split.bad_records),
                 "fingerprint": split.fingerprint,
             }
             for name, split in session.splits.items()
@@ -211,7 +210,7 @@ def session_facts(session: Session) -> dict[str, Any]:
     }
 
 
-def _accelerator(config: RunConfig, processes: Processes) -> Accelerator:
+def _accelerator(config: RunConfig, processes: World) -> Accelerator:
     """Accelerate's view of the same processes, checked.
 
     Accelerate reads ACCELERATE_* variables, which a launcher or a shell may have left; what would change the training
@@ -243,7 +242,7 @@ def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
     trainer, rows = config.trainer, plan.rows(0)
     count = config.distributed.num_processes
     processes = f" x {count} processes" if count > 1 else ""
-    efficiency = packing_efficiency(sample_lengths(split.samples), rows, config.data.max_length)
+    efficiency = packing_efficiency(example_lengths(split.samples), rows, config.data.max_length)
     log.info(
         f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
         f"{trainer.micro_batch_size} rows x {trainer.gradient_accumulation_steps} micro-steps{processes} = "

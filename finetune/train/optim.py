@@ -1,8 +1,8 @@
 """AdamW in the forms that `trainer.optimizer` names, over LoRA parameters in float32 or bfloat16.
 
 Plain float32 training takes torch's own AdamW as it is. Everything else goes through `PerParameterOptimizer`, which
-updates one parameter at a time with an optimiser of torch or bitsandbytes: beside the states, only one parameter's float32 copy
-or moments need room on the device at any moment.
+updates one parameter at a time with an optimiser of torch or bitsandbytes: beside the states, only one parameter's
+float32 copy or moments need room on the device at any moment.
 
 Why bfloat16 needs help: its numbers lie 2^-8 of a weight apart, so an update below about 2^-9 of a weight rounds away,
 step after step. Rounding up or down by chance, with the odds that make the mean right, loses nothing in the mean

@@ -14,10 +14,6 @@ from finetune import log
 from finetune.errors import CheckError
 from finetune.evaluate.usage import (
     Group,
-    UsageCounter,
-    UsageCounts,
-    changed_share,
-    count_usage,
     group_names,
     heat_pixels,
     token_groups,
@@ -25,6 +21,7 @@ from finetune.evaluate.usage import (
     usage_table,
     write_usage,
 )
+from finetune.model.usage import UsageCounter, UsageCounts, changed_share, count_usage
 from finetune.train.metrics import MetricsLog, Tracker
 from finetune.train.run_directory import Run
 from finetune.train.session import Session

@@ -17,10 +17,10 @@ from finetune.adapters.lora import Adapter
 from finetune.config.schema import TrainerConfig
 from finetune.data.batches import Batch
 from finetune.errors import CapacityError, CheckError, is_out_of_memory
-from finetune.evaluate.usage import UsageCounter
 from finetune.model.build import Base
 from finetune.model.forward import record_router
 from finetune.model.offload import CheckpointOffload
+from finetune.model.usage import UsageCounter
 from finetune.objectives.base import LOSS, Objective, Policy, Term
 from finetune.objectives.router import RouterContext, RouterTerms, real_tokens
 from finetune.objectives.sft import Sft

@@ -35,9 +35,7 @@ def test_a_recipe_and_the_command_line_choose_it(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(text.format("sft"))
     assert compose(str(tmp_path / "mine.yaml"), ["objective=sft"]).config.objective.kind == "sft"
     (tmp_path / "mine.yaml").write_text(text.format("stf"))
-    with pytest.raises(
-        ConfigError, match=r"mine.yaml:3: the group objective has no option stf(.|\n)*did you mean sft\?"
-    ):
+    with pytest.raises(ConfigError, match=r"mine.yaml:3: the group objective has no option stf") as caught:
         compose(str(tmp_path / "mine.yaml"))
     assert caught.value.fix == "did you mean sft?"
 

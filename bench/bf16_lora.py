@@ -24,18 +24,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from finetune import log
 from finetune.config.compose import compose
 from finetune.config.schema import RunConfig
-from finetune.console import Progress
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.tiny import write_tiny_base
-from finetune.train.engine import alone
+from finetune.train.engines.base import alone
 from finetune.train.evaluation import validation_subset
-from finetune.train.loop import seed_step
-from finetune.train.optimisers import make_optimizer
-from finetune.train.schedule import learning_rate
+from finetune.train.optim import learning_rate, make_optimizer
 from finetune.train.session import open_session
 from finetune.train.step import OptimiserStep
+from finetune.train.trainer import seed_step
 
 ROOT = Path(__file__).resolve().parent.parent
 BFLOAT16 = ("adapter.dtype=bfloat16",)
@@ -67,7 +66,7 @@ def curve(config: RunConfig, *, control: bool) -> tuple[list[float], float]:
         losses.append(step(batches, learning_rate(position, total, config.trainer), position + 1).loss)
         position += 1
     base.model.eval()
-    samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_rows)
+    samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_examples)
     return losses, held_out_loss(base.model, samples, config.data.max_length, task="held out").mean
 
 
@@ -75,7 +74,7 @@ def nearest(parameters: dict[str, nn.Parameter], config: RunConfig) -> torch.opt
     """What bfloat16 parameters get from torch's own AdamW: moments and updates rounded to nearest."""
     trainer = config.trainer
     betas = (trainer.adam_beta1, trainer.adam_beta2)
-    return torch.optim.AdamW(parameters.values(), betas=betas, eps=trainer.adam_epsilon, weight_decay=0.0)
+    return torch.optim.AdamW(parameters.values(), betas=betas, eps=trainer.adam_eps, weight_decay=0.0)
 
 
 def summary(curves: dict[str, list[list[float]]], held_out: dict[str, list[float]]) -> list[dict[str, Any]]:
@@ -128,13 +127,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "tiny"
         write_tiny_base(base, seed=0, kind="constructed")
-        with Progress("variants", len(VARIANTS) * len(args.seeds), "runs") as progress:
+        with log.Progress("variants", len(VARIANTS) * len(args.seeds), "runs") as progress:
             for seed in args.seeds:
                 for name, overrides in VARIANTS.items():
                     settings = (
                         f"model.path={base}", "data.max_length=512", "data.too_long=drop", f"seed={seed}",
                         f"trainer.max_steps={args.steps}", f"trainer.learning_rate={args.rate}",
-                        "trainer.micro_steps=2", "evaluate.validation_rows=60", *overrides,
+                        "trainer.gradient_accumulation_steps=2", "evaluate.validation_examples=60", *overrides,
                     )  # fmt: skip
                     losses, loss = curve(compose("quickstart", settings).config, control=name == CONTROL)
                     curves[name].append(losses)

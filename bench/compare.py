@@ -24,9 +24,9 @@ from compare_run import Runner
 from compare_table import RATES_NOTE, TEST_NOTE, Finished, Trials, best_rate, rates_table, test_table
 from measure import machine, publish
 
+from finetune.arch import Arch
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import locate_base
-from finetune.model.shapes import ModelShape
 from finetune.model.tiny import write_tiny_base
 
 LARGE_NAMES = {"20b": "openai/gpt-oss-20b", "120b": "openai/gpt-oss-120b"}
@@ -77,7 +77,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def setting_for(shape: ModelShape) -> Setting:
+def setting_for(shape: Arch) -> Setting:
     """How a base of this size is adapted."""
     if shape.hidden < _LARGE_HIDDEN:
         return TINY
@@ -101,7 +101,7 @@ class Comparison:
         num_runs: runs of the second table when all is done.
     """
 
-    def __init__(self, setting: Setting, shape: ModelShape, runner: Runner, seeds: list[int], large: bool) -> None:
+    def __init__(self, setting: Setting, shape: Arch, runner: Runner, seeds: list[int], large: bool) -> None:
         self.setting, self.runner, self.seeds, self.large = setting, runner, seeds, large
         self.tiers = plan(setting, shape)
         self.named = variants(setting, shape)

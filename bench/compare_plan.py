@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finetune.adapters.sites import plan_sites
+from finetune.arch import Arch
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig
-from finetune.model.shapes import ModelShape
 
 TaskName = Literal["legal", "medical", "creative"]
 Labels = Literal["as they are", "shuffled", "renamed", "renamed and shuffled"]
@@ -19,13 +19,13 @@ class Task:
     """Rows of one domain: how many, and how they are trained on.
 
     Attributes:
-        train_rows, validation_rows, test_rows: at most; drawn once for all runs.
+        train_rows, validation_examples, test_examples: at most; drawn once for all runs.
         epochs: over the training rows.
     """
 
     train_rows: int
-    validation_rows: int
-    test_rows: int
+    validation_examples: int
+    test_examples: int
     epochs: int = 1
 
 
@@ -47,7 +47,7 @@ class Setting:
     ranks: tuple[int, int]
     alphas: tuple[float, float]
     learning_rates: tuple[float, ...]
-    micro_steps: int
+    gradient_accumulation_steps: int
     max_length: int
     activation_checkpointing: bool
     validate_every: int
@@ -57,12 +57,13 @@ class Setting:
 
 
 TINY = Setting(
-    model="tiny", ranks=(16, 16), alphas=(32.0, 32.0), learning_rates=(1e-2, 5e-3, 2e-2), micro_steps=1,
+    model="tiny", ranks=(16, 16), alphas=(32.0, 32.0), learning_rates=(1e-2, 5e-3, 2e-2), gradient_accumulation_steps=1,
     max_length=2048, activation_checkpointing=False, validate_every=50, constructed_base=True,
     tasks={"legal": Task(1000, 150, 200), "medical": Task(437, 63, 200), "creative": Task(120, 24, 30)},
 )  # fmt: skip
 LARGE_20B = Setting(
-    model="gpt_oss_20b", ranks=(16, 4), alphas=(32.0, 8.0), learning_rates=(2e-4, 4e-4, 1e-4), micro_steps=4,
+    model="gpt_oss_20b", ranks=(16, 4), alphas=(32.0, 8.0), learning_rates=(2e-4, 4e-4, 1e-4),
+    gradient_accumulation_steps=4,
     max_length=4096, activation_checkpointing=True, validate_every=50, constructed_base=False,
     tasks={"legal": Task(10**6, 200, 10**6, 2), "medical": Task(10**6, 63, 10**6, 2),
            "creative": Task(10**6, 162, 10**6, 2)},
@@ -158,7 +159,7 @@ class Run:
     steps: int | None = None
 
 
-def variants(setting: Setting, shape: ModelShape) -> dict[str, Variant]:
+def variants(setting: Setting, shape: Arch) -> dict[str, Variant]:
     """The kinds of adapter, with ranks that give the parameters of the first where the name says so."""
     attention, experts = setting.ranks
     target = num_parameters(shape, attention, experts)
@@ -188,13 +189,13 @@ def variants(setting: Setting, shape: ModelShape) -> dict[str, Variant]:
     return {variant.name: variant for variant in (*found, *derived)}
 
 
-def num_parameters(shape: ModelShape, attention: int, experts: int) -> int:
+def num_parameters(shape: Arch, attention: int, experts: int) -> int:
     """Trained parameters of these ranks on every projection and every expert."""
     config = AdapterConfig(attention=AttentionAdapterConfig(rank=attention), experts=ExpertAdapterConfig(rank=experts))
     return sum(site.num_parameters for site in plan_sites(shape, config))
 
 
-def plan(setting: Setting, shape: ModelShape) -> list[list[Line]]:
+def plan(setting: Setting, shape: Arch) -> list[list[Line]]:
     """All lines in tiers, what matters most first, so that a program that is cut short has whole comparisons to show.
 
     The seeds of a tier take turns: each of its lines has its first seed before one has its second.

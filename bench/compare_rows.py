@@ -12,8 +12,8 @@ from typing import Any
 
 from compare_plan import Labels, Task, TaskName
 
-from finetune.config.locate import shipped_dir
-from finetune.evaluate.testset import SHIPPED
+from finetune.config.paths import shipped_dir
+from finetune.evaluate.evalset import SHIPPED
 
 Row = dict[str, Any]
 
@@ -45,7 +45,7 @@ def write_rows(name: TaskName, task: Task, directory: Path, labels: Labels = "as
     """
     with gzip.open(shipped_dir("data") / SHIPPED[name], "rt", encoding="utf-8") as file:
         rows: list[Row] = [json.loads(line) for line in file]
-    counts = {"train": task.train_rows, "val": task.validation_rows, "test": task.test_rows}
+    counts = {"train": task.train_rows, "val": task.validation_examples, "test": task.test_examples}
     drawn = {
         split: _draw([row for row in rows if row["split"] == split], count, random.Random(f"{split} rows"))
         for split, count in counts.items()

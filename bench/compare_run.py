@@ -49,10 +49,10 @@ def recipe(setting: Setting, base: str, rows: Rows, task: Task, work: Path) -> s
         },
         "trainer": {
             "epochs": task.epochs,
-            "micro_steps": setting.micro_steps,
+            "gradient_accumulation_steps": setting.gradient_accumulation_steps,
             "activation_checkpointing": setting.activation_checkpointing,
         },
-        "evaluate": {"routing_samples": 0, "every_steps": setting.validate_every},
+        "evaluate": {"routing_examples": 0, "every_steps": setting.validate_every},
         "export": {"read_back": "never"},
     }
     return "# @package _global_\n" + json.dumps(content, indent=1) + "\n"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from compare_plan import Line, Run
 
-from finetune.evaluate.intervals import wilson_interval
+from finetune.evaluate.statistics import wilson_interval
 
 RATES_NOTE = (
     "Nats per trained token of the validation rows, with the first seed; the end decides. No test row was looked at. "

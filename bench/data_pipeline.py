@@ -42,8 +42,8 @@ def ours(path: Path) -> dict:
     import numpy as np
 
     from finetune.data.dataset import load_split
-    from finetune.data.pack import pack, packing_efficiency
-    from finetune.data.tokenizer import harmony_encoding
+    from finetune.data.harmony.tokenizer import harmony_encoding
+    from finetune.data.packing import pack, packing_efficiency
 
     harmony_encoding()
     clocks = []
@@ -65,7 +65,7 @@ def trl(path: Path, processes: int | None) -> dict:
     from trl import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from finetune.data.tokenizer import write_tokenizer
+    from finetune.data.harmony.tokenizer import write_tokenizer
 
     datasets.disable_caching()
     datasets.disable_progress_bars()
@@ -95,7 +95,7 @@ def memory(path: Path) -> dict:
     from finetune.config.schema import TrainerConfig
     from finetune.data.batches import BatchPlan
     from finetune.data.dataset import load_split
-    from finetune.data.tokenizer import harmony_encoding
+    from finetune.data.harmony.tokenizer import harmony_encoding
 
     harmony_encoding()
     before = memory_mib()

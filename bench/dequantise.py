@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from measure import interleaved, machine, publish, summary
 
-from finetune.kernels.experts_choice import ExpertShape, triton_obstacle
+from finetune.kernels.experts_choice import ExpertDims, triton_obstacle
 from finetune.mxfp4.format import dequantise
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     }
     moved["copy"] = 4 * source.numel()
     note = f"{experts} experts of [{args.out}, {args.inputs}] into bfloat16."
-    shape = ExpertShape(args.inputs, args.out // 2, experts)
+    shape = ExpertDims(args.inputs, args.out // 2, experts)
     obstacle = triton_obstacle(shape, device, torch.bfloat16)
     if obstacle is None:
         from finetune.kernels import experts_launch as launch

@@ -26,16 +26,16 @@ from test_estimate_step import CASES, reference_step  # noqa: E402
 from tracked_step import busiest_chunks, full_batch, measure, recipe, write_base  # noqa: E402
 
 from finetune.adapters.lora import attach_adapter  # noqa: E402
+from finetune.arch import Arch  # noqa: E402
 from finetune.config.compose import compose  # noqa: E402
-from finetune.config.locate import shipped_dir  # noqa: E402
+from finetune.config.paths import shipped_dir  # noqa: E402
 from finetune.estimate.inputs import step_shape  # noqa: E402
 from finetune.estimate.memory import CONTEXT, PROCESS, SLACK, estimate_memory  # noqa: E402
 from finetune.estimate.shapes import find_base  # noqa: E402
-from finetune.model.build import load_base  # noqa: E402
+from finetune.model.build import build_base  # noqa: E402
 from finetune.model.forward import checkpoint_activations  # noqa: E402
-from finetune.model.shapes import ModelShape  # noqa: E402
-from finetune.train.engine import alone  # noqa: E402
-from finetune.train.optimisers import make_optimizer  # noqa: E402
+from finetune.train.engines.base import alone  # noqa: E402
+from finetune.train.optim import make_optimizer  # noqa: E402
 from finetune.train.step import OptimiserStep  # noqa: E402
 
 GIB = 2**30
@@ -49,7 +49,7 @@ class RandomCheckpoint:
     def __init__(self, name: str) -> None:
         file = shipped_dir("data") / "tokenizer" / f"gpt-oss-{name}" / "config.json"
         self.config: dict[str, Any] = json.loads(file.read_text())
-        self.shape = ModelShape.from_config(self.config, str(file))
+        self.shape = Arch.from_config(self.config, str(file))
         self.directory = file.parent
         self.tensors = self.entries = self.shape.expected_tensors()
 
@@ -76,7 +76,7 @@ def on_gpu(name: str, overrides: list[str]) -> dict[str, Any]:
     facts = find_base(f"openai/gpt-oss-{name}")
     device = torch.device("cuda")
     torch.cuda.reset_peak_memory_stats(device)
-    base = load_base(RandomCheckpoint(name), device, torch.bfloat16, config.model.experts_per_chunk)
+    base = build_base(RandomCheckpoint(name), device, torch.bfloat16, config.model.experts_per_chunk)
     adapter = attach_adapter(base, config.adapter, seed=0)
     if config.trainer.activation_checkpointing:
         checkpoint_activations(base.model)
@@ -84,7 +84,7 @@ def on_gpu(name: str, overrides: list[str]) -> dict[str, Any]:
     step = OptimiserStep(
         config.trainer, base, alone(parameters, make_optimizer(parameters, config.trainer), config.trainer)
     )
-    batches = [full_batch(config, base.model.config.vocab_size, 1.0)] * config.trainer.micro_steps
+    batches = [full_batch(config, base.model.config.vocab_size, 1.0)] * config.trainer.gradient_accumulation_steps
     busiest = max(busiest_chunks(base, batches[0]))
     for number in (1, 2):
         torch.cuda.reset_peak_memory_stats(device)

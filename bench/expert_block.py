@@ -20,8 +20,8 @@ from measure import interleaved, machine, peak_bytes, publish, summary
 from naive_experts import PeftExperts, naive_block
 from torch import Tensor
 
-from finetune.kernels.experts import ExpertWeights, LoraFactors, PackedLinear
-from finetune.kernels.experts_choice import ExpertShape, expert_block_of, triton_obstacle
+from finetune.kernels.experts import ExpertWeights, LoraFactors, Mxfp4Experts
+from finetune.kernels.experts_choice import ExpertDims, expert_block_of, triton_obstacle
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from allocation import AllocationTracker
@@ -54,7 +54,7 @@ class Layer:
         self.grad_out = self._random(tokens, hidden).to(dtype)
         factors = self.leaves[2:]
         self.lora = LoraFactors(factors[0], factors[1], 2.0), LoraFactors(factors[2], factors[3], 2.0)
-        self.shape = ExpertShape(hidden, width, chunk)
+        self.shape = ExpertDims(hidden, width, chunk)
         self.note = (
             f"{tokens:,} tokens to {top_k} of {experts} experts, {hidden} -> {width}, {chunk} experts a chunk, "
             f"rank {args.rank}, {str(dtype).removeprefix('torch.')}, factors in float32."
@@ -63,11 +63,11 @@ class Layer:
     def _random(self, *sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=self.generator, device=self.device)
 
-    def _packed(self, experts: int, out: int, inputs: int) -> PackedLinear:
+    def _packed(self, experts: int, out: int, inputs: int) -> Mxfp4Experts:
         sizes, more = (experts, out, inputs // 32, 16), {"device": self.device, "generator": self.generator}
         blocks = torch.randint(256, sizes, dtype=torch.uint8, **more)
         scales = torch.randint(118, 123, sizes[:-1], dtype=torch.uint8, **more)
-        return PackedLinear(blocks, scales, (self._random(experts, out) * 0.1).to(self.dtype))
+        return Mxfp4Experts(blocks, scales, (self._random(experts, out) * 0.1).to(self.dtype))
 
     def blocks(self, names: list[str]) -> dict[str, Callable[[], Tensor]]:
         """Forward passes by name."""

@@ -18,8 +18,11 @@ from typing import Any
 import torch
 
 from finetune.evaluate import likelihood
-from finetune.train import checkpoint_writer, checkpoints, loop, metrics
+from finetune.train import checkpoint as checkpoint_writer
+from finetune.train import checkpoint as checkpoints
+from finetune.train import metrics
 from finetune.train import run as run_module
+from finetune.train import trainer as loop
 from finetune.train.metrics import MetricsLog
 
 STEPS = 6

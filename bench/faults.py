@@ -40,19 +40,19 @@ from fault_hooks import (
 )
 from small_run import RECIPE, assert_same_run
 
+from finetune import log
 from finetune.cli.main import main
-from finetune.console import Progress, say
 from finetune.model.tiny import write_tiny_base
-from finetune.train.checkpoint_files import LATEST, fault_in, list_checkpoints
+from finetune.train.checkpoint import LATEST, fault_in, list_checkpoints
 
 EVERY = 2  # steps between two saves
 OVERRIDES = (
     f"trainer.max_steps={STEPS}",
-    "trainer.micro_steps=1",
+    "trainer.gradient_accumulation_steps=1",
     f"save.every_steps={EVERY}",
     f"evaluate.every_steps={EVERY}",
-    "evaluate.validation_rows=2",
-    "evaluate.test_rows=2",
+    "evaluate.validation_examples=2",
+    "evaluate.test_examples=2",
     "evaluate.labels=never",
 )
 
@@ -285,7 +285,7 @@ def machine(bench: Bench) -> Iterator[str]:
                 Row(fault, "exit 5, older ones untouched", happened, steps_made(run) - EVERY, code == 5 and spared)
             )
         else:
-            say(f"not tried: {fault}: this process may not mount")
+            log.info(f"not tried: {fault}: this process may not mount")
     yield "disk"
     with mounted(disk, 1 << 28) as works:
         run, fault = disk / "run", "run directory read-only (tmpfs)"
@@ -298,7 +298,7 @@ def machine(bench: Bench) -> Iterator[str]:
             happened += f"; writable again: {'the same' if again else 'NOT the same'}"
             bench.rows.append(Row(fault, "exit 5, nothing changed", happened, 0, code == 5 and again))
         else:
-            say(f"not tried: {fault}: this process may not mount")
+            log.info(f"not tried: {fault}: this process may not mount")
     yield "read-only"
 
 
@@ -336,14 +336,14 @@ def run_all(args: argparse.Namespace) -> int:
             "damage": lambda: damage(bench, resume_all=args.resume_all),
             "machine": lambda: machine(bench),
         }
-        with Progress("faults", None, "faults") as progress:
+        with log.Progress("faults", None, "faults") as progress:
             for part in args.parts or parts:
                 for name in parts[part]():
                     progress.advance(details=name)
                     text = table(bench.rows, time.monotonic() - started, args.kills)
                     if args.out:
                         args.out.write_text(text)
-    say(text, result=True)
+    log.result(text)
     return 0 if all(row.kept for row in bench.rows) else 1
 
 

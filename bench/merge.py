@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from finetune.config.locate import shipped_dir
+from finetune.arch import Arch
+from finetune.config.paths import shipped_dir
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.identity import checkpoint_identity
-from finetune.model.shapes import ModelShape
 
 RUN = """
 import json, sys, time
@@ -53,7 +53,7 @@ def write_base(directory: Path, size: str, layers: int, vocabulary: int) -> None
     config |= {"num_hidden_layers": layers, "layer_types": config["layer_types"][:layers], "vocab_size": vocabulary}
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    shape = ModelShape.from_config(config, "config.json")
+    shape = Arch.from_config(config, "config.json")
     generator = torch.Generator().manual_seed(0)
     weight_map, groups = {}, {}
     for name, (dtype, sizes) in shape.expected_tensors().items():

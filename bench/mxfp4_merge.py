@@ -27,19 +27,18 @@ from mxfp4_synthetic import print_synthetic
 from mxfp4_table import say_and_save
 from safetensors.torch import load_file, save_file
 
-from finetune.adapters.files import PROVENANCE, WEIGHTS
+from finetune.adapters.store import PROVENANCE, WEIGHTS, AdapterFile, open_adapter
 from finetune.cli.main import main as finetune
 from finetune.config.compose import compose
 from finetune.export.effect import HeldOutRows, held_out_rows, measure_variants
 from finetune.export.plan import MergePlan, plan_merge
-from finetune.export.rounding.calibration import choose_rows
-from finetune.export.rounding.compensate import Settings
-from finetune.export.rounding.run import RoundedExperts, round_experts_by_layer, rounding_staging
-from finetune.export.source import AdapterSource, open_adapter
-from finetune.export.survival import survival_facts
+from finetune.export.survival import survival_figures
 from finetune.export.variants import Variants
-from finetune.model.build import load_base
+from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
+from finetune.rounding.calibration import choose_rows
+from finetune.rounding.compensate import Settings
+from finetune.rounding.run import RoundedExperts, round_experts_by_layer, rounding_staging
 
 RATES = {"1 %": 2.7e-4, "4 %": 9.5e-4, "10 %": 2.7e-3}  # learning rates that give updates of about these sizes
 SEEDS = (0, 1, 2)
@@ -57,8 +56,8 @@ defaults:
 model: {{path: {base}}}
 data: {{max_length: 1024}}
 adapter: {{{kind}: {{rank: 8, alpha: 16}}}}
-trainer: {{epochs: 1, max_steps: {steps}, micro_steps: 1, activation_checkpointing: false}}
-evaluate: {{validation_rows: 2, test_rows: 2, labels: never}}
+trainer: {{epochs: 1, max_steps: {steps}, gradient_accumulation_steps: 1, activation_checkpointing: false}}
+evaluate: {{validation_examples: 2, test_examples: 2, labels: never}}
 export:
   read_back: never
   old_domain:
@@ -99,7 +98,7 @@ class Work:
                 raise SystemExit(code)
         return run / "adapter"
 
-    def round(self, source: AdapterSource, name: str, settings: Settings, seed: int) -> tuple[MergePlan, Any]:
+    def round(self, source: AdapterFile, name: str, settings: Settings, seed: int) -> tuple[MergePlan, Any]:
         """Round an adapter's experts on training rows."""
         plan = plan_merge(self.checkpoint, source, "mxfp4", "compensated")
         config = replace(compose(str(self.recipe("experts"))).config, seed=seed)
@@ -132,7 +131,7 @@ class Work:
             rows = replace(rows, records=rows.records[few], samples=rows.samples[few], old_domain=())
         else:
             rows = replace(rows, labels=None)
-        base = load_base(self.checkpoint, CPU, torch.float32, experts_per_chunk=8)
+        base = build_base(self.checkpoint, CPU, torch.float32, experts_per_chunk=8)
         return measure_variants(Variants(base, plan, rounded), rows, names)
 
 
@@ -153,7 +152,7 @@ def stage_round(work: Work) -> None:
             started = time.process_time()
             plan, rounded = _rounded(work, size, seed, "compensated")
             found = work.measure(plan, rounded, "test", None)
-            found["weights"] = survival_facts(plan, rounded.tallies, rounded.experts)["overall"]
+            found["weights"] = survival_figures(plan, rounded.tallies, rounded.experts)["overall"]
             work.keep(key, found | {"cpu_seconds": time.process_time() - started})
             print(f"{key}: {time.process_time() - started:.0f} CPU seconds", flush=True)
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from finetune.export.rounding import grid
-from finetune.export.rounding.compensate import Settings, compensate
 from finetune.mxfp4.format import quantise
+from finetune.rounding import grid
+from finetune.rounding.compensate import Settings, compensate
 
 OUT, INPUTS, ROWS, RANK = 256, 512, 8192, 8
 SIZES = (0.003, 0.01, 0.03, 0.1)

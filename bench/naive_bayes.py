@@ -29,10 +29,9 @@ from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.cuad import CUAD
 from finetune.data.dataset import load_split
 from finetune.data.sources import Record
-from finetune.evaluate.classification import mcnemar
-from finetune.evaluate.intervals import wilson_interval
 from finetune.evaluate.labels import score_labels
 from finetune.evaluate.opening import open_model
+from finetune.evaluate.statistics import mcnemar, wilson_interval
 
 NOTE = (
     "Accuracy: of all rows of the split, with its 95 % Wilson interval. `lost`, `gained`: rows that only naive Bayes, "

@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
+from finetune.kernels.dispatch import Chunk, Routing
 from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, clamped_swiglu
 from finetune.kernels.grouped import padded_rank
-from finetune.kernels.routing import Chunk, Routing
 
 
 class _PackedProduct(torch.autograd.Function):

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
-from finetune.config.locate import shipped_dir
+from finetune.arch import Arch
+from finetune.config.paths import shipped_dir
 from finetune.model.attention import register_attention
 from finetune.model.build import Base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import PackedExperts
-from finetune.model.hold import HostEmbedding
-from finetune.model.shapes import ModelShape
+from finetune.model.storage import CpuEmbedding
 from finetune.model.tiny import SIZES
 from finetune.mxfp4.format import dequantise
 
@@ -59,7 +59,7 @@ def random_base(
     embedding_on_cpu: bool = False,
 ) -> Base:
     """A frozen base with packed experts, every tensor drawn on `device`; nothing touches a disk."""
-    shape = ModelShape.from_config(config, "config.json")
+    shape = Arch.from_config(config, "config.json")
     model = _empty(config)
     with torch.device("meta"):
         for layer in model.model.layers:
@@ -71,7 +71,7 @@ def random_base(
         name: _random(name, sizes, shape, generator, dtype) for name, (_, sizes) in shape.expected_tensors().items()
     }
     if embedding_on_cpu:
-        model.model.embed_tokens = HostEmbedding(model.model.embed_tokens, device, dtype)
+        model.model.embed_tokens = CpuEmbedding(model.model.embed_tokens, device, dtype)
         state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].cpu()
     checkpoint = cast(Checkpoint, SimpleNamespace(shape=shape, config=config))
     return Base(_filled(model, state, device), checkpoint, "random", {})
@@ -96,7 +96,7 @@ def dequantised(base: Base) -> Base:
     return Base(_filled(model, state, base.device), checkpoint, "random", {})
 
 
-def dense_bytes(shape: ModelShape) -> int:
+def dense_bytes(shape: Arch) -> int:
     """Bytes of the experts' weights in bfloat16."""
     return shape.num_layers * shape.num_experts * 3 * shape.hidden * shape.expert_width * 2
 
@@ -114,9 +114,7 @@ def _filled(model: GptOssForCausalLM, state: dict[str, Tensor], device: torch.de
     return model.requires_grad_(False).eval()
 
 
-def _random(
-    name: str, sizes: tuple[int, ...], shape: ModelShape, generator: torch.Generator, dtype: torch.dtype
-) -> Tensor:
+def _random(name: str, sizes: tuple[int, ...], shape: Arch, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     device = generator.device
     if name.endswith("_blocks"):
         return torch.randint(256, sizes, generator=generator, device=device, dtype=torch.uint8)

@@ -28,22 +28,21 @@ from measure import machine, publish
 from mxfp4_merge import CPU, SEEDS, SETTINGS, Work
 from torch import Tensor, nn
 
+from finetune.adapters.store import AdapterFile, open_adapter
 from finetune.config.compose import compose
 from finetune.data.batches import Batch, collate
 from finetune.data.dataset import load_split
-from finetune.data.pack import pack
+from finetune.data.packing import pack
 from finetune.evaluate.likelihood import held_out_loss
-from finetune.export.rounding import grid
-from finetune.export.rounding.run import RoundedExperts
-from finetune.export.source import AdapterSource, open_adapter
 from finetune.kernels.experts import clamped_swiglu
-from finetune.model.build import load_base
+from finetune.model.build import build_base
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN, PackedExperts
-from finetune.model.forward import hidden_states
-from finetune.model.predictions import predicted_tokens
+from finetune.model.forward import hidden_states, shift_labels
 from finetune.mxfp4.constants import BLOCK
-from finetune.train.losses import language_loss
-from finetune.train.schedule import learning_rate
+from finetune.rounding import grid
+from finetune.rounding.run import RoundedExperts
+from finetune.train.optim import learning_rate
+from finetune.train.router_loss import language_loss
 
 RANK, SCALE = 8, 2.0  # as in the plain runs: alpha 16
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -132,7 +131,7 @@ class Experts(nn.Module):
 
 
 def straight_through(work: Work, number: int, name: str, method: Method, rounded: RoundedExperts | None,
-                     source: AdapterSource | None) -> StraightThrough:  # fmt: skip
+                     source: AdapterFile | None) -> StraightThrough:  # fmt: skip
     """A projection as a method starts it: the base's, or what compensated rounding made of a plain run's."""
     stem = f"model.layers.{number}.mlp.experts.{name}"
     reader = work.checkpoint if rounded is None else rounded
@@ -158,7 +157,7 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
         plain = Work(work.directory / f"plain-{fewer}", work.base, fewer, work.rows, work.rates)
         source = open_adapter(plain.adapter("experts", size, seed))
         rounded = plain.round(source, f"rounded-{size}-{seed}".replace(" ", ""), SETTINGS["compensated"], seed)[1]
-    base = load_base(work.checkpoint, CPU, torch.float32, experts_per_chunk=8)
+    base = build_base(work.checkpoint, CPU, torch.float32, experts_per_chunk=8)
     for number, layer in enumerate(base.model.model.layers):
         packed: PackedExperts = layer.mlp.experts
         parts = [straight_through(work, number, name, method, rounded, source) for name in PROJECTIONS]
@@ -170,11 +169,11 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
     for step, batch in zip(range(steps), batches(work, seed), strict=False):
         optimiser.param_groups[0]["lr"] = learning_rate(step, steps, config)
         hidden = hidden_states(base.model, batch.input_ids, batch.positions, batch.segments)
-        where = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
+        where = shift_labels(batch.input_ids, batch.weights, batch.segments)
         loss = language_loss(hidden, base.model.lm_head.weight, *where) / batch.weight_sum
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, config.max_gradient_norm)
+        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimiser.step()
     return {split: held_out_loss(base.model, work.held_out(split).samples, 1024).mean for split in SPLITS}
 

@@ -19,20 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from finetune import log
 from finetune.adapters.lora import attach_adapter
 from finetune.config.schema import AdapterConfig, ModelConfig, TrainerConfig
-from finetune.console import Progress
 from finetune.data.batches import Batch, collate
-from finetune.data.render import Sample
-from finetune.evaluate.routing import RoutingCounter
-from finetune.model.build import choose_device, choose_dtype, load_base
+from finetune.data.harmony.render import Example
+from finetune.evaluate.usage import UsageCounter
+from finetune.model.build import build_base, choose_device, choose_dtype
 from finetune.model.checkpoint import Checkpoint
-from finetune.model.forward import checkpoint_activations
+from finetune.model.forward import Routing, checkpoint_activations
 from finetune.model.hub import locate_base
-from finetune.model.router import Routing
 from finetune.model.tiny import write_tiny_base
-from finetune.train.engine import alone as one_process
-from finetune.train.optimisers import make_optimizer
+from finetune.train.engines.base import alone as one_process
+from finetune.train.optim import make_optimizer
 from finetune.train.step import OptimiserStep
 
 
@@ -57,16 +56,16 @@ def measure(name: str, tokens: int, steps: int) -> dict[str, object]:
     checkpoint = Checkpoint.open(locate_base(name, None).directory)
     config = ModelConfig(path=name)
     device = choose_device(config)
-    base = load_base(checkpoint, device, choose_dtype(config, device), config.experts_per_chunk)
+    base = build_base(checkpoint, device, choose_dtype(config, device), config.experts_per_chunk)
     adapter = attach_adapter(base, AdapterConfig(), seed=0)
     checkpoint_activations(base.model)
-    trainer = TrainerConfig(micro_steps=1)
+    trainer = TrainerConfig(gradient_accumulation_steps=1)
     parameters = adapter.parameters()
     step = OptimiserStep(trainer, base, one_process(parameters, make_optimizer(parameters, trainer), trainer), adapter)
     ids = np.random.default_rng(0).integers(0, 199_998, tokens).astype(np.int32)
     weights = np.ones(tokens, dtype=np.float32)
     weights[0] = 0
-    batch = collate([[Sample(ids, weights, "random", "nowhere:1")]])
+    batch = collate([[Example(ids, weights, "random", "nowhere:1")]])
     seconds = _times(step, batch, steps)
     with_count, without = (statistics.median(seconds[flag]) for flag in (True, False))
     alone = _alone(base.checkpoint.shape.num_layers, base.checkpoint.shape.num_experts, tokens)
@@ -96,7 +95,7 @@ def _now() -> float:
 def _times(step: OptimiserStep, batch: Batch, steps: int) -> dict[bool, list[float]]:
     count: Callable[..., None] = step.router_loss.usage.add
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    with Progress("training", 2 * steps, "steps") as progress:
+    with log.Progress("training", 2 * steps, "steps") as progress:
         for number in range(2 * steps + 2):
             counted = number % 2 == 0
             step.router_loss.usage.add = count if counted else lambda *_: None  # type: ignore[method-assign]
@@ -110,7 +109,7 @@ def _times(step: OptimiserStep, batch: Batch, steps: int) -> dict[bool, list[flo
 
 def _alone(num_layers: int, num_experts: int, tokens: int) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    counter = RoutingCounter(num_layers, num_experts, 1, device)
+    counter = UsageCounter(num_layers, num_experts, 1, device)
     top = torch.randn(tokens, num_experts, device=device).topk(4)
     layers = [Routing(top.values, top.indices, top.values.softmax(-1))] * num_layers
     rows, seconds = torch.arange(tokens, device=device), []

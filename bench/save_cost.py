@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from finetune import log
 from finetune.cli.main import main
-from finetune.console import say
 from finetune.model import tiny
-from finetune.train import loop
+from finetune.train import trainer as loop
 
 RECIPE = """# @package _global_
 defaults:
@@ -31,7 +31,7 @@ model: {path: %(base)s}
 data:
   train: {mine: {path: %(rows)s}}
   max_length: %(length)d
-trainer: {epochs: 100000, micro_steps: 1, schedule: constant}
+trainer: {epochs: 100000, gradient_accumulation_steps: 1, schedule: constant}
 export: {read_back: never}
 """
 SAVE_EVERY = 100
@@ -119,7 +119,7 @@ def soak(directory: Path, steps: int, length: int) -> dict[str, Any]:
         if self.state.step % max(1, steps // 10) == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             seen.append((self.state.step, pages * resource.getpagesize() / 2**20, len(os.listdir("/proc/self/fd"))))
-            say(f"step {seen[-1][0]}: {seen[-1][1]:.1f} MiB, {seen[-1][2]} open files")
+            log.info(f"step {seen[-1][0]}: {seen[-1][1]:.1f} MiB, {seen[-1][2]} open files")
 
     setattr(loop.Trainer, "_count", count_and_look)  # noqa: B010
     overrides = [f"trainer.max_steps={steps}", "save.every_steps=20"]
@@ -146,4 +146,4 @@ if __name__ == "__main__":
             result = start(Path(place), args.length)
         else:
             result = {"saves": saves, "soak": soak}[args.what](Path(place), args.steps, args.length)
-    say(json.dumps({"what": args.what, "date": time.strftime("%Y-%m-%d"), **result}), result=True)
+    log.result(json.dumps({"what": args.what, "date": time.strftime("%Y-%m-%d"), **result}))

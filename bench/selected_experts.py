@@ -18,8 +18,8 @@ from measure import interleaved, machine, publish, summary
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.adapters.ranks import ranks_by_use
-from finetune.kernels.adapted import Adapted, Ranks
+from finetune.adapters.sites import ranks_by_use
+from finetune.kernels.dispatch import LoraExperts, Ranks
 from finetune.kernels.experts import LoraFactors
 from finetune.kernels.experts_choice import expert_block_of
 
@@ -48,13 +48,13 @@ class Case:
         self.numbers = tuple(range(0, experts, experts // count))[:count]
         self.index = torch.tensor(self.numbers, device=layer.device)
         whole = [leaf.detach() for leaf in layer.leaves[2:]]
-        self.adapted = Adapted(self.numbers, self.index)
+        self.adapted = LoraExperts(self.numbers, self.index)
         if ranks is None:
             self.factors = [factor[self.index] for factor in whole]
             self.expanded = [torch.zeros_like(f).index_copy(0, self.index, f[self.index]) for f in whole]
         else:
             laid = Ranks.of(tuple(ranks), (SCALE,) * len(ranks), layer.device)
-            self.adapted = Adapted(self.numbers, self.index, laid)
+            self.adapted = LoraExperts(self.numbers, self.index, laid)
             widths = (whole[0].shape[2], whole[1].shape[1], whole[2].shape[2], whole[3].shape[1])
             self.factors = [layer._random(sum(ranks), width) * width**-0.5 for width in widths]
             every = slice(0, len(ranks))

@@ -27,17 +27,17 @@ from measure import interleaved, machine, peak_bytes, publish, summary
 from random_base import SHAPES, config_of, dense_bytes, dequantised, random_base
 from torch import nn
 
+from finetune import log
 from finetune.adapters.lora import attach_adapter
+from finetune.arch import Arch
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
-from finetune.console import say
 from finetune.data.batches import Batch
 from finetune.model.attention import select_attention
 from finetune.model.build import Base
 from finetune.model.experts import select_expert_kernel
 from finetune.model.forward import checkpoint_activations
-from finetune.model.shapes import ModelShape
-from finetune.train.engine import alone
-from finetune.train.optimisers import make_optimizer
+from finetune.train.engines.base import alone
+from finetune.train.optim import make_optimizer
 from finetune.train.step import OptimiserStep
 
 VARIANTS = ("ours", "ours, attention", "PEFT", "PEFT, attention")
@@ -78,9 +78,9 @@ def make_variant(name: str, config: dict[str, Any], batch: Batch, args: argparse
     else:
         base = dequantised(base)
         parameters = _peft_parameters(base, args.rank, experts=bool(expert_rank))
-    say(select_attention(base.model, args.attention_kernel).describe())
+    log.info(select_attention(base.model, args.attention_kernel).describe())
     if name.startswith("ours"):
-        say(select_expert_kernel(base.model, "auto").describe())
+        log.info(select_expert_kernel(base.model, "auto").describe())
     trainer = replace(TrainerConfig(), **{key: yaml.safe_load(value) for key, _, value in _pairs(args.trainer)})
     if trainer.activation_checkpointing:
         checkpoint_activations(base.model)
@@ -153,7 +153,7 @@ def measure_alone(name: str, config: dict[str, Any], batch: Batch, args: argpars
     try:
         return measure({name: make_variant(name, config, batch, args)}, args, device)
     except torch.OutOfMemoryError as error:
-        dense_gb = dense_bytes(ModelShape.from_config(config, "config.json")) / 1e9
+        dense_gb = dense_bytes(Arch.from_config(config, "config.json")) / 1e9
         held = f"; dequantised experts are {dense_gb:.1f} GB" if name.startswith("PEFT") else ""
         return [{"step": name, "note": f"does not fit: {str(error).splitlines()[0]}{held}"}]
     finally:
@@ -194,7 +194,7 @@ def main() -> None:
     facts, config = machine(device), config_of(args.shape)
     if args.cap_gb:
         facts |= cap_memory(args.cap_gb, device)
-        say(f"context {facts['context_gb']} GB, allocator at most {facts['allocator_cap_gb']} GB")
+        log.info(f"context {facts['context_gb']} GB, allocator at most {facts['allocator_cap_gb']} GB")
     batch = batch_of(args, config["vocab_size"])
     if device.type == "cuda":
         rows = [row for name in args.variants for row in measure_alone(name, config, batch, args)]

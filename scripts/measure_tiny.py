@@ -21,9 +21,9 @@ import torch
 from pretraining.corpus import FILES, Conversations, documents, read_texts
 from pretraining.vocabulary import Vocabulary
 
-from finetune.console import say
+from finetune import log
 from finetune.evaluate.likelihood import held_out_loss
-from finetune.model.build import load_base
+from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.tiny import KINDS, write_tiny_base
 
@@ -69,23 +69,23 @@ def measure_loss(bases: list[Path]) -> None:
             if (tokens := tokens + len(sample.ids)) > _TOKENS_PER_DOMAIN:
                 break
         chosen[domain] = samples
-    say("| model | " + " | ".join(FILES) + " | mean |\n|---|" + "---|" * (len(FILES) + 1), result=True)
+    log.result("| model | " + " | ".join(FILES) + " | mean |\n|---|" + "---|" * (len(FILES) + 1))
     _say_row("uniform", [math.log(len(vocabulary.number_of))] * len(FILES))
     _say_row("unigram of the training documents", [vocabulary.unigram_loss(chosen[domain]) for domain in FILES])
     for path in bases:
-        base = load_base(Checkpoint.open(path), torch.device("cpu"), torch.float32, experts_per_chunk=8)
+        base = build_base(Checkpoint.open(path), torch.device("cpu"), torch.float32, experts_per_chunk=8)
         losses = [held_out_loss(base.model, samples, _ROW_TOKENS, task=path.name) for samples in chosen.values()]
         _say_row(path.name, [loss.mean for loss in losses])
 
 
 def _say_row(name: str, losses: list[float]) -> None:
     cells = [f"{loss:.3f}" for loss in (*losses, sum(losses) / len(losses))]
-    say(f"| {name} | {' | '.join(cells)} |", result=True)
+    log.result(f"| {name} | {' | '.join(cells)} |")
 
 
 def measure_lora(out: Path, bases: list[Path], seeds: list[int], overrides: list[str]) -> None:
     """The quickstart recipe on each base and seed."""
-    say("| base | seed | steps | test loss | accuracy |\n|---|---|---|---|---|", result=True)
+    log.result("| base | seed | steps | test loss | accuracy |\n|---|---|---|---|---|")
     for path in bases:
         for seed in seeds:
             name = "-".join([path.name, str(seed), *(part.replace("=", "_") for part in overrides)])
@@ -102,7 +102,7 @@ def _say_run(name: str, seed: int, run: Path) -> None:
     steps = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["total_steps"]
     low, high = after["accuracy_interval"]
     accuracy = f"{after['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-    say(f"| {name} | {seed} | {steps} | {after['loss']:.3f} | {accuracy} |", result=True)
+    log.result(f"| {name} | {seed} | {steps} | {after['loss']:.3f} | {accuracy} |")
 
 
 if __name__ == "__main__":

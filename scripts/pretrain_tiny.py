@@ -19,10 +19,9 @@ import torch
 from pretraining.corpus import KINDS, Conversations, documents, read_texts
 from pretraining.training import Pretraining
 
-from finetune.config.locate import shipped_dir
-from finetune.console import say
-from finetune.model.compact import COMPACT_FILE
-from finetune.model.tiny import write_tiny_base
+from finetune import log
+from finetune.config.paths import shipped_dir
+from finetune.model.tiny import COMPACT_FILE, write_tiny_base
 
 COMPACT, FIGURES, BASE = "tiny.safetensors.gz", "figures.json", "base"
 _HELD_OUT_CONVERSATIONS = 400
@@ -51,7 +50,7 @@ def main() -> None:
     (arguments.out / FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if arguments.ship:
         (shipped_dir("data") / COMPACT_FILE).write_bytes(content)
-    say(json.dumps(figures, indent=2), result=True)
+    log.result(json.dumps(figures, indent=2))
 
 
 def _losses(run: Pretraining) -> dict[str, object]:
@@ -76,7 +75,7 @@ def _losses(run: Pretraining) -> dict[str, object]:
             "with MXFP4 experts": rounded,
             "cost of rounding": rounded / exact - 1,
         }
-        say(f"{name}: {figures[name]}")
+        log.info(f"{name}: {figures[name]}")
     return figures
 
 

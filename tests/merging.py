@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.adapters.files import PROVENANCE, WEIGHTS, write_adapter
 from finetune.adapters.lora import attach_adapter
+from finetune.adapters.store import PROVENANCE, WEIGHTS, write_adapter
 from finetune.cli.main import main
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig
-from finetune.model.build import load_base
+from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
 
 ADAPTER = AdapterConfig(
@@ -54,7 +54,7 @@ def small_base(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="session", name="adapter")
 def merge_adapter(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter that changes weights by some per cent."""
-    base = load_base(Checkpoint.open(small_base), torch.device("cpu"), torch.float32, experts_per_chunk=8)
+    base = build_base(Checkpoint.open(small_base), torch.device("cpu"), torch.float32, experts_per_chunk=8)
     live = attach_adapter(base, ADAPTER, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -17,21 +17,21 @@ from finetune.adapters.lora import attach_adapter
 from finetune.adapters.sites import ExpertRanks
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import Batch
-from finetune.data.render import Sample
-from finetune.model.build import Base, load_base
+from finetune.data.harmony.render import Example
+from finetune.model.build import Base, build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations
-from finetune.train.engine import Replicated
-from finetune.train.optimisers import make_optimizer
-from finetune.train.processes import Processes
+from finetune.train.engines.base import Replicated
+from finetune.train.optim import make_optimizer
 from finetune.train.step import OptimiserStep, StepFigures
+from finetune.train.world import World
 
 SMALL = AdapterConfig(
     attention=AttentionAdapterConfig(rank=4, alpha=8.0), experts=ExpertAdapterConfig(rank=4, alpha=8.0)
 )
 
 
-def samples(count: int = 8) -> list[Sample]:
+def samples(count: int = 8) -> list[Example]:
     """Random samples of ragged lengths."""
     rng = np.random.default_rng(7)
     made = []
@@ -39,12 +39,12 @@ def samples(count: int = 8) -> list[Sample]:
         length = int(rng.integers(20, 90))
         weights = (rng.random(length) < 0.3).astype(np.float32)
         weights[0], weights[-1] = 0, 1
-        made.append(Sample(rng.integers(0, 199_998, length).astype(np.int32), weights, f"s{number}", f"f:{number}"))
+        made.append(Example(rng.integers(0, 199_998, length).astype(np.int32), weights, f"s{number}", f"f:{number}"))
     return made
 
 
 def new_base(directory: Path) -> Base:
-    return load_base(Checkpoint.open(directory), torch.device("cpu"), torch.float32, experts_per_chunk=8)
+    return build_base(Checkpoint.open(directory), torch.device("cpu"), torch.float32, experts_per_chunk=8)
 
 
 def shake(parameters: dict[str, torch.nn.Parameter], size: float = 0.05) -> None:
@@ -79,7 +79,7 @@ class Run:
             shake(parameters)
         if checkpointed:
             checkpoint_activations(self.base.model)
-        config = TrainerConfig(max_gradient_norm=0, **trainer)
+        config = TrainerConfig(max_grad_norm=0, **trainer)
         accelerator = accelerator or Accelerator(cpu=True)
         optimizer = make_optimizer(parameters, config)
         self.gradients: dict[str, Tensor] = {}
@@ -104,8 +104,8 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @dataclass(frozen=True)
-class Through(Processes):
-    """Processes that tell each other what a step asks through an accelerator, real or made of threads."""
+class Through(World):
+    """World that tell each other what a step asks through an accelerator, real or made of threads."""
 
     accelerator: Any = None
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config.locate import shipped_dir
-from finetune.train.checkpoints import load_newest
+from finetune.config.paths import shipped_dir
+from finetune.train.checkpoint import load_newest
 from finetune.train.metrics import MetricsLog
 
 Train = Callable[..., tuple[int, Path]]
@@ -38,8 +38,8 @@ data:
 adapter: {attention: {rank: 4}, experts: {rank: 4}}
 # Adam's epsilon: below it, the sign of a rounding error would decide a whole step, and runs that differ in the order of
 # sums alone would part.
-trainer: {epochs: 2, max_steps: 8, micro_steps: 2, learning_rate: 1.0e-2, adam_epsilon: 1.0e-6}
-evaluate: {every_steps: 3, routing_samples: 0}
+trainer: {epochs: 2, max_steps: 8, gradient_accumulation_steps: 2, learning_rate: 1.0e-2, adam_eps: 1.0e-6}
+evaluate: {every_steps: 3, routing_examples: 0}
 export: {read_back: never}
 """
 

@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from finetune.adapters.sites import plan_sites
+from finetune.arch import Arch
 from finetune.cli.main import main
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig
 from finetune.model.checkpoint import Checkpoint
-from finetune.model.shapes import ModelShape
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -27,9 +27,9 @@ def bench_on_path():
         yield
 
 
-def published_shape(name: str) -> ModelShape:
+def published_shape(name: str) -> Arch:
     path = BENCH.parent / "data" / "tokenizer" / name / "config.json"
-    return ModelShape.from_config(json.loads(path.read_text()), str(path))
+    return Arch.from_config(json.loads(path.read_text()), str(path))
 
 
 @pytest.mark.parametrize("size", ["tiny", "gpt-oss-20b", "gpt-oss-120b"])

@@ -88,7 +88,7 @@ def is_cheap(command: str) -> bool:
         or words == ["config", "show"]
         or any(word in ("RECIPE", "RUN", "NAME") or ".yaml" in word for word in words)
     ):
-        return False  # needs the reader's own file; tests/test_recipes_new.py and others run those
+        return False  # needs the reader's own file; tests/cli/test_recipes_new.py and others run those
     return "--from" not in words and not any(word.startswith("model=") for word in words)
 
 

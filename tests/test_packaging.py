@@ -63,7 +63,7 @@ INSTALLED = """
 import sys
 import finetune
 from finetune.cli.main import main
-from finetune.config.locate import shipped_dir
+from finetune.config.paths import shipped_dir
 codes = []
 for words in (
     ["recipes"], ["config", "show", "quickstart"], ["estimate", "legal_120b"], ["doctor"],

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from finetune.config.locate import shipped_dir
-from finetune.data.tokenizer import harmony_encoding
+from finetune.config.paths import shipped_dir
+from finetune.data.harmony.tokenizer import harmony_encoding
 from finetune.mxfp4.format import dequantise, quantise
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

@@ -161,7 +161,7 @@ def test_a_base_s_index_cannot_name_files_outside(
 
 
 def test_a_manifest_cannot_name_files_outside(finished: tuple[Path, str], tmp_path: Path) -> None:
-    from finetune.train.checkpoint_files import fault_in, list_checkpoints
+    from finetune.train.checkpoint import fault_in, list_checkpoints
 
     path = tmp_path / "step-00000001"
     shutil.copytree(list_checkpoints(finished[0] / "checkpoints")[-1][1], path)
@@ -193,7 +193,7 @@ def test_secrets_of_the_environment_reach_no_file_of_a_run(
     for name in SECRETS:
         monkeypatch.setenv(name, secret)
     arguments = ("train", workplace / "small.yaml", f"output_dir={tmp_path}", "name=run", "trainer.max_steps=2")
-    process = finetune(*arguments, "logging=wandb", "evaluate.test_rows=3", "evaluate.every_steps=null")
+    process = finetune(*arguments, "logging=wandb", "evaluate.test_examples=3", "evaluate.every_steps=null")
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert list((tmp_path / "run" / "wandb").rglob("*.wandb")), errors
@@ -207,7 +207,7 @@ def test_secrets_of_the_environment_reach_no_file_without_a_tracker(
     secret = "cafe" * 10
     for name in SECRETS:
         monkeypatch.setenv(name, secret)
-    code, run = train("trainer.max_steps=2", "evaluate.test_rows=3", "evaluate.every_steps=null")  # type: ignore[operator]
+    code, run = train("trainer.max_steps=2", "evaluate.test_examples=3", "evaluate.every_steps=null")  # type: ignore[operator]
     assert code == 0
     assert leaks(run, secret) == []
     (run / "note").write_text(secret)

@@ -1,6 +1,6 @@
 """A real optimiser step on a small base on the CPU with every tensor's bytes counted: what an estimate is held to.
 
-`tests/test_estimate_step.py` compares, `bench/estimate.py` prints.
+`tests/estimate/test_estimate_step.py` compares, `bench/estimate.py` prints.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from allocation import AllocationTracker
 from safetensors.torch import save_file
 
 from finetune.adapters.lora import attach_adapter
-from finetune.config.locate import shipped_dir
+from finetune.arch import Arch
+from finetune.config.paths import shipped_dir
 from finetune.config.schema import (
     AdapterConfig,
     AttentionAdapterConfig,
@@ -28,14 +29,12 @@ from finetune.config.schema import (
 )
 from finetune.data.batches import Batch
 from finetune.estimate.changes import with_overrides
-from finetune.model.build import DTYPES, Base, load_base
+from finetune.model.build import DTYPES, Base, build_base
 from finetune.model.checkpoint import Checkpoint
-from finetune.model.forward import checkpoint_activations, hidden_states
-from finetune.model.router import record_routing
-from finetune.model.shapes import ModelShape
+from finetune.model.forward import checkpoint_activations, hidden_states, record_router
 from finetune.model.storage import BaseStorage
-from finetune.train.engine import alone
-from finetune.train.optimisers import OneByOne, make_optimizer
+from finetune.train.engines.base import alone
+from finetune.train.optim import PerParameterOptimizer, make_optimizer
 from finetune.train.step import OptimiserStep
 
 # Small vocabularies but one: with the published one the loss head is all that a small base's peak shows.
@@ -89,7 +88,7 @@ def write_base(directory: Path, name: str) -> Path:
     (directory / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for tensor, (dtype, shape) in ModelShape.from_config(config, "config.json").expected_tensors().items():
+    for tensor, (dtype, shape) in Arch.from_config(config, "config.json").expected_tensors().items():
         if dtype == "U8":
             low, high = (118, 122) if tensor.endswith("_scales") else (0, 256)
             tensors[tensor] = torch.randint(low, high, shape, dtype=torch.uint8, generator=generator)
@@ -104,7 +103,7 @@ def recipe(
     *,
     tokens: int = 512,
     rows: int = 1,
-    micro_steps: int = 1,
+    gradient_accumulation_steps: int = 1,
     chunk: int = 4,
     dtype: Any = "float32",
     ranks: tuple[int, int] = (4, 4),
@@ -120,7 +119,9 @@ def recipe(
             attention=AttentionAdapterConfig(rank=attention), experts=ExpertAdapterConfig(rank=experts)
         ),
         trainer=TrainerConfig(
-            rows_per_micro_step=rows, micro_steps=micro_steps, activation_checkpointing=checkpointing
+            micro_batch_size=rows,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            activation_checkpointing=checkpointing,
         ),
     )
     changed = with_overrides(config, options) if options else config
@@ -130,7 +131,7 @@ def recipe(
 
 def full_batch(config: RunConfig, vocabulary: int, trained_share: float) -> Batch:
     """Rows of `max_length` random tokens, two samples in each."""
-    rows, length = config.trainer.rows_per_micro_step, config.data.max_length
+    rows, length = config.trainer.micro_batch_size, config.data.max_length
     generator = torch.Generator().manual_seed(1)
     place = torch.arange(length)
     second = place >= length // 2
@@ -150,19 +151,21 @@ def measure(directory: Path, config: RunConfig, trained_share: float = 1.0) -> M
     """Peak of an optimiser step: weights and optimiser states held, everything else as it comes."""
     dtype = DTYPES[config.model.compute_dtype]
     storage = BaseStorage.of(config.model)
-    base = load_base(Checkpoint.open(directory), torch.device("cpu"), dtype, config.model.experts_per_chunk, storage)
+    base = build_base(Checkpoint.open(directory), torch.device("cpu"), dtype, config.model.experts_per_chunk, storage)
     adapter = attach_adapter(base, config.adapter, seed=0)
     if config.trainer.activation_checkpointing:
         checkpoint_activations(base.model)
     parameters = adapter.parameters()
     optimizer = make_optimizer(parameters, config.trainer)
     step = OptimiserStep(config.trainer, base, alone(parameters, optimizer, config.trainer))
-    batches = [full_batch(config, base.model.config.vocab_size, trained_share)] * config.trainer.micro_steps
+    batches = [
+        full_batch(config, base.model.config.vocab_size, trained_share)
+    ] * config.trainer.gradient_accumulation_steps
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter, dtype=DTYPES[config.trainer.gradient_dtype])
     optimizer.step()  # makes the optimiser's states
     optimizer.zero_grad(set_to_none=True)
-    inner = [slot.inner for slot in optimizer.slots] if isinstance(optimizer, OneByOne) else [optimizer]
+    inner = [slot.inner for slot in optimizer.slots] if isinstance(optimizer, PerParameterOptimizer) else [optimizer]
     states = [value for one in inner for state in one.state.values() for value in state.values()]
     held = [*base.model.parameters(), *base.model.buffers(), *filter(torch.is_tensor, states)]
     # Without checkpointing the last layer's backward is the peak: activations are dropped from there on.
@@ -177,7 +180,7 @@ def busiest_chunks(base: Base, batch: Batch) -> list[float]:
     """Rows of the busiest chunk of experts over the average chunk's, layer by layer."""
     experts = base.model.model.layers[0].mlp.experts
     size, count = experts.experts_per_chunk, base.model.config.num_local_experts
-    with record_routing(base.model) as tape:
+    with record_router(base.model) as tape:
         hidden_states(base.model, batch.input_ids, batch.positions, batch.segments)
     shares = []
     for routing in tape.layers:

@@ -14,7 +14,7 @@ import numpy as np
 
 from finetune.config.compose import compose
 from finetune.data.dataset import describe, load_split
-from finetune.data.pack import pack, packing_efficiency
+from finetune.data.packing import pack, packing_efficiency
 from finetune.data.preview import as_text
 
 work = Path(tempfile.mkdtemp())

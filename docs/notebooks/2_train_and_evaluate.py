@@ -29,7 +29,7 @@ data:
   max_length: 700
   cache: false
 adapter: {{attention: {{rank: 4}}, experts: {{rank: 4}}}}
-trainer: {{max_steps: 6, micro_steps: 1, learning_rate: 1.0e-2}}
+trainer: {{max_steps: 6, gradient_accumulation_steps: 1, learning_rate: 1.0e-2}}
 evaluate: {{every_steps: 3, labels: never}}
 export: {{read_back: never}}
 """)

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.expert_lora import ExpertLora, is_a
-from finetune.adapters.lora import Adapter, lora_parameters
+from finetune.adapters.lora import Adapter, ExpertLora, is_a, lora_parameters
 from finetune.errors import CheckError
-from finetune.kernels.adapted import Ranks
+from finetune.kernels.dispatch import Ranks
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
 
@@ -50,13 +49,13 @@ class AuditResult:
         return line
 
 
-def own_gradient(parameter: nn.Parameter) -> Tensor | None:
+def local_gradient(parameter: nn.Parameter) -> Tensor | None:
     """The gradient as torch keeps it."""
     return parameter.grad
 
 
 def audit_gradients(
-    model: nn.Module, adapter: Adapter, factor: str, *, gradient_of: GradientOf = own_gradient
+    model: nn.Module, adapter: Adapter, factor: str, *, gradient_of: GradientOf = local_gradient
 ) -> AuditResult:
     """Check the gradients of one step, before the update.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.model.bnb import without_kernel_advice
+from finetune.model.nf4 import without_kernel_advice
 
 without_kernel_advice()  # PEFT imports bitsandbytes where that is installed
 

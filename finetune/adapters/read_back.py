@@ -22,14 +22,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finetune import log
 from finetune.adapters.lora import Adapter
-from finetune.console import say
-from finetune.data.render import Sample
+from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, MachineError
 from finetune.model.build import Base
-from finetune.model.dense import DenseCheckpoint, write_native
+from finetune.model.checkpoint import DenseCheckpoint, write_native
 from finetune.model.forward import hidden_states
-from finetune.model.held import write_held
+from finetune.model.held import write_dense
 from finetune.model.noise import largest_difference, mean_kl, rounding_noise
 
 MAX_TOKENS = 1024  # of a sample; transformers' eager attention holds T x T scores
@@ -103,7 +103,7 @@ def read_back(
     base: Base,
     adapter: Adapter,
     directory: Path,
-    samples: Sequence[Sample],
+    samples: Sequence[Example],
     live: Mapping[str, Tensor] | None = None,
 ) -> ReadBack:
     """Compare the adapter on disk with the live model.
@@ -118,9 +118,9 @@ def read_back(
     Raises:
         CheckError: keys are missing or unexpected, logits differ, or the other process failed.
     """
-    say(f"reading {directory} back with stock PEFT in a fresh process ...")
+    log.info(f"reading {directory} back with stock PEFT in a fresh process ...")
     if adapter.changes_router_bias:
-        say("compared without the changes of the routers' biases, which only merged exports carry")
+        log.info("compared without the changes of the routers' biases, which only merged exports carry")
     with tempfile.TemporaryDirectory() as scratch:
         tensors = live_logits(base, adapter, samples) if live is None else dict(live)
         save_file(tensors, Path(scratch) / "live.safetensors")
@@ -164,14 +164,14 @@ def _trained_base(base: Base, scratch: Path) -> Path:
         return base.checkpoint.directory
     scratch.mkdir()
     if base.held_as:
-        write_held(base, scratch)
+        write_dense(base, scratch)
     elif isinstance(base.checkpoint, DenseCheckpoint):
         write_native(base.checkpoint, scratch)
     return scratch
 
 
 @torch.no_grad()
-def live_logits(base: Base, adapter: Adapter, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def live_logits(base: Base, adapter: Adapter, samples: Sequence[Example]) -> dict[str, Tensor]:
     """What the live model computes, for `read_back` to compare with.
 
     Where processes hold parts of the model, every one of them calls this.
@@ -195,7 +195,7 @@ def live_logits(base: Base, adapter: Adapter, samples: Sequence[Sample]) -> dict
     return tensors
 
 
-def sample_positions(samples: Sequence[Sample]) -> dict[str, Tensor]:
+def sample_positions(samples: Sequence[Example]) -> dict[str, Tensor]:
     """What is compared: `ids.N`, the first MAX_TOKENS tokens of a sample, and `where.N`, positions spread over them."""
     tensors: dict[str, Tensor] = {}
     for number, sample in enumerate(samples):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal
 
+from finetune.arch import Arch
 from finetune.config.derive import lora_scale
-from finetune.config.schema import AdapterConfig
+from finetune.config.expert_selection import ExpertScores, Score, highest_rank
+from finetune.config.schema import AdapterConfig, ExpertAdapterConfig
 from finetune.errors import ConfigError
-from finetune.model.shapes import ModelShape
 
 SiteKind = Literal["attention", "router", "experts"]
 Share = Literal["none", "a", "b"]
@@ -51,7 +53,7 @@ class Site:
 
 
 def plan_sites(
-    shape: ModelShape, config: AdapterConfig, selection: Selection | None = None, ranks: ExpertRanks | None = None
+    shape: Arch, config: AdapterConfig, selection: Selection | None = None, ranks: ExpertRanks | None = None
 ) -> list[Site]:
     """All sites of a recipe, layer by layer.
 
@@ -88,7 +90,7 @@ def plan_sites(
     return sites
 
 
-def refuse_bad_selection(selection: Selection, shape: ModelShape, config: AdapterConfig, where: str) -> None:
+def refuse_bad_selection(selection: Selection, shape: Arch, config: AdapterConfig, where: str) -> None:
     """Raise ConfigError if a layer to be adapted has no expert, or an expert does not exist."""
     first, last = config.layers or (0, shape.num_layers - 1)
     for layer in range(first, min(last, shape.num_layers - 1) + 1):
@@ -105,7 +107,7 @@ def refuse_bad_selection(selection: Selection, shape: ModelShape, config: Adapte
             )
 
 
-def describe_sites(sites: list[Site], shape: ModelShape) -> str:
+def describe_sites(sites: list[Site], shape: Arch) -> str:
     """Counts by kind as text, so that "the experts were never trained" cannot go unnoticed."""
     lines = []
     for kind in ("attention", "router", "experts"):
@@ -120,7 +122,7 @@ def describe_sites(sites: list[Site], shape: ModelShape) -> str:
     return "\n".join(lines)
 
 
-def _each(sites: list[Site], shape: ModelShape) -> str:
+def _each(sites: list[Site], shape: Arch) -> str:
     """What a number of sites of one kind is a number of."""
     if sites[0].kind != "experts":
         return "projections" if sites[0].kind == "attention" else "routers"
@@ -148,7 +150,7 @@ def _layer_range(sites: list[Site]) -> str:
     return f" in layer {first}" if first == last else f" in layers {first} to {last}"
 
 
-def _attention_site(shape: ModelShape, config: AdapterConfig, layer: int, target: str) -> Site:
+def _attention_site(shape: Arch, config: AdapterConfig, layer: int, target: str) -> Site:
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     inputs, out = {
         "q_proj": (shape.hidden, queries),
@@ -163,7 +165,7 @@ def _attention_site(shape: ModelShape, config: AdapterConfig, layer: int, target
     return Site("attention", layer, module, rank, alpha, scale, rank * (inputs + out))
 
 
-def _router_site(shape: ModelShape, config: AdapterConfig, layer: int) -> Site:
+def _router_site(shape: Arch, config: AdapterConfig, layer: int) -> Site:
     module, router = f"model.layers.{layer}.mlp.router", config.router
     if router.mode == "full":
         # The change of a weight [E, D] is the product of the unit matrix and itself: a LoRA of rank E.
@@ -175,7 +177,7 @@ def _router_site(shape: ModelShape, config: AdapterConfig, layer: int) -> Site:
     return Site("router", layer, module, router.rank, router.alpha, scale, parameters)
 
 
-def _expert_site(shape: ModelShape, config: AdapterConfig, layer: int, chosen: tuple[int, ...] | None) -> Site:
+def _expert_site(shape: Arch, config: AdapterConfig, layer: int, chosen: tuple[int, ...] | None) -> Site:
     rank, share = config.experts.rank, config.experts.share
     count = shape.num_experts if chosen is None else len(chosen)
     # gate_up reads D and writes 2F, down reads F and writes D.
@@ -187,7 +189,7 @@ def _expert_site(shape: ModelShape, config: AdapterConfig, layer: int, chosen: t
     return Site("experts", layer, module, rank, alpha, scale, parameters, chosen, share)
 
 
-def _site_of_ranks(shape: ModelShape, config: AdapterConfig, layer: int, ranks: ExpertRanks) -> Site:
+def _site_of_ranks(shape: Arch, config: AdapterConfig, layer: int, ranks: ExpertRanks) -> Site:
     """An experts' site whose file has the highest rank of all layers, so that one number stands for all of them."""
     highest = max(rank for of_layer in ranks.values() for rank in of_layer.values())
     here = {expert: rank for expert, rank in ranks[layer].items() if rank}
@@ -198,3 +200,97 @@ def _site_of_ranks(shape: ModelShape, config: AdapterConfig, layer: int, ranks: 
     return replace(
         plain, rank=highest, scale=scale, num_parameters=parameters, ranks=tuple(here.values()), scales=scales
     )
+
+
+# Ranks of experts that follow their use under a budget: as many parameters as with one rank, dealt out anew.
+
+
+def ranks_by_use(use: Sequence[float], total: int, highest: int) -> list[int]:
+    """Deal out ranks in proportion to use, none above the highest, with exactly this sum.
+
+    By largest remainder, in exact fractions: the same numbers on every machine. Of equal remainders the more used
+    expert comes first, then the one named first. What the highest rank leaves over goes to the others in proportion,
+    and where none of these is used, evenly.
+
+    Args:
+        use: of each expert, 0 or more.
+        total: sum of the ranks, at most `highest` times the number of experts.
+        highest: of one expert.
+
+    >>> ranks_by_use([0.5, 0.3, 0.2, 0.0], 8, 16)
+    [4, 2, 2, 0]
+    >>> ranks_by_use([0.5, 0.3, 0.2, 0.0], 8, 3)
+    [3, 3, 2, 0]
+    """
+    if not 0 <= total <= highest * len(use):
+        raise ValueError(f"{total} ranks do not go into {len(use)} experts of at most {highest}")
+    ranks = [0] * len(use)
+    free, left = list(range(len(use))), total
+    while True:
+        sum_of_use = sum((Fraction(use[i]) for i in free), Fraction())
+        quota = {i: left * (Fraction(use[i]) / sum_of_use if sum_of_use else Fraction(1, len(free))) for i in free}
+        full = [i for i in free if quota[i] >= highest]
+        if not full:
+            break
+        for i in full:
+            ranks[i] = highest
+        left -= highest * len(full)
+        free = [i for i in free if i not in full]
+    for i in free:
+        ranks[i] = int(quota[i])
+    by_remainder = sorted(free, key=lambda i: (ranks[i] - quota[i], -use[i], i))
+    for i in by_remainder[: left - sum(ranks[i] for i in free)]:
+        ranks[i] += 1
+    return ranks
+
+
+def ranks_of(affinity: ExpertScores, by: Score, selected: Selection, config: ExpertAdapterConfig) -> ExpertRanks:
+    """Layer -> rank of each selected expert: `rank` times their number together, by one of the scores.
+
+    Args:
+        affinity: what was measured.
+        by: the score.
+        selected: layer -> experts.
+        config: gives mean and highest rank.
+    """
+    scores, ranks = affinity.scores(by), {}
+    for layer, experts in selected.items():
+        use = [scores[layer][expert] for expert in experts]
+        dealt = ranks_by_use(use, config.rank * len(experts), highest_rank(config))
+        ranks[layer] = dict(zip(experts, dealt, strict=True))
+    return ranks
+
+
+def ranks_by_expert(affinity: ExpertScores) -> ExpertRanks | None:
+    """The ranks that were decided on; None: one for all."""
+    if affinity.ranks is None:
+        return None
+    return {layer: dict(zip(affinity.selected[layer], ranks, strict=True)) for layer, ranks in affinity.ranks.items()}
+
+
+def given_ranks(affinity: ExpertScores, selected: Selection, config: ExpertAdapterConfig, where: str) -> ExpertRanks:
+    """The ranks that a run's experts.json has, if they are what this recipe's budget gives.
+
+    Raises:
+        ConfigError: they add up to something else, go above the highest, or are of other experts.
+    """
+    found = ranks_by_expert(affinity) or {}
+    for layer, experts in selected.items():
+        here, budget, highest = found.get(layer, {}), config.rank * len(experts), highest_rank(config)
+        problem = None
+        if tuple(here) != tuple(experts):
+            problem = f"has ranks of other experts in layer {layer} than adapter.experts.select gives"
+        elif sum(here.values()) != budget:
+            problem = (
+                f"has {sum(here.values())} ranks in layer {layer}, adapter.experts.rank={config.rank} for "
+                f"{len(experts)} experts makes {budget}"
+            )
+        elif max(here.values()) > highest:
+            problem = f"has rank {max(here.values())} in layer {layer}, the highest here is {highest}"
+        if problem:
+            raise ConfigError(
+                f"adapter.experts.rank_by: {where} {problem}",
+                why="ranks that a run decided on are taken as they are",
+                fix="give select, rank and max_rank of that run, or a file of `finetune experts score`, dealt out anew",
+            )
+    return {layer: found[layer] for layer in selected}

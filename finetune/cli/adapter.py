@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from finetune.adapters.locate import resolve_run
+from finetune import log
+from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_action, add_examples
-from finetune.console import say, warn
 
 USAGE = {
     "show": "finetune adapter show DIR [--json]",
@@ -54,32 +54,34 @@ def run(args: argparse.Namespace) -> None:
             _show(args.directory, as_json=args.json)
         case "import":
             from finetune.export.importing import import_adapter
-            from finetune.export.targets import ExportOptions
+            from finetune.export.options import ExportOptions
 
             import_adapter(args.directory, args.out, ExportOptions(base=args.base, revision=args.revision))
-            say(str(args.out), result=True)
+            log.result(str(args.out))
         case "merge":
             from finetune.export.combine import describe_costs, merge_adapters, parse_weighted
 
             costs = merge_adapters([parse_weighted(part) for part in args.parts], args.out, args.rank)
             for line in describe_costs(costs):
-                say(line)
-            say(str(args.out), result=True)
+                log.info(line)
+            log.result(str(args.out))
 
 
 def _show(directory: Path, *, as_json: bool) -> None:
     adapter, _ = resolve_run(directory)
+    from finetune.adapters.store import open_adapter
     from finetune.export import show
     from finetune.export.adapters import known_shape
-    from finetune.export.orientation import SWAPPING_RELEASE, is_swapped
-    from finetune.export.source import open_adapter
+    from finetune.export.factors import SWAPPING_RELEASE, is_swapped
 
     source = open_adapter(adapter)
     if is_swapped(source, known_shape(source)):
-        warn(f"expert factors are the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them: finetune adapter import")
+        log.warning(
+            f"expert factors are the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them: finetune adapter import"
+        )
     sites = show.measure(source)
     if as_json:
-        say(json.dumps(show.as_json(source, sites), indent=2), result=True)
+        log.result(json.dumps(show.as_json(source, sites), indent=2))
         return
     for line in show.as_lines(source, sites):
-        say(line, result=True)
+        log.result(line)

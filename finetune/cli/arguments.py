@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from finetune.config.keys import key_named, suggest_word
+from finetune.config.suggest import key_named, suggest_word
 from finetune.errors import ConfigError
 
 
@@ -64,7 +64,7 @@ def add_examples(parser: argparse.ArgumentParser, *lines: str) -> None:
 
     Args:
         parser: the command's parser, with its actions.
-        lines: whole calls, perhaps with a `# comment`; tests/test_help.py parses each of them.
+        lines: whole calls, perhaps with a `# comment`; tests/cli/test_help.py parses each of them.
     """
     for prog, each in ((parser.prog, parser), *((action.prog, action) for action in actions_of(parser).values())):
         own = [line for line in lines if line.startswith(prog)]

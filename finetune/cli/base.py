@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune import log
 from finetune.cli.arguments import add_action, add_examples
-from finetune.console import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the checkpoint and say where it is."""
-    say(f"making a tiny gpt-oss ({args.kind})")
+    log.info(f"making a tiny gpt-oss ({args.kind})")
     from finetune.model.tiny import write_tiny_base
 
     write_tiny_base(args.directory, seed=args.seed, kind=args.kind)
-    say(str(args.directory), result=True)
+    log.result(str(args.directory))

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finetune.adapters.locate import resolve_run
+from finetune import log
+from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
 from finetune.cli.generate import add_sampling, answer, check_sampling, prompt_ids, sampling_of
-from finetune.console import LOADING, say, warn
 
 _HELP = "/base and /adapter choose who answers, /reset begins anew, /quit (or Ctrl-D) leaves"
 
@@ -35,12 +35,12 @@ def run(args: argparse.Namespace) -> None:
     """
     check_sampling(args)
     resolve_run(args.run)
-    say(LOADING)
+    log.info(log.LOADING)
     from finetune.evaluate.generation import read_completion
     from finetune.evaluate.opening import open_model
 
     opened = open_model(args.run, base=args.base, revision=args.revision, device=args.device)
-    say(_HELP)
+    log.info(_HELP)
     messages: list[dict[str, Any]] = []
     with_adapter = True
     while (line := _read_line("adapter" if with_adapter else "base")) is not None:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             case "/base" | "/adapter" as who:
                 with_adapter = who == "/adapter"
             case command if command.startswith("/"):
-                say(f"there is no {command}: {_HELP}")
+                log.info(f"there is no {command}: {_HELP}")
             case text:
                 messages.append({"role": "user", "content": text})
                 ids = prompt_ids(opened, messages, args)
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
                 completion = read_completion(tokens)
                 if completion.error or not completion.final:
                     # An answer that harmony cannot read must not stand in the next prompt.
-                    warn(f"this turn is forgotten: {completion.error or 'it has no final text'}")
+                    log.warning(f"this turn is forgotten: {completion.error or 'it has no final text'}")
                     messages.pop()
                 else:
                     messages.append({"role": "assistant", "content": completion.final})

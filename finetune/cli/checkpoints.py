@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune import log
 from finetune.cli.arguments import add_action, add_examples
-from finetune.console import say
 from finetune.errors import InputError
 
 
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: no run, no checkpoint, or one that is not whole.
     """
-    from finetune.train.checkpoint_files import fault_in, latest_step, left_overs, list_checkpoints
+    from finetune.train.checkpoint import fault_in, latest_step, left_overs, list_checkpoints
     from finetune.train.run_directory import RunDirectory
 
     directory = RunDirectory(args.run).checkpoints
@@ -41,16 +41,16 @@ def run(args: argparse.Namespace) -> None:
             taken = step
         damaged += fault is not None
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path.is_dir() else 0
-        say(f"{path.name}  {'whole' if fault is None else f'damaged: {fault}'}  {size / 2**20:,.1f} MiB", result=True)
+        log.result(f"{path.name}  {'whole' if fault is None else f'damaged: {fault}'}  {size / 2**20:,.1f} MiB")
     for path in left_overs(directory):
-        say(f"{path.name}  left by a save that was cut short; the next save removes it", result=True)
+        log.result(f"{path.name}  left by a save that was cut short; the next save removes it")
     latest = latest_step(directory)
     lost = latest is not None and latest not in dict(found)
     if lost:
-        say(f"step-{latest:08d}  gone: it was saved last, and is not there", result=True)
+        log.result(f"step-{latest:08d}  gone: it was saved last, and is not there")
     if taken is None:
         raise InputError(f"no whole checkpoint in {directory}", fix="start the run again")
-    say(f"a resume goes on after step {taken}", result=True)
+    log.result(f"a resume goes on after step {taken}")
     if damaged or lost:
         what = f"{damaged} of {len(found)} checkpoints are damaged" if damaged else "the last checkpoint is gone"
         raise InputError(

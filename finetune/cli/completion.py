@@ -9,11 +9,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import get_args, get_origin
 
+from finetune import log
 from finetune.cli.arguments import Parser, actions_of, add_action
-from finetune.config.groups import groups, options
-from finetune.config.keys import allowed_words, children, takes_keys, type_at
-from finetune.config.recipes import list_recipes
-from finetune.console import say
+from finetune.config.recipes import groups, list_recipes, options
+from finetune.config.suggest import allowed_words, children, takes_keys, type_at
 
 SCRIPTS = {
     "bash": """_finetune() {
@@ -54,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print a script, or the candidates, to standard output."""
     if args.action in SCRIPTS:
-        say(SCRIPTS[args.action], result=True)
+        log.result(SCRIPTS[args.action])
         return
     for candidate in candidates(args.line):
-        say(candidate, result=True)
+        log.result(candidate)
 
 
 def candidates(line: str) -> list[str]:
@@ -96,7 +95,7 @@ def _words(parser: argparse.ArgumentParser, given: list[str], current: str) -> I
     options_of = {name: action for action in parser._actions for name in action.option_strings}
     before = given[-1] if given else ""
     if before in options_of and options_of[before].metavar == "TARGET":
-        from finetune.export.targets import SUMMARIES
+        from finetune.export.options import SUMMARIES
 
         yield from SUMMARIES
         return

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetune import log
 from finetune.cli.arguments import add_action, add_examples, add_recipe, recipe_and_overrides
-from finetune.console import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,22 +44,22 @@ def run(args: argparse.Namespace) -> None:
         case "schema":
             from finetune.config.json_schema import recipe_schema
 
-            say(json.dumps(recipe_schema(), indent=2), result=True)
+            log.result(json.dumps(recipe_schema(), indent=2))
 
 
 def _show(args: argparse.Namespace) -> None:
     from finetune.config.compose import compose
-    from finetune.config.deepspeed import deepspeed_lines
+    from finetune.config.derive import deepspeed_lines
     from finetune.config.validate import dump_yaml, to_plain
 
     recipe, overrides = recipe_and_overrides(args)
     config = compose(recipe, overrides).config
     if args.json:
-        say(json.dumps(to_plain(config), indent=2), result=True)
+        log.result(json.dumps(to_plain(config), indent=2))
         return
-    say(dump_yaml(config).rstrip(), result=True)
+    log.result(dump_yaml(config).rstrip())
     for line in deepspeed_lines(config):
-        say(f"# {line}", result=True)
+        log.result(f"# {line}")
 
 
 def _diff(args: argparse.Namespace) -> None:
@@ -73,12 +73,12 @@ def _diff(args: argparse.Namespace) -> None:
         before = defaults(after)
     found = differences(before, after)
     if args.json:
-        say(json.dumps([vars(difference) for difference in found], indent=2), result=True)
+        log.result(json.dumps([vars(difference) for difference in found], indent=2))
         return
     for difference in found:
-        say(difference.describe(), result=True)
+        log.result(difference.describe())
     if not found:
-        say("nothing differs")
+        log.info("nothing differs")
 
 
 def _plain(recipe_or_run: str, overrides: list[str]) -> dict[str, Any]:

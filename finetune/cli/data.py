@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune import log
 from finetune.cli.arguments import add_action, add_examples, add_recipe, recipe_and_overrides
-from finetune.console import say
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     if args.action == "prepare":
         from finetune.data.prepare import prepare
 
-        say(str(prepare(args.domain, args.source, args.out)), result=True)
+        log.result(str(prepare(args.domain, args.source, args.out)))
         return
     from finetune.config.compose import compose
 
@@ -67,12 +67,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _stats(config: RunConfig, args: argparse.Namespace) -> None:
-    from finetune.data.printable import printable
+    from finetune.data.files import printable
     from finetune.data.stats import collect, describe_stats
 
     result = collect(config, duplicates=not args.no_duplicates)
     lines = printable("\n".join(describe_stats(result)).rstrip())
-    say(json.dumps(result, indent=2) if args.json else lines, result=True)
+    log.result(json.dumps(result, indent=2) if args.json else lines)
 
 
 def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
@@ -85,12 +85,12 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
         raise ConfigError("--html and --json are two answers", fix="give one of them")
     split = load_split(config.data, args.split, check=False)
     samples = [split.samples[number] for number in spread(len(split.samples), args.n)]
-    say(describe(split))
+    log.info(describe(split))
     if args.html:
         args.html.write_text(as_html(f"{recipe}: {args.split}", samples), encoding="utf-8")
-        say(f"{args.html}: {len(samples)} samples")
+        log.info(f"{args.html}: {len(samples)} samples")
     elif args.json:
-        say(json.dumps([as_json(sample) for sample in samples], indent=2), result=True)
+        log.result(json.dumps([as_json(sample) for sample in samples], indent=2))
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        say("\n\n".join(as_text(sample, colour=colour) for sample in samples), result=True)
+        log.result("\n\n".join(as_text(sample, colour=colour) for sample in samples))

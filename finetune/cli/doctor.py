@@ -6,8 +6,8 @@ import argparse
 import json
 from dataclasses import asdict
 
+from finetune import log
 from finetune.cli.arguments import add_examples
-from finetune.console import say
 from finetune.errors import MachineError
 
 _MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
@@ -29,13 +29,13 @@ def run(args: argparse.Namespace) -> None:
 
     findings = examine()
     if args.json:
-        say(json.dumps([asdict(finding) for finding in findings], indent=2), result=True)
+        log.result(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
-            say(f"{_MARKS[finding.status]}  {finding.name:{width}}  {finding.found}", result=True)
+            log.result(f"{_MARKS[finding.status]}  {finding.name:{width}}  {finding.found}")
             if finding.fix:
-                say(f"      {'':{width}}  -> {finding.fix}", result=True)
+                log.result(f"      {'':{width}}  -> {finding.fix}")
     bad = [finding.name for finding in findings if finding.status == "bad"]
     if bad:
         raise MachineError(f"{len(bad)} of {len(findings)} checks are bad: {', '.join(bad)}", fix="see the list above")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+from finetune import log
 from finetune.cli.arguments import add_examples, add_recipe, recipe_and_overrides
-from finetune.console import say
 from finetune.errors import CapacityError, ConfigError, InputError
 
 
@@ -60,6 +60,6 @@ def run(args: argparse.Namespace) -> None:
     estimate = make_estimate(
         composed.config, composed.recipe_name, facts, budget, gpus=args.gpus, plan=args.plan, tflops=args.gpu_tflops
     )
-    say(json.dumps(as_data(estimate), indent=2) if args.json else describe(estimate), result=True)
+    log.result(json.dumps(as_data(estimate), indent=2) if args.json else describe(estimate))
     if not estimate.fit.fits:
         raise CapacityError(verdict(estimate.fit))

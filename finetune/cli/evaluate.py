@@ -6,9 +6,9 @@ import argparse
 import json
 from pathlib import Path
 
-from finetune.adapters.locate import resolve_run
+from finetune import log
+from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
-from finetune.console import LOADING, say
 from finetune.errors import ConfigError
 
 
@@ -74,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and value < (1 if name == "rows" else 0):
             raise ConfigError(f"--{name} must be {'at least 1' if name == 'rows' else '0 or more'}, not {value}")
     run_directory = resolve_run(args.run)[1]
-    say(LOADING)
-    from finetune.evaluate.evaluation import EvaluationOptions, evaluate
-    from finetune.report.evaluation import describe_evaluation
+    log.info(log.LOADING)
+    from finetune.evaluate.run import EvaluationOptions, evaluate
+    from finetune.report.markdown import describe_evaluation
 
     options = EvaluationOptions(
         recipe=_recipe(args.recipe) if args.recipe else None,
@@ -94,12 +94,12 @@ def run(args: argparse.Namespace) -> None:
     )
     out, summary = evaluate(args.run, args.out, options)
     (out / "README.md").write_text(describe_evaluation(summary), encoding="utf-8")
-    say(json.dumps(summary, indent=2) if args.json else describe_evaluation(summary, details=False), result=True)
-    say(f"figures: {out / 'summary.json'}, row by row: {out / 'rows.jsonl'}, label by label: {out / 'README.md'}")
+    log.result(json.dumps(summary, indent=2) if args.json else describe_evaluation(summary, details=False))
+    log.info(f"figures: {out / 'summary.json'}, row by row: {out / 'rows.jsonl'}, label by label: {out / 'README.md'}")
     if run_directory is not None and out.resolve() == run_directory.resolve() / "evaluation":
         from finetune.report.html import write_html
 
-        say(f"the run's page shows them too: {write_html(run_directory)}")
+        log.info(f"the run's page shows them too: {write_html(run_directory)}")
 
 
 def _recipe(name: str):  # type: ignore[no-untyped-def]

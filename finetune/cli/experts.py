@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune import log
 from finetune.cli.arguments import add_action, add_examples, add_recipe, recipe_and_overrides
-from finetune.config.expert_rules import parse_select
-from finetune.console import say
+from finetune.config.expert_selection import parse_select
 from finetune.errors import ConfigError
 
 _USAGE = """finetune experts score RECIPE [key=value ...] [--select top_p=0.2] [--by gate|tokens] [--samples N]
@@ -57,23 +57,23 @@ def run(args: argparse.Namespace) -> None:
     if out.exists():
         raise ConfigError(f"{out} exists already", fix="choose another with --out")
 
-    from finetune.config.affinity import write_affinity
+    from finetune.config.expert_selection import write_expert_scores
     from finetune.data.dataset import describe, load_split
-    from finetune.evaluate.affinity import score_experts
-    from finetune.model.build import choose_device, choose_dtype, load_base
+    from finetune.evaluate.expert_scores import score_experts
+    from finetune.model.build import build_base, choose_device, choose_dtype
     from finetune.model.checkpoint import Checkpoint
     from finetune.model.hub import locate_base
 
     config = composed.config
     split = load_split(config.data, "train")
-    say(describe(split))
+    log.info(describe(split))
     location = locate_base(config.model.path, config.model.revision)
     checkpoint = Checkpoint.open(location.directory)
     device = choose_device(config.model)
-    base = load_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
+    base = build_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
     affinity = score_experts(base, location.name, split.samples, config.data, select, args.by, args.samples)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_affinity(out, affinity)
+    write_expert_scores(out, affinity)
     for line in affinity.describe():
-        say(line, result=True)
-    say(f"{out}: train with adapter.experts.select={out}, or adapter.experts.rank_by={out}", result=True)
+        log.result(line)
+    log.result(f"{out}: train with adapter.experts.select={out}, or adapter.experts.rank_by={out}")

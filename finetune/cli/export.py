@@ -6,12 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
-from finetune.adapters.locate import resolve_run
+from finetune import log
+from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
-from finetune.config.keys import suggest_word
-from finetune.console import answer, results_aside, say
+from finetune.config.suggest import suggest_word
 from finetune.errors import ConfigError
-from finetune.export.targets import (
+from finetune.export.options import (
     ADAPTER_TARGETS,
     DEFAULT_ROUNDING,
     MERGED_TARGETS,
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.json and args.dry_run:
         raise ConfigError("--json does not go with --dry-run", fix="leave one of the two out")
-    with results_aside(args.json):
+    with log.results_to_stderr(args.json):
         _run(args)
 
 
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> None:
         fix = suggest_word(target, list(SUMMARIES)) or f"one of {', '.join(SUMMARIES)}"
         raise ConfigError(f"cannot export to {target!r}", fix=fix)
     directory, run_directory = resolve_run(args.run)
-    from finetune.export.source import open_adapter
+    from finetune.adapters.store import open_adapter
 
     source = open_adapter(directory)
     out = args.out or _default_out(directory, run_directory, target)
@@ -97,9 +97,9 @@ def _run(args: argparse.Namespace) -> None:
             export_adapter(source, target, out, options, run_directory)
     if args.json:
         facts = out / "export.json"
-        answer({"out": str(out)} | (json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}))
+        log.result_json({"out": str(out)} | (json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}))
     elif not args.dry_run:
-        say(str(out), result=True)
+        log.result(str(out))
 
 
 def _report(run: Path | None) -> None:

@@ -9,14 +9,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.adapters.locate import resolve_run
+from finetune import log
+from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
-from finetune.console import LOADING, say, warn
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetune.evaluate.generation import Sampling
-    from finetune.evaluate.opening import OpenedModel
+    from finetune.evaluate.opening import LoadedModel
 
 WHICH = ("both", "base", "adapter")
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     if not prompt.strip():
         raise ConfigError("the prompt is empty")
     resolve_run(args.run)
-    say(LOADING)
+    log.info(log.LOADING)
     from finetune.evaluate.generation import read_completion
     from finetune.evaluate.opening import open_model
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         if args.which not in ("both", name):
             continue
         if not args.json:
-            say(f"--- {'base' if name == 'base' else 'base + adapter'} ---", result=True)
+            log.result(f"--- {'base' if name == 'base' else 'base + adapter'} ---")
         tokens = answer(opened, ids, sampling_of(args), with_adapter=name == "adapter", stream=not args.json)
         completion = read_completion(tokens)
         results[name] = {
@@ -86,11 +86,11 @@ def run(args: argparse.Namespace) -> None:
             "tokens": tokens,
         }
         if completion.error:
-            warn(f"{name}: not harmony's form: {completion.error}")
+            log.warning(f"{name}: not harmony's form: {completion.error}")
         if not completion.stopped:
-            say(f"({name}: cut after {len(tokens)} tokens, --max-tokens)")
+            log.info(f"({name}: cut after {len(tokens)} tokens, --max-tokens)")
     if args.json:
-        say(json.dumps({"prompt_tokens": len(ids), **results}, ensure_ascii=False, indent=2), result=True)
+        log.result(json.dumps({"prompt_tokens": len(ids), **results}, ensure_ascii=False, indent=2))
 
 
 def check_sampling(args: argparse.Namespace) -> None:
@@ -115,14 +115,14 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     return Sampling(args.max_tokens, args.temperature, args.top_p, args.seed)
 
 
-def prompt_ids(opened: OpenedModel, messages: list[dict[str, Any]], args: argparse.Namespace) -> list[int]:
+def prompt_ids(opened: LoadedModel, messages: list[dict[str, Any]], args: argparse.Namespace) -> list[int]:
     """Render a conversation up to the model's turn.
 
     Raises:
         ConfigError: a message cannot be used, or prompt and answer do not fit the model's positions.
     """
-    from finetune.data.message import BadRowError
-    from finetune.data.render import render_prompt
+    from finetune.data.harmony.render import render_prompt
+    from finetune.data.message import BadRecordError
     from finetune.data.sources import parse_record, raw_record
 
     if args.developer:
@@ -133,7 +133,7 @@ def prompt_ids(opened: OpenedModel, messages: list[dict[str, Any]], args: argpar
     )
     try:
         ids = render_prompt(parse_record(raw_record("the prompt", raw), "messages"), opened.data)
-    except BadRowError as error:
+    except BadRecordError as error:
         raise ConfigError(f"the prompt cannot be used: {error.reason}") from error
     longest = opened.base.model.config.max_position_embeddings
     if len(ids) + args.max_tokens > longest:
@@ -144,7 +144,7 @@ def prompt_ids(opened: OpenedModel, messages: list[dict[str, Any]], args: argpar
     return ids
 
 
-def answer(opened: OpenedModel, ids: list[int], sampling: Sampling, *, with_adapter: bool, stream: bool) -> list[int]:
+def answer(opened: LoadedModel, ids: list[int], sampling: Sampling, *, with_adapter: bool, stream: bool) -> list[int]:
     """Generate one answer, printing it as it comes if `stream`."""
     from finetune.evaluate.generation import generate
 
@@ -185,7 +185,7 @@ class _Printer:
 
     def close(self, tokens: list[int]) -> None:
         """End the line; tokens that made no text at all are shown as they are."""
-        from finetune.data.tokenizer import harmony_encoding
+        from finetune.data.harmony.tokenizer import harmony_encoding
 
         print("" if self._channel else f"[unreadable] {harmless(harmony_encoding().decode(tokens))!r}", flush=True)
 

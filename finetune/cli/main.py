@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from finetune import __version__
+from finetune import __version__, log
 from finetune.cli.arguments import Parser, parse, refuse_unknown_word, sentence
-from finetune.console import complain, say
 from finetune.errors import CapacityError, FinetuneError, Interrupted, MachineError, is_out_of_memory
 
 # Command: the module with its `add_arguments(parser)` and `run(args)`, and a line for the list.
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        say("\nstopped")
+        log.info("\nstopped")
         return 130
     except Exception as error:
         return _report(error)
@@ -114,12 +113,12 @@ def _report(error: Exception) -> int:
     known = error if isinstance(error, FinetuneError) else _as_known(error)
     if known is None:
         traceback.print_exception(error)
-        complain(
+        log.error(
             f"error: this is a bug in gpt-oss-finetune {__version__}, not in your input; please report the lines above"
         )
         return 1
     # Stopping was asked for: that it was done is no error.
-    complain(str(known) if isinstance(known, Interrupted) else f"error: {known}")
+    log.error(str(known) if isinstance(known, Interrupted) else f"error: {known}")
     return known.exit_code
 
 
@@ -129,7 +128,7 @@ def _as_known(error: Exception) -> FinetuneError | None:
         first = (str(error).splitlines() or ["out of memory"])[0]
         return CapacityError(
             f"out of memory: {first}",
-            fix="shorten data.max_length, lower trainer.rows_per_micro_step or model.experts_per_chunk, keep "
+            fix="shorten data.max_length, lower trainer.micro_batch_size or model.experts_per_chunk, keep "
             "trainer.activation_checkpointing=true, or lower adapter.experts.rank",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

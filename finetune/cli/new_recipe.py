@@ -1,4 +1,4 @@
-"""`finetune recipes new PATH`: a commented recipe for one's own file, made by looking at it, and checked."""
+"""What `finetune recipes new` says of a file, and of what its recipe will and will not do with it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,122 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.cli.file_report import LONGEST_ROW, is_skippable, report_file
-from finetune.config.groups import checked_option
-from finetune.config.recipes import find_recipe
-from finetune.console import say
+from finetune import log
+from finetune.config.recipes import checked_option, find_recipe
+from finetune.config.schema import DataConfig
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from finetune.data.look import FileFacts
+    from finetune.data.inspect_file import FileFacts
+
+LONGEST_ROW = 16_384
+_BAD_ROWS_SHOWN = 3
+
+
+def is_skippable(facts: FileFacts) -> bool:
+    """Whether a run that skips the rows that cannot be used goes on without them."""
+    return len(facts.bad_records) <= DataConfig.max_skipped_ratio * facts.rows
+
+
+def report_file(facts: FileFacts, path: str) -> None:
+    """Say what is in a file, what of it the recipe leaves out, and what it lacks."""
+    more = " at least" if facts.has_more else ""
+    log.info(
+        f"{path}:{more} {facts.rows:,} records, form {facts.form}, longest {facts.longest:,} tokens, "
+        f"{facts.trained_share:.0%} of the tokens trained"
+    )
+    _report_columns(facts)
+    _report_split(facts)
+    _report_left_out(facts)
+    _report_labels(facts)
+    if facts.repeated:
+        both_sides = "" if facts.id_share is None else ": some may stand in training and in validation"
+        log.warning(
+            f"{facts.repeated:,} of {facts.records:,} records repeat an earlier one, question and answer{both_sides}; "
+            "`finetune data stats` names them"
+        )
+
+
+def _report_columns(facts: FileFacts) -> None:
+    source = facts.source
+    if source.columns:
+        read = ", ".join(f"{theirs} as {ours}" for ours, theirs in source.columns.items())
+        log.warning(f"no form has these columns; the recipe reads {read}: correct `columns` if that is wrong")
+    if source.form != "auto":
+        log.warning(f"the records fit several forms; the recipe reads {source.form}: correct `form` if that is wrong")
+    if facts.unused:
+        log.warning(f"not used: {_counted(facts.unused)}")
+
+
+def _report_split(facts: FileFacts) -> None:
+    split = facts.split
+    if split and split.splits:
+        named = ", ".join(f"{name} is {' and '.join(values)}" for name, values in split.splits.items())
+        log.info(f"split by {split.name}: {named}")
+        if split.others:
+            log.warning(
+                f"`{split.name}` has {_counted(split.others)}, which names no split: the recipe leaves these rows out"
+            )
+        if split.missing:
+            log.warning(f"{split.missing:,} rows have no `{split.name}`: the recipe leaves them out")
+    elif split:
+        log.warning(
+            f"`{split.name}` has {_counted(split.others)}, which does not tell training from other rows: all are "
+            f"trained; if some must not be, write `where: {{{split.name}: ...}}` beside the path"
+        )
+    if not facts.validates:
+        log.info(f"no validation rows ({facts.why_no_id_split}): nothing will show when training begins to overfit")
+    elif facts.id_share is not None:
+        log.info(f"validation rows: {facts.id_share:.0%} of the `id`s, about")
+    if not facts.tests:
+        log.info("no test rows: there will be no figures before and after; name a file under `test:`")
+
+
+def _report_left_out(facts: FileFacts) -> None:
+    if facts.with_turns:
+        every = "data.earlier_thinking=split" if facts.with_thinking else "data.loss.turns=all"
+        log.info(
+            f"{facts.with_turns:,} of {facts.records:,} records have several turns: the last is trained, the others "
+            f"are context; {every} trains every one"
+        )
+    if facts.longest > LONGEST_ROW:
+        dropped = sum(length > LONGEST_ROW for length in facts.lengths)
+        log.info(
+            f"{dropped:,} of {len(facts.lengths):,} looked at have more than {LONGEST_ROW:,} tokens: the recipe drops "
+            "such (data.too_long)"
+        )
+    if not facts.bad_records:
+        return
+    bad = f"{len(facts.bad_records):,} of {facts.rows:,} rows cannot be used"
+    if is_skippable(facts):
+        log.warning(f"{bad}: the recipe skips them (data.on_bad_record)")
+    else:
+        log.warning(f"{bad}: a run will stop until they are corrected")
+    for row in facts.bad_records[:_BAD_ROWS_SHOWN]:
+        log.warning(f"{row.where}: {row.reason}")
+
+
+def _report_labels(facts: FileFacts) -> None:
+    if not facts.labelled:
+        return
+    if facts.labelled < facts.records:
+        log.info(
+            f"{facts.records - facts.labelled:,} of {facts.records:,} records have no `answer`: labels are not scored"
+        )
+    elif 2 <= facts.answers <= 64:
+        log.info(f"{facts.answers:,} different answers: scored as labels, given test rows")
+    else:
+        log.info(f"{facts.answers:,} different answers: not scored as labels, which takes 2 to 64")
+
+
+def _counted(values: Mapping[str, int]) -> str:
+    return ", ".join(f"{value} ({count:,})" for value, count in values.items())
+
+
+# `finetune recipes new PATH`: a commented recipe for one's own file, made by looking at it, and checked.
+
+if TYPE_CHECKING:
+    from finetune.data.inspect_file import FileFacts
 
 DEFAULT_MODEL = "gpt_oss_20b"
 _ADAPTER_AND_TRAINER = """
@@ -27,8 +135,8 @@ adapter:
 trainer:
   epochs: 2 # more fits the training rows closer; watch the validation loss turn
   learning_rate: 2.0e-4 # higher learns faster until it becomes unstable
-  rows_per_micro_step: 1 # more: faster while memory lasts; lower micro_steps to keep the step
-  micro_steps: 4 # more: steadier gradients, fewer updates
+  micro_batch_size: 1 # more: faster while memory lasts; lower gradient_accumulation_steps to keep the step
+  gradient_accumulation_steps: 4 # more: steadier gradients, fewer updates
 """
 
 
@@ -63,7 +171,7 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str |
     if source is not None:
         text = find_recipe(source).read_text(encoding="utf-8")
     elif data is not None:
-        from finetune.data.look import look_at
+        from finetune.data.inspect_file import look_at
 
         facts = look_at(data)
         report_file(facts, data)
@@ -73,9 +181,11 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str |
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     compose(str(path))
-    say(str(path), result=True)
+    log.result(str(path))
     recipe = shlex.quote(str(path))
-    say(f"look at it, then: finetune data preview {recipe}; finetune train {recipe} --dry-run; finetune train {recipe}")
+    log.info(
+        f"look at it, then: finetune data preview {recipe}; finetune train {recipe} --dry-run; finetune train {recipe}"
+    )
 
 
 def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:
@@ -96,13 +206,13 @@ def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:
     ]
     if not facts.with_thinking:
         lines.append("  reasoning_effort: low # no record shows any thinking, so low is the effort that they show")
-    if facts.bad_rows and is_skippable(facts):
-        lines.append(f"  on_bad_row: skip # {len(facts.bad_rows):,} of {facts.rows:,} rows cannot be used")
+    if facts.bad_records and is_skippable(facts):
+        lines.append(f"  on_bad_record: skip # {len(facts.bad_records):,} of {facts.rows:,} rows cannot be used")
     text = "\n".join(lines) + "\n" + _ADAPTER_AND_TRAINER
     if facts.validates:
         text += "\nevaluate:\n  every_steps: 50 # optimiser steps between two looks at the validation loss\n"
         if facts.tests:
-            text += "  test_rows: 500 # scored before and after; fewer: faster, wider intervals\n"
+            text += "  test_examples: 500 # scored before and after; fewer: faster, wider intervals\n"
         text += "\nsave:\n  every_steps: 50 # optimiser steps that a crash can cost at most\n"
         text += "  best_metric: validation_loss # exports the best adapter; `none` exports the last\n"
     return text

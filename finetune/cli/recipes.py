@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune import log
 from finetune.cli.arguments import add_action, add_examples
-from finetune.config.recipes import find_recipe, first_comment, list_recipes
-from finetune.console import say
+from finetune.config.recipes import find_recipe, list_recipes, recipe_summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +42,9 @@ def run(args: argparse.Namespace) -> None:
         new_recipe(args.path, source=args.source, data=args.data, model=args.model)
         return
     if args.action == "show":
-        say(find_recipe(args.name).read_text(encoding="utf-8").rstrip(), result=True)
+        log.result(find_recipe(args.name).read_text(encoding="utf-8").rstrip())
         return
     recipes = list_recipes()
     width = max(map(len, recipes))
     for name, path in recipes.items():
-        say(f"{name:{width}}  {first_comment(path)}", result=True)
+        log.result(f"{name:{width}}  {recipe_summary(path)}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from finetune import log
 from finetune.cli.arguments import add_examples
-from finetune.config.near import near_runs
-from finetune.console import say
+from finetune.config.suggest import suggest_run
 from finetune.errors import InputError
 
 
@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> None:
     path: Path = args.run
     if not (path / "config.yaml").is_file() and not (path / "manifest.json").is_file():
         what = "has neither config.yaml nor manifest.json" if path.is_dir() else "does not exist"
-        raise InputError(f"{path} is not a run directory: it {what}", fix=near_runs(path))
-    say(str(write_reports(path)), result=True)
+        raise InputError(f"{path} is not a run directory: it {what}", fix=suggest_run(path))
+    log.result(str(write_reports(path)))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.console import duration, say, warn
+from finetune import log
 from finetune.errors import CheckError, ConfigError, Interrupted
 
 MOST_RUNS = 64
@@ -44,21 +44,23 @@ def sweep(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> Path:
     name = time.strftime("sweep-%Y%m%d-%H%M%S")
     composed = [compose(recipe, [*overrides, *settings]) for settings in combinations]
     directory = Path(composed[0].config.output_dir) / name
-    say(f"{len(combinations)} runs in {directory}")
+    log.info(f"{len(combinations)} runs in {directory}")
     started, results = time.monotonic(), []
     for number, settings in enumerate(combinations, start=1):
         run = directory / f"{number:02}"
-        say(f"--- run {number} of {len(combinations)}: {' '.join(settings)}{_time_left(started, number, combinations)}")
+        log.info(
+            f"--- run {number} of {len(combinations)}: {' '.join(settings)}{_time_left(started, number, combinations)}"
+        )
         code = _run_one(recipe, [*overrides, *settings, f"output_dir={directory}", f"name='{run.name}'"])
         results.append((settings, run, code))
         if code:
-            warn(f"run {number} ended with exit code {code}")
+            log.warning(f"run {number} ended with exit code {code}")
         if code in (130, 143):
             break
     table = comparison(results)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "sweep.md").write_text(f"# {name}: {recipe}\n\n{table}\n", encoding="utf-8")
-    say(table, result=True)
+    log.result(table)
     if results[-1][2] in (130, 143):
         raise Interrupted(
             f"the sweep was stopped in run {len(results)}",
@@ -101,7 +103,7 @@ def _time_left(started: float, number: int, combinations: Sequence[object]) -> s
     if number == 1:
         return ""
     each = (time.monotonic() - started) / (number - 1)
-    return f", about {duration(each * (len(combinations) - number + 1))} left"
+    return f", about {log.duration(each * (len(combinations) - number + 1))} left"
 
 
 def _values(text: str) -> list[str]:

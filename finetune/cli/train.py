@@ -6,11 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
+from finetune import log
 from finetune.cli.arguments import add_examples, add_recipe, recipe_and_overrides
 from finetune.config.derive import check_inputs
-from finetune.config.resuming import resumed_config
 from finetune.config.schema import RunConfig
-from finetune.console import LOADING, answer, results_aside, say
+from finetune.config.validate import resumed_config
 from finetune.errors import ConfigError
 from finetune.train.launch import launch, watch_parent
 from finetune.train.run_directory import RunDirectory, prepare_run
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json and (args.dry_run or args.sweep):
         other = "--dry-run" if args.dry_run else "--sweep"
         raise ConfigError(f"--json does not go with {other}", fix="leave one of the two out")
-    with results_aside(args.json):
+    with log.results_to_stderr(args.json):
         _run(args)
 
 
@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> None:
         _resume(args)
         return
     if args.worker is not None:
-        from finetune.cli.memory import config_of_run, explained_out_of_memory
+        from finetune.cli.preflight import config_of_run, explained_out_of_memory
         from finetune.report.html import write_reports
         from finetune.train.run import train_prepared
 
@@ -83,11 +83,11 @@ def _run(args: argparse.Namespace) -> None:
 
     composed = compose(recipe, overrides)
     if args.dry_run:
-        from finetune.cli.dry_run import dry_run
+        from finetune.cli.preflight import dry_run
 
         dry_run(recipe, composed)
         return
-    from finetune.cli.memory import check_memory, explained_out_of_memory
+    from finetune.cli.preflight import check_memory, explained_out_of_memory
 
     check_inputs(composed.config)
     check_memory(composed.config)
@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> None:
             count = composed.config.distributed.num_processes
             launch(["train", "--worker", str(prepared.path), *_json(args)], count, prepared.path)
         return
-    say(LOADING)
+    log.info(log.LOADING)
     from finetune.report.html import write_reports
     from finetune.train.run import train
 
@@ -121,8 +121,8 @@ def _resume(args: argparse.Namespace) -> None:
         words = ["train", "--resume", str(path), *args.words, *_json(args)]
         launch(words, config.distributed.num_processes, path)
         return
-    say(LOADING)
-    from finetune.cli.memory import explained_out_of_memory
+    log.info(log.LOADING)
+    from finetune.cli.preflight import explained_out_of_memory
     from finetune.report.html import write_reports
     from finetune.train.run import resume
 
@@ -142,9 +142,9 @@ def _json(args: argparse.Namespace) -> list[str]:
 
 def _print_outcome(run_directory: Path, *, as_json: bool) -> None:
     """The last thing a person sees: what was gained, and where it is."""
-    from finetune.report.markdown import outcome, outcome_facts
+    from finetune.report.markdown import outcome, outcome_record
 
     if as_json:
-        answer(outcome_facts(run_directory))
+        log.result_json(outcome_record(run_directory))
     else:
-        say(outcome(run_directory), result=True)
+        log.result(outcome(run_directory))

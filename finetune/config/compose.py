@@ -19,14 +19,21 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config.groups import checked_option, default_choices, groups, option_file, options, split_recipe
-from finetune.config.keys import KeyPath, dotted
 from finetune.config.layers import COMMAND_LINE, Layer, place_of, read_yaml
-from finetune.config.locate import shipped_dir
-from finetune.config.problems import raise_problems
-from finetune.config.recipes import find_recipe, recipe_name
-from finetune.config.refuse import lost_mappings, refuse_code, unknown_keys
+from finetune.config.lint import lost_mappings, raise_problems, refuse_code, unknown_keys
+from finetune.config.paths import shipped_dir
+from finetune.config.recipes import (
+    checked_option,
+    default_choices,
+    find_recipe,
+    groups,
+    option_file,
+    options,
+    recipe_name,
+    split_recipe,
+)
 from finetune.config.schema import RunConfig
+from finetune.config.suggest import KeyPath, dotted
 from finetune.config.validate import validate
 from finetune.errors import ConfigError
 

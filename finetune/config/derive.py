@@ -1,15 +1,53 @@
-"""What follows from a configuration before any model is loaded: arithmetic to read, and inputs that must exist."""
+"""DeepSpeed's settings, worked out from a recipe: shown by `config show` and a dry run, stored in the run directory."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
-from finetune.config.expert_rules import highest_rank, parse_rank_by, parse_select, refuse_missing
-from finetune.config.locate import HUB_PREFIX, how_to_get, is_glob, matching_files, resolve_data_path
-from finetune.config.near import base_fix, means_directory, near_path
+from finetune.config.expert_selection import highest_rank, parse_rank_by, parse_select, require_file
+from finetune.config.paths import HUB_PREFIX, fix_for_missing_data, is_glob, matching_files, resolve_data_path
+from finetune.config.rules import DEEPSPEED
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
+from finetune.config.suggest import looks_like_directory, suggest_base, suggest_path
 from finetune.errors import InputError
+
+NEVER = 10**9
+
+
+def deepspeed_settings(config: RunConfig) -> dict[str, Any] | None:
+    """What DeepSpeed is given, None if the recipe does not use it.
+
+    DeepSpeed sees the adapter alone: the base's tensors are no parameters to it. The optimiser is torch's AdamW, as
+    with every other kind, and clipping and accumulation are the recipe's.
+    """
+    if config.distributed.kind not in DEEPSPEED:
+        return None
+    trainer = config.trainer
+    stage = int(config.distributed.kind.removeprefix("zero"))
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 0  # deal out small factors too: the adapter is made of them
+    return {
+        "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
+        "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
+        "gradient_clipping": trainer.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": NEVER,
+    }
+
+
+def deepspeed_lines(config: RunConfig) -> list[str]:
+    """The settings for a person to read; nothing if the recipe does not use DeepSpeed."""
+    settings = deepspeed_settings(config)
+    return ["DeepSpeed is given:", *json.dumps(settings, indent=2).splitlines()] if settings else []
+
+
+# What follows from a configuration before any model is loaded: arithmetic to read, and inputs that must exist.
 
 
 def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:
@@ -21,10 +59,10 @@ def derived_lines(config: RunConfig) -> list[str]:
     """Write the numbers that follow from others, with the arithmetic that gives them."""
     data, trainer, adapter = config.data, config.trainer, config.adapter
     count = config.distributed.num_processes
-    rows = trainer.rows_per_micro_step * trainer.micro_steps * count
+    rows = trainer.micro_batch_size * trainer.gradient_accumulation_steps * count
     lines = [
-        f"rows per optimiser step = {trainer.rows_per_micro_step} a micro-step x {trainer.micro_steps} micro-steps x "
-        f"{count} process{'es' if count > 1 else ''} = {rows:,}",
+        f"rows per optimiser step = {trainer.micro_batch_size} a micro-step x "
+        f"{trainer.gradient_accumulation_steps} micro-steps x {count} process{'es' if count > 1 else ''} = {rows:,}",
         f"tokens per optimiser step = {rows:,} rows x {data.max_length:,} = at most {rows * data.max_length:,}",
     ]
     for name, lora in (("attention", adapter.attention), ("experts", adapter.experts)):
@@ -37,9 +75,9 @@ def derived_lines(config: RunConfig) -> list[str]:
         else:
             lines.append(f"{name}: not adapted (rank 0)")
     lines += router_notes(config)
-    last = trainer.learning_rate * (1.0 if trainer.schedule == "constant" else trainer.final_learning_rate_share)
+    last = trainer.learning_rate * (1.0 if trainer.schedule == "constant" else trainer.min_lr_ratio)
     lines.append(
-        f"learning rate: {trainer.warmup_share:.0%} of the steps up to {trainer.learning_rate:g}, "
+        f"learning rate: {trainer.warmup_ratio:.0%} of the steps up to {trainer.learning_rate:g}, "
         f"then {trainer.schedule} to {last:g}"
     )
     return lines
@@ -90,10 +128,10 @@ def check_inputs(config: RunConfig) -> list[str]:
         raise InputError(f"adapter.init_from: there is no directory {config.adapter.init_from}")
     rule = parse_select(config.adapter.experts.select)
     if rule.kind == "file":
-        refuse_missing(Path(rule.path).expanduser())
+        require_file(Path(rule.path).expanduser())
     rank_rule = parse_rank_by(config.adapter.experts.rank_by)
     if rank_rule.kind == "file":
-        refuse_missing(Path(rank_rule.path).expanduser(), "rank_by")
+        require_file(Path(rank_rule.path).expanduser(), "rank_by")
     return lines
 
 
@@ -116,14 +154,14 @@ def _describe_base(path: str) -> str:
         return f"{path}, a directory"
     if directory.is_dir():
         raise InputError(f"model.path: {path} holds no config.json", fix="give the checkpoint's own directory")
-    if directory.exists() or means_directory(path):
-        raise InputError(f"model.path: there is no directory {path}", fix=base_fix(path))
+    if directory.exists() or looks_like_directory(path):
+        raise InputError(f"model.path: there is no directory {path}", fix=suggest_base(path))
     return f"{path}, no directory here, so taken as a hub name"
 
 
 def _data_fix(path: str) -> str:
     if "://" in path:
-        return how_to_get(path) or "`shipped://` names a file of the toolkit's data/ folder"
+        return fix_for_missing_data(path) or "`shipped://` names a file of the toolkit's data/ folder"
     found = resolve_data_path(path)
-    near = near_path(found, found.parent.iterdir()) if found.parent.is_dir() else None
+    near = suggest_path(found, found.parent.iterdir()) if found.parent.is_dir() else None
     return near or f"paths start at the working directory, {Path.cwd()}"

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.config.keys import children
 from finetune.config.schema import RunConfig, SourceConfig
+from finetune.config.suggest import children
 
 ABSENT = "(absent)"
 

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from finetune.config import schema
-from finetune.config.groups import default_choices, options
+from finetune.config.recipes import default_choices, options
 from finetune.config.schema import RunConfig
 
 _ATTRIBUTE = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)

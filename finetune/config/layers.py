@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from finetune.config.keys import KeyPath
+from finetune.config.suggest import KeyPath
 from finetune.errors import ConfigError
 
 COMMAND_LINE = "command line"

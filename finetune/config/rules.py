@@ -1,4 +1,4 @@
-"""What the schema's types cannot say: ranges, and settings that contradict each other or would do nothing."""
+"""What must hold for several processes: the rules of `distributed` and of settings that not every kind can keep."""
 
 from __future__ import annotations
 
@@ -8,14 +8,133 @@ from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
-from finetune.config.distributed_rules import distributed_problems
-from finetune.config.expert_rules import expert_problems
-from finetune.config.keys import KeyPath
-from finetune.config.locate import HUB_PREFIX, matching_files, resolve_data_path
-from finetune.config.memory_rules import memory_problems
-from finetune.config.problems import Problem
-from finetune.config.rendering_rules import rendering_problems
-from finetune.config.schema import RunConfig, SourceConfig
+from finetune.config.expert_selection import expert_problems
+from finetune.config.lint import Problem
+from finetune.config.paths import HUB_PREFIX, matching_files, resolve_data_path
+from finetune.config.schema import DataConfig, RunConfig, SourceConfig
+from finetune.config.suggest import KeyPath
+
+SHARDED_BASE = ("zero3", "fsdp2")
+DEEPSPEED = ("zero1", "zero2", "zero3")
+
+
+def distributed_problems(config: RunConfig) -> Iterator[Problem]:
+    """Find what contradicts the kind of topology."""
+    distributed = config.distributed
+    kind, processes = distributed.kind, distributed.num_processes
+    if kind == "single" and processes != 1:
+        yield Problem(
+            ("distributed", "num_processes"),
+            f"is {processes}, but distributed.kind=single is one process",
+            "choose distributed=ddp (or zero2, zero3, fsdp2), or write 1",
+        )
+    if kind != "single" and processes == 1:
+        yield Problem(
+            ("distributed", "num_processes"),
+            f"is 1, but distributed.kind={kind} is for several processes",
+            "write how many, or choose distributed=single",
+        )
+    if config.trainer.halve_micro_batch_on_oom and kind not in ("single", "ddp"):
+        yield Problem(
+            ("trainer", "halve_micro_batch_on_oom"),
+            f"is true, but with distributed.kind={kind} processes exchange tensors while they compute: one that is "
+            "out of memory cannot begin a micro-step again without the others",
+            "set it to false and lower trainer.micro_batch_size yourself, or use distributed=ddp",
+        )
+    if config.trainer.on_nonfinite == "skip" and kind in DEEPSPEED:
+        yield Problem(
+            ("trainer", "on_nonfinite"),
+            f"is skip, but with distributed.kind={kind} DeepSpeed holds the gradients and cannot drop a step's",
+            "write stop, or use distributed=ddp or distributed=fsdp2",
+        )
+    if kind not in ("single", "ddp"):
+        yield from _plain_adapter(config)
+    if kind in SHARDED_BASE:
+        for name, value, plain in (
+            ("expert_storage", config.model.expert_storage, "mxfp4"),
+            ("attention_storage", config.model.attention_storage, "compute"),
+        ):
+            if value != plain:
+                what = f"is {value}, and distributed.kind={kind} deals out layers as the checkpoint has them"
+                yield Problem(("model", name), what, f"write {plain}, or use distributed=ddp")
+
+
+def _plain_adapter(config: RunConfig) -> Iterator[Problem]:
+    """Engines that deal out the adapter hold it in float32, with torch's AdamW."""
+    trainer, kind = config.trainer, config.distributed.kind
+    for path, value, plain in (
+        (("trainer", "optimizer"), trainer.optimizer, "adamw"),
+        (("trainer", "optimizer_states_on_cpu"), trainer.optimizer_states_on_cpu, False),
+        (("adapter", "dtype"), config.adapter.dtype, "float32"),
+    ):
+        if value != plain:
+            what = f"is {value}, and distributed.kind={kind} holds the adapter in float32, with AdamW's states there"
+            yield Problem(path, what, f"write {str(plain).lower()}, or use distributed=ddp")
+
+
+# Rules about what saves memory: settings that contradict each other or would do nothing.
+
+
+def memory_problems(config: RunConfig) -> Iterator[Problem]:
+    """Find contradictions among optimiser, dtypes and device.
+
+    Yields:
+        A problem for each.
+    """
+    trainer = config.trainer
+    paged = trainer.optimizer.startswith("paged")
+    if paged and config.model.device == "cpu":
+        yield Problem(
+            ("trainer", "optimizer"),
+            f"is {trainer.optimizer}, but model.device is cpu, where bitsandbytes silently pages nothing",
+            f"write {trainer.optimizer.removeprefix('paged_')}",
+        )
+    if paged and trainer.optimizer_states_on_cpu:
+        yield Problem(
+            ("trainer", "optimizer_states_on_cpu"),
+            f"is true, but the states of {trainer.optimizer} move between GPU and host by themselves",
+            f"remove it, or write trainer.optimizer={trainer.optimizer.removeprefix('paged_')}",
+        )
+    if trainer.gradient_dtype == "bfloat16" and config.adapter.dtype != "bfloat16":
+        yield Problem(
+            ("trainer", "gradient_dtype"),
+            f"is bfloat16, but adapter.dtype is {config.adapter.dtype}",
+            "set adapter.dtype=bfloat16 as well, or leave gradients in float32",
+        )
+
+
+# Rules on how conversations become tokens: settings that contradict each other, weights that train nothing.
+
+
+def rendering_problems(data: DataConfig) -> Iterator[Problem]:
+    """Yield what is wrong with `data.loss`, `convention`, `tool_call_type`, `earlier_thinking` and `model_identity`."""
+    loss = data.loss
+    if not any((loss.analysis, loss.commentary, loss.tool_call, loss.final)):
+        yield Problem(("data", "loss"), "trains nothing: every weight is 0", "give one of them a weight")
+    if data.earlier_thinking == "split" and loss.turns == "last":
+        yield Problem(
+            ("data", "loss", "turns"),
+            "is last, but data.earlier_thinking=split makes a sample of every turn",
+            "leave data.loss.turns out, or write data.earlier_thinking=drop",
+        )
+    if data.convention == "template":
+        if data.earlier_thinking == "keep":
+            yield Problem(
+                ("data", "earlier_thinking"),
+                "is keep, but the template drops earlier thinking whatever it is told",
+                "write data.earlier_thinking=split to train all of it, or data.convention=harmony",
+            )
+        if data.tool_call_type == "constrain":
+            yield Problem(
+                ("data", "tool_call_type"),
+                "is constrain, but the template writes json",
+                "leave data.tool_call_type out, or write data.convention=harmony",
+            )
+    if data.model_identity is not None and not data.model_identity.strip():
+        yield Problem(("data", "model_identity"), "is empty", "leave it out for the published one")
+
+
+# What the schema's types cannot say: ranges, and settings that contradict each other or would do nothing.
 
 MAX_BALANCE_COEFFICIENT = 0.1
 
@@ -24,30 +143,30 @@ _RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (
         "at least 1",
         lambda value: value >= 1,
-        "model.experts_per_chunk data.max_length trainer.max_steps trainer.rows_per_micro_step trainer.micro_steps "
-        "trainer.early_stop_patience distributed.num_processes logging.every_steps evaluate.every_steps "
-        "evaluate.validation_rows evaluate.test_rows save.every_steps save.keep export.read_back_rows "
+        "model.experts_per_chunk data.max_length trainer.max_steps trainer.micro_batch_size "
+        "trainer.gradient_accumulation_steps trainer.early_stop_patience distributed.num_processes "
+        "logging.every_steps evaluate.every_steps "
+        "evaluate.validation_examples evaluate.test_examples save.every_steps save.keep export.read_back_examples "
         "export.calibration_tokens export.max_gain_kept adapter.experts.max_rank",
     ),
     (
         "above 0",
         lambda value: value > 0,
         "data.mix_temperature adapter.attention.alpha adapter.experts.alpha adapter.router.alpha trainer.epochs "
-        "trainer.learning_rate trainer.adam_epsilon distributed.timeout_s",
+        "trainer.learning_rate trainer.adam_eps distributed.timeout_s",
     ),
     (
         "0 or more",
         lambda value: value >= 0,
-        "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_gradient_norm "
-        "trainer.router_balance_coefficient trainer.router_z_loss_coefficient evaluate.routing_samples "
+        "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_grad_norm "
+        "trainer.router_balance_coefficient trainer.router_z_loss_coefficient evaluate.routing_examples "
         "data.loss.analysis data.loss.commentary data.loss.tool_call data.loss.final "
-        "export.survival_rows",
+        "export.survival_examples",
     ),
     (
         "between 0 and 1",
         lambda value: 0 <= value <= 1,
-        "data.max_skipped_share export.min_gain_kept export.max_kl_share trainer.final_learning_rate_share "
-        "trainer.warmup_share",
+        "data.max_skipped_ratio export.min_gain_kept export.max_kl_share trainer.min_lr_ratio trainer.warmup_ratio",
     ),
     (
         "0 or more and below 1",
@@ -224,9 +343,9 @@ def _evaluation(config: RunConfig) -> Iterator[Problem]:
         )
     if evaluate.every_steps is not None and not validates:
         yield Problem(("evaluate", "every_steps"), "is set, but data.validation names no source")
-    if evaluate.validation_rows is not None and not validates:
-        yield Problem(("evaluate", "validation_rows"), "is set, but data.validation names no source")
-    if evaluate.test_rows is not None and not data.test:
-        yield Problem(("evaluate", "test_rows"), "is set, but data.test names no source")
+    if evaluate.validation_examples is not None and not validates:
+        yield Problem(("evaluate", "validation_examples"), "is set, but data.validation names no source")
+    if evaluate.test_examples is not None and not data.test:
+        yield Problem(("evaluate", "test_examples"), "is set, but data.test names no source")
     if evaluate.labels == "always" and not data.test:
         yield Problem(("evaluate", "labels"), "is always, but data.test names no source")

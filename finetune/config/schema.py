@@ -155,8 +155,8 @@ class TrainerConfig(Strict):
     Attributes:
         epochs: passes over the training rows; a fraction stops inside a pass.
         max_steps: stop after this many optimiser steps even if epochs are left. None: no such limit.
-        rows_per_micro_step: packed rows in one forward and backward.
-        micro_steps: micro-steps accumulated in one optimiser step (per process).
+        micro_batch_size: packed rows in one forward and backward.
+        gradient_accumulation_steps: micro-steps accumulated in one optimiser step (per process).
         learning_rate: the peak, reached at the end of the warm-up.
         optimizer: `adamw` is torch's; `adamw_8bit` holds its moments in 8 bits (bitsandbytes); `paged_adamw` and
             `paged_adamw_8bit` hold them in memory that moves between GPU and host as needed (bitsandbytes, GPU only).
@@ -164,12 +164,12 @@ class TrainerConfig(Strict):
         gradient_dtype: dtype in which gradients are summed over micro-steps. `bfloat16` needs adapter.dtype=bfloat16,
             halves them, and rounds the sum after every micro-step.
         schedule: how the rate falls from the peak after the warm-up.
-        final_learning_rate_share: the rate at the end as a share of the peak.
-        warmup_share: share of all steps spent rising from lr / warm-up steps to the peak.
+        min_lr_ratio: the rate at the end as a share of the peak.
+        warmup_ratio: share of all steps spent rising from lr / warm-up steps to the peak.
         weight_decay: AdamW's pull towards zero.
         adam_beta1, adam_beta2: decay of AdamW's averages of gradients and of their squares.
-        adam_epsilon: added to the root of the second average, so that tiny gradients are not blown up.
-        max_gradient_norm: gradients are scaled down to this norm; 0 turns clipping off (the norm is still checked).
+        adam_eps: added to the root of the second average, so that tiny gradients are not blown up.
+        max_grad_norm: gradients are scaled down to this norm; 0 turns clipping off (the norm is still checked).
         router_balance_coefficient: weight of the per-layer balance loss. The published config's 0.9 is a
             pre-training value and ruins a fine-tune: above 0.1 is refused unless forced.
         force_router_balance_coefficient: allow a coefficient above 0.1.
@@ -193,20 +193,20 @@ class TrainerConfig(Strict):
 
     epochs: float = 1.0
     max_steps: int | None = None
-    rows_per_micro_step: int = 1
-    micro_steps: int = 8
+    micro_batch_size: int = 1
+    gradient_accumulation_steps: int = 8
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     optimizer_states_on_cpu: bool = False
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     learning_rate: float = 2e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_learning_rate_share: float = 0.1
-    warmup_share: float = 0.03
+    min_lr_ratio: float = 0.1
+    warmup_ratio: float = 0.03
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_gradient_norm: float = 1.0
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
     router_balance_coefficient: float = 0.001
     force_router_balance_coefficient: bool = False
     router_balance_scope: Literal["microbatch", "step"] = "microbatch"
@@ -264,23 +264,23 @@ class EvaluateConfig(Strict):
 
     Attributes:
         every_steps: optimiser steps between two evaluations on the validation rows. None: only at the end.
-        validation_rows: validation samples used each time (the same ones). None: all.
-        test_rows: test samples scored before and after, stratified by answer, the same for every seed. None: all.
+        validation_examples: validation samples used each time (the same ones). None: all.
+        test_examples: test samples scored before and after, stratified by answer, the same for every seed. None: all.
         labels: score each record's `answer` against the answers of test and training records by likelihood. `auto`:
             when every test record has an `answer` and there are at most 64 different ones.
         confidence: level of the intervals.
-        routing_samples: samples (test, else validation, else training) on which it is measured before and after which
+        routing_examples: samples (test, else validation, else training) on which it is measured before and after which
             experts are used, by channel and source, and how routing drifts from the base's. 0: not measured.
         max_routing_drift: stop (exit code 6) when, in any layer, a larger share of those samples' tokens than this
             goes to another set of experts than in the base. None: no limit.
     """
 
     every_steps: int | None = None
-    validation_rows: int | None = None
-    test_rows: int | None = None
+    validation_examples: int | None = None
+    test_examples: int | None = None
     labels: Literal["auto", "always", "never"] = "auto"
     confidence: float = 0.95
-    routing_samples: int = 64
+    routing_examples: int = 64
     max_routing_drift: float | None = None
 
 
@@ -310,12 +310,12 @@ class ExportConfig(Strict):
         read_back: load it with stock PEFT on transformers' dequantised base in a fresh process and compare logits.
             `auto`: when the base in the compute dtype, and half as much again, fits into half of the free memory;
             otherwise the run says that it did not.
-        read_back_rows: test (or training) samples compared.
+        read_back_examples: test (or training) samples compared.
         calibration_tokens: tokens of training rows that a merge to MXFP4 is calibrated on. None: enough for four routed
             rows for each input dimension of each expert, with even routing (92,160 for 20b, 368,640 for 120b), and at
             least 32,768.
-        survival_rows: test (else validation) rows on which a merge to MXFP4 is compared with base and adapter. 0: it is
-            not, and nothing stops an export that lost the fine-tune.
+        survival_examples: test (else validation) rows on which a merge to MXFP4 is compared with base and adapter. 0:
+            it is not, and nothing stops an export that lost the fine-tune.
         old_domain: named sources outside the fine-tune's domain, on which the same is compared; their loss says what a
             merge breaks elsewhere. Empty: not measured.
         min_gain_kept, max_gain_kept: share of the adapter's gain in test loss that a merge to MXFP4 must keep; outside
@@ -325,9 +325,9 @@ class ExportConfig(Strict):
     """
 
     read_back: Literal["auto", "always", "never"] = "auto"
-    read_back_rows: int = 4
+    read_back_examples: int = 4
     calibration_tokens: int | None = None
-    survival_rows: int = 256
+    survival_examples: int = 256
     old_domain: dict[str, SourceConfig] = field(default_factory=dict)
     min_gain_kept: float = 0.9
     max_gain_kept: float = 1.05

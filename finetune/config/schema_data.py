@@ -111,9 +111,9 @@ class DataConfig(Strict):
         loss: what is trained, and how strongly.
         earlier_thinking: thinking of turns before the last. `drop` as at inference, `keep` it, or `split` a
             conversation into one sample per assistant turn, each trained in the context that it will see.
-        on_bad_row: `stop` when a row cannot be used (the sources are read to their end first, so that all are counted),
-            or `skip` and count them.
-        max_skipped_share: with `skip`, more than this share of skipped rows stops the run all the same.
+        on_bad_record: `stop` when a row cannot be used (the sources are read to their end first, so that all are
+            counted), or `skip` and count them.
+        max_skipped_ratio: with `skip`, more than this share of skipped rows stops the run all the same.
         pack: put several samples into one row (none sees another); off: one sample a row.
         cache: keep the tokens on disk, memory-mapped and used again as long as sources, settings and code stay the
             same; off: make them anew and hold them in memory.
@@ -134,8 +134,8 @@ class DataConfig(Strict):
     tool_call_type: Literal["auto", "constrain", "json"] = "auto"
     loss: LossConfig = field(default_factory=LossConfig)
     earlier_thinking: Literal["drop", "keep", "split"] = "drop"
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    max_skipped_share: float = 0.05
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    max_skipped_ratio: float = 0.05
     pack: bool = True
     cache: bool = True
     cache_dir: str | None = None

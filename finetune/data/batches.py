@@ -17,11 +17,10 @@ import numpy as np
 import torch
 
 from finetune.config.schema import DataConfig, TrainerConfig
-from finetune.data.arrow import sample_lengths
-from finetune.data.mix import Mixture
-from finetune.data.pack import pack
-from finetune.data.render import Sample
-from finetune.data.tokenizer import PAD_ID
+from finetune.data.example_table import example_lengths
+from finetune.data.harmony.render import Example
+from finetune.data.harmony.tokenizer import PAD_ID
+from finetune.data.packing import Mixture, pack
 
 T = TypeVar("T")
 
@@ -42,19 +41,19 @@ class Batch:
 
     Attributes:
         input_ids: int64 [B, L].
-        weights: float32 [B, L], as in `Sample`: the loss weight of predicting this token from those before it; 0 at the
-            start of each sample, so no sample is predicted from another, and on padding.
+        weights: float32 [B, L], as in `Example`: the loss weight of predicting this token from those before it; 0 at
+            the start of each sample, so no sample is predicted from another, and on padding.
         positions: int64 [B, L], from 0 in each sample and again in the padding.
         segments: int64 [B, L], number of the sample within its row from 0; -1 on padding. Tokens attend within their
             segment only.
-        sample_ids: the records' ids, row by row.
+        example_ids: the records' ids, row by row.
     """
 
     input_ids: torch.Tensor
     weights: torch.Tensor
     positions: torch.Tensor
     segments: torch.Tensor
-    sample_ids: tuple[tuple[str, ...], ...]
+    example_ids: tuple[tuple[str, ...], ...]
 
     @property
     def num_tokens(self) -> int:
@@ -69,10 +68,10 @@ class Batch:
     def parts(self, count: int) -> list[Batch]:
         """The same rows in `count` batches, as evenly as they go; fewer where there are not that many rows."""
         columns = (self.input_ids, self.weights, self.positions, self.segments)
-        pieces = zip(*(column.tensor_split(min(count, len(self.sample_ids))) for column in columns), strict=True)
+        pieces = zip(*(column.tensor_split(min(count, len(self.example_ids))) for column in columns), strict=True)
         made, start = [], 0
         for ids, weights, positions, segments in pieces:
-            made.append(Batch(ids, weights, positions, segments, self.sample_ids[start : start + len(ids)]))
+            made.append(Batch(ids, weights, positions, segments, self.example_ids[start : start + len(ids)]))
             start += len(ids)
         return made
 
@@ -83,11 +82,11 @@ class Batch:
             self.weights.to(device),
             self.positions.to(device),
             self.segments.to(device),
-            self.sample_ids,
+            self.example_ids,
         )
 
 
-def collate(rows: Sequence[Sequence[Sample]], pad_id: int = PAD_ID) -> Batch:
+def collate(rows: Sequence[Sequence[Example]], pad_id: int = PAD_ID) -> Batch:
     """Lay samples side by side into rows and pad the rows to one length.
 
     Args:
@@ -133,7 +132,7 @@ class BatchPlan:
     Args:
         samples: the training samples, in the order of the sources.
         config: `max_length`, `pack`, and the sources' weights and temperature.
-        trainer: `rows_per_micro_step`, `micro_steps` (of each process), `epochs` and `max_steps`.
+        trainer: `micro_batch_size`, `gradient_accumulation_steps` (of each process), `epochs` and `max_steps`.
         seed: the run's seed.
         source_sizes: samples of each source (`Split.source_sizes`). None: every sample once an epoch.
         rank: number of this process, from 0.
@@ -142,7 +141,7 @@ class BatchPlan:
 
     def __init__(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[Example],
         config: DataConfig,
         trainer: TrainerConfig,
         seed: int,
@@ -156,7 +155,7 @@ class BatchPlan:
         self.samples, self._trainer, self._seed = samples, trainer, seed
         self._rank, self._world_size = rank, world_size
         self._capacity, self._pack = config.max_length, config.pack
-        self._lengths: Sequence[int] = sample_lengths(samples)
+        self._lengths: Sequence[int] = example_lengths(samples)
         self._mixture = None
         if source_sizes is not None:
             self._mixture = Mixture(source_sizes, config.train, config.mix_temperature, seed)
@@ -173,15 +172,15 @@ class BatchPlan:
     def global_steps(self, epoch: int) -> list[Step]:
         """The optimiser steps of one whole epoch, of all processes; the last may be smaller.
 
-        `micro_steps` counts those of each process: 2 processes of 4 make the same steps as 1 of 8.
+        `gradient_accumulation_steps` counts those of each process: 2 processes of 4 make the same steps as 1 of 8.
         """
-        micro_steps = _chunks(self.rows(epoch), self._trainer.rows_per_micro_step)
-        return _chunks(micro_steps, self._trainer.micro_steps * self._world_size)
+        gradient_accumulation_steps = _chunks(self.rows(epoch), self._trainer.micro_batch_size)
+        return _chunks(gradient_accumulation_steps, self._trainer.gradient_accumulation_steps * self._world_size)
 
     def steps(self, epoch: int) -> list[Step]:
         """This process's share of each of an epoch's steps: every `world_size`-th micro-step from `rank` on.
 
-        Processes exchange gradients, so all have equally many micro-steps in a step. Where the last step's do not go
+        World exchange gradients, so all have equally many micro-steps in a step. Where the last step's do not go
         round, those left without get one that is empty (`batch` makes padding of it).
 
         Packs anew (60 ms for 4,369 samples), so ask once an epoch, not once a step.

@@ -6,17 +6,26 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from finetune.config.keys import suggest_word
+from finetune import log
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.console import Progress
-from finetune.data.arrow import TableWriter
+from finetune.config.suggest import suggest_word
+from finetune.data.example_table import TableWriter
 from finetune.data.forms import unused_keys
-from finetune.data.lengths import truncate
-from finetune.data.message import BadRowError
-from finetune.data.render import Sample, render_samples
-from finetune.data.sources import BadRow, RawRecord, bad_row, parse_record, read_raw_records
-from finetune.data.splits import SplitName, belongs_to, counts_broken_rows, sources_of
-from finetune.data.tokenizer import LONGEST_TOKEN_BYTES
+from finetune.data.harmony.render import Example, render_examples
+from finetune.data.harmony.tokenizer import LONGEST_TOKEN_BYTES
+from finetune.data.harmony.truncate import truncate
+from finetune.data.message import BadRecordError
+from finetune.data.sources import (
+    BadRecord,
+    RawRecord,
+    SplitName,
+    bad_record,
+    belongs_to,
+    counts_broken_records,
+    parse_record,
+    read_raw_records,
+    sources_of,
+)
 from finetune.errors import ConfigError
 
 ANSWERS_KEPT = 1000
@@ -34,7 +43,7 @@ class Facts:
         num_records: records that gave at least one sample.
         num_tokens, num_trained_tokens: of all samples.
         num_truncated: samples that lost context.
-        bad_rows: rows that cannot be used.
+        bad_records: rows that cannot be used.
         dropped: rows left out because the recipe says so, such as too long ones.
         answers: by source, how many records have which `answer`; only the first `ANSWERS_KEPT` different ones.
         fingerprint: sha256 over the samples' token ids and weights, in order.
@@ -47,8 +56,8 @@ class Facts:
     num_tokens: int = 0
     num_trained_tokens: int = 0
     num_truncated: int = 0
-    bad_rows: list[BadRow] = field(default_factory=list)
-    dropped: list[BadRow] = field(default_factory=list)
+    bad_records: list[BadRecord] = field(default_factory=list)
+    dropped: list[BadRecord] = field(default_factory=list)
     answers: dict[str, dict[str, int]] = field(default_factory=dict)
     fingerprint: str = ""
 
@@ -66,16 +75,16 @@ def build(config: DataConfig, split: SplitName, writer: TableWriter) -> Facts:
         InputError: see `read_raw_records`.
     """
     facts, digest = Facts(), hashlib.sha256()
-    with Progress(f"tokenising {split}", None, "rows") as progress:
+    with log.Progress(f"tokenising {split}", None, "rows") as progress:
         for name, source in sources_of(config, split).items():
-            keys, counts_broken = _SplitKeys(config, name), counts_broken_rows(config, split, name)
+            keys, counts_broken = _SplitKeys(config, name), counts_broken_records(config, split, name)
             facts.source_sizes[name] = 0
             answers = facts.answers.setdefault(name, {})
             for row in read_raw_records(name, source):
                 progress.advance()
-                if isinstance(row, BadRow):
+                if isinstance(row, BadRecord):
                     if counts_broken:
-                        facts.bad_rows.append(row)
+                        facts.bad_records.append(row)
                     continue
                 keys.see(row.fields)
                 if not belongs_to(row.fields, config, split):
@@ -95,7 +104,7 @@ def build(config: DataConfig, split: SplitName, writer: TableWriter) -> Facts:
     return facts
 
 
-def _samples(row: RawRecord, source: SourceConfig, config: DataConfig, facts: Facts) -> Sequence[Sample]:
+def _samples(row: RawRecord, source: SourceConfig, config: DataConfig, facts: Facts) -> Sequence[Example]:
     """The samples of a row that are to be trained on; what is left out is counted."""
     try:
         record = parse_record(row, source.form)
@@ -103,17 +112,17 @@ def _samples(row: RawRecord, source: SourceConfig, config: DataConfig, facts: Fa
         num_characters = record.conversation.num_characters
         if record.conversation.text is None and num_characters > LONGEST_TOKEN_BYTES * config.max_length:
             reason = f"{num_characters:,} characters cannot fit data.max_length ({config.max_length:,} tokens)"
-            raise BadRowError("too long", reason)
-        trained = [sample for sample in render_samples(record, config) if sample.num_trained_tokens]
+            raise BadRecordError("too long", reason)
+        trained = [sample for sample in render_examples(record, config) if sample.num_trained_tokens]
         if not trained:
-            raise BadRowError("nothing to train", "no token of it would be trained")
+            raise BadRecordError("nothing to train", "no token of it would be trained")
         longest = max(len(sample.ids) for sample in trained)
         if longest > config.max_length and config.too_long == "error":
             reason = f"{longest:,} tokens are more than data.max_length ({config.max_length:,})"
-            raise BadRowError("too long", reason)
-    except BadRowError as error:
-        left_out = facts.dropped if error.kind == "too long" and config.too_long != "error" else facts.bad_rows
-        left_out.append(bad_row(row.where, error))
+            raise BadRecordError("too long", reason)
+    except BadRecordError as error:
+        left_out = facts.dropped if error.kind == "too long" and config.too_long != "error" else facts.bad_records
+        left_out.append(bad_record(row.where, error))
         return ()
     kept = [short for sample in trained if (short := _shortened(sample, config, facts)) is not None]
     if kept:
@@ -125,7 +134,7 @@ def _samples(row: RawRecord, source: SourceConfig, config: DataConfig, facts: Fa
     return kept
 
 
-def _shortened(sample: Sample, config: DataConfig, facts: Facts) -> Sample | None:
+def _shortened(sample: Example, config: DataConfig, facts: Facts) -> Example | None:
     if len(sample.ids) <= config.max_length:
         return sample
     short = truncate(sample, config.max_length) if config.too_long == "truncate" else None
@@ -135,7 +144,7 @@ def _shortened(sample: Sample, config: DataConfig, facts: Facts) -> Sample | Non
     reason = f"{len(sample.ids):,} tokens are more than data.max_length ({config.max_length:,})"
     if config.too_long == "truncate":
         reason += ", and what is trained alone does not fit"
-    facts.dropped.append(bad_row(sample.where, BadRowError("too long", reason)))
+    facts.dropped.append(bad_record(sample.where, BadRecordError("too long", reason)))
     return None
 
 
@@ -144,7 +153,7 @@ def _count_answer(answer: str | None, answers: dict[str, int]) -> None:
         answers[answer] = answers.get(answer, 0) + 1
 
 
-def _count(sample: Sample, facts: Facts, digest: hashlib._Hash) -> None:
+def _count(sample: Example, facts: Facts, digest: hashlib._Hash) -> None:
     facts.num_tokens += len(sample.ids)
     facts.num_trained_tokens += sample.num_trained_tokens
     digest.update(len(sample.ids).to_bytes(8, "little"))

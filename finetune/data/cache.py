@@ -13,23 +13,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finetune.config.locate import HUB_PREFIX, cache_dir
+from finetune import log
+from finetune.config.paths import HUB_PREFIX, cache_dir
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.console import say, warn
-from finetune.data.arrow import RECORDS_FILE, SAMPLES_FILE, Tables, TableWriter, open_tables
 from finetune.data.build import Facts, build
+from finetune.data.example_table import RECORDS_FILE, SAMPLES_FILE, Tables, TableWriter, open_tables
 from finetune.data.files import broken_file, find_files
-from finetune.data.sources import BadRow
-from finetune.data.splits import SplitName, counts_broken_rows, sources_of
-from finetune.data.tokenizer import RANK_FILE_SHA256
-from finetune.digest import sha256_of
+from finetune.data.harmony.tokenizer import RANK_FILE_SHA256
+from finetune.data.sources import BadRecord, SplitName, counts_broken_records, sources_of
 from finetune.errors import InputError, MachineError
+from finetune.files import sha256_of
 
 FACTS_FILE = "facts.json"
 
 # Settings that change which rows are used or refused after tokenising, and where things are kept, but no token.
 _NOT_IN_KEY = {
-    "train", "validation", "test", "on_bad_row", "max_skipped_share", "pack", "cache", "cache_dir", "mix_temperature",
+    "train", "validation", "test", "on_bad_record", "max_skipped_ratio", "pack", "cache", "cache_dir",
+    "mix_temperature",
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def cache_key(config: DataConfig, split: SplitName) -> dict[str, Any]:
     """Everything that a split's tokens depend on: contents of sources, settings, code and vocabulary."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IN_KEY}
     sources = [  # a list, since their order is the samples'
-        {"name": name, "content": _content(name, source), "counts_broken": counts_broken_rows(config, split, name)}
+        {"name": name, "content": _content(name, source), "counts_broken": counts_broken_records(config, split, name)}
         | dataclasses.asdict(dataclasses.replace(source, weight=1.0))
         for name, source in sources_of(config, split).items()
     ]
@@ -124,10 +124,10 @@ def _read_facts(directory: Path) -> Facts | None:
         if _sha256_of(document["facts"]) != document["sha256"][FACTS_FILE]:
             raise ValueError(f"{FACTS_FILE} is not what was written")
         facts = Facts(**document["facts"])
-        facts.bad_rows = [BadRow(**row) for row in document["facts"]["bad_rows"]]
-        facts.dropped = [BadRow(**row) for row in document["facts"]["dropped"]]
+        facts.bad_records = [BadRecord(**row) for row in document["facts"]["bad_records"]]
+        facts.dropped = [BadRecord(**row) for row in document["facts"]["dropped"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warn(f"the cached tokens in {directory} are damaged ({error}); they are made anew")
+        log.warning(f"the cached tokens in {directory} are damaged ({error}); they are made anew")
         return None
     return facts
 
@@ -139,7 +139,7 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say("another process makes the same tokens; waiting for it")
+            log.info("another process makes the same tokens; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune.config.schema import DataConfig
-from finetune.data.arrow import RecordTable, SampleTable, TableWriter
 from finetune.data.build import Facts, build
 from finetune.data.cache import cached
-from finetune.data.render import Sample
-from finetune.data.sources import BadRow, Record
-from finetune.data.splits import SplitName, sources_of
+from finetune.data.example_table import ExampleTable, RecordTable, TableWriter
+from finetune.data.harmony.render import Example
+from finetune.data.sources import BadRecord, Record, SplitName, sources_of
 from finetune.errors import InputError
 
 _ROWS_SHOWN = 3
@@ -26,7 +25,7 @@ class Split:
         name: `train`, `validation` or `test`.
         records: `records[i]` is what `samples[i]` was rendered from; a record of several samples stands several times.
         samples: the tokens, in the order of the sources and their files.
-        bad_rows: the rows that were skipped, each with its reason.
+        bad_records: the rows that were skipped, each with its reason.
         dropped: the rows left out because the recipe says so, each with its reason.
         num_truncated: samples that lost context to fit.
         source_sizes: samples of each source, in order.
@@ -40,9 +39,9 @@ class Split:
 
     name: SplitName
     records: Sequence[Record]
-    samples: Sequence[Sample]
-    bad_rows: tuple[BadRow, ...] = ()
-    dropped: tuple[BadRow, ...] = ()
+    samples: Sequence[Example]
+    bad_records: tuple[BadRecord, ...] = ()
+    dropped: tuple[BadRecord, ...] = ()
     num_truncated: int = 0
     source_sizes: Mapping[str, int] = field(default_factory=dict)
     forms: Mapping[str, int] = field(default_factory=dict)
@@ -67,8 +66,8 @@ def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> S
 
     Raises:
         ConfigError: the recipe has no source for this split, or a source's settings name what is not there.
-        InputError: a source cannot be read; a row cannot be used and `on_bad_row` is `stop`; more than
-            `max_skipped_share` of the rows would be skipped; or no usable row is left.
+        InputError: a source cannot be read; a row cannot be used and `on_bad_record` is `stop`; more than
+            `max_skipped_ratio` of the rows would be skipped; or no usable row is left.
         MachineError: the cache cannot be written, or a package is missing.
     """
     sources_of(config, split)
@@ -83,8 +82,8 @@ def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> S
     return Split(
         split,
         RecordTable(tables),
-        SampleTable(tables),
-        tuple(facts.bad_rows),
+        ExampleTable(tables),
+        tuple(facts.bad_records),
         tuple(facts.dropped),
         facts.num_truncated,
         facts.source_sizes,
@@ -117,24 +116,24 @@ def describe(split: Split) -> str:
         text += f"; {split.num_truncated:,} truncated"
     if split.dropped:
         text += f"; {len(split.dropped):,} dropped ({count_kinds(split.dropped)})"
-    if split.bad_rows:
-        text += f"; {len(split.bad_rows):,} rows skipped ({count_kinds(split.bad_rows)})"
+    if split.bad_records:
+        text += f"; {len(split.bad_records):,} rows skipped ({count_kinds(split.bad_records)})"
     return text
 
 
-def count_kinds(bad_rows: Sequence[BadRow]) -> str:
+def count_kinds(bad_records: Sequence[BadRecord]) -> str:
     """How many bad rows there are of each kind, most frequent first, such as `2 unknown role, 1 too long`."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in Counter(row.kind for row in bad_rows).most_common())
+    return ", ".join(f"{count:,} {kind}" for kind, count in Counter(row.kind for row in bad_records).most_common())
 
 
 def _check_left_out(config: DataConfig, split: SplitName, facts: Facts) -> None:
-    bad_rows, num_good = facts.bad_rows, facts.num_records
-    num_rows = num_good + len(bad_rows) + len(facts.dropped)
-    shown = [f"{row.where}: {row.reason}" for row in bad_rows[:_ROWS_SHOWN]]
-    if len(bad_rows) > _ROWS_SHOWN:
-        shown.append(f"and {len(bad_rows) - _ROWS_SHOWN:,} more")
-    why = "\n       ".join([count_kinds(bad_rows), *shown]) if bad_rows else None
-    what = f"data.{split}: {len(bad_rows):,} of {num_rows:,} rows cannot be used"
+    bad_records, num_good = facts.bad_records, facts.num_records
+    num_rows = num_good + len(bad_records) + len(facts.dropped)
+    shown = [f"{row.where}: {row.reason}" for row in bad_records[:_ROWS_SHOWN]]
+    if len(bad_records) > _ROWS_SHOWN:
+        shown.append(f"and {len(bad_records) - _ROWS_SHOWN:,} more")
+    why = "\n       ".join([count_kinds(bad_records), *shown]) if bad_records else None
+    what = f"data.{split}: {len(bad_records):,} of {num_rows:,} rows cannot be used"
     if num_good == 0:
         if num_rows == 0:
             raise _nothing_falls_to(config, split)
@@ -142,13 +141,13 @@ def _check_left_out(config: DataConfig, split: SplitName, facts: Facts) -> None:
             first = facts.dropped[0]
             why = f"data.too_long={config.too_long} drops them all ({first.where}: {first.reason})"
         raise InputError(f"data.{split}: none of {num_rows:,} rows can be used", why=why)
-    if bad_rows and config.on_bad_row == "stop":
-        raise InputError(what, why=why, fix="correct them, or set data.on_bad_row=skip to leave them out")
-    if len(bad_rows) > config.max_skipped_share * num_rows:
+    if bad_records and config.on_bad_record == "stop":
+        raise InputError(what, why=why, fix="correct them, or set data.on_bad_record=skip to leave them out")
+    if len(bad_records) > config.max_skipped_ratio * num_rows:
         raise InputError(
-            f"{what}: more than data.max_skipped_share ({100 * config.max_skipped_share:g} %) allows",
+            f"{what}: more than data.max_skipped_ratio ({100 * config.max_skipped_ratio:g} %) allows",
             why=why,
-            fix="correct them, or raise data.max_skipped_share",
+            fix="correct them, or raise data.max_skipped_ratio",
         )
 
 

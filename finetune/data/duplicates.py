@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.conversation import Conversation
+from finetune.data.forms import Conversation
 
 WORDS = 5
 NEAR = 0.8

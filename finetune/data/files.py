@@ -1,37 +1,146 @@
-"""Rows of JSONL and JSON files as plain objects, each with its place, and the way to every other format.
-
-Whatever is wrong with one row comes as a `BadRowError` beside its place; what is wrong with a file is an `InputError`.
-"""
+"""Text of unknown origin, made safe to print: what would steer a terminal or turn text around is spelled out."""
 
 from __future__ import annotations
 
 import codecs
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from finetune.config.keys import suggest_word
-from finetune.config.locate import (
+from finetune.config.paths import (
     HUB_PREFIX,
     SHIPPED_PREFIX,
-    how_to_get,
+    fix_for_missing_data,
     is_glob,
     matching_files,
     resolve_data_path,
     shipped_dir,
 )
 from finetune.config.schema import SourceConfig
-from finetune.data.kinds import refuse_plain_text, refuse_utf16, refuse_whole_object
-from finetune.data.message import BadRowError
-from finetune.data.printable import printable
+from finetune.config.suggest import suggest_word
+from finetune.data.message import BadRecordError
 from finetune.errors import ConfigError, InputError
 
-Row = tuple[str, dict[str, Any] | BadRowError]
+# C0 without newline and tab, DEL and C1 steer terminals; the rest reorders or hides what stands around it
+# (bidirectional marks and overrides, zero-width characters, line separators, tags), as in "Trojan Source" attacks, or
+# is half a character, which cannot be printed at all.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str) -> str:
+    r"""Spell out control characters and what reorders text; newlines and tabs stay.
+
+    >>> printable("red: \x1b[31m")
+    'red: \\x1b[31m'
+    """
+    return _UNSAFE.sub(lambda match: _spelled(ord(match[0])), text)
+
+
+def _spelled(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+# Files that are of another kind than they were taken for, told by their beginning and named as what they are.
+
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_TEXT_SUFFIXES = (".txt", ".md")
+_DELIMITERS = {";": "a semicolon", "\t": "a tab", "|": "a bar"}
+
+
+def refuse_utf16(place: str, start: bytes) -> None:
+    """Refuse a text file that begins with the mark of UTF-16.
+
+    Args:
+        place: source and file, for messages.
+        start: its first bytes.
+
+    Raises:
+        InputError: it does.
+    """
+    if start.startswith(_UTF16_MARKS):
+        fix = "iconv -f UTF-16 -t UTF-8 FILE > OTHER"
+        raise InputError(f"{place} is UTF-16, and data files are UTF-8", fix=fix)
+
+
+def refuse_plain_text(place: str, path: Path, start: bytes) -> None:
+    """Refuse a text file by its name that does not begin like JSON.
+
+    Args:
+        place: source and file, for messages.
+        path: the file.
+        start: its first bytes, white space left out.
+
+    Raises:
+        InputError: it is one.
+    """
+    if Path(path.name.removesuffix(".gz")).suffix.lower() in _TEXT_SUFFIXES and start and not start.startswith(b"{"):
+        raise InputError(
+            f"{place} is plain text, not records",
+            why="nothing says where one document ends and the next begins",
+            fix='write one {"text": "..."} a line for each document',
+        )
+
+
+def refuse_whole_object(place: str, content: bytes) -> None:
+    """Refuse one JSON object that is written over several lines.
+
+    Args:
+        place: source and file, for messages.
+        content: the whole file.
+
+    Raises:
+        InputError: it is one; the list of records in it is named if there is one.
+    """
+    try:
+        whole = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return  # each line is named for itself
+    if not isinstance(whole, dict):
+        return
+    lists = [key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    is_record = not lists or lists[0] in ("messages", "conversations") or not lists[0].isidentifier()
+    raise InputError(
+        f"{place} is one JSON object over several lines, not a list of records",
+        why=f"its keys are {printable(', '.join(whole))}",
+        fix="write one record a line: jq -c . FILE > rows.jsonl"
+        if is_record
+        else f"keep the list under `{lists[0]}` alone: jq -c '.{lists[0]}[]' FILE > rows.jsonl",
+    )
+
+
+def refuse_other_delimiter(place: str, header: Sequence[str]) -> None:
+    """Refuse a table with one column whose name shows that something else stands between cells.
+
+    Args:
+        place: source and file, for messages.
+        header: names of the columns.
+
+    Raises:
+        InputError: it does.
+    """
+    found = next((mark for mark in _DELIMITERS if len(header) == 1 and mark in header[0]), None)
+    if found is not None:
+        raise InputError(
+            f"{place}: its first line names one column, {header[0]!r}",
+            why=f"{_DELIMITERS[found]} seems to stand between its cells, and commas are read (tabs in .tsv)",
+            fix="write the table with commas" + (", or name it .tsv" if found == "\t" else ""),
+        )
+
+
+# Rows of JSONL and JSON files as plain objects, each with its place, and the way to every other format.
+#
+# Whatever is wrong with one row comes as a `BadRecordError` beside its place; what is wrong with a file is an
+# `InputError`.
+
+Row = tuple[str, dict[str, Any] | BadRecordError]
 """Where it stands (`file:line` for text, `file#n` for the n-th record of other formats), and what it holds."""
 
 MAX_LINE_BYTES = 2**28
@@ -49,7 +158,7 @@ def read_rows(name: str, source: SourceConfig) -> Iterator[Row]:
         source: which files.
 
     Yields:
-        A `Row` for each record, or a BadRowError with the place where one should be.
+        A `Row` for each record, or a BadRecordError with the place where one should be.
 
     Raises:
         ConfigError: `split` is needed and not set, or set and not there.
@@ -97,7 +206,11 @@ def find_files(name: str, path: str) -> list[Path]:
     if not found:
         missing = resolve_data_path(path)
         siblings = sorted(file.name for file in missing.parent.iterdir()) if missing.parent.is_dir() else []
-        fix = how_to_get(path) or suggest_word(missing.name, siblings) or "check the source's path in the recipe"
+        fix = (
+            fix_for_missing_data(path)
+            or suggest_word(missing.name, siblings)
+            or "check the source's path in the recipe"
+        )
         raise InputError(f"{place} there is no file {path}", why=looked_from, fix=fix)
     if is_glob(path):
         found = [file for file in found if file.is_file()]
@@ -143,16 +256,16 @@ def parse_json(text: str) -> Any:
     """JSON with repeated keys refused.
 
     Raises:
-        BadRowError: it is not JSON, nests too deeply, or an object has a key twice.
+        BadRecordError: it is not JSON, nests too deeply, or an object has a key twice.
     """
     try:
         return json.loads(text, object_pairs_hook=_object_without_repeats)
     except json.JSONDecodeError as error:
-        raise BadRowError("broken JSON", f"the line is not JSON: {error.msg} (column {error.colno})") from None
+        raise BadRecordError("broken JSON", f"the line is not JSON: {error.msg} (column {error.colno})") from None
     except RecursionError:
-        raise BadRowError("broken JSON", "the line nests JSON too deeply") from None
+        raise BadRecordError("broken JSON", "the line nests JSON too deeply") from None
     except ValueError as error:  # an integer of more digits than Python converts
-        raise BadRowError("broken JSON", f"the line holds what cannot be read: {str(error)[:60]}") from None
+        raise BadRecordError("broken JSON", f"the line holds what cannot be read: {str(error)[:60]}") from None
 
 
 def _label(written: str, path: Path) -> str:
@@ -182,7 +295,7 @@ def _read_json(place: str, label: str, path: Path) -> Iterator[Row]:
         empty = False
         try:
             yield f"{label}:{number}", _parse_object(line)
-        except BadRowError as error:
+        except BadRecordError as error:
             yield f"{label}:{number}", error
     if empty:
         raise InputError(f"{place} is empty", fix="give a file with one JSON record a line")
@@ -194,7 +307,7 @@ def _begins_a_spread_object(start: bytes) -> bool:
     return bool(line_end) and first.rstrip().endswith((b"{", b"[", b","))
 
 
-def _lines(place: str, path: Path) -> Iterator[tuple[int, bytes | BadRowError]]:
+def _lines(place: str, path: Path) -> Iterator[tuple[int, bytes | BadRecordError]]:
     """Yield (line number from 1, line) for every line that is not blank."""
     number = 0
     with broken_file(place, lambda: f"line {number:,}"), open_bytes(path) as file:
@@ -203,20 +316,20 @@ def _lines(place: str, path: Path) -> Iterator[tuple[int, bytes | BadRowError]]:
             if len(line) > MAX_LINE_BYTES:
                 while line and not line.endswith(b"\n"):
                     line = file.readline(_PIECE_BYTES)
-                yield number, BadRowError("line too long", f"the line has more than {MAX_LINE_BYTES:,} bytes")
+                yield number, BadRecordError("line too long", f"the line has more than {MAX_LINE_BYTES:,} bytes")
             elif line.strip():
                 yield number, line
 
 
-def _parse_object(line: bytes | BadRowError) -> dict[str, Any]:
-    if isinstance(line, BadRowError):
+def _parse_object(line: bytes | BadRecordError) -> dict[str, Any]:
+    if isinstance(line, BadRecordError):
         raise line
     try:
         raw = parse_json(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise BadRowError("not UTF-8", f"the line is not UTF-8 text (byte {error.start + 1} of the line)") from None
+        raise BadRecordError("not UTF-8", f"the line is not UTF-8 text (byte {error.start + 1} of the line)") from None
     if not isinstance(raw, dict):
-        raise BadRowError("not an object", f"the line is JSON, but no object: {str(raw)[:40]}")
+        raise BadRecordError("not an object", f"the line is JSON, but no object: {str(raw)[:40]}")
     return raw
 
 
@@ -225,8 +338,10 @@ def _read_array(place: str, label: str, path: Path) -> Iterator[Row]:
     try:
         with broken_file(place, lambda: "its beginning"), open_bytes(path) as file:
             rows = parse_json(file.read().decode("utf-8-sig"))
-    except (BadRowError, UnicodeDecodeError) as error:
-        why = error.reason.replace("the line", "it") if isinstance(error, BadRowError) else f"it is not UTF-8: {error}"
+    except (BadRecordError, UnicodeDecodeError) as error:
+        why = (
+            error.reason.replace("the line", "it") if isinstance(error, BadRecordError) else f"it is not UTF-8: {error}"
+        )
         fix = "correct it, or write one record a line (JSONL), which is checked row by row"
         raise InputError(f"{place} begins like a JSON array, but cannot be read as one", why=why, fix=fix) from None
     if not rows:
@@ -235,12 +350,12 @@ def _read_array(place: str, label: str, path: Path) -> Iterator[Row]:
         if isinstance(raw, dict):
             yield f"{label}#{number}", raw
         else:
-            yield f"{label}#{number}", BadRowError("not an object", f"the record is no object: {str(raw)[:40]}")
+            yield f"{label}#{number}", BadRecordError("not an object", f"the record is no object: {str(raw)[:40]}")
 
 
 def _object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise BadRowError("repeated key", f"the key `{repeated}` stands twice in one object")
+        raise BadRecordError("repeated key", f"the key `{repeated}` stands twice in one object")
     return result

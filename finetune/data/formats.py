@@ -10,12 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune.config.keys import suggest_word
-from finetune.config.locate import HUB_PREFIX
+from finetune.config.paths import HUB_PREFIX
 from finetune.config.schema import SourceConfig
-from finetune.data.files import MAX_LINE_BYTES, Row, broken_file, open_bytes
-from finetune.data.kinds import refuse_other_delimiter, refuse_utf16
-from finetune.data.message import BadRowError
+from finetune.config.suggest import suggest_word
+from finetune.data.files import MAX_LINE_BYTES, Row, broken_file, open_bytes, refuse_other_delimiter, refuse_utf16
+from finetune.data.message import BadRecordError
 from finetune.errors import ConfigError, InputError, MachineError
 
 _ROWS_AT_A_TIME = 256
@@ -74,12 +73,12 @@ def _check_header(place: str, header: Sequence[str]) -> None:
         raise InputError(f"{place}: its first line {problem}", fix="name every column once in the first line")
 
 
-def _csv_row(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | BadRowError:
+def _csv_row(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | BadRecordError:
     if len(cells) != len(header):
-        return BadRowError("wrong number of cells", f"the row has {len(cells)} cells, the header {len(header)}")
+        return BadRecordError("wrong number of cells", f"the row has {len(cells)} cells, the header {len(header)}")
     if _broken(cells):
         column = next(name for name, cell in zip(header, cells, strict=True) if _broken([cell]))
-        return BadRowError("not UTF-8", f"the cell of column `{column}` is not UTF-8 text")
+        return BadRecordError("not UTF-8", f"the cell of column `{column}` is not UTF-8 text")
     return {name: cell for name, cell in zip(header, cells, strict=True) if cell != ""}
 
 

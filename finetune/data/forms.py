@@ -1,15 +1,63 @@
-"""The forms that a record may hold a conversation in, each brought to a list of OpenAI-style messages."""
+"""What a file's columns may mean where none is called as a form's keys are: a proposal, never a silent choice."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import datetime
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
-from finetune.config.keys import suggest_word
-from finetune.config.schema import DataForm
-from finetune.data.columns import as_yaml, propose_columns
-from finetune.data.message import BadRowError, shown, unknown
-from finetune.data.tools import parse_json
+from finetune.config.schema import DataForm, ReasoningEffortName
+from finetune.config.suggest import suggest_word
+from finetune.data.message import BadRecordError, Message, checked_text, shown, unknown
+from finetune.data.parse_messages import NO_TOOLS, DeclaredTools, parse_json, parse_messages, parse_tools
+
+_MEANINGS = {
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
+    "prompt": ("question", "query", "input", "instruction", "user", "problem"),
+    "completion": ("response", "reply", "output", "target", "assistant", "long_answer", "answer", "solution"),
+    "text": ("content", "document", "passage", "article", "body"),
+}
+"""Our key -> what others call it, likeliest first."""
+
+
+def propose_columns(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Guess which columns of a record that fits no form hold its conversation.
+
+    Args:
+        raw: the record; its keys may be in any case.
+
+    Returns:
+        A source's `columns`, our key -> its key, or nothing if no guess is good enough.
+    """
+    turns = raw.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and "role" in turns[0]:
+        return {"messages": "conversations"}
+    lists = {key: value for key, value in raw.items() if not isinstance(value, str) or value.lstrip()[:1] == "["}
+    if listed := _find(lists, "messages", (list, str)):
+        return {"messages": listed}
+    if (prompt := _find(raw, "prompt", str)) and (completion := _find(raw, "completion", str, prompt)):
+        return {ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if ours != theirs}
+    text = _find(raw, "text", str)
+    return {"text": text} if text else {}
+
+
+def _find(raw: Mapping[str, Any], ours: str, kind: type | tuple[type, ...], taken: str | None = None) -> str | None:
+    lowered = {str(key).strip().lower(): key for key, value in raw.items() if isinstance(value, kind) and key != taken}
+    return next((lowered[name] for name in (ours, *_MEANINGS[ours]) if name in lowered), None)
+
+
+def as_yaml(columns: Mapping[str, str]) -> str:
+    """`columns` as a recipe writes it, for names that need no quotes.
+
+    >>> as_yaml({"prompt": "question", "completion": "reply"})
+    'columns: {prompt: question, completion: reply}'
+    """
+    return f"columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}}"
+
+
+# The forms that a record may hold a conversation in, each brought to a list of OpenAI-style messages.
 
 KEYS_OF_FORM: dict[DataForm, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -56,7 +104,7 @@ def detect_form(raw: Mapping[str, Any]) -> DataForm:
     """Tell a record's form from its keys; a key whose value is null counts as absent.
 
     Raises:
-        BadRowError: no form fits, or more than one.
+        BadRecordError: no form fits, or more than one.
     """
     fitting = fitting_forms(raw)
     if len(fitting) == 1:
@@ -64,12 +112,12 @@ def detect_form(raw: Mapping[str, Any]) -> DataForm:
     if fitting:
         names = " or ".join(f"`{form}`" for form in fitting)
         reason = f"the record could be of form {names}: set the source's `form`, such as `form: {fitting[0]}`"
-        raise BadRowError("ambiguous form", reason)
+        raise BadRecordError("ambiguous form", reason)
     wanted = {key for keys in KEYS_OF_FORM.values() for key in keys}
     near = next((question for key in raw if (question := suggest_word(str(key), sorted(wanted)))), None)
     if columns := propose_columns(raw):
         near = f"write what it has beside the path, such as `{as_yaml(columns)}`"
-    raise BadRowError(
+    raise BadRecordError(
         "no messages",
         f"the record has no `messages` nor another form's keys (conversations; instruction and output; prompt and "
         f"completion; text), only {', '.join(map(str, raw)) or 'nothing'}" + (f"; {near}" if near else ""),
@@ -99,11 +147,11 @@ def to_messages(raw: Mapping[str, Any], form: DataForm) -> object:
         first in any form, once. An Alpaca `input` follows the instruction after a blank line.
 
     Raises:
-        BadRowError: a key of the form is missing or of the wrong kind.
+        BadRecordError: a key of the form is missing or of the wrong kind.
     """
     for key in KEYS_OF_FORM[form]:
         if raw.get(key) is None:
-            raise BadRowError("key of form missing", f"a record of form `{form}` needs `{key}`")
+            raise BadRecordError("key of form missing", f"a record of form `{form}` needs `{key}`")
     if form == "messages":
         return _with_system(raw, _decoded("messages", raw))
     if form == "sharegpt":
@@ -125,25 +173,25 @@ def _with_system(raw: Mapping[str, Any], messages: object) -> object:
 def _from_sharegpt(raw: Mapping[str, Any]) -> object:
     turns = _decoded("conversations", raw)
     if not isinstance(turns, list):
-        raise BadRowError("no messages", f"`conversations` must be a list, not {shown(turns)}")
+        raise BadRecordError("no messages", f"`conversations` must be a list, not {shown(turns)}")
     return _with_system(raw, [_sharegpt_turn(number, turn) for number, turn in enumerate(turns, start=1)])
 
 
 def _sharegpt_turn(number: int, turn: object) -> dict[str, Any]:
     place = f"turn {number}"
     if not isinstance(turn, Mapping):
-        raise BadRowError("not a message", f"{place} must be an object with `from` and `value`, not {shown(turn)}")
+        raise BadRecordError("not a message", f"{place} must be an object with `from` and `value`, not {shown(turn)}")
     if "role" in turn and "from" not in turn:
-        raise BadRowError(
+        raise BadRecordError(
             "not a message",
             f"{place} has `role`, not `from`: map the column to `messages` with `columns: {{messages: conversations}}`",
         )
     for key, value in turn.items():
         if key not in ("from", "value") and value is not None:
-            raise BadRowError("unknown message key", f"{place} has {unknown('key', key, ('from', 'value'))}")
+            raise BadRecordError("unknown message key", f"{place} has {unknown('key', key, ('from', 'value'))}")
     role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn.get("from"), str) else None
     if role is None:
-        raise BadRowError("unknown role", f"{place} has {unknown('role', turn.get('from'), list(_SHAREGPT_ROLES))}")
+        raise BadRecordError("unknown role", f"{place} has {unknown('role', turn.get('from'), list(_SHAREGPT_ROLES))}")
     if role == "function_call":
         call = parse_json(f"{place}: the call", turn["value"]) if isinstance(turn.get("value"), str) else None
         return {"role": "assistant", "tool_calls": call if isinstance(call, list) else [call]}
@@ -160,14 +208,14 @@ def _from_alpaca(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages = _system(raw)
     history = raw.get("history")
     if history is not None and not isinstance(history, list):
-        raise BadRowError("bad history", f"`history` must be a list of pairs of texts, not {shown(history)}")
+        raise BadRecordError("bad history", f"`history` must be a list of pairs of texts, not {shown(history)}")
     for pair in history or ():
         if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRowError("bad history", f"`history` must hold pairs of texts, not {shown(pair)}")
+            raise BadRecordError("bad history", f"`history` must hold pairs of texts, not {shown(pair)}")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     instruction, given = raw["instruction"], raw.get("input")
     if given is not None and not isinstance(given, str):
-        raise BadRowError("input is not text", f"`input` must be text, not {shown(given)}")
+        raise BadRecordError("input is not text", f"`input` must be text, not {shown(given)}")
     if isinstance(instruction, str) and given:
         instruction = f"{instruction}\n\n{given}"
     return [*messages, {"role": "user", "content": instruction}, {"role": "assistant", "content": raw["output"]}]
@@ -176,7 +224,7 @@ def _from_alpaca(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _system(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The record's `system` text as a message; empty text, which converters write, is none."""
     if not isinstance(raw.get("system"), str | None):
-        raise BadRowError("system is not text", f"`system` must be text, not {shown(raw['system'])}")
+        raise BadRecordError("system is not text", f"`system` must be text, not {shown(raw['system'])}")
     return [{"role": "system", "content": raw["system"]}] if raw.get("system") not in (None, "") else []
 
 
@@ -185,4 +233,112 @@ def _as_messages(key: str, value: object, role: str) -> list[Any]:
         return [{"role": role, "content": value}]
     if isinstance(value, list):
         return value
-    raise BadRowError(f"{key} is not text", f"`{key}` must be text or a list of messages, not {shown(value)}")
+    raise BadRecordError(f"{key} is not text", f"`{key}` must be text or a list of messages, not {shown(value)}")
+
+
+# What a record holds, whichever form it came in: a checked conversation, or plain text.
+
+_CONTROL_SPELLING = re.compile(
+    r"<\|(?:start|end|message|channel|constrain|return|call|startoftext|endoftext|endofprompt|reserved_\d+)\|>"
+)
+_LONG_WORD = re.compile(r"[^\W\d_]{20001}")  # encoding takes time quadratic in its length: 3 s for 100,000 letters
+_OVERRIDES = ("reasoning_effort", "model_identity", "conversation_date")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a record holds.
+
+    Attributes:
+        messages: the messages in order; empty for plain text.
+        text: plain text to be continued, or None for a conversation.
+        form: the form that it was read from.
+        tools: the functions and builtin tools that the assistant may call.
+        reasoning_effort: overrides the recipe's if not None.
+        model_identity: overrides the recipe's if not None.
+        conversation_date: overrides the recipe's if not None.
+        num_control_spellings: how often its texts spell a control token, such as `<|end|>`; they stay text.
+    """
+
+    messages: tuple[Message, ...]
+    text: str | None = None
+    form: DataForm = "messages"
+    tools: DeclaredTools = NO_TOOLS
+    reasoning_effort: ReasoningEffortName | None = None
+    model_identity: str | None = None
+    conversation_date: str | None = None
+    num_control_spellings: int = 0
+
+    @property
+    def num_characters(self) -> int:
+        """Characters of all texts: no token stands for more than `LONGEST_TOKEN_BYTES` bytes of them."""
+        return sum(map(len, self.texts()))
+
+    def texts(self) -> Iterator[str]:
+        """Every text that the record brings into the tokens."""
+        for message in self.messages:
+            yield message.content
+            if message.thinking:
+                yield message.thinking
+            for call in message.tool_calls:
+                yield call.arguments
+        for tool in self.tools.functions:
+            yield tool.description
+            yield tool.schema or ""
+        yield self.model_identity or ""
+        yield self.text or ""
+
+
+def parse_conversation(raw: Mapping[str, Any], form: DataForm = "auto") -> Conversation:
+    """Check a record and read the conversation in it.
+
+    Args:
+        raw: the whole record as JSON gave it, columns renamed; keys that belong to no form (`id`, `answer`, fields that
+            `where` looks at) are passed over.
+        form: how the record holds its conversation; `auto` tells it from the keys.
+
+    Raises:
+        BadRecordError: it cannot be used.
+    """
+    if form == "auto":
+        form = detect_form(raw)
+    if form == "text":
+        conversation = _plain_text(raw)
+    else:
+        tools = parse_tools(raw)
+        conversation = Conversation(
+            parse_messages(to_messages(raw, form), tools), form=form, tools=tools, **_parse_overrides(raw)
+        )
+    num_spellings = sum(len(_CONTROL_SPELLING.findall(text)) for text in conversation.texts() if "<|" in text)
+    return replace(conversation, num_control_spellings=num_spellings) if num_spellings else conversation
+
+
+def _plain_text(raw: Mapping[str, Any]) -> Conversation:
+    for key in (*KEYS_OF_FORM["text"], "tools", "builtin_tools", *_OVERRIDES):
+        if key != "text" and raw.get(key) is not None:
+            raise BadRecordError("key of another form", f"plain text has no place for `{key}`")
+    text = checked_text("the record", "text", raw.get("text"))
+    if _LONG_WORD.search(text):
+        raise BadRecordError("word too long", "the record has more than 20,000 letters in a row, which is no text")
+    return Conversation((), text=text, form="text")
+
+
+def _parse_overrides(raw: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: raw[key] for key in _OVERRIDES if raw.get(key) is not None}
+    efforts = get_args(ReasoningEffortName)
+    if "reasoning_effort" in given and given["reasoning_effort"] not in efforts:
+        reason = f"the record has {unknown('reasoning effort', given['reasoning_effort'], efforts)}"
+        raise BadRecordError("unknown reasoning effort", reason)
+    if "model_identity" in given:
+        checked_text("the record", "model_identity", given["model_identity"])
+    if "conversation_date" in given and not _is_date(given["conversation_date"]):
+        reason = f"`conversation_date` must be a date such as 2025-06-28, not {shown(given['conversation_date'])}"
+        raise BadRecordError("bad conversation date", reason)
+    return given
+
+
+def _is_date(value: object) -> bool:
+    try:
+        return isinstance(value, str) and datetime.date.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.config.keys import suggest_word
+from finetune.config.suggest import suggest_word
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 BuiltinTool = Literal["browser", "python"]
@@ -15,8 +15,8 @@ FUNCTIONS = "functions."
 """What harmony writes before the name of a function that the developer declares."""
 
 
-class BadRowError(Exception):
-    """A row that cannot be used. Never reaches the person as such: reading turns it into a counted `BadRow`.
+class BadRecordError(Exception):
+    """A row that cannot be used. Never reaches the person as such: reading turns it into a counted `BadRecord`.
 
     Args:
         kind: the group it is counted in, such as "unknown role".
@@ -97,18 +97,18 @@ def checked_text(place: str, key: str, value: object) -> str:
         key: its key there.
 
     Raises:
-        BadRowError: it is something else.
+        BadRecordError: it is something else.
     """
     if not isinstance(value, str):
-        raise BadRowError(f"{key} is not text", f"{place} needs text as `{key}`, not {shown(value)}")
+        raise BadRecordError(f"{key} is not text", f"{place} needs text as `{key}`, not {shown(value)}")
     if not value.strip():
         way_out = "; leave the key out if there is none" if key == "thinking" else ""
-        raise BadRowError(f"empty {key}", f"{place} has empty `{key}`{way_out}")
+        raise BadRecordError(f"empty {key}", f"{place} has empty `{key}`{way_out}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
-        raise BadRowError("broken character", f"{place} holds half a character ({half}) in `{key}`") from None
+        raise BadRecordError("broken character", f"{place} holds half a character ({half}) in `{key}`") from None
     return value
 
 

@@ -15,8 +15,8 @@ import zlib
 from pathlib import Path
 from typing import Literal
 
-from finetune.config.locate import prepared_dir, shipped_dir
-from finetune.console import say
+from finetune import log
+from finetune.config.paths import prepared_dir, shipped_dir
 from finetune.data.cuad import CUAD, cuad_records
 from finetune.data.fiction import FICTION, fiction_records
 from finetune.data.pubmedqa import PUBMEDQA, pubmedqa_records
@@ -61,7 +61,7 @@ def prepare(domain: Domain, source: str | None = None, out: Path | None = None) 
     for path, name in upstream.beside.items():
         _write(target.parent / name, files[path])
     _write(target, gzip.compress(content, 9, mtime=0))
-    say(f"built from its source, sha256 {upstream.sha256[:12]} as it should be. {upstream.terms}")
+    log.info(f"built from its source, sha256 {upstream.sha256[:12]} as it should be. {upstream.terms}")
     return target
 
 
@@ -70,7 +70,7 @@ def _already_there(upstream: Upstream) -> Path | None:
         if path.is_file():
             found = _sum_of(path)
             if found == upstream.sha256:
-                say(f"already there, sha256 {found[:12]} as it should be; --out FILE builds it all the same")
+                log.info(f"already there, sha256 {found[:12]} as it should be; --out FILE builds it all the same")
                 return path
             raise InputError(
                 f"{path} has sha256 {found[:12]}, not {upstream.sha256[:12]}"

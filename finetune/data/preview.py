@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from finetune.data.channels import HEADER, Channel
-from finetune.data.printable import printable
-from finetune.data.render import Sample
-from finetune.data.tokenizer import FIRST_CONTROL_ID, harmony_encoding
+from finetune.data.files import printable
+from finetune.data.harmony.encode import HEADER, Channel
+from finetune.data.harmony.render import Example
+from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID, harmony_encoding
 
 _COLOURS = {
     Channel.ANALYSIS: ("33", "#8a5a00"),
@@ -47,7 +47,7 @@ class Piece:
     num_tokens: int
 
 
-def pieces(sample: Sample) -> list[Piece]:
+def pieces(sample: Example) -> list[Piece]:
     """Cut a sample into runs of tokens of one channel and weight, control tokens apart."""
     channels = (sample.channels % HEADER).tolist() or [int(Channel.CONTEXT)] * len(sample.ids)
     tokens = zip(sample.ids.tolist(), channels, sample.weights.tolist(), strict=True)
@@ -67,7 +67,7 @@ def spread(count: int, wanted: int) -> list[int]:
     return [number * count // wanted for number in range(wanted)] if wanted < count else list(range(count))
 
 
-def as_text(sample: Sample, *, colour: bool) -> str:
+def as_text(sample: Example, *, colour: bool) -> str:
     """A sample for the terminal.
 
     Args:
@@ -79,7 +79,7 @@ def as_text(sample: Sample, *, colour: bool) -> str:
     return f"{_title(sample)}\n{body}"
 
 
-def as_json(sample: Sample) -> dict[str, Any]:
+def as_json(sample: Example) -> dict[str, Any]:
     """A sample as plain data; texts are those that the terminal would show."""
     return {
         "id": printable(sample.id),
@@ -90,7 +90,7 @@ def as_json(sample: Sample) -> dict[str, Any]:
     }
 
 
-def as_html(title: str, samples: Sequence[Sample]) -> str:
+def as_html(title: str, samples: Sequence[Example]) -> str:
     """A page of samples: no script, nothing loaded, and every text from the data escaped."""
     style = "".join(
         f".{channel.name.lower()}{{color:{colour};font-weight:600}}" for channel, (_, colour) in _COLOURS.items()
@@ -125,7 +125,7 @@ pre{{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:1
 """
 
 
-def _title(sample: Sample) -> str:
+def _title(sample: Example) -> str:
     share = sample.num_trained_tokens / max(1, len(sample.ids))
     place = "" if sample.id == sample.where else f" ({sample.where})"  # a record without an id is named by its place
     return printable(

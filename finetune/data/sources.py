@@ -1,20 +1,84 @@
-"""From the rows of a source to checked records; a row that cannot be used is named with file and line."""
+"""Which sources and which of their records make a split."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from finetune.config.keys import suggest_word
-from finetune.config.schema import DataForm, SourceConfig
-from finetune.data.conversation import Conversation, parse_conversation
-from finetune.data.files import read_rows
-from finetune.data.message import BadRowError, Message
-from finetune.data.printable import printable
+from finetune.config.schema import DataConfig, DataForm, SourceConfig
+from finetune.config.suggest import suggest_word
+from finetune.data.files import printable, read_rows
+from finetune.data.forms import Conversation, parse_conversation
+from finetune.data.message import BadRecordError, Message
 from finetune.errors import ConfigError, InputError
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+
+def split_names(config: DataConfig) -> tuple[SplitName, ...]:
+    """The splits that a recipe has."""
+    return tuple(split for split in SPLITS if _sources(config, split))
+
+
+def sources_of(config: DataConfig, split: SplitName) -> Mapping[str, SourceConfig]:
+    """The sources that a split reads; with `validation_split`, validation reads the training sources.
+
+    Raises:
+        ConfigError: the recipe has none.
+    """
+    sources = _sources(config, split)
+    if not sources:
+        raise ConfigError(f"data.{split} names no source", fix=f"set data.{split}.NAME.path in the recipe")
+    return sources
+
+
+def counts_broken_records(config: DataConfig, split: SplitName, name: str) -> bool:
+    """Whether a source counts the rows that are no records, which belong to no value of `where` or `validation_split`.
+
+    The first source that reads the file to its end does, in the order train, validation, test, so that each such row
+    is counted once.
+    """
+    source = sources_of(config, split)[name]
+    for earlier in SPLITS:
+        for other_name, other in _sources(config, earlier).items():
+            if (earlier, other_name) == (split, name):
+                return True
+            if (other.path, other.split, other.limit) == (source.path, source.split, None):
+                return False
+    return True
+
+
+def belongs_to(fields: Mapping[str, str], config: DataConfig, split: SplitName) -> bool:
+    """Whether a record of one of the split's sources is in the split.
+
+    `validation_split` decides by a hash of the field's value alone: no seed, so that a record stays where it is when
+    others are added, and records that share the value are never on both sides. A record without the field is trained.
+    """
+    key = config.validation_split.key
+    if key is None or split == "test":
+        return True
+    held_out = key in fields and share_of(fields[key]) < config.validation_split.share
+    return held_out == (split == "validation")
+
+
+def share_of(value: str) -> float:
+    """A number from 0 to 1, evenly spread over values and always the same for the same value."""
+    return int.from_bytes(hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+
+
+def _sources(config: DataConfig, split: SplitName) -> Mapping[str, SourceConfig]:
+    if split == "validation" and config.validation_split.key is not None:
+        return config.train
+    sources: Mapping[str, SourceConfig] = getattr(config, split)
+    return sources
+
+
+# From the rows of a source to checked records; a row that cannot be used is named with file and line.
 
 _NO_FIELDS = ("messages", "conversations", "tools", "functions")
 """Keys whose value is never a plain text: in a CSV cell or a table's text column it is JSON."""
@@ -45,7 +109,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class BadRow:
+class BadRecord:
     """A row that cannot be used.
 
     Attributes:
@@ -74,10 +138,10 @@ class RawRecord:
     fields: Mapping[str, str]
 
 
-def read_raw_records(name: str, source: SourceConfig) -> Iterator[RawRecord | BadRow]:
+def read_raw_records(name: str, source: SourceConfig) -> Iterator[RawRecord | BadRecord]:
     """Read one source's rows in file order, those that `where` keeps, at most `limit`, with its columns renamed.
 
-    A row that is no JSON object belongs to no value of `where`, so it comes as a BadRow whatever `where` says. Blank
+    A row that is no JSON object belongs to no value of `where`, so it comes as a BadRecord whatever `where` says. Blank
     lines are passed over.
 
     Args:
@@ -92,8 +156,8 @@ def read_raw_records(name: str, source: SourceConfig) -> Iterator[RawRecord | Ba
         raise ConfigError(f"source `{name}`: limit must be at least 1, not {source.limit}")
     columns, kept_rows = _Columns(name, source), _Filter(name, source)
     for where, content in read_rows(name, source):
-        if isinstance(content, BadRowError):
-            yield bad_row(where, content)
+        if isinstance(content, BadRecordError):
+            yield bad_record(where, content)
             continue
         raw = columns.rename(content)
         fields = _fields(raw)
@@ -109,29 +173,29 @@ def parse_record(row: RawRecord, form: DataForm) -> Record:
     """Check what a row holds.
 
     Raises:
-        BadRowError: it cannot be used.
+        BadRecordError: it cannot be used.
     """
     return Record(
         _id(row.raw, row.where), row.where, parse_conversation(row.raw, form), _answer(row.raw), dict(row.fields)
     )
 
 
-def read_records(name: str, source: SourceConfig) -> Iterator[Record | BadRow]:
+def read_records(name: str, source: SourceConfig) -> Iterator[Record | BadRecord]:
     """Read and check one source's records; arguments and errors as in `read_raw_records`.
 
     Yields:
-        A Record or a BadRow for each row that `where` keeps.
+        A Record or a BadRecord for each row that `where` keeps.
     """
     for row in read_raw_records(name, source):
         try:
-            yield row if isinstance(row, BadRow) else parse_record(row, source.form)
-        except BadRowError as error:
-            yield bad_row(row.where, error)
+            yield row if isinstance(row, BadRecord) else parse_record(row, source.form)
+        except BadRecordError as error:
+            yield bad_record(row.where, error)
 
 
-def bad_row(where: str, error: BadRowError) -> BadRow:
+def bad_record(where: str, error: BadRecordError) -> BadRecord:
     """Name a row's fault; text quoted from the row is made safe to print."""
-    return BadRow(printable(where), error.kind, printable(error.reason))
+    return BadRecord(printable(where), error.kind, printable(error.reason))
 
 
 def raw_record(where: str, raw: Mapping[str, Any]) -> RawRecord:
@@ -224,7 +288,7 @@ def _id(raw: Mapping[str, Any], where: str) -> str:
     if value is None:
         return where
     if not isinstance(value, str | int | float) or value == "" or not _is_whole(str(value)):
-        raise BadRowError("bad id", "`id` must be text or a number")
+        raise BadRecordError("bad id", "`id` must be text or a number")
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -236,7 +300,7 @@ def _is_whole(text: str) -> bool:
 def _answer(raw: Mapping[str, Any]) -> str | None:
     value = raw.get("answer")
     if value is not None and (not isinstance(value, str) or not value.strip()):
-        raise BadRowError(
+        raise BadRecordError(
             "bad answer",
             "`answer` must be text (a number in quotes), and not empty; leave the key out if there is none",
         )

@@ -11,14 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config.schema import RunConfig
-from finetune.data.arrow import RecordTable, sample_lengths
-from finetune.data.channels import HEADER, Channel
 from finetune.data.dataset import Split, load_split
 from finetune.data.duplicates import Text, find_duplicates, text_of
-from finetune.data.mix import Mixture
-from finetune.data.pack import pack, packing_efficiency
-from finetune.data.sources import BadRow
-from finetune.data.splits import split_names
+from finetune.data.example_table import RecordTable, example_lengths
+from finetune.data.harmony.encode import HEADER, Channel
+from finetune.data.packing import Mixture, pack, packing_efficiency
+from finetune.data.sources import BadRecord, split_names
 
 _BINS = 12
 _BAR = 40
@@ -68,7 +66,7 @@ def _figures(split: Split, config: RunConfig) -> dict[str, Any]:
         context += np.bincount(channels[~weighted], minlength=HEADER)
         spellings += sample.num_control_spellings > 0
         without_thinking += sample.num_without_thinking > 0
-    lengths = sample_lengths(split.samples)
+    lengths = example_lengths(split.samples)
     return {
         "records": split.num_records,
         "samples": len(split.samples),
@@ -82,7 +80,7 @@ def _figures(split: Split, config: RunConfig) -> dict[str, Any]:
         "unused_keys": dict(split.unused),
         "truncated": split.num_truncated,
         "dropped": _left_out(split.dropped),
-        "skipped": _left_out(split.bad_rows),
+        "skipped": _left_out(split.bad_records),
         "samples_spelling_control_tokens": spellings,
         "samples_with_answers_untrained_for_lost_thinking": without_thinking,
         "fingerprint": split.fingerprint,
@@ -143,7 +141,7 @@ def _packing(split: Split, lengths: Sequence[int], config: RunConfig) -> dict[st
     }
 
 
-def _left_out(rows: Sequence[BadRow]) -> dict[str, Any]:
+def _left_out(rows: Sequence[BadRecord]) -> dict[str, Any]:
     kinds = Counter(row.kind for row in rows)
     places: dict[str, list[str]] = {kind: [] for kind, _ in kinds.most_common()}
     for row in rows:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.console import say
+from finetune import log
 from finetune.errors import InputError, MachineError
 
 TIMEOUT_SECONDS = 30
@@ -59,7 +59,7 @@ class Upstream:
         address = f"{place.rstrip('/')}/{path}" if place else self._published(path)
         if not address.startswith(("http://", "https://")):
             raise InputError(f"{place} is neither a directory nor an http(s) address")
-        say(f"reading {address}")
+        log.info(f"reading {address}")
         try:
             with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as answer:
                 content: bytes = answer.read()

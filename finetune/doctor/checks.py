@@ -20,7 +20,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from finetune.config.locate import cache_dir
+from finetune.config.paths import cache_dir
 
 PACKAGE = "gpt-oss-finetune"
 HUB = "https://huggingface.co"
@@ -138,13 +138,13 @@ def check_kernels() -> Iterator[Finding]:
     """Which kernels a 20b run would use here, and why."""
     import torch
 
-    from finetune.kernels.attention_choice import AttentionShape, choose_attention
-    from finetune.kernels.experts_choice import ExpertShape, choose_expert_kernel
+    from finetune.kernels.attention_choice import AttentionDims, choose_attention
+    from finetune.kernels.experts_choice import ExpertDims, choose_expert_kernel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    experts = choose_expert_kernel("auto", ExpertShape(2880, 2880, 16), device, dtype)
-    attention = choose_attention("auto", AttentionShape(64, 8, 64, 128), device, dtype)
+    experts = choose_expert_kernel("auto", ExpertDims(2880, 2880, 16), device, dtype)
+    attention = choose_attention("auto", AttentionDims(64, 8, 64, 128), device, dtype)
     for choice in (experts, attention):
         name, _, text = choice.describe().partition(": ")
         is_slow = device.type == "cuda" and choice.kernel == "reference"
@@ -221,7 +221,7 @@ def check_hub() -> Iterator[Finding]:
 
 def check_tokenizer() -> Iterator[Finding]:
     """The vocabulary that ships with the toolkit, by a sentence whose tokens are known."""
-    from finetune.data.tokenizer import harmony_encoding
+    from finetune.data.harmony.tokenizer import harmony_encoding
 
     tokens = harmony_encoding().encode("hello world", allowed_special=set())
     good = tokens == [24912, 2375]

@@ -1,8 +1,8 @@
 """What a micro-step makes and drops, tensor by tensor: kept activations, expert chunks, attention, the loss head.
 
-Each number in front of a size counts tensors of that size, as `tests/test_estimate_step.py` finds them alive in a real
-step. Letters are those of the kernels: T tokens, D hidden, F expert width, E experts, K active ones, R = T·K routed
-rows, Q and V widths of all query and of all key heads, H heads; c is the bytes of an activation.
+Each number in front of a size counts tensors of that size, as `tests/estimate/test_estimate_step.py` finds them alive
+in a real step. Letters are those of the kernels: T tokens, D hidden, F expert width, E experts, K active ones,
+R = T·K routed tokens, Q and V widths of all query and of all key heads, H heads; c is the bytes of an activation.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from finetune.config.keys import allowed_words, type_at
 from finetune.config.rules import broken_rules
 from finetune.config.schema import RunConfig
+from finetune.config.suggest import allowed_words, type_at
 from finetune.estimate.fit import Budget, fit
 from finetune.estimate.shapes import BaseShape
 
@@ -41,10 +41,10 @@ def candidates(config: RunConfig, base: BaseShape) -> Iterator[tuple[Overrides, 
         Overrides and their cost in words. Some may not be possible for this recipe; `with_overrides` says.
     """
     trainer, model, adapter = config.trainer, config.model, config.adapter
-    rows, micro_steps = trainer.rows_per_micro_step, trainer.micro_steps
+    rows, gradient_accumulation_steps = trainer.micro_batch_size, trainer.gradient_accumulation_steps
     while rows > 1 and rows % 2 == 0:
-        rows, micro_steps = rows // 2, micro_steps * 2
-        fewer = {"trainer.rows_per_micro_step": rows, "trainer.micro_steps": micro_steps}
+        rows, gradient_accumulation_steps = rows // 2, gradient_accumulation_steps * 2
+        fewer = {"trainer.micro_batch_size": rows, "trainer.gradient_accumulation_steps": gradient_accumulation_steps}
         yield fewer, "the same step in smaller pieces, a little slower"
     yield {"model.embedding_on_cpu": True}, "a copy of the tokens' rows each micro-step"
     for chunk in (16, 8, 4):
@@ -138,8 +138,8 @@ def changes_that_fit(config: RunConfig, base: BaseShape, budget: Budget) -> Over
 def as_text(overrides: Mapping[str, Any]) -> str:
     """Overrides as they are pasted behind a command.
 
-    >>> as_text({"trainer.micro_steps": 8, "model.embedding_on_cpu": True, "adapter.layers": (12, 23)})
-    'trainer.micro_steps=8 model.embedding_on_cpu=true adapter.layers=[12,23]'
+    >>> as_text({"trainer.gradient_accumulation_steps": 8, "model.embedding_on_cpu": True, "adapter.layers": (12, 23)})
+    'trainer.gradient_accumulation_steps=8 model.embedding_on_cpu=true adapter.layers=[12,23]'
     """
     return " ".join(f"{key}={_value_text(value)}" for key, value in overrides.items())
 

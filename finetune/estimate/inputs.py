@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finetune.config.affinity import read_affinity
-from finetune.config.expert_rules import highest_rank, parse_select
+from finetune.config.expert_selection import highest_rank, parse_select, read_expert_scores
 from finetune.config.schema import RunConfig
 from finetune.estimate.shapes import BaseShape
 
@@ -25,7 +24,7 @@ class StepShape:
         on_gpu: estimated for a GPU; else for the reference path on a CPU.
         rows, row_tokens: packed rows in a micro-step, and tokens in a row.
         longest_sample: tokens in the longest sample of a row; attention cares.
-        micro_steps: micro-steps of an optimiser step; with several, gradients are there from the first one on.
+        gradient_accumulation_steps: micro-steps of an optimiser step; with several, gradients exist from the first on.
         trained_share: share of the tokens that is trained; the loss head cares.
         busiest_chunk: rows of the busiest chunk of experts over the average chunk's.
         compute_bytes: of an activation, and of every weight that is not packed.
@@ -48,7 +47,7 @@ class StepShape:
     rows: int
     row_tokens: int
     longest_sample: int
-    micro_steps: int
+    gradient_accumulation_steps: int
     trained_share: float = 1.0
     busiest_chunk: float
     compute_bytes: Literal[2, 4]
@@ -93,10 +92,10 @@ def step_shape(config: RunConfig, base: BaseShape, *, on_gpu: bool) -> StepShape
     dtype = config.model.compute_dtype
     return StepShape(
         on_gpu=on_gpu,
-        rows=config.trainer.rows_per_micro_step,
+        rows=config.trainer.micro_batch_size,
         row_tokens=config.data.max_length,
         longest_sample=config.data.max_length,
-        micro_steps=config.trainer.micro_steps,
+        gradient_accumulation_steps=config.trainer.gradient_accumulation_steps,
         busiest_chunk=1 + CROWDING / math.sqrt(config.model.experts_per_chunk),
         compute_bytes=4 if dtype == "float32" or (dtype == "auto" and not on_gpu) else 2,
         expert_storage=config.model.expert_storage,
@@ -143,7 +142,7 @@ def _adapted_experts(select: str, base: BaseShape, first: int, last: int) -> tup
     layers = range(first, min(last, base.num_layers - 1) + 1)
     rule = parse_select(select)
     if rule.kind == "file":
-        selected = read_affinity(Path(rule.path).expanduser()).selected
+        selected = read_expert_scores(Path(rule.path).expanduser()).selected
         return tuple(len(selected.get(layer, ())) for layer in layers)
     count = min(rule.top_k, base.num_experts) if rule.kind == "top_k" else base.num_experts
     return (count,) * len(layers)

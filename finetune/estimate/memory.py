@@ -77,7 +77,7 @@ def _moments(base: BaseShape, step: StepShape) -> dict[str, list[Part]]:
     is there at a time; from the second micro-step on both are.
     """
     kept, tape, gradients = act.kept_activations(base, step), act.routing_tape(base, step), held.gradients(base, step)
-    earlier = [gradients] if step.micro_steps > 1 else []
+    earlier = [gradients] if step.gradient_accumulation_steps > 1 else []
     layer = act.layer_activations(base, step) if step.checkpointing else 0.0
     attention = act.attention_activations(base, step) if step.checkpointing else 0.0
     incoming = act.layer_gradients(base, step)

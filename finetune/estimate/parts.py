@@ -104,8 +104,8 @@ def update_bytes(base: BaseShape, step: StepShape) -> float:
     """What an update makes and drops.
 
     torch's AdamW on a GPU takes the square roots of all second moments at once; on a CPU, and in
-    `finetune.train.optimisers.OneByOne`, parameters come one by one: a float32 copy of parameter and gradient if they
-    are narrower, the moments if they live in host memory, and two results.
+    `finetune.train.optim.PerParameterOptimizer`, parameters come one by one: a float32 copy of parameter and gradient
+    if they are narrower, the moments if they live in host memory, and two results.
     """
     count = sum(lora_parameters(base, step))
     plain = step.optimizer == "adamw" and step.adapter_bytes == 4 and not step.states_on_cpu

@@ -61,7 +61,7 @@ def _distributed(config: RunConfig, base: BaseShape, budget: Budget, gpus: int, 
         overrides: Overrides = {
             "distributed.kind": kind,
             "distributed.num_processes": gpus,
-            "trainer.micro_steps": max(1, round(config.trainer.micro_steps / gpus)),
+            "trainer.gradient_accumulation_steps": max(1, round(config.trainer.gradient_accumulation_steps / gpus)),
         }
         spread = with_overrides(config, overrides)
         if spread is not None and (fit(spread, base, budget).fits or kind == KINDS[-1]):
@@ -74,15 +74,18 @@ def _distributed(config: RunConfig, base: BaseShape, budget: Budget, gpus: int, 
 def _fill(config: RunConfig, base: BaseShape, budget: Budget, reasons: list[str]) -> Overrides:
     """Larger micro-steps while they fit and are worth it, then no recomputation if that fits too."""
     chosen: Overrides = {}
-    rows, micro_steps = config.trainer.rows_per_micro_step, config.trainer.micro_steps
-    while micro_steps % 2 == 0 and 2 * rows * config.data.max_length <= FULL_BATCH_TOKENS:
-        larger = {"trainer.rows_per_micro_step": 2 * rows, "trainer.micro_steps": micro_steps // 2}
+    rows, gradient_accumulation_steps = config.trainer.micro_batch_size, config.trainer.gradient_accumulation_steps
+    while gradient_accumulation_steps % 2 == 0 and 2 * rows * config.data.max_length <= FULL_BATCH_TOKENS:
+        larger = {
+            "trainer.micro_batch_size": 2 * rows,
+            "trainer.gradient_accumulation_steps": gradient_accumulation_steps // 2,
+        }
         if not _fits(config, chosen | larger, base, budget):
             break
-        rows, micro_steps = 2 * rows, micro_steps // 2
+        rows, gradient_accumulation_steps = 2 * rows, gradient_accumulation_steps // 2
         chosen |= larger
     if chosen:
-        reasons.append(f"trainer.rows_per_micro_step: {rows * config.data.max_length:,} tokens at once, the same step")
+        reasons.append(f"trainer.micro_batch_size: {rows * config.data.max_length:,} tokens at once, the same step")
     if config.trainer.activation_checkpointing and not _set_by(config, "trainer.activation_offload"):
         kept = {"trainer.activation_checkpointing": False}
         if _fits(config, chosen | kept, base, budget):

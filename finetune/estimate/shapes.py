@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config.locate import shipped_dir
+from finetune.config.paths import shipped_dir
 from finetune.errors import InputError
 
 PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")

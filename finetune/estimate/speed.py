@@ -59,7 +59,7 @@ def estimate_time(base: BaseShape, step: StepShape, tflops: float = H100_TFLOPS)
         tflops: the GPU's bfloat16 peak.
     """
     flops = flops_per_token(base, step)
-    per_process = step.tokens * step.micro_steps
+    per_process = step.tokens * step.gradient_accumulation_steps
     fastest, slowest = (per_process * flops / (share * tflops * 1e12) for share in reversed(EFFICIENCY))
     low, high = (f"{share:.0%}" for share in EFFICIENCY)
     basis = f"not measured: {flops / 1e9:.1f} GFLOP a token at {low} to {high} of {tflops:,.0f} TFLOP/s" + (

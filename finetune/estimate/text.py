@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.console import duration
+from finetune import log
 from finetune.estimate.changes import Change, Overrides, as_text
 from finetune.estimate.fit import GIB, Fit
 from finetune.estimate.memory import MemoryEstimate
@@ -117,7 +117,7 @@ def time_lines(time: TimeEstimate) -> list[str]:
     fast, slow = time.fast_seconds, time.slow_seconds
     return [
         f"time of an optimiser step ({time.tokens_per_step:,} tokens at most): {_seconds(fast)} to {_seconds(slow)}; "
-        f"of a million tokens: {duration(fast * millions)} to {duration(slow * millions)}",
+        f"of a million tokens: {log.duration(fast * millions)} to {log.duration(slow * millions)}",
         f"  {time.basis}",
     ]
 
@@ -169,4 +169,4 @@ def _gib(num_bytes: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+    return f"{seconds:.1f} s" if seconds < 60 else log.duration(seconds)

@@ -13,7 +13,14 @@ from openai_harmony import HarmonyError, Message, Role, StreamableParser, Stream
 from torch import Tensor
 from transformers import GptOssForCausalLM
 
-from finetune.data.tokenizer import CALL_ID, END_ID, END_OF_TEXT_ID, FIRST_CONTROL_ID, RETURN_ID, harmony_encoding
+from finetune.data.harmony.tokenizer import (
+    CALL_ID,
+    END_ID,
+    END_OF_TEXT_ID,
+    FIRST_CONTROL_ID,
+    RETURN_ID,
+    harmony_encoding,
+)
 from finetune.model.decoding import Decoder
 
 STOP_IDS = frozenset({RETURN_ID, CALL_ID, END_OF_TEXT_ID})

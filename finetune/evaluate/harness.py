@@ -21,16 +21,16 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from finetune.console import Progress, warn
-from finetune.data.conversation import Conversation
+from finetune import log
+from finetune.data.forms import Conversation
+from finetune.data.harmony.encode import encode_text, header_ids
+from finetune.data.harmony.render import render_prompt
+from finetune.data.harmony.tokenizer import END_OF_TEXT_ID, FIRST_CONTROL_ID, harmony_encoding
 from finetune.data.message import Message
-from finetune.data.parts import encode_text, header_ids
-from finetune.data.render import render_prompt
 from finetune.data.sources import Record
-from finetune.data.tokenizer import END_OF_TEXT_ID, FIRST_CONTROL_ID, harmony_encoding
 from finetune.errors import ConfigError, InputError
-from finetune.evaluate.continuations import Group, score_row
 from finetune.evaluate.generation import STOP_IDS, Sampling, generate
+from finetune.evaluate.likelihood import Group, score_row
 from finetune.evaluate.opening import open_model
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -149,7 +149,7 @@ class AdaptedModel(TemplateLM):
             groups.setdefault(tuple(context[-room:] or [self.prefix_token_id]), []).append(number)
         self._say_cut(cut, len(requests))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        with self._as_asked(), Progress("likelihoods", len(groups), "contexts") as progress:
+        with self._as_asked(), log.Progress("likelihoods", len(groups), "contexts") as progress:
             for row in _rows([(list(context), numbers) for context, numbers in groups.items()], answers):
                 scores = score_row(
                     self.opened.base.model,
@@ -190,7 +190,7 @@ class AdaptedModel(TemplateLM):
         texts = [""] * len(requests)
         batches = list(_batches(requests, self.max_gen_toks, self._seed))
         prompts = self._prompts(requests, batches)
-        with self._as_asked(), Progress("answers", len(requests), "prompts") as progress:
+        with self._as_asked(), log.Progress("answers", len(requests), "prompts") as progress:
             for numbers, until, sampling in batches:
                 written = generate(
                     self.opened.base.model,
@@ -227,7 +227,9 @@ class AdaptedModel(TemplateLM):
 
     def _say_cut(self, cut: int, total: int) -> None:
         if cut:
-            warn(f"{cut} of {total} contexts are cut from the left, to {self.max_length} tokens with what follows them")
+            log.warning(
+                f"{cut} of {total} contexts are cut from the left, to {self.max_length} tokens with what follows them"
+            )
 
     def _has_stopped(self, until: Sequence[str], tokens: Sequence[int]) -> bool:
         """Whether the last token completed a stop string; only as much of the end is read as can hold one."""

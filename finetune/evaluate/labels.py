@@ -16,14 +16,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import GptOssForCausalLM
 
+from finetune import log
 from finetune.config.schema import DataConfig
-from finetune.console import Progress
-from finetune.data.render import render_answer, render_prompt
+from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import CheckError, InputError
-from finetune.evaluate.continuations import Group, score_row
-from finetune.evaluate.intervals import wilson_interval
-from finetune.evaluate.likelihood import BetweenBatches
+from finetune.evaluate.likelihood import BetweenBatches, Group, score_row
+from finetune.evaluate.statistics import wilson_interval
 
 MOST_LABELS = 64
 SUBSET_SEED = 0
@@ -106,7 +105,7 @@ def score_labels(
     *,
     task: str = "label accuracy",
     between_batches: BetweenBatches = lambda: None,
-    progress: Progress | None = None,
+    progress: log.Progress | None = None,
 ) -> LabelScores:
     """Log-likelihood of every label after every record's prompt.
 
@@ -129,7 +128,7 @@ def score_labels(
     shared = _common_prefix(answers)
     scores, shared_nats = np.zeros((len(records), len(labels))), np.zeros(len(records))
     pending: list[tuple[int, list[int]]] = []
-    with nullcontext(progress) if progress else Progress(task, len(records), "records") as line:
+    with nullcontext(progress) if progress else log.Progress(task, len(records), "records") as line:
         for number, record in enumerate(records):
             pending.append((number, render_prompt(record, config) + answers[0][:shared]))
             tokens = sum(len(prompt) for _, prompt in pending) + len(pending) * sum(len(a) - shared for a in answers)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from finetune.adapters.files import CONFIG, read_adapter_into, read_provenance
-from finetune.adapters.locate import resolve_run
+from finetune import log
+from finetune.adapters.config_file import resolve_run
+from finetune.adapters.layout import EXPERT_PARAMETERS, ROUTER_PARAMETER
 from finetune.adapters.lora import Adapter, attach_adapter
-from finetune.adapters.peft_layout import EXPERT_PARAMETERS, ROUTER_PARAMETER
-from finetune.adapters.stored import ROUTER_BIAS
+from finetune.adapters.store import CONFIG, ROUTER_BIAS, read_adapter_into, read_provenance
 from finetune.config.schema import (
     AdapterConfig,
     AttentionAdapterConfig,
@@ -23,19 +23,18 @@ from finetune.config.schema import (
     RunConfig,
 )
 from finetune.config.validate import load_run_config
-from finetune.console import say
 from finetune.errors import InputError
 from finetune.model.attention import select_attention
-from finetune.model.build import Base, choose_device, choose_dtype, load_base
+from finetune.model.build import Base, build_base, choose_device, choose_dtype
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import select_expert_kernel
+from finetune.model.forward import check_packing
 from finetune.model.hub import locate_base
-from finetune.model.selftest import check_packing
 from finetune.model.storage import BaseStorage
 
 
 @dataclass(frozen=True)
-class OpenedModel:
+class LoadedModel:
     """A base with an adapter attached, in evaluation mode.
 
     Attributes:
@@ -60,7 +59,7 @@ class OpenedModel:
 
 def open_model(
     path: Path, *, base: str | None = None, revision: str | None = None, device: str | None = None
-) -> OpenedModel:
+) -> LoadedModel:
     """Load the base of a run's adapter, or of an adapter alone, and attach the adapter.
 
     Args:
@@ -88,25 +87,25 @@ def open_model(
     adapter_config = config.adapter if config else adapter_config_of(directory, stored)
     location = locate_base(settings.path, settings.revision)
     where = choose_device(settings)
-    loaded = load_base(
+    loaded = build_base(
         Checkpoint.open(location.directory),
         where,
         choose_dtype(settings, where),
         settings.experts_per_chunk,
         BaseStorage.of(settings),
     )
-    say(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
-    say(select_attention(loaded.model, settings.attention_kernel).describe())
+    log.info(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
+    log.info(select_attention(loaded.model, settings.attention_kernel).describe())
     # A run's demand holds where it ran; on a device named here it is a preference.
-    say(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
+    log.info(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
     check_packing(loaded.model)
     # The file has factors for every expert, zeros where a run adapted only some.
     adapter_config = replace(adapter_config, experts=_as_filed(adapter_config.experts, directory, stored))
     adapter = attach_adapter(loaded, replace(adapter_config, init_from=None), seed=0)
     read_adapter_into(directory, adapter, adapter_config, loaded.identity, loaded.held_as)
-    say(f"adapter: {directory}")
+    log.info(f"adapter: {directory}")
     loaded.model.eval()
-    return OpenedModel(loaded, adapter, directory, run, config)
+    return LoadedModel(loaded, adapter, directory, run, config)
 
 
 def _as_filed(experts: ExpertAdapterConfig, directory: Path, stored: dict[str, Any]) -> ExpertAdapterConfig:

@@ -11,34 +11,32 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune import __version__
-from finetune.adapters.files import (
+from finetune import __version__, log
+from finetune.adapters.store import (
     CONFIG,
     PROVENANCE,
     WEIGHTS,
+    AdapterFile,
     staged_directory,
     warn_held_as,
     write_facts,
     write_peft_directory,
 )
-from finetune.config.locate import shipped_dir
-from finetune.console import say, warn
-from finetune.digest import sha256_of
+from finetune.arch import Arch
+from finetune.config.paths import shipped_dir
 from finetune.export.card import write_card
-from finetune.export.factors import largest_rank, layers_of
+from finetune.export.factors import largest_rank, layers_of, refuse_swapped
 from finetune.export.gguf_lora import FILE, gguf_lora_lines, gguf_lora_tensors, write_gguf_lora
 from finetune.export.mlx import MLX_WEIGHTS, mlx_config, mlx_lines, mlx_tensors
-from finetune.export.orientation import refuse_swapped
+from finetune.export.options import CARD, FACTS, AdapterTarget, ExportOptions
 from finetune.export.peft import adapts_every_layer, peft_contents, served_rank, vllm_line
 from finetune.export.plan import check_fits
 from finetune.export.sglang import sglang_config, sglang_lines, sglang_tensors
-from finetune.export.source import AdapterSource
-from finetune.export.staging import refuse_existing
-from finetune.export.targets import CARD, FACTS, AdapterTarget, ExportOptions
-from finetune.export.verify_adapter import verify_adapter
+from finetune.export.verify import verify_adapter
+from finetune.files import sha256_of
 from finetune.model.checkpoint import CONFIG_FILE, Checkpoint
 from finetune.model.headers import read_json
-from finetune.model.shapes import ModelShape
+from finetune.staging import refuse_existing
 
 _PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
 
@@ -61,7 +59,7 @@ class Contents:
 
 
 def export_adapter(
-    source: AdapterSource, target: AdapterTarget, out: Path, options: ExportOptions, run: Path | None = None
+    source: AdapterFile, target: AdapterTarget, out: Path, options: ExportOptions, run: Path | None = None
 ) -> None:
     """Write an adapter for a serving stack, or print what would be written.
 
@@ -83,10 +81,10 @@ def export_adapter(
     contents = _contents(source, target, out, shape, options)
     if source.router_bias:
         left_out = f"changes of {len(source.router_bias)} routers' biases"
-        warn(f"left out: {left_out}; only merged exports carry them (--to bf16)")
+        log.warning(f"left out: {left_out}; only merged exports carry them (--to bf16)")
     if options.dry_run:
         for line in _describe(contents, target):
-            say(line, result=True)
+            log.result(line)
         return
     facts = source.base_facts
     warn_held_as(facts, {}, source.directory)
@@ -101,10 +99,10 @@ def export_adapter(
     else:
         _write(out, target, contents, facts | {"exported_from": sha256_of(source.directory / WEIGHTS)}, finish)
     for line in contents.lines:
-        say(line)
+        log.info(line)
 
 
-def known_shape(source: AdapterSource) -> ModelShape | None:
+def known_shape(source: AdapterFile) -> Arch | None:
     """The sizes of the base an adapter names, if its config.json is on this disk or is one of the published two."""
     name = source.base_name
     directory = Path(name).expanduser() if name else None
@@ -112,10 +110,10 @@ def known_shape(source: AdapterSource) -> ModelShape | None:
         directory = shipped_dir("data") / "tokenizer" / name.rpartition("/")[2]
     if directory is None or not (directory / CONFIG_FILE).is_file():
         return None
-    return ModelShape.from_config(read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+    return Arch.from_config(read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
 
 
-def _check_base(source: AdapterSource, options: ExportOptions) -> ModelShape | None:
+def _check_base(source: AdapterFile, options: ExportOptions) -> Arch | None:
     """Compare the adapter with its base as far as that is here: wholly if one was given, else by shapes.
 
     Returns:
@@ -125,7 +123,7 @@ def _check_base(source: AdapterSource, options: ExportOptions) -> ModelShape | N
         shape = known_shape(source)
         refuse_swapped(source, shape)
         if shape is None:
-            warn(f"no base here to compare {source.directory} with; --base BASE does")
+            log.warning(f"no base here to compare {source.directory} with; --base BASE does")
         else:
             check_fits(shape, source)
         return shape
@@ -139,7 +137,7 @@ def _check_base(source: AdapterSource, options: ExportOptions) -> ModelShape | N
 
 
 def _contents(
-    source: AdapterSource, target: AdapterTarget, out: Path, shape: ModelShape | None, options: ExportOptions
+    source: AdapterFile, target: AdapterTarget, out: Path, shape: Arch | None, options: ExportOptions
 ) -> Contents:
     match target:
         case "peft":
@@ -177,7 +175,7 @@ def _write(
 
 def _finish(
     staging: Path,
-    source: AdapterSource,
+    source: AdapterFile,
     target: AdapterTarget,
     lines: list[str],
     options: ExportOptions,
@@ -198,7 +196,7 @@ def _finish(
     if options.verify:
         facts["verification"] = verify_adapter(source, target, staging)
     else:
-        warn("the result was not verified (--no-verify)")
+        log.warning("the result was not verified (--no-verify)")
         facts["verification"] = {"skipped": "--no-verify"}
     write_card(staging / CARD, facts, run, lines)
     files = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}

@@ -1,22 +1,116 @@
-"""The model card beside an export: origin, data, recipe, figures, limits of use; data rows only if allowed."""
+"""Rows of the data in a model card: only where the recipe says that they may leave (`export.share_examples`)."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.config.expert_rules import highest_rank
-from finetune.config.locate import resolve_data_path
+from finetune.config.expert_selection import highest_rank
+from finetune.config.paths import resolve_data_path, shipped_dir
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.config.validate import load_run_config
+from finetune.data.dataset import load_split
 from finetune.errors import FinetuneError
-from finetune.export.attribution import UNKNOWN_LICENCE, attribution_section, licence_of, shown_name
-from finetune.export.examples import examples_section
-from finetune.export.targets import MERGED_TARGETS
+from finetune.export.options import MERGED_TARGETS
+from finetune.model.tiny import ATTRIBUTION
+
+NUM_EXAMPLES = 3
+
+
+def examples_section(config: RunConfig | None) -> str:
+    """The first test (or training) conversations as a section of a card; "" unless the recipe allows it.
+
+    Args:
+        config: the run's, or None if there is no run.
+    """
+    if config is None or not config.export.share_examples:
+        return ""
+    try:
+        split = load_split(config.data, "test" if config.data.test else "train")
+    except FinetuneError as error:
+        return f"## Examples\n\nThe data could not be read when this card was written: {error.what}."
+    parts = []
+    for record in split.records[:NUM_EXAMPLES]:
+        texts: list[tuple[str, str]] = [(message.role, message.content) for message in record.messages]
+        if record.conversation.text is not None:
+            texts.append(("text", record.conversation.text))
+        parts.append("\n".join(f"{role}: {text}" for role, text in texts))
+    # Indented text is shown as it is: nothing in the data becomes markup.
+    blocks = ["\n".join(f"    {line}" for line in part.splitlines()) for part in parts]
+    return f"## Examples\n\nThe first rows of the {split.name} data, as they are.\n\n" + "\n\n---\n\n".join(blocks)
+
+
+# Whose texts a model was made from, for its card: those of the base's own pretraining, and those of the recipe's data.
+#
+# A base says it in its README.md under `## Attribution`; our own cards have that section too, so that what is trained
+# on an export carries on what the export carried.
+
+_SHIPPED = "shipped://"
+UNKNOWN_LICENCE = "licence not recorded; establish it before you publish this model"
+
+
+def attribution_section(base: Mapping[str, Any], sources: Iterable[str] | None) -> str:
+    """The card's section.
+
+    Args:
+        base: what export.json says of the base.
+        sources: paths of the data that the adapter was trained on, as the recipe has them; None: not known.
+    """
+    parts = [f"{ATTRIBUTION}\n\n**The base**:\n\n{of_base(base)}"]
+    if sources is not None:
+        lines = [f"- `{shown_name(path)}`: {of_source(path) or UNKNOWN_LICENCE}" for path in sorted(sources)]
+        parts.append("**What the adapter was trained on**:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def of_base(base: Mapping[str, Any]) -> str:
+    """What a base's own README.md says under `## Attribution`; where there is none, that its terms are its maker's."""
+    name = base["name"]
+    if not name:
+        return "Not named by the adapter; its terms apply."
+    if base["revision"]:  # a hub name
+        return f"`{name}`; its licence and usage policy go with this model."
+    card = Path(name).expanduser() / "README.md"
+    try:
+        text = card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return f"`{Path(name).name}`. Its README.md was not there: carry its terms and attributions on yourself."
+    section = text.partition(f"\n{ATTRIBUTION}\n")[2].partition("\n## ")[0].strip()
+    return section or f"`{Path(name).name}`. Its README.md names no attributions; its licence goes with this model."
+
+
+def of_source(path: str) -> str | None:
+    """Source, licence and changes of a shipped file as data/LICENSES.md has them, None if it is not one."""
+    entries = [_entry(path, key) for key in ("Source", "Licence", "Changed")]
+    return " ".join(entry for entry in entries if entry) or None
+
+
+def licence_of(path: str) -> str | None:
+    """What data/LICENSES.md says of a shipped file's licence, None if it is not one."""
+    return _entry(path, "Licence")
+
+
+def shown_name(path: str) -> str:
+    """A data path without where it lies on this machine."""
+    return path.removeprefix(_SHIPPED) if path.startswith(_SHIPPED) else Path(path).name
+
+
+def _entry(path: str, key: str) -> str | None:
+    listing = shipped_dir("data") / "LICENSES.md"
+    if not path.startswith(_SHIPPED) or not listing.is_file():
+        return None
+    name = re.escape(path.removeprefix(_SHIPPED))
+    section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", listing.read_text(encoding="utf-8"), re.M | re.S)
+    entry = section and re.search(rf"- \*\*{key}\*\*: (.*?)(?=\n- \*\*|\Z)", section[1], re.S)
+    return " ".join(entry[1].split()) if entry else None
+
+
+# The model card beside an export: origin, data, recipe, figures, limits of use; data rows only if allowed.
 
 _SERVING = {
     "bf16": "vllm serve .\npython -m sglang.launch_server --model-path .",

@@ -11,28 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.adapters.files import WEIGHTS, warn_held_as, write_peft_directory
-from finetune.console import Progress, warn
-from finetune.digest import sha256_of
+from finetune import log
+from finetune.adapters.store import WEIGHTS, AdapterFile, Factors, open_adapter, warn_held_as, write_peft_directory
 from finetune.errors import ConfigError, InputError
 from finetune.export.adapters import known_shape
-from finetune.export.factors import layers_of
-from finetune.export.orientation import refuse_swapped
+from finetune.export.factors import layers_of, refuse_swapped
 from finetune.export.peft import adapts_every_layer, peft_contents
-from finetune.export.source import AdapterSource, Factors, open_adapter
-from finetune.export.staging import refuse_existing
+from finetune.files import sha256_of
+from finetune.staging import refuse_existing
 
 
 @dataclass(frozen=True)
 class Weighted:
     """One adapter and how much of it is taken."""
 
-    source: AdapterSource
+    source: AdapterFile
     weight: float
 
 
 @dataclass(frozen=True)
-class Reranked:
+class RankReduction:
     """What lowering the rank cost at one site: Frobenius norms of the exact update and of what was cut off."""
 
     layer: int
@@ -63,7 +61,7 @@ def parse_weighted(text: str) -> tuple[Path, float]:
     return Path(directory), weight
 
 
-def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | None) -> list[Reranked]:
+def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | None) -> list[RankReduction]:
     """Write the weighted sum of adapters as a PEFT directory.
 
     Args:
@@ -87,9 +85,9 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | N
     for source in sources:
         refuse_swapped(source, known_shape(source))
     layers: dict[int, dict[str, Factors]] = {}
-    costs: list[Reranked] = []
+    costs: list[RankReduction] = []
     numbers = sorted({number for source in sources for number in layers_of(source)})
-    with Progress("merging", len(numbers), "layers") as progress:
+    with log.Progress("merging", len(numbers), "layers") as progress:
         for number in numbers:
             layers[number] = {}
             for name, factors in _summed(adapters, number).items():
@@ -103,7 +101,7 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | N
     return costs
 
 
-def describe_costs(costs: Sequence[Reranked]) -> list[str]:
+def describe_costs(costs: Sequence[RankReduction]) -> list[str]:
     """What re-ranking cost: overall, and the site that lost most."""
     if not costs:
         return []
@@ -146,7 +144,7 @@ def _summed_biases(adapters: Sequence[Weighted]) -> dict[str, Tensor]:
     return total
 
 
-def _cut(factors: Factors, rank: int, layer: int, name: str) -> tuple[Factors, Reranked]:
+def _cut(factors: Factors, rank: int, layer: int, name: str) -> tuple[Factors, RankReduction]:
     """The best update of a rank (Eckart and Young), each expert for itself, its factors of equal size."""
     q_b, r_b = torch.linalg.qr(factors.b.double())
     q_a, r_a = torch.linalg.qr(factors.a.double().mT)
@@ -156,11 +154,11 @@ def _cut(factors: Factors, rank: int, layer: int, name: str) -> tuple[Factors, R
     root = values[..., :kept].sqrt()
     b = (q_b @ u[..., :kept]) * root[..., None, :]
     a = root[..., :, None] * (vt[..., :kept, :] @ q_a.mT)
-    cost = Reranked(layer, name, float(values.norm()), float(values[..., kept:].norm()))
+    cost = RankReduction(layer, name, float(values.norm()), float(values[..., kept:].norm()))
     return Factors(a.float().contiguous(), b.float().contiguous(), 1.0), cost
 
 
-def _every_layer(sources: Sequence[AdapterSource], layers: dict[int, dict[str, Factors]]) -> bool:
+def _every_layer(sources: Sequence[AdapterFile], layers: dict[int, dict[str, Factors]]) -> bool:
     shapes = [shape for source in sources if (shape := known_shape(source)) is not None]
     whole = any(adapts_every_layer(source, None) for source in sources)
     num_layers = shapes[0].num_layers if shapes else len(layers) if whole else None
@@ -181,7 +179,7 @@ def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
     for adapter in adapters[1:]:
         warn_held_as(adapters[0].source.base_facts, adapter.source.base_held_as, adapters[0].source.directory)
     if any(adapter.source.base_identity is None for adapter in adapters):
-        warn("not every adapter records its base: whether they belong together is compared by shapes only")
+        log.warning("not every adapter records its base: whether they belong together is compared by shapes only")
 
 
 def _facts(adapters: Sequence[Weighted], rank: int | None) -> dict[str, Any]:

@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from finetune import log
 from finetune.config.schema import RunConfig
-from finetune.console import say
 from finetune.data.dataset import load_split
-from finetune.data.render import Sample
+from finetune.data.harmony.render import Example
 from finetune.data.sources import Record
-from finetune.evaluate.intervals import bootstrap_ratio_interval
 from finetune.evaluate.labels import label_set, score_labels, stratified_subset
 from finetune.evaluate.likelihood import HeldOutLoss, held_out_loss, predicted_states
+from finetune.evaluate.statistics import bootstrap_ratio_interval
 from finetune.export.variants import NAMES, Variants
 from finetune.kernels.loss_head import token_kl, token_nll
 
@@ -43,9 +43,9 @@ class HeldOutRows:
 
     split: str
     records: tuple[Record, ...]
-    samples: tuple[Sample, ...]
+    samples: tuple[Example, ...]
     labels: tuple[str, ...] | None
-    old_domain: tuple[Sample, ...]
+    old_domain: tuple[Example, ...]
     config: RunConfig
 
 
@@ -67,7 +67,7 @@ def held_out_rows(config: RunConfig, count: int) -> HeldOutRows | None:
     chosen = stratified_subset(split.records, count)
     records = tuple(split.records[number] for number in chosen)
     labels = label_set(split.records) if config.evaluate.labels != "never" else None
-    old: tuple[Sample, ...] = ()
+    old: tuple[Example, ...] = ()
     if config.export.old_domain:
         other = load_split(replace(data, test=config.export.old_domain), "test")
         old = tuple(other.samples[number] for number in stratified_subset(other.records, count))
@@ -125,7 +125,7 @@ def measure_variants(variants: Variants, rows: HeldOutRows, names: Sequence[str]
 
 @torch.no_grad()
 def _losses(
-    model: Any, samples: Sequence[Sample], row_tokens: int, reference: Sequence[Tensor], head: Tensor, name: str
+    model: Any, samples: Sequence[Example], row_tokens: int, reference: Sequence[Tensor], head: Tensor, name: str
 ) -> tuple[HeldOutLoss, float]:
     """Loss of each sample, and mean KL from the reference's states, weighted like the loss."""
     nll, weight = np.zeros(len(samples)), np.zeros(len(samples))
@@ -188,7 +188,7 @@ def _nothing() -> None:
     return None
 
 
-def say_effect(facts: Mapping[str, Any]) -> None:
+def print_effect(facts: Mapping[str, Any]) -> None:
     """Print the table as the command's result."""
     for line in describe_effect(facts):
-        say(line, result=True)
+        log.result(line)

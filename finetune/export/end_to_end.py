@@ -8,23 +8,23 @@ from typing import Any
 import psutil
 import torch
 
+from finetune import log
 from finetune.config.schema import ModelConfig, RunConfig
-from finetune.console import say, warn
 from finetune.errors import FinetuneError
-from finetune.export.effect import held_out_rows, measure_variants, say_effect
+from finetune.export.effect import held_out_rows, measure_variants, print_effect
 from finetune.export.judge import judge
+from finetune.export.options import ExportOptions
 from finetune.export.plan import MergePlan
-from finetune.export.rounding.calibration import calibration_config
-from finetune.export.rounding.run import RoundedExperts
-from finetune.export.targets import ExportOptions
 from finetune.export.variants import Variants
-from finetune.model.build import choose_device, choose_dtype, load_base
+from finetune.model.build import build_base, choose_device, choose_dtype
+from finetune.rounding.calibration import calibration_config
+from finetune.rounding.run import RoundedExperts
 
 _EXPERTS_PER_CHUNK = 4
 _MEMORY_SHARE = 0.8  # of what is free, for the packed base and activations
 
 
-def measure_end_to_end(
+def measure_survival(
     plan: MergePlan, rounded: RoundedExperts | None, options: ExportOptions, run: Path | None
 ) -> dict[str, Any]:
     """Measure every way of serving the adapter, and judge the one that was written.
@@ -39,23 +39,23 @@ def measure_end_to_end(
         Figures (see `measure_variants`) with a `verdict`, or why it was `skipped`.
     """
     config, reason = _config(options, run)
-    if config is not None and config.export.survival_rows == 0:
-        reason = "export.survival_rows is 0"
+    if config is not None and config.export.survival_examples == 0:
+        reason = "export.survival_examples is 0"
     if config is None or reason is not None:
         return _skipped(str(reason))
-    rows = held_out_rows(config, config.export.survival_rows)
+    rows = held_out_rows(config, config.export.survival_examples)
     if rows is None:
         return _skipped("the recipe names neither test nor validation rows")
     where = ModelConfig(path=str(plan.checkpoint.directory))
     device = choose_device(where)
     if not _fits(plan, device):
         return _skipped("the packed base does not fit into the memory that is free")
-    base = load_base(plan.checkpoint, device, choose_dtype(where, device), _EXPERTS_PER_CHUNK)
+    base = build_base(plan.checkpoint, device, choose_dtype(where, device), _EXPERTS_PER_CHUNK)
     facts = measure_variants(Variants(base, plan, rounded), rows)
-    say_effect(facts)
+    print_effect(facts)
     verdict = judge(facts, plan.rounding, config.export)
     for note in verdict["notes"]:
-        say(note, result=True)
+        log.result(note)
     return facts | {"verdict": verdict}
 
 
@@ -77,5 +77,5 @@ def _fits(plan: MergePlan, device: torch.device) -> bool:
 
 
 def _skipped(reason: str) -> dict[str, Any]:
-    warn(f"whether the fine-tune survives was not measured: {reason}")
+    log.warning(f"whether the fine-tune survives was not measured: {reason}")
     return {"skipped": reason}

@@ -20,14 +20,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from finetune.console import Progress
-from finetune.export.merge import Tally, add_to_experts, merge_weight, round_experts
+from finetune import log
+from finetune.adapters.store import Factors
 from finetune.export.plan import MergePlan, Operation, Shard
-from finetune.export.rounding.noise import seeded_noise
-from finetune.export.rounding.run import RoundedExperts
-from finetune.export.source import Factors
-from finetune.export.staging import Staging
 from finetune.model.checkpoint import Checkpoint
+from finetune.rounding.merge import Tally, add_to_experts, merge_weight, round_experts
+from finetune.rounding.nearest import seeded_noise
+from finetune.rounding.run import RoundedExperts
+from finetune.staging import Staging
 
 PIECE_BYTES = 48 << 20  # of the result; every worker holds one, and one waits
 _MAX_WORKERS = 8
@@ -47,7 +47,7 @@ def write_shards(plan: MergePlan, staging: Staging, rounded: RoundedExperts | No
         What became of each update, by the name of the tensor written (blocks, for rounded experts).
     """
     done = sum(shard.num_bytes for shard in plan.shards if shard.file in staging.shards)
-    with Progress("merging", plan.num_bytes >> 20, "MiB") as progress, worker_pool() as pool:
+    with log.Progress("merging", plan.num_bytes >> 20, "MiB") as progress, worker_pool() as pool:
         progress.start_at(done >> 20)
         for shard in plan.shards:
             if shard.file in staging.shards:
@@ -102,7 +102,7 @@ def _write_shard(
     shard: Shard,
     path: Path,
     pool: ThreadPoolExecutor,
-    progress: Progress,
+    progress: log.Progress,
     done: int,
     rounded: RoundedExperts | None,
 ) -> tuple[str, dict[str, Tally]]:

@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.console import Progress
-from finetune.digest import sha256_of
+from finetune import log
+from finetune.adapters.store import Factors
+from finetune.arch import Arch
 from finetune.errors import InputError, MachineError
 from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
-from finetune.export.merge import Tally, add_to_experts, merge_weight, round_experts
 from finetune.export.plan import MergePlan, Operation
-from finetune.export.rounding.noise import seeded_noise
-from finetune.export.rounding.run import RoundedExperts
-from finetune.export.source import Factors
-from finetune.export.staging import Staging
-from finetune.model.shapes import ModelShape
+from finetune.files import sha256_of
 from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK
 from finetune.mxfp4.format import unpack
+from finetune.rounding.merge import Tally, add_to_experts, merge_weight, round_experts
+from finetune.rounding.nearest import seeded_noise
+from finetune.rounding.run import RoundedExperts
+from finetune.staging import Staging
 
 _VOCABULARY_BYTES = 16 << 20  # tokens and merges in the header, roughly
 _ALL, _GATE, _UP = slice(None), slice(0, None, 2), slice(1, None, 2)
@@ -222,7 +222,7 @@ def _add_metadata(writer: Any, gguf: Any, plan: MergePlan) -> None:
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
 
 
-def _rope(config: dict[str, Any], shape: ModelShape) -> tuple[float, dict[str, Any]]:
+def _rope(config: dict[str, Any], shape: Arch) -> tuple[float, dict[str, Any]]:
     """Base and YaRN settings, from the published keys or transformers 5's `rope_parameters`."""
     newer = config.get("rope_parameters") or {}
     base = config.get("rope_theta", newer.get("rope_theta"))
@@ -262,7 +262,7 @@ def _write_tensors(
     rounded: RoundedExperts | None,
 ) -> None:
     total, done = sum(math.prod(tensor.byte_shape) for tensor in tensors), 0
-    with Progress("writing GGUF", total >> 20, "MiB") as progress, worker_pool() as pool:
+    with log.Progress("writing GGUF", total >> 20, "MiB") as progress, worker_pool() as pool:
         for tensor in tensors:
             tally = Tally()
             if rounded is not None and tensor.operation.kind in ("round experts", "expert bias"):

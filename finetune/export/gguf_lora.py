@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finetune.adapters.store import AdapterFile, Factors
 from finetune.export.factors import gate_and_up, layers_of, rescaled
 from finetune.export.gguf_file import gguf_package
 from finetune.export.peft import ordered
-from finetune.export.source import AdapterSource, Factors
 
 FILE = "adapter.gguf"
 _NAMES = {
@@ -27,7 +27,7 @@ _NAMES = {
 }
 
 
-def gguf_lora_tensors(source: AdapterSource) -> tuple[dict[str, Tensor], float]:
+def gguf_lora_tensors(source: AdapterFile) -> tuple[dict[str, Tensor], float]:
     """Everything the file holds.
 
     Returns:

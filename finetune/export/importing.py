@@ -7,26 +7,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
+from finetune import log
+from finetune.adapters.compact import COMPACT_WEIGHTS, expanded, is_compact, read_compact
 from finetune.adapters.config_file import read_adapter_config
-from finetune.adapters.files import CONFIG, WEIGHTS, read_provenance, write_peft_directory
-from finetune.console import say, warn
-from finetune.digest import sha256_of
+from finetune.adapters.store import (
+    CONFIG,
+    EXPERTS,
+    WEIGHTS,
+    AdapterFile,
+    Factors,
+    StoredSite,
+    open_adapter,
+    read_provenance,
+    refuse_unsupported,
+    write_peft_directory,
+)
+from finetune.arch import Arch
 from finetune.errors import InputError
 from finetune.export.adapters import known_shape
-from finetune.export.compact import expanded
-from finetune.export.factors import layers_of
-from finetune.export.orientation import SWAPPING_RELEASE, is_swapped, turned
+from finetune.export.factors import SWAPPING_RELEASE, is_swapped, layers_of, turned
+from finetune.export.options import ExportOptions
 from finetune.export.peft import adapts_every_layer, peft_contents
-from finetune.export.per_expert import PerExpertFile, holds_per_expert_keys
 from finetune.export.plan import check_fits
-from finetune.export.source import EXPERTS, AdapterSource, Factors, SourceSite, open_adapter, refuse_unsupported
-from finetune.export.staging import refuse_existing
-from finetune.export.targets import ExportOptions
+from finetune.export.sglang import PerExpertFile, holds_per_expert_keys
+from finetune.files import sha256_of
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.headers import join, read_header
 from finetune.model.hub import BaseLocation
-from finetune.model.shapes import ModelShape
+from finetune.staging import refuse_existing
 
 _NOT_SAFETENSORS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template)\..*")
@@ -52,9 +60,9 @@ class Imported:
         rslora: scales are to be written as alpha / sqrt(rank).
     """
 
-    source: AdapterSource
+    source: AdapterFile
     base: Base | None
-    shape: ModelShape | None
+    shape: Arch | None
     layers: dict[int, dict[str, Factors]]
     layout: str
     rslora: bool
@@ -83,7 +91,7 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
         facts |= {"base_name": adapter.base.location.name, "base_revision": adapter.base.location.revision}
         facts["base_identity"] = check_base(adapter.base.checkpoint, adapter.source)
     elif facts["base_identity"] is None:
-        warn("which base it belongs to is not recorded; --base BASE checks it and records it")
+        log.warning("which base it belongs to is not recorded; --base BASE checks it and records it")
     tensors, fields = peft_contents(
         sorted(adapter.layers.items()),
         rslora=adapter.rslora,
@@ -92,10 +100,10 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
     file = directory / (COMPACT_WEIGHTS if is_compact(directory) else WEIGHTS)
     bias = adapter.source.router_bias
     write_peft_directory(out, tensors, fields, facts | {"imported_from": sha256_of(file)}, router_bias=bias)
-    say(f"read {adapter.layout}: {len(adapter.source.sites)} sites in {len(adapter.layers)} layers")
+    log.info(f"read {adapter.layout}: {len(adapter.source.sites)} sites in {len(adapter.layers)} layers")
     left_out = sorted(path.name for path in directory.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
     if left_out:
-        warn(f"left out: {join(left_out)}; an adapter's tokens are its base's")
+        log.warning(f"left out: {join(left_out)}; an adapter's tokens are its base's")
 
 
 def _read(directory: Path, options: ExportOptions) -> Imported:
@@ -131,7 +139,7 @@ def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
     provenance = read_provenance(directory) or {}
     config = read_adapter_config(directory / CONFIG)
     refuse_unsupported(config, directory)
-    source = AdapterSource(
+    source = AdapterFile(
         directory,
         config,
         provenance.get("base_name") or config.get("base_model_name_or_path"),
@@ -152,7 +160,7 @@ def _read_compact(directory: Path, options: ExportOptions) -> Imported:
     compact = read_compact(directory)
     name, revision, identity = (compact.facts.get(f"base_{key}") for key in ("name", "revision", "identity"))
     held_as = compact.facts.get("base_held_as") or {}
-    source = AdapterSource(directory, {}, name, revision, identity, (), held_as, compact.router_bias)
+    source = AdapterFile(directory, {}, name, revision, identity, (), held_as, compact.router_bias)
     base, shape = _base(source, options)
     layers = expanded(compact)
     sites = tuple(_site(number, name, factors) for number, layer in layers.items() for name, factors in layer.items())
@@ -160,7 +168,7 @@ def _read_compact(directory: Path, options: ExportOptions) -> Imported:
     return Imported(replace(source, sites=sites), base, shape, layers, layout, rslora=compact.rslora)
 
 
-def _base(source: AdapterSource, options: ExportOptions) -> tuple[Base | None, ModelShape | None]:
+def _base(source: AdapterFile, options: ExportOptions) -> tuple[Base | None, Arch | None]:
     """The base that was given, and the sizes of it or of the one the adapter names; None where not known."""
     if options.base is None:
         return None, known_shape(source)
@@ -171,8 +179,8 @@ def _base(source: AdapterSource, options: ExportOptions) -> tuple[Base | None, M
     return Base(location, checkpoint), checkpoint.shape
 
 
-def _site(number: int, name: str, factors: Factors) -> SourceSite:
+def _site(number: int, name: str, factors: Factors) -> StoredSite:
     """What a site would be in a file of ours; it has no keys yet."""
     rank, inputs = factors.a.shape[-2:]
     experts = len(factors.a) if name in EXPERTS else 0
-    return SourceSite(number, name, rank, factors.scale, experts, inputs, factors.b.shape[-2], "", "")
+    return StoredSite(number, name, rank, factors.scale, experts, inputs, factors.b.shape[-2], "", "")

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.config.schema import ExportConfig
 from finetune.errors import CheckError
-from finetune.export.targets import Rounding
+from finetune.export.options import Rounding
 from finetune.export.variants import NAMES
 
 

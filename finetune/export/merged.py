@@ -10,36 +10,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import __version__
-from finetune.adapters.files import CONFIG, WEIGHTS, warn_held_as, write_facts
-from finetune.console import Progress, say, warn
-from finetune.digest import sha256_of
+from finetune import __version__, log
+from finetune.adapters.store import CONFIG, WEIGHTS, AdapterFile, warn_held_as, write_facts
 from finetune.errors import CheckError, InputError
+from finetune.export.base import native_base
 from finetune.export.card import write_card
-from finetune.export.end_to_end import measure_end_to_end
+from finetune.export.end_to_end import measure_survival
 from finetune.export.execute import write_shards
 from finetune.export.gguf_file import gguf_bytes, gguf_name, write_gguf
 from finetune.export.judge import require_kept
-from finetune.export.merge import Tally
-from finetune.export.native_base import native_base
+from finetune.export.options import CARD, FACTS, ExportOptions, MergedTarget
 from finetune.export.plan import MergePlan, describe_plan, plan_merge
-from finetune.export.rounding.prepare import choose_rounding, round_ahead
-from finetune.export.rounding.run import RoundedExperts
-from finetune.export.source import AdapterSource
-from finetune.export.staging import Staging, refuse_existing
-from finetune.export.survival import describe_survival, survival_facts
-from finetune.export.targets import CARD, FACTS, ExportOptions, MergedTarget
+from finetune.export.survival import describe_survival, survival_figures
 from finetune.export.verify import verify_merged
+from finetune.files import sha256_of
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.identity import checkpoint_identity
+from finetune.rounding.merge import Tally
+from finetune.rounding.run import RoundedExperts, choose_rounding, round_ahead
+from finetune.staging import Staging, refuse_existing
 
 _TERMS = ("LICENSE", "USAGE_POLICY", "NOTICE")
 _BASE_CARD = "BASE_README.md"  # the base's own README.md makes room for the model card
 
 
 def export_merged(
-    source: AdapterSource, target: MergedTarget, out: Path, options: ExportOptions, run: Path | None
+    source: AdapterFile, target: MergedTarget, out: Path, options: ExportOptions, run: Path | None
 ) -> None:
     """Write a merged checkpoint, or print what would be written.
 
@@ -65,7 +62,7 @@ def export_merged(
     plan = plan_merge(checkpoint, source, layout, rounding)
     if options.dry_run:
         for line in _dry_run(plan, target, options):
-            say(line, result=True)
+            log.result(line)
         return
     identity = check_base(checkpoint, source)
     with native_base(checkpoint, out) as native:
@@ -96,7 +93,7 @@ def _write(
     else:
         _write_companions(plan, staging)
     if any(operation.kind == "round experts" for operation in plan.operations):
-        facts["survival"]["end_to_end"] = measure_end_to_end(plan, rounded, options, run)
+        facts["survival"]["end_to_end"] = measure_survival(plan, rounded, options, run)
     _verify(plan, target, staging, facts, options, run, tallies)
     _judge(plan, target, staging, facts, run)
     write_card(staging.path / CARD, facts, run)
@@ -105,7 +102,7 @@ def _write(
         rounded.discard()
 
 
-def find_base(source: AdapterSource, options: ExportOptions) -> BaseLocation:
+def find_base(source: AdapterFile, options: ExportOptions) -> BaseLocation:
     """The base's directory: the one asked for, or the one the adapter names.
 
     Raises:
@@ -119,7 +116,7 @@ def find_base(source: AdapterSource, options: ExportOptions) -> BaseLocation:
     return locate_base(source.base_name, revision)
 
 
-def check_base(checkpoint: Checkpoint, source: AdapterSource) -> str:
+def check_base(checkpoint: Checkpoint, source: AdapterFile) -> str:
     """Hash the base and compare it with the one the adapter was trained on.
 
     Returns:
@@ -128,10 +125,10 @@ def check_base(checkpoint: Checkpoint, source: AdapterSource) -> str:
     Raises:
         InputError: it is another base, or it was changed since.
     """
-    with Progress("checking base", None, "MiB") as progress:
+    with log.Progress("checking base", None, "MiB") as progress:
         identity = checkpoint_identity(checkpoint, progress)
     if source.base_identity is None:
-        warn(f"base {identity[:12]}: the adapter does not say which base it was trained on")
+        log.warning(f"base {identity[:12]}: the adapter does not say which base it was trained on")
     elif source.base_identity != identity:
         raise InputError(
             f"{source.directory} was trained on another base",
@@ -218,9 +215,9 @@ def _facts(
     if target == "gguf":
         facts["file"] = gguf_name(plan)
     if plan.target == "mxfp4":
-        facts["survival"] = survival_facts(plan, tallies, rounded.experts if rounded else None)
+        facts["survival"] = survival_figures(plan, tallies, rounded.experts if rounded else None)
         for line in describe_survival(facts["survival"]):
-            say(line, result=True)
+            log.result(line)
     return facts
 
 
@@ -235,7 +232,7 @@ def _verify(
 ) -> None:
     """Verify, and put the outcome into `facts`; a failure is written beside the files before it is raised."""
     if not options.verify:
-        warn("the result was not verified (--no-verify)")
+        log.warning("the result was not verified (--no-verify)")
         facts["verification"] = {"skipped": "--no-verify"}
         return
     try:

@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.adapters.store import AdapterFile, Factors
 from finetune.export.factors import gate_and_up, largest_rank, layers_of, padded, rescaled, with_both_projections
 from finetune.export.peft import inner_path, ordered
-from finetune.export.source import AdapterSource, Factors
 
 MLX_WEIGHTS = "adapters.safetensors"
 _EVERY_LAYER = -1  # mlx-lm counts `num_layers` from the last layer; 0 and below are all of them
 
 
-def mlx_tensors(source: AdapterSource) -> dict[str, Tensor]:
+def mlx_tensors(source: AdapterFile) -> dict[str, Tensor]:
     """All tensors under mlx-lm's keys, float32: experts a [E, r, in], b [E, out, r]; others a [in, r], b [r, out]."""
     rank, scale = largest_rank(source), _common_scale(source)
     tensors: dict[str, Tensor] = {}
@@ -33,7 +33,7 @@ def mlx_tensors(source: AdapterSource) -> dict[str, Tensor]:
     return tensors
 
 
-def mlx_config(source: AdapterSource) -> dict[str, Any]:
+def mlx_config(source: AdapterFile) -> dict[str, Any]:
     """The adapter_config.json that goes with `mlx_tensors`."""
     names = {site.name for site in source.sites}
     if names & {"gate_up_proj", "down_proj"}:
@@ -53,7 +53,7 @@ def mlx_config(source: AdapterSource) -> dict[str, Any]:
     }
 
 
-def mlx_lines(source: AdapterSource, out: Path) -> list[str]:
+def mlx_lines(source: AdapterFile, out: Path) -> list[str]:
     """The command that runs the directory with mlx-lm."""
     base = source.base_name or "BASE"
     return [
@@ -63,7 +63,7 @@ def mlx_lines(source: AdapterSource, out: Path) -> list[str]:
     ]
 
 
-def _common_scale(source: AdapterSource) -> float:
+def _common_scale(source: AdapterFile) -> float:
     scales = {site.scale for site in source.sites}
     return scales.pop() if len(scales) == 1 else 1.0
 

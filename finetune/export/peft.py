@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.adapters.peft_layout import PREFIX, Strength, lora_config_fields, to_peft
+from finetune.adapters.layout import PREFIX, Strength, lora_config_fields, to_peft
+from finetune.adapters.store import ATTENTION, EXPERTS, ROUTER, AdapterFile, Factors
+from finetune.arch import Arch
 from finetune.errors import InputError
 from finetune.export.factors import largest_rank, layers_of, padded, with_both_projections
-from finetune.export.source import ATTENTION, EXPERTS, ROUTER, AdapterSource, Factors
-from finetune.export.targets import ADAPTER_TARGETS
-from finetune.model.shapes import ModelShape
+from finetune.export.options import ADAPTER_TARGETS
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's --max-lora-rank takes these (0.33)
 Layers = Iterable[tuple[int, Mapping[str, Factors]]]
@@ -73,7 +73,7 @@ def ordered(layer: Mapping[str, Factors]) -> Iterable[tuple[str, Factors]]:
     return [(name, layer[name]) for name in (*ATTENTION, ROUTER, *EXPERTS) if name in layer]
 
 
-def adapts_every_layer(source: AdapterSource, shape: ModelShape | None) -> bool:
+def adapts_every_layer(source: AdapterFile, shape: Arch | None) -> bool:
     """Whether the same sites are adapted in every layer of the base.
 
     Args:
@@ -89,7 +89,7 @@ def adapts_every_layer(source: AdapterSource, shape: ModelShape | None) -> bool:
     return alike and short and list(by_layer) == list(range(len(by_layer)))
 
 
-def vllm_line(source: AdapterSource, out: Path) -> str:
+def vllm_line(source: AdapterFile, out: Path) -> str:
     """The command that serves an exported directory with vLLM."""
     base, rank = source.base_name or "BASE", served_rank(largest_rank(source))
     return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {serving_name(out)}={out.resolve()}"

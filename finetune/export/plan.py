@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finetune.adapters.store import AdapterFile, StoredSite
+from finetune.arch import DTYPE_BYTES, Arch
 from finetune.errors import InputError
-from finetune.export.source import AdapterSource, SourceSite
-from finetune.export.targets import MergedTarget, Rounding
+from finetune.export.options import MergedTarget, Rounding
 from finetune.model.checkpoint import Checkpoint
-from finetune.model.shapes import DTYPE_BYTES, ModelShape
 from finetune.mxfp4.constants import BLOCK
 
 SHARD_BYTES = 5_000_000_000  # what transformers cut at for years; smaller is only more files
@@ -44,7 +44,7 @@ class Operation:
     kind: Kind
     name: str
     base: str
-    site: SourceSite | None
+    site: StoredSite | None
     dtype: str
     shape: tuple[int, ...]
 
@@ -80,7 +80,7 @@ class MergePlan:
 
     target: MergedTarget
     checkpoint: Checkpoint
-    source: AdapterSource
+    source: AdapterFile
     shards: tuple[Shard, ...]
     rounding: Rounding = "nearest"
 
@@ -102,7 +102,7 @@ class MergePlan:
 
 
 def plan_merge(
-    checkpoint: Checkpoint, source: AdapterSource, target: MergedTarget, rounding: Rounding = "nearest"
+    checkpoint: Checkpoint, source: AdapterFile, target: MergedTarget, rounding: Rounding = "nearest"
 ) -> MergePlan:
     """Plan a merged checkpoint.
 
@@ -123,7 +123,7 @@ def plan_merge(
     return MergePlan(target, checkpoint, source, shards, rounding)
 
 
-def check_fits(shape: ModelShape, source: AdapterSource) -> None:
+def check_fits(shape: Arch, source: AdapterFile) -> None:
     """Compare every site's shapes with the base's weights.
 
     Raises:
@@ -175,7 +175,7 @@ def describe_plan(plan: MergePlan) -> list[str]:
     return lines
 
 
-def _native_shards(checkpoint: Checkpoint, source: AdapterSource, *, biases: bool) -> tuple[Shard, ...]:
+def _native_shards(checkpoint: Checkpoint, source: AdapterFile, *, biases: bool) -> tuple[Shard, ...]:
     sites = {site.module: site for site in source.sites}
     ends = (_BLOCKS, _SCALES, _BIAS, ".weight") if biases else (_BLOCKS, _SCALES, ".weight")
     by_file: dict[str, list[Operation]] = {}
@@ -206,7 +206,7 @@ def _scales_follow_blocks(names: Sequence[str]) -> bool:
     )
 
 
-def _dense_shards(checkpoint: Checkpoint, source: AdapterSource) -> tuple[Shard, ...]:
+def _dense_shards(checkpoint: Checkpoint, source: AdapterFile) -> tuple[Shard, ...]:
     sites = {site.module: site for site in source.sites}
     operations = []
     kind: Kind

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from finetune.adapters.store import AdapterFile, Factors
 from finetune.export.factors import squared_norm
-from finetune.export.source import AdapterSource, Factors
 
 
 @dataclass(frozen=True)
-class SiteFacts:
+class SiteMeasurement:
     """One site, measured.
 
     Attributes:
@@ -38,7 +38,7 @@ class SiteFacts:
     num_parameters: int
 
 
-def measure(source: AdapterSource) -> list[SiteFacts]:
+def measure(source: AdapterFile) -> list[SiteMeasurement]:
     """Read every site, one at a time.
 
     Raises:
@@ -50,7 +50,7 @@ def measure(source: AdapterSource) -> list[SiteFacts]:
         squared = squared_norm(factors)
         per_expert = squared.sqrt() if site.num_experts else None
         measured.append(
-            SiteFacts(
+            SiteMeasurement(
                 site.layer,
                 site.name,
                 site.rank,
@@ -66,7 +66,7 @@ def measure(source: AdapterSource) -> list[SiteFacts]:
     return measured
 
 
-def as_json(source: AdapterSource, sites: list[SiteFacts]) -> dict[str, Any]:
+def as_json(source: AdapterFile, sites: list[SiteMeasurement]) -> dict[str, Any]:
     """All of it as plain data."""
     return {
         "directory": str(source.directory),
@@ -82,7 +82,7 @@ def as_json(source: AdapterSource, sites: list[SiteFacts]) -> dict[str, Any]:
     }
 
 
-def as_lines(source: AdapterSource, sites: list[SiteFacts]) -> list[str]:
+def as_lines(source: AdapterFile, sites: list[SiteMeasurement]) -> list[str]:
     """A few lines and a table with one row for each kind of site."""
     identity = (source.base_identity or "not recorded")[:12]
     revision = f" at {source.base_revision}" if source.base_revision else ""
@@ -116,7 +116,7 @@ def _ranks_in_use(factors: Factors) -> tuple[int, ...]:
     return tuple(int(count) for count in used.sum(1))
 
 
-def _used(sites: list[SiteFacts]) -> str:
+def _used(sites: list[SiteMeasurement]) -> str:
     """Which ranks there are, unless every expert with an update has the site's."""
     ranks = [rank for site in sites for rank in site.ranks_in_use or () if rank]
     if not ranks or all(rank == sites[0].rank for rank in ranks):

@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
-from finetune.export.merge import Tally
 from finetune.export.plan import MergePlan
+from finetune.rounding.merge import Tally
 
 Experts = Mapping[str, list[dict[str, Any]]]
 
 
-def survival_facts(plan: MergePlan, tallies: Mapping[str, Tally], experts: Experts | None = None) -> dict[str, Any]:
+def survival_figures(plan: MergePlan, tallies: Mapping[str, Tally], experts: Experts | None = None) -> dict[str, Any]:
     """Figures of the rounded tensors for export.json.
 
     Args:
         plan: what was written.
         tallies: sums over the weights, by the name of the blocks.
-        experts: what compensated rounding says of each expert (see `finetune.export.rounding.layer`); None: it was not.
+        experts: what compensated rounding says of each expert (see `finetune.rounding.run`); None: it was not.
 
     Returns:
         `tensors` by name and `overall`: `update` (norm relative to the weights'), `survival` (projection of the written

@@ -7,18 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from finetune.adapters.attach import attach_source
 from finetune.adapters.lora import LoraLinear
-from finetune.export.live import attach_source
-from finetune.export.merge import merge_weight, round_experts
+from finetune.adapters.store import ATTENTION, EXPERTS, ROUTER, Factors
 from finetune.export.plan import MergePlan, Operation
-from finetune.export.rounding.noise import seeded_noise
-from finetune.export.rounding.run import RoundedExperts
-from finetune.export.rounding.scale_rules import nearest_by_rule
-from finetune.export.source import ATTENTION, EXPERTS, ROUTER, Factors
 from finetune.kernels.experts import clamped_swiglu
 from finetune.model.build import Base
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN, PackedExperts
 from finetune.mxfp4.format import dequantise
+from finetune.rounding.merge import merge_weight, round_experts
+from finetune.rounding.nearest import nearest_by_rule, seeded_noise
+from finetune.rounding.run import RoundedExperts
 
 NAMES = {
     "base": "base",

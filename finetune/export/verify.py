@@ -1,9 +1,4 @@
-"""Is the merged checkpoint base + adapter? Asked of others' code in fresh processes, before the result gets its name.
-
-First every weight (`weights_child.py`): keys, shapes, finite values, and each number against base + update, whatever
-the model's size. Then, where a dequantised model fits into memory, logits on prompts of the run's data
-(`adapters/read_back_child.py`).
-"""
+"""Is the exported adapter the one it was made from? Asked in a fresh process, before the result gets its name."""
 
 from __future__ import annotations
 
@@ -15,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from finetune.adapters.files import WEIGHTS
+from finetune import log
+from finetune.adapters.attach import attach_source
 from finetune.adapters.read_back import (
     CHILD,
     fits_in_memory,
@@ -24,19 +20,60 @@ from finetune.adapters.read_back import (
     sample_logits,
     sample_positions,
 )
+from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.config.schema import ModelConfig
 from finetune.config.validate import load_run_config
-from finetune.console import say, warn
 from finetune.data.dataset import load_split
-from finetune.data.render import Sample
+from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, FinetuneError
 from finetune.export.gguf_file import gguf_name
-from finetune.export.live import attach_source
-from finetune.export.merge import Tally
+from finetune.export.options import AdapterTarget, MergedTarget
 from finetune.export.plan import MergePlan
-from finetune.export.targets import MergedTarget
-from finetune.model.build import choose_device, choose_dtype, load_base
+from finetune.model.build import build_base, choose_device, choose_dtype
 from finetune.model.checkpoint import Checkpoint
+from finetune.rounding.merge import Tally
+
+ADAPTER_CHILD = Path(__file__).with_name("adapter_child.py")
+
+
+def verify_adapter(source: AdapterFile, target: AdapterTarget, directory: Path) -> dict[str, Any]:
+    """Read an export back by its target's layout and compare what every site does with the source.
+
+    Args:
+        source: the adapter it was made from.
+        target: whose layout it has.
+        directory: where it lies, with its finetune.json.
+
+    Returns:
+        What was found, for export.json: `sites` (layers x projections x experts), `kinds` (sites by projection),
+        `zeros` (projections that were added for the server and do nothing) and `max_relative_difference`.
+
+    Raises:
+        CheckError: names the tensor that is missing, unexpected, not finite or wrong.
+        MachineError: the other process was killed.
+    """
+    request = {"target": target, "directory": str(directory), "source": str(source.directory)}
+    answer = run_child(ADAPTER_CHILD, request, f"the exported adapter could not be read back as {target} has it")
+    problems = answer.pop("problems")
+    if problems:
+        name, problem = next(iter(problems.items()))
+        raise CheckError(
+            f"{name} is wrong in the exported adapter: {problem}",
+            why=f"{len(problems)} problems in all, {answer['sites']} sites were compared with {source.directory}",
+            fix="nothing was kept; report this with the adapter's adapter_config.json",
+        )
+    log.info(
+        f"read back as {target} has it in a fresh process: {answer['sites']} sites act as the source's "
+        f"(largest relative difference {answer['max_relative_difference']:.1e})"
+    )
+    return answer
+
+
+# Is the merged checkpoint base + adapter? Asked of others' code in fresh processes, before the result gets its name.
+#
+# First every weight (`weights_child.py`): keys, shapes, finite values, and each number against base + update, whatever
+# the model's size. Then, where a dequantised model fits into memory, logits on prompts of the run's data
+# (`adapters/read_back_child.py`).
 
 WEIGHTS_CHILD = Path(__file__).with_name("weights_child.py")
 NUM_SAMPLES = 4
@@ -68,7 +105,7 @@ def verify_merged(
         reason = "the file's own runtime is llama.cpp; its weights were compared"
     if samples and reason is None:
         return result | {"logits": compare_logits(plan, directory, samples)}
-    say(f"logits were not compared: {reason}")
+    log.info(f"logits were not compared: {reason}")
     return result | {"logits": {"skipped": reason}}
 
 
@@ -102,7 +139,7 @@ def compare_weights(
 def _check_weights(
     plan: MergePlan, target: MergedTarget, directory: Path, tallies: Mapping[str, Tally]
 ) -> dict[str, Any]:
-    say("comparing every weight with base + update in a fresh process ...")
+    log.info("comparing every weight with base + update in a fresh process ...")
     answer = compare_weights(plan, target, directory, tallies)
     if answer["problems"]:
         name, problem = next(iter(answer["problems"].items()))
@@ -115,11 +152,11 @@ def _check_weights(
     if plan.target == "mxfp4":
         nearest = "no block further from it than the base"
         rule = nearest if plan.rounding == "nearest" else f"{plan.rounding} rounding, what survives as it was counted"
-    say(f"weights: {changed} changed tensors are base + update ({rule}), all others are the base's")
+    log.info(f"weights: {changed} changed tensors are base + update ({rule}), all others are the base's")
     return {"tensors_changed": changed, "comparisons": answer["compared"], "updates": answer["updates"]}
 
 
-def _prompts(run: Path | None) -> tuple[list[Sample], str | None]:
+def _prompts(run: Path | None) -> tuple[list[Example], str | None]:
     """Samples of the run's data, and why there are none."""
     if run is None:
         return [], "the adapter belongs to no run, so there are no prompts"
@@ -127,12 +164,12 @@ def _prompts(run: Path | None) -> tuple[list[Sample], str | None]:
         config = load_run_config(run / "config.yaml")
         split = load_split(config.data, "test" if config.data.test else "train")
     except FinetuneError as error:
-        warn(f"the run's data cannot be read: {error.what}")
+        log.warning(f"the run's data cannot be read: {error.what}")
         return [], f"the run's data cannot be read: {error.what}"
     return list(split.samples[:NUM_SAMPLES]), None
 
 
-def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Sample]) -> dict[str, Any]:
+def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Example]) -> dict[str, Any]:
     """Compare transformers' logits of the merged directory with those of the live base + adapter.
 
     Returns:
@@ -144,17 +181,17 @@ def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Sample]) 
     """
     device = choose_device(ModelConfig(path=str(plan.checkpoint.directory)))
     dtype = choose_dtype(ModelConfig(path=str(plan.checkpoint.directory)), device)
-    base = load_base(plan.checkpoint, device, dtype, experts_per_chunk=4)
+    base = build_base(plan.checkpoint, device, dtype, experts_per_chunk=4)
     if not fits_in_memory(base):
         reason = "a dequantised model needs more than half of the memory that is free"
-        warn(f"logits were not compared: {reason}")
+        log.warning(f"logits were not compared: {reason}")
         return {"skipped": reason}
     tensors = sample_positions(samples)
     tensors |= sample_logits(base, tensors, "base")
     attach_source(base, plan.source)
     tensors |= sample_logits(base, tensors, "adapted")
     if plan.target == "mxfp4":  # what was written, by our own reader: rounding may have lost the adapter
-        merged = load_base(Checkpoint.open(directory), device, dtype, experts_per_chunk=4)
+        merged = build_base(Checkpoint.open(directory), device, dtype, experts_per_chunk=4)
         tensors |= sample_logits(merged, tensors, "merged")
         tensors |= sample_limit(merged, tensors, "merged")
     with tempfile.TemporaryDirectory() as scratch:
@@ -165,7 +202,7 @@ def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Sample]) 
     limit = tensors["limit.merged"].item() if "limit.merged" in tensors else None
     _judge(answer, directory, limit, exact=dtype == torch.float32)
     adapted, plain = answer["adapted"], answer["base"]
-    say(
+    log.info(
         f"logits by transformers in a fresh process against base + adapter on {len(samples)} samples: "
         f"KL {adapted['mean_kl']:.1e}, same likeliest token {adapted['argmax_agreement']:.1%}, largest difference "
         f"{adapted['max_difference']:.2g} (the plain base: KL {plain['mean_kl']:.1e})"

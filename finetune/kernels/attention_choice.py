@@ -24,7 +24,7 @@ KERNELS: dict[str, Attention] = {"reference": sink_attention, "flash": flash_sin
 
 
 @dataclass(frozen=True)
-class AttentionShape:
+class AttentionDims:
     """What attention kernels are chosen for: query heads, key heads, width of a head, and the layers' window."""
 
     heads: int
@@ -46,7 +46,7 @@ class AttentionChoice:
 
 
 def choose_attention(
-    wanted: Literal["auto", "flash", "reference"], shape: AttentionShape, device: torch.device, dtype: torch.dtype
+    wanted: Literal["auto", "flash", "reference"], shape: AttentionDims, device: torch.device, dtype: torch.dtype
 ) -> AttentionChoice:
     """Choose flash where it runs here and agrees with the reference on a few random segments, else the reference.
 
@@ -72,7 +72,7 @@ def choose_attention(
     return AttentionChoice("reference", f"slower on long rows, because {obstacle}")
 
 
-def flash_obstacle(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> str | None:
+def flash_obstacle(shape: AttentionDims, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the flash path cannot be used here, as a clause; None if it can."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -93,7 +93,7 @@ def flash_obstacle(shape: AttentionShape, device: torch.device, dtype: torch.dty
     return None
 
 
-def flash_difference(shape: AttentionShape, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> float:
+def flash_difference(shape: AttentionDims, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> float:
     """Largest relative RMS difference of output and gradients between flash and reference.
 
     On four random segments (a single token, a prefix longer than the window, one that continues it, another), with the

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
-from finetune.kernels.adapted import Adapted, Part, parts_of
+from finetune.kernels.dispatch import Chunk, LoraExperts, Part, Routing, is_recomputing, lora_chunks
 from finetune.kernels.grouped import padded_rank
-from finetune.kernels.routing import Chunk, Routing, output_not_wanted
 from finetune.mxfp4.format import dequantise
 
 
@@ -38,7 +37,7 @@ class FrozenExperts(Protocol):
 
 
 @dataclass(frozen=True)
-class PackedLinear:
+class Mxfp4Experts:
     """E frozen linear maps in MXFP4.
 
     Attributes:
@@ -61,7 +60,7 @@ class LoraFactors:
     """S low-rank updates, of all E experts or of some: update of expert e = scale · b[e] @ a[e].
 
     Attributes:
-        a: [S, L, in]. b: [S, out, L]. Where ranks differ (`finetune.kernels.adapted`) [N, in] and [N, out]. Both
+        a: [S, L, in]. b: [S, out, L]. Where ranks differ (`finetune.kernels.dispatch`) [N, in] and [N, out]. Both
             float32 or the compute dtype.
         scale: alpha / rank; 1 where ranks differ, whose scales are their own.
     """
@@ -107,7 +106,7 @@ def expert_block(
     weights: ExpertWeights,
     gate_up_lora: LoraFactors | None,
     down_lora: LoraFactors | None,
-    adapted: Adapted | None = None,
+    adapted: LoraExperts | None = None,
 ) -> Tensor:
     """Send every token through its experts and sum their outputs with the router's weights.
 
@@ -135,11 +134,11 @@ class _ExpertBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales, adapted):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, expert_weights, gate_up_a, gate_up_b, down_a, down_b)
-        if output_not_wanted():
+        if is_recomputing():
             return torch.full_like(x, torch.nan)
         # Kept beside the saved tensors: a layer computed again cannot route another way than its output was made.
         ctx.routing = routing = Routing.of(expert_ids, len(weights.gate_up.bias), weights.experts_per_chunk)
-        ctx.parts = parts = parts_of(routing, adapted)
+        ctx.parts = parts = lora_chunks(routing, adapted)
         ctx.weights, ctx.scales = weights, scales
         token_of_row = routing.order // routing.top_k
         row_weights = expert_weights.reshape(-1)[routing.order]
@@ -181,14 +180,14 @@ def _factors(stored: Sequence[Tensor | None], part: Part | None) -> list[Tensor 
     """Of gate_up a and b, down a and b those of a part's experts."""
     if part is None:
         return [None] * 4
-    takes = (part.a_of, part.b_of, part.a_of, part.b_of)
+    takes = (part.gather_a, part.gather_b, part.gather_a, part.gather_b)
     return [None if factor is None else take(factor) for take, factor in zip(takes, stored, strict=True)]
 
 
 def _put_factors(targets: Sequence[Tensor | None], gradients: Sequence[Tensor | None], part: Part | None) -> None:
     if part is None:
         return
-    puts = (part.put_a, part.put_b, part.put_a, part.put_b)
+    puts = (part.scatter_grad_a, part.scatter_grad_b, part.scatter_grad_a, part.scatter_grad_b)
     for put, target, gradient in zip(puts, targets, gradients, strict=True):
         if target is not None and gradient is not None:
             put(target, gradient)

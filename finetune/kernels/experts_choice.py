@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from finetune.errors import MachineError
-from finetune.kernels.adapted import Adapted
-from finetune.kernels.experts import ExpertWeights, LoraFactors, PackedLinear, expert_block
+from finetune.kernels.dispatch import LoraExperts
+from finetune.kernels.experts import ExpertWeights, LoraFactors, Mxfp4Experts, expert_block
 from finetune.kernels.grouped import runs_in_one_launch
 from finetune.mxfp4.constants import BLOCK
 from finetune.mxfp4.format import quantise
@@ -24,13 +24,13 @@ LARGEST_DIFFERENCE = 0.03  # relative RMS, of output or a gradient, from the ref
 
 ExpertKernel = Literal["auto", "triton", "reference"]
 Block = Callable[
-    [Tensor, Tensor, Tensor, ExpertWeights, LoraFactors | None, LoraFactors | None, Adapted | None], Tensor
+    [Tensor, Tensor, Tensor, ExpertWeights, LoraFactors | None, LoraFactors | None, LoraExperts | None], Tensor
 ]
 """See `finetune.kernels.experts.expert_block`."""
 
 
 @dataclass(frozen=True)
-class ExpertShape:
+class ExpertDims:
     """What expert kernels are chosen for: D, F and how many experts are dequantised at a time."""
 
     hidden: int
@@ -60,7 +60,7 @@ def expert_block_of(kernel: str) -> Block:
 
 
 def choose_expert_kernel(
-    wanted: ExpertKernel, shape: ExpertShape, device: torch.device, dtype: torch.dtype
+    wanted: ExpertKernel, shape: ExpertDims, device: torch.device, dtype: torch.dtype
 ) -> ExpertChoice:
     """Choose Triton where it runs here and agrees with the reference on a few random rows, else the reference.
 
@@ -88,7 +88,7 @@ def choose_expert_kernel(
     return ExpertChoice("reference", obstacle + cost)
 
 
-def triton_obstacle(shape: ExpertShape, device: torch.device, dtype: torch.dtype) -> str | None:
+def triton_obstacle(shape: ExpertDims, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot be used here, as a clause; None if they can."""
     if device.type != "cuda":
         return "no CUDA device" if not torch.cuda.is_available() else f"the base is on {device.type}"
@@ -128,7 +128,7 @@ def triton_missing() -> str | None:
     return None
 
 
-def _odd_shape(shape: ExpertShape) -> str | None:
+def _odd_shape(shape: ExpertDims) -> str | None:
     for name, size in (("hidden", shape.hidden), ("expert", shape.width)):
         if size % BLOCK:
             return f"it takes widths that are whole blocks of {BLOCK}, and the {name} width is {size}"
@@ -148,9 +148,9 @@ def triton_difference(device: torch.device, dtype: torch.dtype, *, seed: int = 0
     def random(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator)
 
-    def packed(out: int, inputs: int) -> PackedLinear:
+    def packed(out: int, inputs: int) -> Mxfp4Experts:
         blocks, scales = quantise(random(experts, out, inputs) * 0.2)
-        return PackedLinear(blocks.to(device), scales.to(device), random(experts, out).to(device, dtype))
+        return Mxfp4Experts(blocks.to(device), scales.to(device), random(experts, out).to(device, dtype))
 
     weights = ExpertWeights(packed(2 * width, hidden), packed(hidden, width), 7.0, 1.702, experts_per_chunk=4)
     ids = torch.stack([torch.randperm(experts - 1, generator=generator)[:top_k] for _ in range(tokens)]).to(device)

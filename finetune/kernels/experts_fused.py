@@ -1,11 +1,9 @@
-"""The routed experts' forward and backward out of two augmented grouped products a chunk, with Triton around them.
+"""The frozen maps of the experts with their updates in extra columns: what the fused block multiplies.
 
-Equal to `finetune.kernels.experts` (the specification) up to rounding. A chunk of experts is dequantised once for the
-forward and once for the backward pass, into rows [W | B | bias | 0] that multiply rows [x | s·xA^T | 1 | 0]: base,
-update and bias in one product. The same rows, not transposed, carry the gradient back; the extra columns then hold the
-update's inner gradient and <bias, dY>. The backward pass computes gate_up again and never the down product.
+Rows of weights are [W | B | bias | 0], rows of activations [x | s·xA^T | 1 | 0]. A chunk without adapted experts has no
+columns for updates, and neither does any product run for them.
 
-Shape legend: as in `finetune.kernels.experts`, and P columns of padding beyond an augmented row's values.
+Shape legend: as in `finetune.kernels.experts` and `finetune.kernels.dispatch`, and P columns beyond a row's values.
 """
 
 from __future__ import annotations
@@ -19,11 +17,136 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finetune.kernels import experts_launch as launch
-from finetune.kernels.adapted import Adapted, Part, parts_of
-from finetune.kernels.augmented import Projection, Update, rank_of
-from finetune.kernels.experts import ExpertWeights, LoraFactors
-from finetune.kernels.grouped import grouped, grouped_outer
-from finetune.kernels.routing import Chunk, Routing, output_not_wanted
+from finetune.kernels.dispatch import Chunk, LoraExperts, Part, Routing, is_recomputing, lora_chunks
+from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, Mxfp4Experts
+from finetune.kernels.grouped import grouped, grouped_outer, padded_rank
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a chunk's rows get beside one of the frozen maps.
+
+    Attributes:
+        part: whose rows.
+        a: [S', L', in] in the compute dtype, L' being the rank L padded to whole 16 bytes. b: [S', out, L] as trained.
+        scale: alpha / rank.
+    """
+
+    part: Part
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def inner(self, rows: Tensor) -> Tensor:
+        """xA^T of the part's rows: [R', in or more] -> [R'', L']."""
+        return grouped(self.part.pick(rows)[:, : self.a.shape[2]], self.a.transpose(1, 2), self.part.chunk)
+
+    def columns_of(self, rows: Tensor) -> Tensor:
+        """The columns of [R', in + P] that belong to the update: [R'', L'], a view unless other rows lie between.
+
+        Past L they hold what must not count: A is zero there, and gradients of A and B are cut to L.
+        """
+        inputs = self.a.shape[2]
+        return self.part.pick(rows[:, inputs : inputs + self.a.shape[1]])
+
+    def b_of_chunk(self, num_experts: int) -> Tensor:
+        """B of every expert of the chunk, [C, out, L]: zeros where there is none, for 0 x rubbish is not 0."""
+        if self.part.local is None:
+            return self.b
+        return self.b.new_zeros(num_experts, *self.b.shape[1:]).index_copy_(0, self.part.local, self.b)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One of the two linear maps of a layer's experts with its update.
+
+    Attributes:
+        base: frozen weights and bias.
+        a: in the compute dtype, [S, L', in]; as stored where ranks differ. None: no update.
+        b: as stored. None: no update.
+        scale: alpha / rank.
+        inputs: width of the rows it takes.
+        rank: the highest of all experts.
+        dtype: of the computation.
+    """
+
+    base: FrozenExperts
+    a: Tensor | None
+    b: Tensor | None
+    scale: float
+    inputs: int
+    rank: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(
+        cls,
+        base: FrozenExperts,
+        a: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+        inputs: int,
+        dtype: torch.dtype,
+        adapted: LoraExperts | None,
+    ) -> Projection:
+        """Take a projection's factors into the compute dtype, all at once where they have one rank."""
+        if a is None or b is None:
+            return cls(base, None, None, scale, inputs, 0, dtype)
+        if adapted is not None and adapted.ranks is not None:
+            return cls(base, a, b, scale, inputs, adapted.ranks.highest, dtype)
+        return cls(base, padded_rank(a.to(dtype), 1), b.contiguous(), scale, inputs, b.shape[2], dtype)
+
+    def update_of(self, part: Part | None) -> Update | None:
+        """What a chunk's adapted experts add; None where there are none."""
+        if part is None or self.a is None or self.b is None:
+            return None
+        a, b = part.gather_a(self.a), part.gather_b(self.b)
+        return Update(part, padded_rank(a.to(self.dtype), 1), b.contiguous(), self.scale)
+
+    def scratch_shape(self, num_experts: int, rank: int) -> tuple[int, int, int]:
+        """[C, out, in + P] of so many experts."""
+        return num_experts, self.base.bias.shape[1], self.inputs + launch.padding(rank)
+
+    def dequantise(self, chunk: Chunk, update: Update | None, scratch: Tensor) -> Tensor:
+        """[C, out, in + P], over whatever the flat scratch held."""
+        here, rank = chunk.experts, rank_of(update)
+        shape = self.scratch_shape(chunk.last - chunk.first, rank)
+        out = scratch[: math.prod(shape)].view(shape)
+        bias, b = self.base.bias[here], None if update is None else update.b_of_chunk(len(out))
+        if isinstance(self.base, Mxfp4Experts):
+            return launch.dequantise_augment(self.base.blocks[here], self.base.scales[here], bias, b, out)
+        out[..., : self.inputs] = self.base.dequantised(chunk.first, chunk.last, out.dtype)
+        if b is not None:
+            out[..., self.inputs : self.inputs + rank] = b
+        out[..., self.inputs + rank] = bias
+        out[..., self.inputs + rank + 1 :] = 0
+        return out
+
+    def append_inner(self, rows: Tensor, update: Update | None) -> None:
+        """Write s·xA^T into the columns that rows [R', in + P] have for it; where there is no update they hold 0."""
+        if update is None:
+            return
+        inner, rank = update.inner(rows), rank_of(update)
+        into = rows[:, self.inputs : self.inputs + rank]
+        if update.part.rows is None:
+            torch.mul(inner[:, :rank], self.scale, out=into)
+        else:
+            into.index_copy_(0, update.part.rows, inner[:, :rank] * self.scale)
+
+
+def rank_of(update: Update | None) -> int:
+    """L, 0 without an update."""
+    return 0 if update is None else update.b.shape[2]
+
+
+# The routed experts' forward and backward out of two augmented grouped products a chunk, with Triton around them.
+#
+# Equal to `finetune.kernels.experts` (the specification) up to rounding. A chunk of experts is dequantised once for the
+# forward and once for the backward pass, into rows [W | B | bias | 0] that multiply rows [x | s·xA^T | 1 | 0]: base,
+# update and bias in one product. The same rows, not transposed, carry the gradient back; the extra columns then hold
+# the update's inner gradient and <bias, dY>. The backward pass computes gate_up again and never the down product.
+#
+# Shape legend: as in `finetune.kernels.experts`, and P columns of padding beyond an augmented row's values.
 
 _SCRATCH: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 
@@ -35,7 +158,7 @@ def fused_expert_block(
     weights: ExpertWeights,
     gate_up_lora: LoraFactors | None,
     down_lora: LoraFactors | None,
-    adapted: Adapted | None = None,
+    adapted: LoraExperts | None = None,
 ) -> Tensor:
     """What `finetune.kernels.experts.expert_block` computes, with the same arguments.
 
@@ -60,11 +183,11 @@ class _FusedExpertBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales, adapted):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, expert_weights, gate_up_a, gate_up_b, down_a, down_b)
-        if output_not_wanted():
+        if is_recomputing():
             return torch.full_like(x, torch.nan)
         # Kept beside the saved tensors: a layer computed again cannot route another way than its output was made.
         ctx.routing = routing = Routing.of(expert_ids, len(weights.gate_up.bias), weights.experts_per_chunk)
-        ctx.parts = parts = parts_of(routing, adapted)
+        ctx.parts = parts = lora_chunks(routing, adapted)
         ctx.weights, ctx.scales, ctx.adapted = weights, scales, adapted
         x, expert_weights = x.contiguous(), expert_weights.contiguous()
         gate_up, down = _projections(x, weights, (gate_up_a, gate_up_b, down_a, down_b), scales, adapted)
@@ -136,7 +259,7 @@ def _projections(
     weights: ExpertWeights,
     factors: Sequence[Tensor | None],
     scales: tuple[float, float],
-    adapted: Adapted | None,
+    adapted: LoraExperts | None,
 ) -> tuple[Projection, Projection]:
     gate_up_a, gate_up_b, down_a, down_b = factors
     width = weights.gate_up.bias.shape[1] // 2
@@ -205,10 +328,10 @@ def _down_factors(
     _, _, grad_a, grad_b = grads.factors
     seen = part.pick(activated)
     if grad_a is not None:
-        part.put_a(grad_a, grouped_outer(inner * weight, seen, part.chunk)[:, :rank])
+        part.scatter_grad_a(grad_a, grouped_outer(inner * weight, seen, part.chunk)[:, :rank])
     if grad_b is not None:
         thin = grouped(seen, down.a.transpose(1, 2), part.chunk) * (weight * down.scale)
-        part.put_b(grad_b, grouped_outer(part.pick(grad_rows), thin, part.chunk)[..., :rank])
+        part.scatter_grad_b(grad_b, grouped_outer(part.pick(grad_rows), thin, part.chunk)[..., :rank])
 
 
 def _gate_up_gradients(
@@ -224,7 +347,7 @@ def _gate_up_gradients(
     grad_a, grad_b, _, _ = grads.factors
     if update is not None and grad_b is not None:  # of these columns the first L hold s·xA^T
         outer = grouped_outer(update.part.pick(grad_hidden), update.columns_of(rows), update.part.chunk)
-        update.part.put_b(grad_b, outer[..., : rank_of(update)])
+        update.part.scatter_grad_b(grad_b, outer[..., : rank_of(update)])
     if grads.rows is None and (update is None or grad_a is None):
         return
     augmented = grouped(grad_hidden, matrices, chunk)
@@ -238,7 +361,7 @@ def _gate_up_gradients(
         _add_through(grads.rows[chunk.rows], values, grouped(inner, update.a, part.chunk), part)
     if grad_a is not None:
         outer = grouped_outer(inner, part.pick(rows)[:, :inputs], part.chunk)
-        part.put_a(grad_a, outer[:, : rank_of(update)])
+        part.scatter_grad_a(grad_a, outer[:, : rank_of(update)])
 
 
 def _add_through(out: Tensor, values: Tensor, through_update: Tensor, part: Part) -> None:

@@ -24,7 +24,7 @@ from finetune.kernels.attention import AttentionPlan, PackedSegments, sink_atten
 _CPU_QUERIES = 256  # queries in one call of the CPU kernel where a window needs a mask
 
 
-class SinkFree(Protocol):
+class FlashKernel(Protocol):
     """A flash kernel without sinks over packed segments: q [N, H, d], k and v [M, J, d]."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class CudaFlash:
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
-        """See `SinkFree`."""
+        """See `FlashKernel`."""
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, *self._lengths(seen), 0.0, seen.window is None, False, **self._options(seen)
         )
@@ -132,7 +132,7 @@ class CudaFlash:
     def backward(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `SinkFree`."""
+        """See `FlashKernel`."""
         given = grad_out, q, k, v, out, lse, *self._lengths(seen), 0.0, seen.window is None
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         return torch.ops.aten._flash_attention_backward(*given, *no_dropout, **self._options(seen))
@@ -164,7 +164,7 @@ class CpuFlash:
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
-        """See `SinkFree`."""
+        """See `FlashKernel`."""
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
         for part in _parts(seen):
@@ -179,7 +179,7 @@ class CpuFlash:
     def backward(
         self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seen: Seen
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `SinkFree`."""
+        """See `FlashKernel`."""
         grad_q = torch.empty_like(q)
         grad_k, grad_v = torch.zeros_like(k, dtype=lse.dtype), torch.zeros_like(v, dtype=lse.dtype)
         for part in _parts(seen):

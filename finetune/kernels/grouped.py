@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.kernels.routing import Chunk
+from finetune.kernels.dispatch import Chunk
 
 STRIDE_BYTES = 16  # grouped_mm wants every stride to be a multiple of this
 FAST_MAJORS = (9, 10)  # compute capabilities with a grouped product that does not wait for the host

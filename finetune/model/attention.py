@@ -9,7 +9,7 @@ from transformers import AttentionInterface, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
 
 from finetune.kernels.attention import AttentionPlan
-from finetune.kernels.attention_choice import KERNELS, AttentionChoice, AttentionShape, choose_attention
+from finetune.kernels.attention_choice import KERNELS, AttentionChoice, AttentionDims, choose_attention
 from finetune.kernels.cache import CachedAttention
 
 ATTENTION_NAME = "finetune_packed_sinks_"  # with the kernel's name behind it
@@ -80,7 +80,7 @@ def select_attention(model: GptOssForCausalLM, wanted: Literal["auto", "flash", 
         MachineError: the recipe demands a kernel that cannot be used here.
     """
     config, weight = model.config, model.model.norm.weight
-    shape = AttentionShape(
+    shape = AttentionDims(
         config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.sliding_window
     )
     choice = choose_attention(wanted, shape, weight.device, weight.dtype)

@@ -11,20 +11,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRotaryEmbedding
 
+from finetune import log
 from finetune.config.schema import ModelConfig
-from finetune.console import Progress, say
 from finetune.errors import CheckError, ConfigError, MachineError
+from finetune.kernels.attention import plan_attention
 from finetune.model.attention import register_attention
-from finetune.model.checkpoint import Checkpoint
-from finetune.model.dense import DenseCheckpoint
+from finetune.model.checkpoint import Checkpoint, DenseCheckpoint
 from finetune.model.experts import PackedExperts
-from finetune.model.hold import Holder, HostEmbedding
 from finetune.model.identity import checkpoint_identity, identity, tensor_digest
 from finetune.model.nf4 import Nf4Linear
 from finetune.model.shards import ShardedLayers
-from finetune.model.storage import BaseStorage
+from finetune.model.storage import BaseStorage, CpuEmbedding, StorageConverter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CONSEQUENCE = "the adapter is trained over the rounded weights and records it"
@@ -113,7 +112,7 @@ def choose_dtype(config: ModelConfig, device: torch.device) -> torch.dtype:
     return DTYPES[config.compute_dtype]
 
 
-def load_base(
+def build_base(
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
@@ -135,15 +134,15 @@ def load_base(
         MachineError: NF4 is asked for without bitsandbytes.
     """
     storage = storage or BaseStorage()
-    holder, on_host = Holder(device, dtype, storage), Holder(torch.device("cpu"), dtype, storage)
+    holder, on_host = StorageConverter(device, dtype, storage), StorageConverter(torch.device("cpu"), dtype, storage)
     model = _empty_model(checkpoint, experts_per_chunk, storage)
     if storage.embedding_on_cpu:
-        model.model.embed_tokens = HostEmbedding(model.model.embed_tokens, device, dtype)
+        model.model.embed_tokens = CpuEmbedding(model.model.embed_tokens, device, dtype)
     state: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
     converted: dict[str, str] = {}
     names = sorted(checkpoint.names())
-    with Progress("reading base", len(names), "tensors") as progress:
+    with log.Progress("reading base", len(names), "tensors") as progress:
         for name in names:
             stored = checkpoint.read(name)
             digests[name] = tensor_digest(stored)
@@ -167,7 +166,7 @@ def load_base(
     _refuse_unfilled(model)
     errors = holder.rounding_errors()
     for part, error in errors.items():
-        say(f"{part}: held in NF4, which changed them by {error:.2%} (relative RMS); {_CONSEQUENCE}")
+        log.info(f"{part}: held in NF4, which changed them by {error:.2%} (relative RMS); {_CONSEQUENCE}")
     held_digests = {name: digest for name, digest in digests.items() if name in state} | converted
     return Base(model, checkpoint, _identity(checkpoint, digests), held_digests, storage, errors, shards)
 
@@ -205,7 +204,7 @@ def _refuse_unfilled(model: nn.Module) -> None:
 def _identity(checkpoint: Checkpoint, digests: dict[str, str]) -> str:
     """The files' identity. What was held is what was read, except for experts that were rounded on the way."""
     if isinstance(checkpoint, DenseCheckpoint):
-        say(checkpoint.describe_rounding())
+        log.info(checkpoint.describe_rounding())
         return checkpoint_identity(checkpoint)
     return identity(
         (name, checkpoint.dtype(name), checkpoint.tensor_shape(name), digest) for name, digest in digests.items()
@@ -224,7 +223,7 @@ def check_unchanged(base: Base) -> str:
     state = base.model.state_dict()
     changed = []
     names = sorted(base.digests)
-    with Progress("checking frozen base", len(names), "tensors") as progress:
+    with log.Progress("checking frozen base", len(names), "tensors") as progress:
         for name in names:
             if base.shards is not None:
                 base.shards.hold_layer_of(name)
@@ -241,3 +240,76 @@ def check_unchanged(base: Base) -> str:
             fix="please report this with the recipe; do not use the adapter",
         )
     return base.identity
+
+
+# Run a checkpoint layer by layer, one layer in memory at a time: for work on models that need not fit as a whole.
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+class LayerStream:
+    """A checkpoint's layers, read one by one.
+
+    Args:
+        checkpoint: in the native layout.
+        device: where a layer computes.
+        dtype: of activations and of everything that is not packed.
+        experts_per_chunk: experts dequantised at a time.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, experts_per_chunk: int
+    ) -> None:
+        settings = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        self.config = GptOssConfig.from_dict(settings)
+        self.config._attn_implementation = register_attention()
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        self._experts_per_chunk = experts_per_chunk
+        self._rotary = GptOssRotaryEmbedding(self.config).to(device)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embedded tokens [B, T, D] of ids int64 [B, T]; only their rows are read."""
+        return self.checkpoint.read(EMBEDDING)[input_ids].to(self.device, self.dtype)
+
+    def read(self, number: int) -> GptOssDecoderLayer:
+        """A layer with its weights, frozen, in evaluation mode."""
+        shape, prefix = self.checkpoint.shape, f"model.layers.{number}."
+        with torch.device("meta"):
+            layer = GptOssDecoderLayer(self.config, number)
+            layer.mlp.experts = PackedExperts(
+                shape.num_experts, shape.hidden, shape.expert_width, shape.swiglu_limit, self._experts_per_chunk
+            )
+        state = {}
+        for name in self.checkpoint.names():
+            if name.startswith(prefix):
+                stored = self.checkpoint.read(name)
+                held = stored.to(self.device) if stored.dtype == torch.uint8 else stored.to(self.device, self.dtype)
+                state[name.removeprefix(prefix)] = held
+        layer.load_state_dict(state, strict=True, assign=True)
+        return layer.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def run(
+        self, layer: GptOssDecoderLayer, number: int, hidden: Tensor, positions: Tensor, segments: Tensor
+    ) -> Tensor:
+        """One layer over packed rows.
+
+        Args:
+            layer: from `read`.
+            number: its number, which decides the window.
+            hidden: [B, T, D].
+            positions, segments: int64 [B, T], as in `finetune.model.forward.hidden_states`.
+
+        Returns:
+            [B, T, D].
+        """
+        window = self.config.sliding_window if self.config.layer_types[number] == "sliding_attention" else None
+        positions = positions.to(self.device)
+        output: Tensor = layer(
+            hidden,
+            attention_mask=plan_attention(segments, positions.cpu(), window).to(self.device),
+            position_ids=positions,
+            position_embeddings=self._rotary(hidden, positions),
+            use_cache=False,
+        )
+        return output

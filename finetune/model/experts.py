@@ -8,13 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from finetune.kernels.adapted import Adapted
-from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, PackedLinear, expert_block
+from finetune.kernels.dispatch import LoraExperts
+from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, Mxfp4Experts, expert_block
 from finetune.kernels.experts_choice import (
     Block,
     ExpertChoice,
+    ExpertDims,
     ExpertKernel,
-    ExpertShape,
     choose_expert_kernel,
     expert_block_of,
 )
@@ -32,7 +32,7 @@ class ExpertUpdates(Protocol):
         adapted: whose updates these are; None: of all experts.
     """
 
-    adapted: Adapted | None
+    adapted: LoraExperts | None
 
     def gate_up(self) -> LoraFactors | None:
         """Update of gate_up_proj."""
@@ -136,7 +136,7 @@ class PackedExperts(nn.Module):
             return [self.get_buffer(f"{name}_{ending}") for ending in endings]
 
         if self.storage == "mxfp4":
-            return PackedLinear(*parts("blocks", "scales", "bias"))
+            return Mxfp4Experts(*parts("blocks", "scales", "bias"))
         if self.storage == "nf4":
             return Nf4Experts(*parts("nf4_codes", "nf4_scales", "bias"))
         return DenseExperts(*parts("dense", "bias"))
@@ -157,7 +157,7 @@ def select_expert_kernel(model: nn.Module, wanted: ExpertKernel) -> ExpertChoice
     """
     layers = [module for module in model.modules() if isinstance(module, PackedExperts)]
     gate_up_bias, down_bias = layers[0].get_buffer("gate_up_proj_bias"), layers[0].get_buffer("down_proj_bias")
-    shape = ExpertShape(down_bias.shape[1], gate_up_bias.shape[1] // 2, layers[0].experts_per_chunk)
+    shape = ExpertDims(down_bias.shape[1], gate_up_bias.shape[1] // 2, layers[0].experts_per_chunk)
     choice = choose_expert_kernel(wanted, shape, down_bias.device, down_bias.dtype)
     for layer in layers:
         layer.kernel, layer.block = choice.kernel, expert_block_of(choice.kernel)

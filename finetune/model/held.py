@@ -17,12 +17,11 @@ from torch import Tensor
 
 from finetune.errors import MachineError
 from finetune.model.build import Base
-from finetune.model.checkpoint import CONFIG_FILE, INDEX_FILE
-from finetune.model.dense import dense_tensors
+from finetune.model.checkpoint import CONFIG_FILE, INDEX_FILE, dense_tensors
 from finetune.model.nf4 import dequantise_nf4
 
 
-def write_held(base: Base, directory: Path) -> None:
+def write_dense(base: Base, directory: Path) -> None:
     """Write the live base's weights, without its adapter, one file a layer.
 
     Args:

@@ -11,7 +11,7 @@ import errno
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.config.near import PUBLISHED_BASES, TINY_HINT, base_fix, means_directory
+from finetune.config.suggest import PUBLISHED_BASES, TINY_HINT, looks_like_directory, suggest_base
 from finetune.errors import ConfigError, FinetuneError, InputError, MachineError
 
 # The published repositories also hold the same weights as original/* and metal/*: three times the bytes.
@@ -57,8 +57,8 @@ def locate_base(path: str, revision: str | None = None) -> BaseLocation:
                 fix="remove model.revision, or give the hub name",
             )
         return BaseLocation(directory, path, None)
-    if means_directory(path):
-        raise InputError(f"there is no directory {path}", fix=base_fix(path))
+    if looks_like_directory(path):
+        raise InputError(f"there is no directory {path}", fix=suggest_base(path))
     snapshot = _download(path, revision)
     return BaseLocation(snapshot, path, snapshot.name)
 

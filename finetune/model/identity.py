@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.console import Progress
+from finetune import log
 from finetune.errors import InputError
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.headers import TensorEntry
@@ -60,7 +60,7 @@ def _stored_digest(directory: Path, entry: TensorEntry) -> str:
     return digest.hexdigest()
 
 
-def checkpoint_identity(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
+def checkpoint_identity(checkpoint: Checkpoint, progress: log.Progress | None = None) -> str:
     """Hash a checkpoint on disk.
 
     Args:

@@ -1,17 +1,10 @@
-"""Weights in NF4 as bitsandbytes defines it, through its own functions: 16 levels, one float32 scale for 64 weights.
-
-gpt-oss publishes its experts in MXFP4, so NF4 experts are rounded twice and larger (4.5 bits a weight, not 4.25). NF4
-pays where the checkpoint holds bfloat16: the attention projections.
-
-A block is 64 consecutive weights of one matrix [out, in], row after row. bitsandbytes is always shown blocks as rows
-[blocks, 64]: its CPU kernel (0.50.2) reads wrong scales when a row is no whole number of blocks (docs/log.md).
-
-Shape legend: B blocks of 64.
-"""
+"""bitsandbytes, which most runs do not need: imported when an option asks for it."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +12,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune.model.bnb import import_bitsandbytes
+from finetune.errors import MachineError
+
+
+def import_bitsandbytes(wanted_by: str, instead: str) -> ModuleType:
+    """Import it, or say what wants it.
+
+    Args:
+        wanted_by: the recipe's key and value, for the message.
+        instead: what to set to do without.
+
+    Raises:
+        MachineError: it is not installed.
+    """
+    without_kernel_advice()
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise MachineError(
+            f"{wanted_by} needs bitsandbytes, which cannot be imported",
+            why=str(error),
+            fix=f"pip install bitsandbytes, or set {instead}",
+        ) from error
+    return bitsandbytes
+
+
+def without_kernel_advice() -> None:
+    """Drop one line that bitsandbytes logs when it is imported on a CPU with AVX512-BF16; call before importing it.
+
+    It advises to install a package that downloads a matrix product from the hub; nothing here calls that product, and
+    on the way to a result the line reads like a failure. Every other line of bitsandbytes' stays.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_advice)
+
+
+def _is_no_kernel_advice(record: logging.LogRecord) -> bool:
+    return "from kernels-community" not in str(record.msg)
+
+
+# Weights in NF4 as bitsandbytes defines it, through its own functions: 16 levels, one float32 scale for 64 weights.
+#
+# gpt-oss publishes its experts in MXFP4, so NF4 experts are rounded twice and larger (4.5 bits a weight, not 4.25). NF4
+# pays where the checkpoint holds bfloat16: the attention projections.
+#
+# A block is 64 consecutive weights of one matrix [out, in], row after row. bitsandbytes is always shown blocks as rows
+# [blocks, 64]: its CPU kernel (0.50.2) reads wrong scales when a row is no whole number of blocks (docs/log.md).
+#
+# Shape legend: B blocks of 64.
 
 NF4_BLOCK = 64
 
@@ -70,7 +109,7 @@ def dequantise_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Nf4Experts:
-    """E frozen linear maps in NF4; stands where `finetune.kernels.experts.PackedLinear` does.
+    """E frozen linear maps in NF4; stands where `finetune.kernels.experts.Mxfp4Experts` does.
 
     Attributes:
         codes: uint8 [E, out, in / 2].

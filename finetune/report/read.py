@@ -13,7 +13,7 @@ from finetune.report.survival import Survival, read_survival
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunFiles:
     """What a run directory holds; each part is empty when its file is missing, half-written or of another form.
 
     Attributes:
@@ -41,7 +41,7 @@ class RunFacts:
     unreadable: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, run: Path) -> RunFacts:
+    def read(cls, run: Path) -> RunFiles:
         """Read a run directory."""
         unreadable: list[str] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from finetune.report.pieces import TITLES, WHO
+from finetune.report.content import TITLES, WHO
 
 NUM_BINS = 10
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 460, 380, 52, 14, 14, 44

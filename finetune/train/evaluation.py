@@ -6,19 +6,19 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from finetune import log
 from finetune.config.schema import RunConfig
-from finetune.console import say
-from finetune.data.render import Sample
+from finetune.data.harmony.render import Example
 from finetune.errors import CheckError
-from finetune.evaluate.intervals import bootstrap_ratio_interval
+from finetune.evaluate.evalset import EvalSet
 from finetune.evaluate.labels import score_labels
 from finetune.evaluate.likelihood import BetweenBatches, held_out_loss
-from finetune.evaluate.testset import TestSet
+from finetune.evaluate.statistics import bootstrap_ratio_interval
 from finetune.model.build import Base
 
 
 def evaluate_test_set(
-    base: Base, test: TestSet, config: RunConfig, *, when: str, between_batches: BetweenBatches
+    base: Base, test: EvalSet, config: RunConfig, *, when: str, between_batches: BetweenBatches
 ) -> dict[str, Any]:
     """Score the test rows with the model as it is now.
 
@@ -48,7 +48,7 @@ def evaluate_test_set(
         "confidence": confidence,
     }
     if test.labels is not None:
-        records = [test.records[row] for row in test.first_rows]
+        records = [test.records[row] for row in test.first_examples]
         scores = score_labels(
             base.model, records, test.labels, config.data, task=f"labels {when}", between_batches=between_batches
         )
@@ -58,7 +58,7 @@ def evaluate_test_set(
             "num_labels": len(test.labels),
             "best_constant_accuracy": scores.best_constant,
         }
-    say(f"{when}: {describe_figures(figures)}")
+    log.info(f"{when}: {describe_figures(figures)}")
     return figures
 
 
@@ -72,7 +72,7 @@ def describe_figures(figures: dict[str, Any]) -> str:
     return f"{text} on {figures['rows']} rows" if ends else f"{text} on one row, which gives no interval"
 
 
-def validation_subset(samples: Sequence[Sample], count: int | None) -> tuple[Sample, ...]:
+def validation_subset(samples: Sequence[Example], count: int | None) -> tuple[Example, ...]:
     """The validation samples used each time: evenly spread over the split, so that they do not depend on a seed."""
     if count is None or count >= len(samples):
         return tuple(samples)

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from finetune.console import complain, say
+from finetune import log
 from finetune.errors import MachineError
 from finetune.train.run_directory import RunDirectory
 
@@ -88,7 +88,7 @@ def launch(arguments: Sequence[str], count: int, run: Path) -> None:
         MachineError: a process was killed.
         SystemExit: a process failed; it has said why, and its exit code is passed on.
     """
-    say(f"starting {count} processes; only process 0 prints, the others write to {run / 'logs'}")
+    log.info(f"starting {count} processes; only process 0 prints, the others write to {run / 'logs'}")
     workers = _Workers(arguments, count, run / "logs")
     before = {number: signal.signal(number, workers.forward) for number in _FORWARDED}
     try:
@@ -116,7 +116,7 @@ def watch_parent() -> None:
     threading.Thread(target=wait, name="watch-parent", daemon=True).start()
 
 
-def _start(arguments: Sequence[str], rank: int, count: int, port: int, log: Path) -> subprocess.Popen[bytes]:
+def _start(arguments: Sequence[str], rank: int, count: int, port: int, log_file: Path) -> subprocess.Popen[bytes]:
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {
         "RANK": str(rank),
@@ -130,7 +130,7 @@ def _start(arguments: Sequence[str], rank: int, count: int, port: int, log: Path
     # -P: a folder named `finetune` where the command is run must not be taken for this package.
     command = [sys.executable, "-P", "-m", "finetune", *arguments]
     # A session of its own: Ctrl-C reaches the parent alone, which passes it on once to each.
-    with log.open("ab") as file:
+    with log_file.open("ab") as file:
         output = None if rank == 0 else file
         return subprocess.Popen(
             command,
@@ -149,9 +149,9 @@ def _free_port() -> int:
 
 
 def _remove_empty(logs: Path) -> None:
-    for log in logs.glob("process-*.txt"):
-        if log.stat().st_size == 0:
-            log.unlink()
+    for log_file in logs.glob("process-*.txt"):
+        if log_file.stat().st_size == 0:
+            log_file.unlink()
     if logs.is_dir() and not any(logs.iterdir()):
         logs.rmdir()
 
@@ -166,13 +166,15 @@ def _note_end(run: RunDirectory, rank: int, code: int) -> None:
 def _report(workers: _Workers, rank: int, code: int) -> NoReturn:
     if workers.interrupts > 1:
         raise SystemExit(128 + signal.SIGINT)
-    log = workers.log(rank)
+    log_file = workers.log(rank)
     stopped = code in (130, 143)  # by a signal, which all have agreed on
-    if rank != 0 and log.exists() and not stopped and code > 0 and workers.codes.get(0) == code:
-        say(f"process {rank} stopped first, with the same exit code; what it said is in {log}")
-    elif rank != 0 and log.exists() and not stopped:
-        lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-        complain(f"process {rank} stopped first; the end of {log}:\n" + "\n".join(f"  | {line}" for line in lines))
+    if rank != 0 and log_file.exists() and not stopped and code > 0 and workers.codes.get(0) == code:
+        log.info(f"process {rank} stopped first, with the same exit code; what it said is in {log_file}")
+    elif rank != 0 and log_file.exists() and not stopped:
+        lines = log_file.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        log.error(
+            f"process {rank} stopped first; the end of {log_file}:\n" + "\n".join(f"  | {line}" for line in lines)
+        )
     if code < 0:
         name = signal.Signals(-code).name
         raise MachineError(

@@ -8,7 +8,10 @@ import math
 import os
 import resource
 import sys
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -17,8 +20,8 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 from numpy.typing import NDArray
 
+from finetune import log
 from finetune.config.schema import LoggingConfig
-from finetune.console import warn
 from finetune.train.run_directory import write_whole
 
 GIB = 2**30
@@ -92,7 +95,7 @@ class Tracker:
         if config.tracker == "none" or not accelerator.is_main_process:
             return
         if importlib.util.find_spec(config.tracker) is None:
-            warn(f"tracking is off: {config.tracker} is not installed (pip install {config.tracker})")
+            log.warning(f"tracking is off: {config.tracker} is not installed (pip install {config.tracker})")
             return
         self._try(self._start, config, run_config, directory)
 
@@ -129,7 +132,7 @@ class Tracker:
             call(*args, **kwargs)
         except Exception as error:  # a tracker may fail in any way; none of them is worth a run
             self._tracker = None
-            warn(f"tracking is off from here on: {type(error).__name__}: {error}")
+            log.warning(f"tracking is off from here on: {type(error).__name__}: {error}")
 
 
 def make_tracker(config: LoggingConfig, directory: Path) -> GeneralTracker:
@@ -174,3 +177,40 @@ def flat(config: dict[str, Any], above: str = "") -> dict[str, str | int | float
         else:
             values[above + key] = value if isinstance(value, str | int | float) else json.dumps(value)
     return values
+
+
+# Notes a step whose loss lies far above those before it: bad rows, or a learning rate on the edge.
+
+WINDOW = 64  # steps looked back on
+FEWEST = 16  # before that, nothing is usual yet
+DEVIATIONS = 6.0  # of a Gaussian as wide as the window: one step in a thousand million by chance
+SMALLEST_SHARE = 0.1  # of the usual loss: on a flat curve six deviations are nothing to speak of
+_MAD_TO_DEVIATION = 1.4826  # of a Gaussian
+
+
+class LossSpikes:
+    """Losses of the last steps, and whether the next one is out of their range.
+
+    Median and median deviation are used, which the spike itself hardly moves.
+
+    Args:
+        losses: of the steps so far, so that a resumed run notes what the uninterrupted one would.
+    """
+
+    def __init__(self, losses: Iterable[float]) -> None:
+        self._window = deque((loss for loss in losses if math.isfinite(loss)), maxlen=WINDOW)
+
+    def usual_if_spike(self, loss: float) -> float | None:
+        """Take in a step's loss.
+
+        Returns:
+            The usual loss, if this one lies far above it; None otherwise.
+        """
+        window = list(self._window)
+        self._window.append(loss)
+        if len(window) < FEWEST:
+            return None
+        usual = median(window)
+        deviation = _MAD_TO_DEVIATION * median(abs(value - usual) for value in window)
+        far = loss - usual > max(DEVIATIONS * deviation, SMALLEST_SHARE * abs(usual))
+        return usual if far else None

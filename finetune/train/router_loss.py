@@ -1,9 +1,6 @@
-"""The terms on the router that a step adds to the language loss: balance against a target, and the z-loss.
+"""What a micro-step minimises: weighted token loss, and the terms on the router.
 
-A balance loss is a product of how often experts are chosen (without gradient) and how probable they are. Once the first
-is known for all of a step, the rest is a plain sum over tokens; so the scope `step` takes one forward pass without
-gradient over all micro-steps, adds the counts up over processes, and each micro-step's term is then exact, whatever the
-accumulation. Both scopes average over the step's tokens, so micro-steps of padding alone count for nothing.
+Shape legend: B rows, S tokens in a row, T = B·S, D hidden, V vocabulary, N trained tokens, E experts, K active ones.
 """
 
 from __future__ import annotations
@@ -17,13 +14,108 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from finetune.adapters.lora import Adapter
+from finetune.adapters.sites import Site
+from finetune.arch import Arch
 from finetune.config.schema import TrainerConfig
 from finetune.data.batches import PADDING_SEGMENT, Batch
-from finetune.evaluate.routing import RoutingCounter
+from finetune.evaluate.usage import UsageCounter
+from finetune.kernels.loss_head import token_nll
 from finetune.model.build import Base
-from finetune.model.forward import hidden_states
-from finetune.model.router import Routing, record_routing
-from finetune.train.losses import balance_sum, balance_weights, choice_counts, z_sum
+from finetune.model.forward import Routing, hidden_states, record_router
+
+
+def language_loss(hidden: Tensor, head: Tensor, where: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Sum of weight x NLL over the trained tokens of a micro-step (not a mean: the step's total weight divides it).
+
+    Args:
+        hidden: [B, S, D], final normed hidden states.
+        head: [V, D], frozen.
+        where, targets, weights: see `finetune.model.forward.shift_labels`.
+
+    Returns:
+        A float32 scalar in nats.
+    """
+    return (token_nll(hidden.flatten(0, 1)[where], head, targets) * weights).sum()
+
+
+def choice_counts(layers: Sequence[Routing], rows: Tensor) -> Tensor:
+    """How often each expert was chosen: float64 [layers, E], without gradient.
+
+    Args:
+        layers: routing of each layer.
+        rows: int64 [N], the tokens that are not padding.
+    """
+    num_experts = layers[0].logits.shape[1]
+    chosen = torch.stack([routing.expert_ids[rows].reshape(-1) for routing in layers])
+    counts = torch.zeros(len(layers), num_experts, dtype=torch.float64, device=chosen.device)
+    return counts.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
+
+
+def balance_weights(chosen: Tensor, base_chosen: Tensor | None = None) -> Tensor:
+    """What each expert's mean probability is multiplied by in the balance loss: [..., E], without gradient.
+
+    Against uniform use E · f_e, with f_e the share of the choices that fell on e. Against the base's use
+    (n_e + 1) / (m_e + 1), with n_e and m_e the choices of e now and by the base on the same tokens: f_e / q_e, with
+    one more choice of each so that an expert the base left out has a finite weight. Either way all weights are 1 when
+    use is as wanted, and the loss is then 1 and has no gradient.
+
+    Args:
+        chosen: counts [..., E].
+        base_chosen: the base's counts for the same tokens. None: the target is uniform.
+    """
+    if base_chosen is not None:
+        return (chosen + 1) / (base_chosen + 1)
+    return chosen.shape[-1] * chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+
+
+def balance_sum(layers: Sequence[Routing], rows: Tensor, weights: Tensor) -> Tensor:
+    """Sum over tokens of sum_e weight_e · p_e, mean over layers: a micro-step's share of the loss times all its tokens.
+
+    Args:
+        layers: routing of each layer; p is the float32 softmax over all E logits (float64 for float64 logits).
+        rows: int64 [N], the tokens that are not padding.
+        weights: [layers, E] of `balance_weights`.
+    """
+    per_layer = []
+    for routing, weight in zip(layers, weights, strict=True):
+        logits = _exact(routing.logits[rows])
+        per_layer.append((logits.softmax(-1).sum(0) * weight.to(logits.dtype)).sum())
+    return torch.stack(per_layer).mean()
+
+
+def z_sum(layers: Sequence[Routing], rows: Tensor) -> Tensor:
+    """Sum over tokens of the squared log-sum-exp of the router's logits, mean over layers (Zoph et al. 2022)."""
+    return torch.stack([_exact(routing.logits[rows]).logsumexp(-1).square().sum() for routing in layers]).mean()
+
+
+def balance_loss(layers: Sequence[Routing], real_tokens: Tensor) -> Tensor:
+    """Router load balance of one micro-step by itself, mean over layers: E · sum_e f_e · P_e.
+
+    P_e is the mean over real tokens of the float32 softmax over all E logits; f_e is the share of their T·K choices
+    that fell on e, without gradient. It is 1 when f is uniform. transformers' `load_balancing_loss_func` is K times
+    this and pools all layers first, so that opposite imbalances in two layers cancel.
+
+    Args:
+        layers: routing of each layer (logits [T, E], expert_ids [T, K]).
+        real_tokens: bool [T], False on padding. With none at all the loss is 1 and has no gradient.
+    """
+    rows = real_tokens.nonzero()[:, 0]  # once for all layers: on a GPU this waits for the device
+    if not len(rows):  # padding alone is balanced: it routes nothing
+        return layers[0].logits.sum() * 0.0 + 1.0
+    return balance_sum(layers, rows, balance_weights(choice_counts(layers, rows))) / len(rows)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+# The terms on the router that a step adds to the language loss: balance against a target, and the z-loss.
+#
+# A balance loss is a product of how often experts are chosen (without gradient) and how probable they are. Once the
+# first is known for all of a step, the rest is a plain sum over tokens; so the scope `step` takes one forward pass
+# without gradient over all micro-steps, adds the counts up over processes, and each micro-step's term is then exact,
+# whatever the accumulation. Both scopes average over the step's tokens, so micro-steps of padding alone count for
+# nothing.
 
 
 @dataclass(frozen=True)
@@ -56,7 +148,7 @@ class RouterLoss:
             raise ValueError("the base's own routing takes an adapter that can be switched off")
         self.config, self.base, self.adapter, self.accelerator = config, base, adapter, accelerator
         shape = base.checkpoint.shape
-        self.usage = RoutingCounter(shape.num_layers, shape.num_experts, 1, base.device)
+        self.usage = UsageCounter(shape.num_layers, shape.num_experts, 1, base.device)
 
     def prepare(self, batches: Sequence[Batch]) -> StepRouting:
         """Look at a whole step before its first backward pass; call it with the model in training mode.
@@ -106,7 +198,7 @@ class RouterLoss:
     @torch.no_grad()
     def _counts(self, batch: Batch, *, adapted: bool) -> Tensor:
         switched = nullcontext() if adapted or self.adapter is None else self.adapter.disabled()
-        with switched, record_routing(self.base.model) as tape:
+        with switched, record_router(self.base.model) as tape:
             hidden_states(self.base.model, batch.input_ids, batch.positions, batch.segments)
         return choice_counts(tape.layers, real_tokens(batch).to(self.base.device))
 
@@ -114,3 +206,32 @@ class RouterLoss:
 def real_tokens(batch: Batch) -> Tensor:
     """Numbers of a batch's flattened tokens that are not padding: int64 [N]."""
     return (batch.segments != PADDING_SEGMENT).reshape(-1).nonzero()[:, 0]
+
+
+# What the terms on the router can change: routers that are trained, and adapters upstream of some router.
+
+
+def balance_reach(sites: list[Site], shape: Arch) -> list[Site]:
+    """The sites that a loss on the routers' logits has a gradient for.
+
+    A layer's router reads what its own attention and all earlier layers made. So it reaches every attention adapter,
+    routers that are trained, and expert adapters of all layers but the last.
+    """
+    return [site for site in sites if site.kind != "experts" or site.layer < shape.num_layers - 1]
+
+
+def describe_balance_reach(sites: list[Site], shape: Arch, mode: str = "frozen") -> str:
+    """Say which adapters the balance loss and the z-loss reach.
+
+    Args:
+        sites: of the adapter.
+        shape: of the base.
+        mode: the recipe's `adapter.router.mode`.
+    """
+    reached = balance_reach(sites, shape)
+    routers = sum(site.kind == "router" for site in reached)
+    what = f"{len(reached)} of {len(sites)} adapter sites" + (f", {routers} of them routers" if routers else "")
+    text = f"router: {mode}; the balance loss reaches {what}"
+    if len(reached) < len(sites):
+        text += f" (not the experts of layer {shape.num_layers - 1}: no router comes after them)"
+    return text

@@ -11,14 +11,17 @@ import numpy as np
 import pyarrow as pa
 from accelerate import Accelerator
 
+from finetune import log
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import RunConfig
-from finetune.console import say
 from finetune.data.dataset import Split
 from finetune.errors import CheckError
-from finetune.evaluate.routing import RoutingCounter, RoutingCounts, changed_share, count_routing
 from finetune.evaluate.usage import (
     Group,
+    UsageCounter,
+    UsageCounts,
+    changed_share,
+    count_usage,
     group_names,
     heat_pixels,
     token_groups,
@@ -54,9 +57,9 @@ class RoutingWatch:
     tracker: Tracker
     accelerator: Accelerator
     between_batches: Callable[[], None]
-    seen: dict[int, RoutingCounts] = field(default_factory=dict)
+    seen: dict[int, UsageCounts] = field(default_factory=dict)
 
-    def look(self, step: int) -> RoutingCounts:
+    def look(self, step: int) -> UsageCounts:
         """Measure now, write the drift by layer to metrics.jsonl, and hold it against the recipe's limit.
 
         Raises:
@@ -68,7 +71,7 @@ class RoutingWatch:
         drift = changed_share(self._before, counts)
         worst = int(np.argmax(drift))
         text = f"routing: {np.mean(drift):.1%} of tokens take other experts than in the base, most in layer {worst}"
-        say(f"{text} ({drift[worst]:.1%})")
+        log.info(f"{text} ({drift[worst]:.1%})")
         figures = usage_figures(counts.chosen.sum(0))
         if self.accelerator.is_main_process:
             line = {"drift": drift, "entropy": figures.entropy, "variation": figures.variation}
@@ -85,7 +88,7 @@ class RoutingWatch:
             )
         return counts
 
-    def finish(self, step: int, in_training: RoutingCounter) -> dict[str, Any]:
+    def finish(self, step: int, in_training: UsageCounter) -> dict[str, Any]:
         """Measure the end, write expert_usage.parquet, and give the manifest what the report shows.
 
         Args:
@@ -111,21 +114,21 @@ class RoutingWatch:
         return facts
 
     @functools.cached_property
-    def _before(self) -> RoutingCounts:
+    def _before(self) -> UsageCounts:
         with self.adapter.disabled():
             return self._count("routing of the base")
 
     @functools.cached_property
     def _numbers(self) -> list[int]:
         """Samples that are measured, evenly spread over the split."""
-        total, count = len(self.split.samples), self.config.evaluate.routing_samples
+        total, count = len(self.split.samples), self.config.evaluate.routing_examples
         return [number * total // min(count, total) for number in range(min(count, total))]
 
-    def _count(self, task: str) -> RoutingCounts:
+    def _count(self, task: str) -> UsageCounts:
         samples = [self.split.samples[number] for number in self._numbers]
         ends = np.cumsum(list(self.split.source_sizes.values()))
         sources = np.searchsorted(ends, self._numbers, side="right")
-        return count_routing(
+        return count_usage(
             self.base,
             samples,
             self.config.data.max_length,
@@ -135,7 +138,7 @@ class RoutingWatch:
             between_batches=self.between_batches,
         )
 
-    def _training_table(self, counter: RoutingCounter) -> pa.Table | None:
+    def _training_table(self, counter: UsageCounter) -> pa.Table | None:
         tokens, chosen, gates = (
             self.accelerator.reduce(sums, "sum").cpu().numpy()
             for sums in (counter.tokens, counter.chosen, counter.gates)
@@ -143,5 +146,5 @@ class RoutingWatch:
         if not tokens[0]:
             return None
         none = np.zeros((0, 0, 0), dtype=np.int16)
-        counts = RoutingCounts(tokens, chosen.swapaxes(0, 1), gates.swapaxes(0, 1), none)
+        counts = UsageCounts(tokens, chosen.swapaxes(0, 1), gates.swapaxes(0, 1), none)
         return usage_table("training", counts, [Group("all", "all")])

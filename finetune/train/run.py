@@ -10,31 +10,28 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from finetune import log
 from finetune.adapters.read_back import live_logits
-from finetune.config.affinity import write_affinity
 from finetune.config.compose import ComposedConfig
-from finetune.config.deepspeed import deepspeed_settings
+from finetune.config.derive import deepspeed_settings
+from finetune.config.expert_selection import write_expert_scores
 from finetune.config.schema import AdapterConfig, RunConfig
 from finetune.config.validate import dump_yaml, to_plain
-from finetune.console import say, warn, warnings_so_far
 from finetune.data.preview import as_json
 from finetune.errors import ConfigError, InputError, Interrupted
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import check_unchanged
-from finetune.train.checkpoint_files import checkpoint_path, remove_after
-from finetune.train.checkpoints import load_checkpoint, load_newest
-from finetune.train.engine import Engine
+from finetune.train.checkpoint import checkpoint_path, load_checkpoint, load_newest, remove_after
+from finetune.train.engines.base import Engine, open_engine
 from finetune.train.evaluation import evaluate_test_set, validation_subset
-from finetune.train.finish import Result, read_back_samples, why_not_read_back, write_result
-from finetune.train.hangs import HangWatch
-from finetune.train.loop import Trainer
+from finetune.train.finalize import Result, read_back_samples, why_not_read_back, write_result
 from finetune.train.metrics import Tracker, memory_gib
-from finetune.train.open_engine import open_engine
-from finetune.train.processes import Processes, closing, naming_lost_processes, open_processes
 from finetune.train.routing_watch import RoutingWatch
 from finetune.train.run_directory import RunDirectory, prepare_run, write_json
 from finetune.train.session import Session, open_session, session_facts
-from finetune.train.signals import StopRequest
+from finetune.train.trainer import Trainer
+from finetune.train.watchdog import StopRequest, Watchdog
+from finetune.train.world import World, closing, explain_lost_ranks, open_world
 
 EXPERTS = "experts.json"  # which experts are adapted, unless all are
 WriteReport = Callable[[Path], object]
@@ -55,12 +52,12 @@ def train(composed: ComposedConfig, write_report: WriteReport) -> Path:
     config = composed.config
     if config.name is not None:
         RunDirectory.refuse_existing(Path(config.output_dir) / config.name)
-    processes = open_processes(config)
+    processes = open_world(config)
     with closing(processes):
-        processes.must_agree("the configuration", dump_yaml(config))
+        processes.assert_same("the configuration", dump_yaml(config))
         session = open_session(config, processes)  # until there is something to save, signals end the command as usual
         made = prepare_run(config, composed.recipe_name, composed.overrides) if processes.is_first else None
-        run = RunDirectory(Path(processes.from_first(str(made.path if made else None))), writes=processes.is_first)
+        run = RunDirectory(Path(processes.broadcast(str(made.path if made else None))), writes=processes.is_first)
         _begin(session, run, started, write_report)
     return run.path
 
@@ -69,7 +66,7 @@ def train_prepared(path: Path, write_report: WriteReport) -> Path:
     """Run what `prepare_run` left in a directory, as one of the processes that `launch` has started."""
     started = time.monotonic()
     prepared, config = RunDirectory.open(path)
-    processes = open_processes(config)
+    processes = open_world(config)
     with closing(processes):
         run = replace(prepared, writes=processes.is_first)
         _begin(open_session(config, processes), run, started, write_report)
@@ -77,14 +74,14 @@ def train_prepared(path: Path, write_report: WriteReport) -> Path:
 
 
 def _begin(session: Session, run: RunDirectory, started: float, write_report: WriteReport) -> None:
-    say(f"run directory: {run.path}")
+    log.info(f"run directory: {run.path}")
     with StopRequest() as stop, run.locked():
         run.update_manifest(**session_facts(session))
         if run.writes:
             _name_skipped_rows(session, run)
             write_json(run.path / "sample.json", as_json(session.splits["train"].samples[0]))
             if session.affinity is not None:
-                write_affinity(run.path / EXPERTS, session.affinity)
+                write_expert_scores(run.path / EXPERTS, session.affinity)
         _execute(session, run, stop, started, write_report, resumed=False)
 
 
@@ -94,7 +91,7 @@ def resume(path: Path, write_report: WriteReport, config: RunConfig | None = Non
     Args:
         path: the run's directory.
         write_report: see `WriteReport`.
-        config: its configuration, with the processes that now carry it out (`finetune.config.resuming`). None: the
+        config: its configuration, with the processes that now carry it out (`finetune.config.validate`). None: the
             same as before.
 
     Raises:
@@ -110,12 +107,12 @@ def resume(path: Path, write_report: WriteReport, config: RunConfig | None = Non
             f"{path} is finished",
             fix=f"to train on from its adapter, start a new run with adapter.init_from={run.adapter}",
         )
-    processes = open_processes(config)
+    processes = open_world(config)
     with closing(processes):
         run = replace(run, writes=processes.is_first)
         # Relative paths of the recipe, and a hub name's moving branch, mean what they meant when the run was started.
         if (origin := manifest.get("working_directory")) and Path(origin) != Path.cwd() and Path(origin).is_dir():
-            warn(f"working in {origin}, where the run was started")
+            log.warning(f"working in {origin}, where the run was started")
             os.chdir(origin)
         if revision := manifest.get("base", {}).get("revision"):
             config = replace(config, model=replace(config.model, revision=revision))
@@ -146,10 +143,10 @@ def _execute(
     """Train and finish; manifest and report say how it ended, whatever happens."""
     tracker = Tracker(session.accelerator, session.config.logging, to_plain(session.config), run.path)
     engine = open_engine(session.config, session.base, session.adapter, session.accelerator, session.processes)
-    say(f"processes: {engine.describe()}")
+    log.info(f"processes: {engine.describe()}")
     if run.writes and (settings := deepspeed_settings(session.config)):
         write_json(run.path / "deepspeed.json", settings)
-    hangs = HangWatch(session.processes, session.config.distributed.timeout_s)
+    hangs = Watchdog(session.processes, session.config.distributed.timeout_s)
     trainer = _trainer(session, engine, run, tracker, stop, hangs)
     if resumed:
         _restore(trainer, session, run)
@@ -157,7 +154,7 @@ def _execute(
     run.update_manifest(status="running", stopped_by=None, processes=engine.describe())
     ending: dict[str, Any] = {"status": "finished"}
     try:
-        with hangs, naming_lost_processes(session.processes):
+        with hangs, explain_lost_ranks(session.processes):
             result = _train_and_evaluate(session, trainer, run, stop)
         session.processes.leave()
         if run.writes:  # long, and process 0 needs no other for it
@@ -167,13 +164,13 @@ def _execute(
         ending = {"status": "stopped", "stopped_by": f"{type(error).__name__}: {first_line}".removesuffix(": ")}
         raise
     finally:
-        run.update_manifest(**ending, **_sitting(trainer, earlier, started))
+        run.update_manifest(**ending, **session_summary(trainer, earlier, started))
         tracker.close()
         try:
             if run.writes:
                 write_report(run.path)
         except Exception as error:  # what ended the run matters more than a report that cannot be written
-            warn(f"no report: {type(error).__name__}: {error}")
+            log.warning(f"no report: {type(error).__name__}: {error}")
 
 
 def _name_skipped_rows(session: Session, run: RunDirectory) -> None:
@@ -181,13 +178,13 @@ def _name_skipped_rows(session: Session, run: RunDirectory) -> None:
     skipped = [
         {"split": name, "where": row.where, "kind": row.kind, "reason": row.reason}
         for name, split in session.splits.items()
-        for row in (*split.bad_rows, *split.dropped)
+        for row in (*split.bad_records, *split.dropped)
     ]
     if skipped:
         path = run.path / "skipped_rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in skipped))
         first = "; ".join(f"{row['where']}: {row['reason']}" for row in skipped[:3])
-        warn(f"{len(skipped):,} rows are left out, all named in {path}: {first}")
+        log.warning(f"{len(skipped):,} rows are left out, all named in {path}: {first}")
 
 
 def _restore(trainer: Trainer, session: Session, run: RunDirectory) -> None:
@@ -199,7 +196,7 @@ def _restore(trainer: Trainer, session: Session, run: RunDirectory) -> None:
     """
     processes = session.processes
     newest = load_newest(run.checkpoints) if processes.is_first else None
-    step = int(processes.from_first(newest[0] if newest else None))
+    step = int(processes.broadcast(newest[0] if newest else None))
     checkpoint = newest[1] if newest else load_checkpoint(checkpoint_path(run.checkpoints, step))
     saved = {name: list(tensor.shape) for name, tensor in checkpoint.adapter.items()}
     now = {name: list(tensor.shape) for name, tensor in trainer.engine.parameters.items()}
@@ -213,7 +210,7 @@ def _restore(trainer: Trainer, session: Session, run: RunDirectory) -> None:
     trainer.restore(checkpoint)
     if run.writes:
         remove_after(run.checkpoints, step)
-    say(f"resuming after step {step} of {session.plan.total_steps}")
+    log.info(f"resuming after step {step} of {session.plan.total_steps}")
 
 
 def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, stop: StopRequest) -> Result:
@@ -222,7 +219,7 @@ def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, s
     The adapter is written after all of it: a run that was stopped has none that could be taken for its result.
     """
     config, base, test, processes = session.config, session.base, session.test, session.processes
-    evaluation: dict[str, Any] = processes.from_first(run.read_json(run.evaluation))
+    evaluation: dict[str, Any] = processes.broadcast(run.read_json(run.evaluation))
 
     def evaluate(when: str, save: Callable[[], None] | None) -> None:
         if test is None or when in evaluation:
@@ -233,7 +230,7 @@ def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, s
             _leave_if_asked(stop, run, save, processes)
 
         figures = evaluate_test_set(base, test, config, when=when, between_batches=between)
-        evaluation[when] = processes.from_first(figures)
+        evaluation[when] = processes.broadcast(figures)
         run.write_evaluation(evaluation)
 
     with session.adapter.disabled():
@@ -250,14 +247,12 @@ def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, s
         usage = trainer.step.router_loss.usage
         run.update_manifest(routing=trainer.watch.finish(best or trainer.state.step, usage))
     trainer.hangs.beat("gathering the adapter")
-    skipped: str | None = processes.from_first(why_not_read_back(session))
+    skipped: str | None = processes.broadcast(why_not_read_back(session))
     live = live_logits(base, session.adapter, read_back_samples(session)) if skipped is None else None
     return Result(trainer.engine.adapter_tensors(), live, skipped)
 
 
-def _leave_if_asked(
-    stop: StopRequest, run: RunDirectory, save: Callable[[], None] | None, processes: Processes
-) -> None:
+def _leave_if_asked(stop: StopRequest, run: RunDirectory, save: Callable[[], None] | None, processes: World) -> None:
     """Save and leave if a signal came to any process: evaluations are long, and who stops a machine does not wait."""
     asked = processes.largest(stop.signal_number or 0)
     if not asked:
@@ -271,12 +266,12 @@ def _leave_if_asked(
     )
 
 
-def _sitting(trainer: Trainer, earlier: dict[str, Any], started: float) -> dict[str, Any]:
+def session_summary(trainer: Trainer, earlier: dict[str, Any], started: float) -> dict[str, Any]:
     """What manifest.json says at the end of a sitting: figures over all sittings of the run."""
     minutes = (time.monotonic() - started) / 60
     return {
         "audit": trainer.audit_lines,
-        "warnings": list(dict.fromkeys([*earlier.get("warnings", []), *warnings_so_far()])),
+        "warnings": list(dict.fromkeys([*earlier.get("warnings", []), *log.warnings_so_far()])),
         "loop": asdict(trainer.state),
         "minutes": round(earlier.get("minutes", 0.0) + minutes, 2),
         "peak_memory_gib": round(max(earlier.get("peak_memory_gib", 0.0), memory_gib(trainer.base.device)), 3),
@@ -284,7 +279,7 @@ def _sitting(trainer: Trainer, earlier: dict[str, Any], started: float) -> dict[
 
 
 def _trainer(
-    session: Session, engine: Engine, run: RunDirectory, tracker: Tracker, stop: StopRequest, hangs: HangWatch
+    session: Session, engine: Engine, run: RunDirectory, tracker: Tracker, stop: StopRequest, hangs: Watchdog
 ) -> Trainer:
     config, base = session.config, session.base
     validation: Callable[[], float] | None = None
@@ -294,7 +289,7 @@ def _trainer(
         _leave_if_asked(stop, run, trainer.save, session.processes)
 
     if "validation" in session.splits:
-        samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_rows)
+        samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_examples)
 
         def validation() -> float:
             return held_out_loss(
@@ -302,7 +297,7 @@ def _trainer(
             ).mean
 
     watch = None
-    if config.evaluate.routing_samples:
+    if config.evaluate.routing_examples:
         split = next(session.splits[name] for name in ("test", "validation", "train") if name in session.splits)
         watch = RoutingWatch(
             config,
@@ -328,5 +323,5 @@ def _choose_best(session: Session, trainer: Trainer, run: RunDirectory) -> None:
         return
     if best != trainer.state.step:
         trainer.load_adapter(load_checkpoint(checkpoint_path(run.checkpoints, best)))
-    say(f"adapter of step {best}: best validation loss {trainer.state.best_loss:.4f}")
+    log.info(f"adapter of step {best}: best validation loss {trainer.state.best_loss:.4f}")
     run.update_manifest(adapter_of_step=best)

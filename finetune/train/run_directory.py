@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config.near import near_runs
 from finetune.config.schema import RunConfig
+from finetune.config.suggest import suggest_run
 from finetune.config.validate import dump_yaml, load_run_config
 from finetune.errors import ConfigError, InputError, MachineError
 
@@ -102,7 +102,7 @@ class RunDirectory:
         """
         run = cls(path)
         if not run.config.is_file():
-            raise InputError(f"{path} is not a run directory: it has no config.yaml", fix=near_runs(path))
+            raise InputError(f"{path} is not a run directory: it has no config.yaml", fix=suggest_run(path))
         return run, load_run_config(run.config)
 
     def read_json(self, path: Path) -> dict[str, Any]:

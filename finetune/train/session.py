@@ -14,35 +14,33 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from finetune import __version__
-from finetune.adapters.files import read_adapter_into
+from finetune import __version__, log
 from finetune.adapters.lora import Adapter, attach_adapter
-from finetune.adapters.ranks import ranks_by_expert
-from finetune.adapters.sites import describe_sites
-from finetune.config.affinity import Affinity
+from finetune.adapters.sites import describe_sites, ranks_by_expert
+from finetune.adapters.store import read_adapter_into
 from finetune.config.derive import check_inputs, router_notes
-from finetune.config.distributed_rules import SHARDED_BASE
+from finetune.config.expert_selection import ExpertScores
+from finetune.config.rules import SHARDED_BASE
 from finetune.config.schema import RunConfig
-from finetune.console import Progress, say
-from finetune.data.arrow import sample_lengths
 from finetune.data.batches import BatchPlan
 from finetune.data.dataset import Split, describe, load_split
-from finetune.data.pack import packing_efficiency
-from finetune.data.splits import split_names
+from finetune.data.example_table import example_lengths
+from finetune.data.packing import packing_efficiency
+from finetune.data.sources import split_names
 from finetune.errors import ConfigError, InputError, MachineError
-from finetune.evaluate.affinity import choose_experts
-from finetune.evaluate.testset import TestSet, choose_test_set
+from finetune.evaluate.evalset import EvalSet, choose_test_set
+from finetune.evaluate.expert_scores import choose_experts
 from finetune.model.attention import attention_kernel, select_attention
-from finetune.model.build import Base, choose_device, choose_dtype, load_base
+from finetune.model.build import Base, build_base, choose_device, choose_dtype
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import expert_kernel, select_expert_kernel
+from finetune.model.forward import check_packing
 from finetune.model.hub import BaseLocation, locate_base
-from finetune.model.selftest import check_packing
 from finetune.model.shards import ShardedLayers
 from finetune.model.storage import BaseStorage, check_storage, describe_storage, storage_table
-from finetune.train.balance_reach import describe_balance_reach
-from finetune.train.optimisers import check_optimizer, describe_optimizer
-from finetune.train.processes import ALONE, Processes
+from finetune.train.optim import check_optimizer, describe_optimizer
+from finetune.train.router_loss import describe_balance_reach
+from finetune.train.world import ALONE, World
 
 _FOREIGN_SETTINGS = (
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -76,12 +74,12 @@ class Session:
     splits: dict[str, Split]
     plan: BatchPlan
     accelerator: Accelerator
-    processes: Processes
-    test: TestSet | None
-    affinity: Affinity | None = None
+    processes: World
+    test: EvalSet | None
+    affinity: ExpertScores | None = None
 
 
-def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bool = False) -> Session:
+def open_session(config: RunConfig, processes: World = ALONE, *, resumed: bool = False) -> Session:
     """Read data and base, attach the adapter, and check all of it.
 
     Args:
@@ -98,11 +96,11 @@ def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bo
     device, accelerator = choose_device(config.model), _accelerator(config, processes)
     _check_offload(config, device)
     if device.type == "cuda":
-        say(_describe_allocator())
+        log.info(_describe_allocator())
     check_optimizer(config, device)
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
-        say(describe(split))
+        log.info(describe(split))
     test = choose_test_set(splits["test"], config, splits["train"].answers) if "test" in splits else None
     plan = BatchPlan(
         splits["train"].samples,
@@ -118,46 +116,46 @@ def open_session(config: RunConfig, processes: Processes = ALONE, *, resumed: bo
     checkpoint = Checkpoint.open(location.directory)
     _check_length(checkpoint, config)
     if config.trainer.activation_offload:
-        say(_describe_offload(checkpoint, config))
+        log.info(_describe_offload(checkpoint, config))
     _verify_checksums(checkpoint, config)
     wanted = BaseStorage.of(config.model)
     deals_out = config.distributed.kind in SHARDED_BASE
     shards = ShardedLayers(processes.rank, processes.count, device) if deals_out else None
     dtype = choose_dtype(config.model, device)
-    base = load_base(checkpoint, device, dtype, config.model.experts_per_chunk, wanted, shards)
-    say(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
-    say(select_expert_kernel(base.model, config.model.expert_kernel).describe())
+    base = build_base(checkpoint, device, dtype, config.model.experts_per_chunk, wanted, shards)
+    log.info(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
+    log.info(select_expert_kernel(base.model, config.model.expert_kernel).describe())
     _check_identity(base, config)
-    say(select_attention(base.model, config.model.attention_kernel).describe())
+    log.info(select_attention(base.model, config.model.attention_kernel).describe())
     storage = storage_table(base.model)
-    say(describe_storage(storage))
+    log.info(describe_storage(storage))
     if shards is not None:
-        say(shards.describe())
+        log.info(shards.describe())
     check_storage(storage, wanted)
     if config.data.pack:
-        say(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
+        log.info(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
     affinity = _chosen_experts(base, location.name, splits["train"], config, accelerator)
     selection = None if affinity is None else affinity.selected
     ranks = None if affinity is None else ranks_by_expert(affinity)
     adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection, ranks=ranks)
     if config.adapter.init_from is not None:
         read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
-        say(f"adapter: training on from {config.adapter.init_from}")
-    say("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
-    say(describe_optimizer(config, adapter.parameters()))
+        log.info(f"adapter: training on from {config.adapter.init_from}")
+    log.info("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
+    log.info(describe_optimizer(config, adapter.parameters()))
     if config.trainer.router_balance_coefficient or config.trainer.router_z_loss_coefficient:
-        say(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
+        log.info(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
     for note in router_notes(config):
-        say(note)
-    processes.must_agree("the base", base.identity)
+        log.info(note)
+    processes.assert_same("the base", base.identity)
     for split_name, split in splits.items():
-        processes.must_agree(f"the {split_name} data", split.fingerprint)
+        processes.assert_same(f"the {split_name} data", split.fingerprint)
     return Session(config, location, base, adapter, splits, plan, accelerator, processes, test, affinity)
 
 
 def _chosen_experts(
     base: Base, name: str, split: Split, config: RunConfig, accelerator: Accelerator
-) -> Affinity | None:
+) -> ExpertScores | None:
     """Which experts are adapted; processes whose sums differ in the last bit must not differ in that."""
     if not config.adapter.experts.rank:
         return None
@@ -187,7 +185,7 @@ def session_facts(session: Session) -> dict[str, Any]:
                 "rows": len(split.samples),
                 "tokens": split.num_tokens,
                 "trained_tokens": split.num_trained_tokens,
-                "skipped_rows": len(split.bad_rows),
+                "skipped_rows": len(split.bad_records),
                 "fingerprint": split.fingerprint,
             }
             for name, split in session.splits.items()
@@ -212,7 +210,7 @@ def session_facts(session: Session) -> dict[str, Any]:
     }
 
 
-def _accelerator(config: RunConfig, processes: Processes) -> Accelerator:
+def _accelerator(config: RunConfig, processes: World) -> Accelerator:
     """Accelerate's view of the same processes, checked.
 
     Accelerate reads ACCELERATE_* variables, which a launcher or a shell may have left; what would change the training
@@ -244,12 +242,12 @@ def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
     trainer, rows = config.trainer, plan.rows(0)
     count = config.distributed.num_processes
     processes = f" x {count} processes" if count > 1 else ""
-    efficiency = packing_efficiency(sample_lengths(split.samples), rows, config.data.max_length)
-    say(
+    efficiency = packing_efficiency(example_lengths(split.samples), rows, config.data.max_length)
+    log.info(
         f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
-        f"{trainer.rows_per_micro_step} rows x {trainer.micro_steps} micro-steps{processes} = "
-        f"{trainer.rows_per_micro_step * trainer.micro_steps * count} rows a step => {plan.total_steps:,} steps "
-        f"for {trainer.epochs:g} epochs"
+        f"{trainer.micro_batch_size} rows x {trainer.gradient_accumulation_steps} micro-steps{processes} = "
+        f"{trainer.micro_batch_size * trainer.gradient_accumulation_steps * count} rows a step => "
+        f"{plan.total_steps:,} steps for {trainer.epochs:g} epochs"
     )
 
 
@@ -279,7 +277,7 @@ def _describe_allocator() -> str:
 
 
 def _describe_offload(checkpoint: Checkpoint, config: RunConfig) -> str:
-    shape, tokens = checkpoint.shape, config.trainer.rows_per_micro_step * config.data.max_length
+    shape, tokens = checkpoint.shape, config.trainer.micro_batch_size * config.data.max_length
     gib = shape.num_layers * tokens * shape.hidden * 2 / 2**30  # bfloat16, as on every GPU
     return f"activation checkpoints: in the CPU's memory, {gib:.2f} GiB of it (pinned) for {tokens:,} tokens at a time"
 
@@ -296,10 +294,10 @@ def _check_identity(base: Base, config: RunConfig) -> None:
 
 def _verify_checksums(checkpoint: Checkpoint, config: RunConfig) -> None:
     if not config.model.verify_checksums:
-        say("base files: checksums not compared (model.verify_checksums=false)")
+        log.info("base files: checksums not compared (model.verify_checksums=false)")
         return
-    with Progress("checking base files", None, "MiB") as progress:
+    with log.Progress("checking base files", None, "MiB") as progress:
         if checkpoint.verify_checksums(progress):
-            say("base files: every sha256 is as it was written or downloaded")
+            log.info("base files: every sha256 is as it was written or downloaded")
         else:
-            say("base files: nothing to compare their sha256 with; the identity below is what was read")
+            log.info("base files: nothing to compare their sha256 with; the identity below is what was read")

@@ -10,20 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from finetune import log
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import TrainerConfig
-from finetune.console import warn
 from finetune.data.batches import Batch
 from finetune.errors import CapacityError, CheckError, is_out_of_memory
 from finetune.model.build import Base
-from finetune.model.forward import hidden_states
+from finetune.model.forward import hidden_states, record_router, shift_labels
 from finetune.model.offload import CheckpointOffload
-from finetune.model.predictions import predicted_tokens
-from finetune.model.router import record_routing
-from finetune.train.engine import Engine
-from finetune.train.losses import language_loss
-from finetune.train.router_loss import RouterLoss, StepRouting
-from finetune.train.step_failures import NotFinite, OutOfMemory, named_rows
+from finetune.train.engines.base import Engine
+from finetune.train.failures import NotFinite, OutOfMemory, named_rows
+from finetune.train.router_loss import RouterLoss, StepRouting, language_loss
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ class OptimiserStep:
             try:
                 last = place + 1 == len(pieces)
                 terms = self.engine.forward(self._micro_step(place, total_weight, routing), batch, last=last)
-                # Processes average their gradients; each term is already a share of the whole step's, so undo that.
+                # World average their gradients; each term is already a share of the whole step's, so undo that.
                 self.engine.backward((terms * self._coefficients).sum() * self.processes.count)
             except (MemoryError, RuntimeError) as error:
                 # Without retry the others are waiting inside a layer, and cannot be asked.
@@ -152,8 +149,8 @@ class OptimiserStep:
         model, device = self.base.model, self.base.device
 
         def forward(batch: Batch) -> Tensor:
-            where, targets, weights = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
-            with record_routing(model) as tape, self.offload:
+            where, targets, weights = shift_labels(batch.input_ids, batch.weights, batch.segments)
+            with record_router(model) as tape, self.offload:
                 hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
             head = model.lm_head.weight
             loss = language_loss(hidden, head, where.to(device), targets.to(device), weights.to(device))
@@ -172,12 +169,14 @@ class OptimiserStep:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         who = [str(rank) for rank, failed in enumerate(self.processes.gather(cause is not None)) if failed]
-        most_rows = self.processes.largest(max(len(batch.sample_ids) for batch in batches))
+        most_rows = self.processes.largest(max(len(batch.example_ids) for batch in batches))
         if not self.config.halve_micro_batch_on_oom or self.parts >= most_rows:
             raise cause or CapacityError(f"process {', '.join(who)} is out of memory", fix="see what it wrote")
         self.parts *= 2
         where = f"process {', '.join(who)} is " if self.processes.count > 1 else ""
-        warn(f"{where}out of memory: micro-steps are made in {self.parts} parts from here on; steps stay the same")
+        log.warning(
+            f"{where}out of memory: micro-steps are made in {self.parts} parts from here on; steps stay the same"
+        )
 
     def _figures(self, batches: list[Batch], terms: Tensor, norm: float) -> StepFigures:
         loss, balance, router_z, tokens, trained = self.processes.sums(

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from finetune.config.locate import shipped_dir
+from finetune.config.paths import shipped_dir
 from finetune.config.schema import DataConfig, LossConfig
-from finetune.data.conversation import parse_conversation
-from finetune.data.render import Sample, render_sample
+from finetune.data.forms import parse_conversation
+from finetune.data.harmony.render import Example, render_example
 from finetune.data.sources import Record
 
 FILES = {
@@ -128,7 +128,7 @@ class Conversations:
         value = {w: count * math.log(self.num_pieces / self.found_in[w]) for w, count in counts.items()}
         return sorted(value, key=lambda word: (-value[word], word))[:KEYWORDS_PER_PIECE]
 
-    def samples(self, rng: np.random.Generator, kind: str | None = None) -> Iterator[Sample]:
+    def samples(self, rng: np.random.Generator, kind: str | None = None) -> Iterator[Example]:
         """One conversation about each piece that has keywords, of a random kind unless one is given."""
         for piece, keywords in zip(self.pieces, self.keywords, strict=True):
             if len(keywords) < MOST_ANSWERED:
@@ -140,7 +140,7 @@ class Conversations:
 
     def _sample(
         self, piece: Text, kind: str, chosen: list[str], keywords: list[str], rng: np.random.Generator
-    ) -> Sample:
+    ) -> Example:
         text, asked = piece.text, ""
         if kind == "missing":
             pattern = re.compile(r"\b(" + "|".join(chosen) + r")\b", re.IGNORECASE)
@@ -156,13 +156,13 @@ class Conversations:
             {"role": "assistant", "content": "; ".join(word.title() for word in chosen)},
         ]
         conversation = parse_conversation({"messages": messages})
-        return render_sample(Record(piece.id, piece.id, conversation), self.config)
+        return render_example(Record(piece.id, piece.id, conversation), self.config)
 
 
-def documents(texts: Sequence[Text]) -> list[Sample]:
+def documents(texts: Sequence[Text]) -> list[Example]:
     """Each text as a plain document: all tokens are trained."""
     config = DataConfig(train={}, reasoning_effort="low", max_length=2048)
-    return [render_sample(Record(t.id, t.id, parse_conversation({"text": t.text})), config) for t in texts]
+    return [render_example(Record(t.id, t.id, parse_conversation({"text": t.text})), config) for t in texts]
 
 
 def _words(text: str) -> list[str]:

@@ -23,18 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GptOssForCausalLM
 
-from finetune.config.locate import shipped_dir
-from finetune.console import Progress, say
+from finetune import log
+from finetune.config.paths import shipped_dir
 from finetune.data.batches import PADDING_SEGMENT, Batch, collate
-from finetune.data.pack import pack
-from finetune.data.render import Sample
-from finetune.model.compact import HEAD_NOISE, CompactBase
-from finetune.model.forward import hidden_states
-from finetune.model.predictions import predicted_tokens
-from finetune.model.router import record_routing
+from finetune.data.harmony.render import Example
+from finetune.data.packing import pack
+from finetune.model.forward import hidden_states, record_router, shift_labels
 from finetune.model.semantics import semantic_embeddings
+from finetune.model.tiny import HEAD_NOISE, CompactBase
 from finetune.mxfp4.format import quantise
-from finetune.train.losses import balance_loss
+from finetune.train.router_loss import balance_loss
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -100,7 +98,7 @@ class Pretraining:
         spent = self.place.cpu_seconds
         begun = time.process_time() if spent else 0.0  # preparing counts once
         saved = time.monotonic()
-        with Progress("pretraining", round(budget_seconds), "CPU seconds") as progress:
+        with log.Progress("pretraining", round(budget_seconds), "CPU seconds") as progress:
             progress.start_at(round(spent))
             while (part := self.place.cpu_seconds / budget_seconds) < 1:
                 batch = self._next_batch()
@@ -130,7 +128,7 @@ class Pretraining:
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_rate"] * rate
         self.round_experts(part > 1 - TAIL)
-        with record_routing(self.model) as tape:
+        with record_router(self.model) as tape:
             hidden, targets, weights = self.predictions(batch)
         loss = corpus_nll(hidden, self.head, targets, weights, self.vocabulary.num_rest, noise()) / weights.sum()
         balance = balance_loss(tape.layers, batch.segments.flatten() != PADDING_SEGMENT)
@@ -146,13 +144,13 @@ class Pretraining:
 
     def predictions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states [N, D] that predict trained tokens, these [N] as rows of the vocabulary, and their weights."""
-        where, targets, weights = predicted_tokens(batch.input_ids, batch.weights, batch.segments)
+        where, targets, weights = shift_labels(batch.input_ids, batch.weights, batch.segments)
         ids = self.vocabulary.number_of
         hidden = hidden_states(self.model, ids[batch.input_ids], batch.positions, batch.segments)
         return hidden.flatten(0, 1)[where], ids[targets], weights
 
     @torch.no_grad()
-    def held_out_loss(self, samples: list[Sample]) -> float:
+    def held_out_loss(self, samples: list[Example]) -> float:
         """Nats per trained token among all 201,088."""
         self.model.eval()
         total, count = 0.0, 0
@@ -237,7 +235,7 @@ class Pretraining:
             row, self.place.row = self.place.row, 0
             self._next_batch()
             self.place.row = row
-        say(f"going on from step {self.place.steps}, after {self.place.cpu_seconds:.0f} CPU seconds")
+        log.info(f"going on from step {self.place.steps}, after {self.place.cpu_seconds:.0f} CPU seconds")
 
 
 def noise() -> float:

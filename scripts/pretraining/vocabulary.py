@@ -12,7 +12,7 @@ import torch
 from pretraining.corpus import Conversations
 from pretraining.network import VOCABULARY
 
-from finetune.data.render import Sample
+from finetune.data.harmony.render import Example
 
 LEAST_OCCURRENCES = 5  # tokens of the training documents that stand less often become the rest
 _SMOOTHING = 0.1  # added to every token's count in the unigram model, the best of 0.01, 0.1 and 1 on validation texts
@@ -33,7 +33,7 @@ class Vocabulary:
     number_of: torch.Tensor
 
     @classmethod
-    def of(cls, documents: Sequence[Sample], conversations: Conversations) -> Vocabulary:
+    def of(cls, documents: Sequence[Example], conversations: Conversations) -> Vocabulary:
         """Count the documents' tokens; the conversations add what their fixed parts and answers consist of."""
         counts = Counter(token for sample in documents for token in sample.ids.tolist())
         around: Counter[int] = Counter()
@@ -55,7 +55,7 @@ class Vocabulary:
         """Tokens without a row of their own."""
         return VOCABULARY - len(self.tokens)
 
-    def unigram_loss(self, samples: Sequence[Sample]) -> float:
+    def unigram_loss(self, samples: Sequence[Example]) -> float:
         """Nats per trained token of a model that knows only how often each token stands in the training documents."""
         total = sum(self.counts.values()) + _SMOOTHING * VOCABULARY
         nll = [

@@ -1,0 +1,90 @@
+"""What becomes of a sample that is longer than a row: context is cut from its left, trained tokens never."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.data.harmony.render import Example
+from finetune.data.harmony.tokenizer import MESSAGE_ID, START_ID, harmony_encoding
+
+_FEWEST_TEXT_TOKENS = 16
+_LONGEST_CHARACTER_TOKENS = 4
+
+
+def truncate(sample: Example, max_length: int) -> Example | None:
+    """Cut a sample's context from the left until it fits.
+
+    Everything from the first message that has a trained token on is kept as it is. Of what stands before it, system and
+    developer messages stay where they fit (the developer's goes first); of the other messages the most that fit are
+    kept, from a user message on, so that no tool result or answer stands without what it belongs to. If not even the
+    last user message fits, the text of the message at the cut loses its beginning and keeps its header.
+
+    Args:
+        sample: of any length.
+        max_length: tokens that may be left.
+
+    Returns:
+        The sample itself if it fits; None if the part that is trained does not, or if it has no message to cut.
+    """
+    if len(sample.ids) <= max_length:
+        return sample
+    starts = np.flatnonzero(sample.ids == START_ID)
+    trained = np.flatnonzero(sample.weights)
+    if not len(starts) or not len(trained) or starts[0] != 0:
+        return None
+    first = int(np.searchsorted(starts, trained[0], side="right")) - 1
+    bounds = [*starts.tolist(), len(sample.ids)]
+    messages = [range(bounds[number], bounds[number + 1]) for number in range(first)]
+    room = max_length - (len(sample.ids) - bounds[first])
+    if room < 0:
+        return None
+    pinned: list[range] = []
+    num_instructions = sum(_role(sample.ids, message) in ("system", "developer") for message in messages[:2])
+    for message in messages[:num_instructions]:
+        if len(message) <= room:
+            pinned.append(message)
+            room -= len(message)
+    kept = _cut(sample.ids, messages[num_instructions:], room)
+    places = [*pinned, *kept, range(bounds[first], bounds[-1])]
+    where = np.concatenate([np.arange(place.start, place.stop) for place in places])
+    weights = sample.weights[where].copy()
+    weights[0] = 0.0
+    return dataclasses.replace(sample, ids=sample.ids[where], weights=weights, channels=sample.channels[where])
+
+
+def _cut(ids: NDArray[np.int32], messages: Sequence[range], room: int) -> list[range]:
+    """The places of the last messages that `room` tokens can hold."""
+    sizes = np.cumsum([len(message) for message in reversed(messages)])[::-1]
+    for number, message in enumerate(messages):
+        if sizes[number] <= room and _role(ids, message) == "user":
+            return list(messages[number:])
+    kept: list[range] = []
+    for message in reversed(messages):
+        if len(message) > room:
+            return [*_beheaded(ids, message, room), *kept]
+        kept.insert(0, message)
+        room -= len(message)
+    return kept
+
+
+def _beheaded(ids: NDArray[np.int32], message: range, room: int) -> list[range]:
+    """A message's header and as much of the end of its text as fits, from a whole character on; or nothing."""
+    text_start = message.start + int(np.argmax(ids[message.start : message.stop] == MESSAGE_ID)) + 1
+    cut = message.stop - (room - (text_start - message.start))
+    if message.stop - cut < _FEWEST_TEXT_TOKENS or text_start > cut:
+        return []
+    for start in range(cut, cut + _LONGEST_CHARACTER_TOKENS):
+        try:
+            harmony_encoding().decode_utf8(ids[start : message.stop].tolist())
+        except Exception:  # openai-harmony's error for tokens that are no whole characters
+            continue
+        return [range(message.start, text_start), range(start, message.stop)]
+    return []
+
+
+def _role(ids: NDArray[np.int32], message: range) -> str:
+    return harmony_encoding().decode([int(ids[message.start + 1])])

@@ -1,0 +1,211 @@
+"""Files that are whole or absent, their SHA-256, JSON with errors that name file and key, and seeds made from words.
+
+Free of torch at import, so that every package and every command may use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from finetune.errors import InputError, MachineError
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+PARTIAL = ".partial"
+"""Ends the name of every file and directory that is still being written."""
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content in hexadecimal, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# Seeds
+
+
+def seed_of(*words: object) -> int:
+    """A seed for torch: the first 8 bytes of the SHA-256 of the words joined by spaces, little-endian, signed.
+
+    >>> seed_of(0, "step", 3, "process", 1) == seed_of("0 step 3 process 1")
+    True
+    """
+    digest = hashlib.sha256(" ".join(map(str, words)).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def seeded_generator(*words: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose draws depend on the words alone, not on the order in which generators are made.
+
+    Args:
+        words: what the draws are for, such as a seed and a parameter's name; see `seed_of`.
+        device: where the generator draws.
+    """
+    import torch
+
+    return torch.Generator(device).manual_seed(seed_of(*words))
+
+
+# Files that are replaced in one step
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Give a path to write to; at the end of the block the file is flushed to disk and takes the place of `path`.
+
+    A reader or a kill meets the old file or the new one, never half of one. If the block fails, `path` stays as it was
+    and nothing is left behind. The parent directory is made if it is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")  # two processes may write the same file
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one step, see `replaced_file`."""
+    with replaced_file(path) as partial:
+        partial.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a UTF-8 file in one step, see `replaced_file`."""
+    with replaced_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file in one step: two spaces of indentation, keys in the order given, a newline at the end."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def staged_directory(
+    target: Path,
+    what: str = "files",
+    *,
+    fix: str = "free disk space or choose another place",
+    replace: bool = False,
+    unique: bool = False,
+    mode: int = 0o777,
+) -> Iterator[Path]:
+    """Give a directory to write into; at the end of the block it is flushed to disk and gets its final name.
+
+    It is `NAME.partial` beside the target. If the block fails it is removed and the target stays as it was.
+
+    Args:
+        target: the final directory.
+        what: is written, for the error message.
+        fix: what to do when it cannot be written.
+        replace: an existing target is removed just before the rename; otherwise it is an error, unless it is empty.
+        unique: add the process's id to the unfinished name, where two processes may write the same target.
+        mode: permissions of the directory.
+
+    Raises:
+        InputError: the target exists.
+        MachineError: it cannot be written, or the disk is full.
+    """
+    if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{target} exists already", fix="choose another directory or remove it")
+    partial = target.with_name(target.name + (f".{os.getpid()}" if unique else "") + PARTIAL)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(mode=mode)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                flush(path)  # what the rename makes visible must be on the disk
+        flush(partial)
+        if replace:
+            shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+        flush(target.parent)
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
+        raise MachineError(f"cannot write {what} to {target}: {error}", fix=fix) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Put a file's content, or a directory's entries, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_write_failure(error: BaseException) -> bool:
+    """Whether an error says that a file could not be written: a full disk reaches us as OSError or SafetensorError."""
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+# JSON
+
+
+def read_json(path: Path, what: str = "a JSON file of this tool", fix: str | None = None) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        path: the file.
+        what: it should be, for the error message.
+        fix: what to do if it is not that.
+
+    Raises:
+        InputError: the file is missing, cannot be read, is not JSON, or holds something else than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror or error}", why=f"it should be {what}", fix=fix
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}", why=f"it should be {what}", fix=fix) from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise InputError(f"{path} holds a JSON {kind}, not an object", why=f"it should be {what}", fix=fix)
+    return content
+
+
+def json_field(content: Mapping[str, Any], key: str, kind: type[T], where: Path | str) -> T:
+    """One value of a JSON object, checked to be of a kind. A whole number will do where a float is wanted.
+
+    Args:
+        content: the object.
+        key: of the value.
+        kind: `str`, `int`, `float`, `bool`, `list` or `dict`.
+        where: the file's name, for the error message.
+
+    Raises:
+        InputError: the key is missing, or its value is of another kind.
+    """
+    if key not in content:
+        raise InputError(f"{where} lacks {key!r}")
+    value = content[key]
+    if kind is float and type(value) is int:
+        return kind(value)  # type: ignore[call-arg]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{where}: {key!r} is {value!r}, not of type {kind.__name__}")
+    return value
+
+
+# Former place of `finetune.files.sha256_of`; to be folded into it.
+
+__all__ = ["sha256_of"]

@@ -1,0 +1,85 @@
+"""`--help` of every command and action: a sentence, what each option means, and examples that parse."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from importlib import import_module
+
+import pytest
+
+from finetune.cli.arguments import Parser, actions_of, add_action, add_examples, parse
+from finetune.cli.main import COMMANDS, main
+from finetune.config.compose import compose
+from finetune.config.recipes import list_recipes
+from finetune.errors import ConfigError
+
+
+def parser_of(command: str) -> tuple[Parser, argparse.ArgumentParser]:
+    """The whole command line with one command's arguments, and that command's part."""
+    whole = Parser(prog="finetune")
+    subparser = whole.add_subparsers(dest="command", parser_class=Parser).add_parser(command)
+    import_module(COMMANDS[command][0]).add_arguments(subparser)
+    return whole, subparser
+
+
+def examples(epilog: str | None) -> list[str]:
+    return [line.strip() for line in (epilog or "").splitlines() if re.match("  .*finetune ", line)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_examples_and_explains_every_option(command: str) -> None:
+    _, top = parser_of(command)
+    assert examples(top.epilog)
+    for name, parser in {"": top, **actions_of(top)}.items():
+        if name == "candidates":
+            continue  # for the shells' scripts
+        own = examples(parser.epilog)
+        assert own and (not name or all(f"finetune {command}" in line for line in own)), (command, name)
+        if name:
+            assert parser.description and parser.description[0].isupper() and parser.description.endswith(".")
+        for action in parser._actions:
+            # Two lists of actions explain themselves by their own lines.
+            explained = action.help or isinstance(action, argparse._SubParsersAction)
+            assert explained, f"{command} {name}: {action.dest} has no help"
+            wide = action.option_strings and action.nargs != 0 and action.metavar is None and action.choices is None
+            assert not wide, f"{command} {name}: {action.dest} shows itself as its value"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_parse(command: str) -> None:
+    for example in examples(parser_of(command)[1].epilog):
+        if "finetune completion" in example:
+            continue  # `eval "$(...)"` and its like are tests/cli/test_completion.py's
+        words = shlex.split(re.split(r" [<>] ", example)[0], comments=True)[1:]
+        whole, subparser = parser_of(words[0])
+        args = parse(whole, words, subparser.format_usage())
+        given = getattr(args, "words", [])
+        if given and given[0] in list_recipes():
+            compose(given[0], [word for word in given[1:] if "=" in word])
+
+
+def test_a_wrong_example_would_be_seen() -> None:
+    whole, subparser = parser_of("estimate")
+    with pytest.raises(ConfigError):
+        parse(whole, ["estimate", "legal_20b", "--gpu", "24"], subparser.format_usage())
+
+
+def test_an_action_shows_its_own_examples_only() -> None:
+    parser = Parser(prog="finetune data")
+    actions = parser.add_subparsers(dest="action")
+    add_action(actions, "see", "see things")
+    add_action(actions, "count", "count things")
+    add_examples(parser, "finetune data see a", "finetune data count b")
+    assert examples(parser.epilog) == ["finetune data see a", "finetune data count b"]
+    assert examples(actions_of(parser)["count"].epilog) == ["finetune data count b"]
+    assert actions_of(parser)["see"].description == "See things."
+
+
+def test_help_of_an_action_is_printed_with_its_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["recipes", "new", "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "Write a recipe" in printed and "  finetune recipes new mine.yaml --data mine.jsonl " in printed

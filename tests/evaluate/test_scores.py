@@ -1,0 +1,291 @@
+"""Held-out loss and label scores against a plain loop over transformers' own model; intervals against known ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
+
+from finetune.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
+from finetune.data.dataset import Split, load_split
+from finetune.data.forms import Conversation
+from finetune.data.harmony.render import render_answer, render_prompt
+from finetune.data.sources import Record
+from finetune.errors import InputError
+from finetune.evaluate.evalset import EvalSet as Rows
+from finetune.evaluate.labels import LabelScores, label_set, score_labels, stratified_subset
+from finetune.evaluate.likelihood import Group, held_out_loss
+from finetune.evaluate.statistics import bootstrap_ratio_interval, wilson_interval
+from finetune.model.build import Base, build_base
+from finetune.model.checkpoint import Checkpoint
+from finetune.train.evaluation import evaluate_test_set
+
+CONFIG = DataConfig(
+    train={},
+    test={"cuad": SourceConfig(path="shipped://legal/cuad_clause_type.jsonl.gz", where={"split": "test"})},
+    max_length=1024,
+    reasoning_effort="low",
+)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> Base:
+    return build_base(Checkpoint.open(tiny_base), torch.device("cpu"), torch.float32, experts_per_chunk=16)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_base: Path) -> GptOssForCausalLM:
+    """transformers' own model and attention on the dequantised weights, float32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        tiny_base, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
+    )
+    return model.float().eval()
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return load_split(CONFIG, "test")
+
+
+@torch.no_grad()
+def reference_log_probabilities(reference: GptOssForCausalLM, ids: list[int]) -> torch.Tensor:
+    """log p(ids[t] | ids[:t]) for t from 1, float64 [T - 1], from one plain unpacked forward pass."""
+    logits = reference(input_ids=torch.tensor([ids])).logits[0].double()
+    return logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+# ---- intervals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "rows", "confidence", "low", "high"),
+    [
+        # By hand, n = 1: the interval of 0 of n is [0, z^2 / (n + z^2)] and z = 1.959964, z^2 = 3.841459.
+        (0, 1, 0.95, 0.0, 3.841459 / 4.841459),
+        (0, 10, 0.95, 0.0, 3.841459 / 13.841459),
+        (10, 10, 0.95, 10 / 13.841459, 1.0),
+        # Half of n: 1/2 -+ z / (2 sqrt(n + z^2)); z = 1.644854 at 90 %.
+        (50, 100, 0.95, 0.5 - 1.959964 / (2 * 103.841459**0.5), 0.5 + 1.959964 / (2 * 103.841459**0.5)),
+        (5, 10, 0.90, 0.5 - 1.644854 / (2 * 12.705543**0.5), 0.5 + 1.644854 / (2 * 12.705543**0.5)),
+        # Newcombe 1998, Statistics in Medicine 17, table I: 81 of 263 and 15 of 148 by the score method.
+        (81, 263, 0.95, 0.2553, 0.3662),
+        (15, 148, 0.95, 0.0624, 0.1605),
+    ],
+)
+def test_wilson_interval_has_known_values(right: int, rows: int, confidence: float, low: float, high: float) -> None:
+    assert wilson_interval(right, rows, confidence) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_wilson_bounds_solve_the_score_equation() -> None:
+    """Its bounds are the proportions p at which the observed share lies exactly z standard errors away."""
+    for right, rows in ((1, 7), (30, 300), (299, 300)):
+        for p in wilson_interval(right, rows, 0.95):
+            assert abs(right / rows - p) == pytest.approx(1.959964 * (p * (1 - p) / rows) ** 0.5, rel=1e-5)
+
+
+def test_no_rows_say_nothing() -> None:
+    assert wilson_interval(0, 0, 0.95) == (0.0, 1.0)
+
+
+def test_bootstrap_interval_is_the_same_each_time_and_as_wide_as_theory_says() -> None:
+    rng = np.random.default_rng(7)
+    values, ones = rng.normal(5.0, 2.0, 400), np.ones(400)
+    low, high = bootstrap_ratio_interval(values, ones, 0.95)
+    assert (low, high) == bootstrap_ratio_interval(values, ones, 0.95)
+    assert (low, high) != bootstrap_ratio_interval(values, ones, 0.95, seed=1)
+    standard_error = values.std() / 20
+    assert low == pytest.approx(values.mean() - 1.96 * standard_error, abs=0.02)
+    assert high == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.02)
+
+
+def test_bootstrap_keeps_numerator_and_denominator_of_a_sample_together() -> None:
+    weights = np.random.default_rng(0).integers(1, 50, 200).astype(float)
+    assert bootstrap_ratio_interval(3.0 * weights, weights, 0.95) == pytest.approx((3.0, 3.0))
+    low, high = bootstrap_ratio_interval(3.0 * weights[::-1], weights, 0.95)
+    assert high - low > 0.3
+
+
+# ---- held-out loss --------------------------------------------------------------------------------------------------
+
+
+def test_held_out_loss_equals_one_sample_at_a_time(base: Base, reference: GptOssForCausalLM, split: Split) -> None:
+    samples = split.samples[:5]
+    scored = held_out_loss(base.model, samples, 1024)  # packs several into a row
+    assert min(len(sample.ids) for sample in samples) > 128  # beyond the sliding window
+    for number, sample in enumerate(samples):
+        log_probability = reference_log_probabilities(reference, sample.ids.tolist())
+        expected = -(log_probability * torch.from_numpy(sample.weights[1:]).double()).sum().item()
+        assert scored.nll[number] == pytest.approx(expected, abs=1e-4)
+        assert scored.weight[number] == sample.weights.sum()
+    assert scored.mean == pytest.approx(scored.nll.sum() / sum(s.weights.sum() for s in samples))
+    low, high = scored.interval(0.95)
+    assert low < scored.mean < high
+
+
+def test_held_out_loss_counts_weights(base: Base, split: Split) -> None:
+    sample = split.samples[0]
+    doubled = dataclasses.replace(sample, weights=sample.weights * 2)
+    alone, both = (held_out_loss(base.model, [s], 1024) for s in (sample, doubled))
+    assert both.nll[0] == pytest.approx(2 * alone.nll[0]) and both.mean == pytest.approx(alone.mean)
+
+
+def test_held_out_loss_is_left_between_batches(base: Base, split: Split) -> None:
+    def leave() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        held_out_loss(base.model, split.samples[:2], 1024, between_batches=leave)
+
+
+# ---- labels ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(base: Base, split: Split) -> LabelScores:
+    """Three records against all 24 labels."""
+    labels = label_set(split.records)
+    assert labels is not None
+    return score_labels(base.model, split.records[:3], labels, CONFIG)
+
+
+def test_label_scores_equal_one_answer_at_a_time(
+    scored: LabelScores, reference: GptOssForCausalLM, split: Split
+) -> None:
+    assert len(scored.labels) == 24 and scored.log_likelihood.shape == (3, 24)
+    for number, record in enumerate(split.records[:3]):
+        prompt = render_prompt(record, CONFIG)
+        assert len(prompt) > 200  # the sliding window is 128
+        assert scored.labels[scored.right[number]] == record.answer
+        for column in range(0, 24, 4):
+            answer = render_answer(scored.labels[column])
+            log_probability = reference_log_probabilities(reference, prompt + answer)[-len(answer) :]
+            assert scored.log_likelihood[number, column] == pytest.approx(log_probability.sum().item(), abs=1e-4)
+            assert scored.shared is not None
+            assert scored.shared[number] == pytest.approx(log_probability[:3].sum().item(), abs=1e-4)  # the header
+
+
+def test_a_label_computed_after_another_clause_scores_otherwise(
+    scored: LabelScores, reference: GptOssForCausalLM, split: Split
+) -> None:
+    """The comparison above can fail: the prompt matters by far more than its tolerance."""
+    answer = render_answer(scored.labels[0])
+    wrong = reference_log_probabilities(reference, render_prompt(split.records[1], CONFIG) + answer)[-len(answer) :]
+    assert abs(scored.log_likelihood[0, 0] - wrong.sum().item()) > 1e-2
+
+
+def test_records_scored_together_equal_records_scored_alone(base: Base, split: Split, scored: LabelScores) -> None:
+    """Three records share a row of tokens; each alone gives the same table, and another record another one."""
+    alone = [
+        score_labels(base.model, [record], scored.labels, CONFIG).log_likelihood[0] for record in split.records[:2]
+    ]
+    assert alone[0] == pytest.approx(scored.log_likelihood[0], abs=1e-4)
+    assert alone[1] == pytest.approx(scored.log_likelihood[1], abs=1e-4)
+    assert np.abs(alone[0] - scored.log_likelihood[1]).max() > 1e-2
+
+
+def test_losses_of_samples_packed_together_equal_those_of_samples_alone(base: Base, split: Split) -> None:
+    samples = split.samples[:3]
+    together = held_out_loss(base.model, samples, 2048).nll
+    alone = [held_out_loss(base.model, [sample], 1024).nll[0] for sample in samples]
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert np.abs(together - np.roll(alone, 1)).max() > 1e-2
+
+
+def test_answers_of_one_row_do_not_see_each_other(base: Base, split: Split, scored: LabelScores) -> None:
+    pair = (scored.labels[1], scored.labels[17])
+    records = [dataclasses.replace(split.records[0], answer=pair[0])]
+    fewer = score_labels(base.model, records, pair, CONFIG).log_likelihood[0]
+    assert fewer == pytest.approx(scored.log_likelihood[0, [1, 17]], abs=1e-4)
+
+
+def test_answers_that_begin_alike(base: Base, reference: GptOssForCausalLM, split: Split) -> None:
+    """One answer being the start of another shares tokens with it; their ends still count."""
+    labels = ("No-Solicit", "No-Solicit Of", "No-Solicit Of Employees")
+    record = dataclasses.replace(split.records[0], answer="No-Solicit Of")
+    scores = score_labels(base.model, [record], labels, CONFIG)
+    prompt = render_prompt(record, CONFIG)
+    for column, label in enumerate(labels):
+        answer = render_answer(label)
+        expected = reference_log_probabilities(reference, prompt + answer)[-len(answer) :].sum().item()
+        assert scores.log_likelihood[0, column] == pytest.approx(expected, abs=1e-4)
+    assert scores.right.tolist() == [1]
+
+
+def test_accuracy_counts_the_likeliest_answer() -> None:
+    table = np.array([[-1.0, -2.0, -3.0], [-5.0, -4.0, -6.0], [-9.0, -8.0, -7.0], [-1.0, -2.0, -3.0]])
+    scores = LabelScores(("a", "b", "c"), table, np.array([0, 1, 0, 0]))
+    assert (scores.num_right, scores.accuracy, scores.best_constant) == (3, 0.75, 0.75)
+    assert scores.interval(0.95) == wilson_interval(3, 4, 0.95)
+
+
+def test_an_answer_outside_the_labels_is_named(base: Base, split: Split) -> None:
+    with pytest.raises(InputError, match=r"cuad_clause_type\.jsonl\.gz:1: answer .* not among the 2 labels"):
+        score_labels(base.model, split.records[:1], ("Yes", "No"), CONFIG)
+
+
+@pytest.mark.parametrize(("prompt", "num_scored"), [([], 0), ([5, 6], 2)])
+def test_a_prompt_that_predicts_nothing_is_refused(prompt: list[int], num_scored: int) -> None:
+    """Its first token would otherwise be predicted by whatever stands before it in the row."""
+    with pytest.raises(ValueError, match="predicts nothing"):
+        Group(prompt, [[7]], num_scored)
+    Group([*prompt, 8], [[7]], num_scored)
+
+
+def records_with(answers: list[str | None]) -> list[Record]:
+    return [Record(str(number), f"rows:{number}", Conversation(()), answer) for number, answer in enumerate(answers)]
+
+
+def test_label_set() -> None:
+    assert label_set(records_with(["b", "a", "b"])) == ("a", "b")
+    assert label_set(records_with(["a", "b", None])) is None
+    assert label_set(records_with(["a", "a"])) is None
+    assert label_set([]) is None
+    assert len(label_set(records_with([str(n) for n in range(64)])) or ()) == 64
+    assert label_set(records_with([str(n) for n in range(65)])) is None
+
+
+def test_stratified_subset_keeps_proportions(split: Split) -> None:
+    chosen = stratified_subset(split.records, 300, seed=0)
+    assert len(set(chosen)) == 300 and chosen == sorted(chosen)
+    whole = Counter(record.answer for record in split.records)
+    part = Counter(split.records[number].answer for number in chosen)
+    for answer, count in whole.items():
+        assert abs(part[answer] - 300 * count / len(split.records)) < 1
+
+
+def test_stratified_subset_depends_on_the_seed_alone(split: Split) -> None:
+    assert stratified_subset(split.records, 300, 0) == stratified_subset(split.records, 300, 0)
+    assert stratified_subset(split.records, 300, 0) != stratified_subset(split.records, 300, 1)
+
+
+@pytest.mark.parametrize("count", [None, 4, 10])
+def test_stratified_subset_of_all(count: int | None) -> None:
+    assert stratified_subset(records_with(["a", "a", None, "b"]), count, 0) == [0, 1, 2, 3]
+
+
+def test_stratified_subset_rounds_by_largest_remainder() -> None:
+    records = records_with(["a"] * 5 + ["b"] * 3 + [None] * 2)
+    kinds = Counter(records[number].answer for number in stratified_subset(records, 4, 3))
+    assert kinds == {"a": 2, "b": 1, None: 1}  # 2.0, 1.2 and 0.8
+
+
+def test_figures_of_a_run_count_a_record_of_several_turns_once(base: Base, split: Split) -> None:
+    """Two records, one of them with three rows: one label each, and records are what chance draws."""
+    one, other = split.records[0], next(r for r in split.records if r.answer != split.records[0].answer)
+    samples = split.samples[:4]
+    test = Rows((one, other, other, other), samples, (str(one.answer), str(other.answer)))
+    config = RunConfig(model=ModelConfig(path="x"), data=CONFIG)
+    figures = evaluate_test_set(base, test, config, when="before", between_batches=lambda: None)
+    right = round(2 * figures["accuracy"])
+    assert figures["accuracy_interval"] == wilson_interval(right, 2, 0.95)
+    assert figures["best_constant_accuracy"] == 0.5  # 0.75 were the copies counted
+    loss = held_out_loss(base.model, samples, CONFIG.max_length)
+    nll, weight = ([values[0], values[1:].sum()] for values in (loss.nll, loss.weight))
+    # Of two records a resample is the one, the other or both: the interval ends at their own losses.
+    assert figures["loss_interval"] == pytest.approx(sorted(n / w for n, w in zip(nll, weight, strict=True)))
+    assert figures["loss_interval"] != pytest.approx(loss.interval(0.95))

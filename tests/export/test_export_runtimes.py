@@ -1,0 +1,155 @@
+"""Merged exports read by others' runtimes, and a verification that finds what is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from merging import GATE_UP, IDS
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Mxfp4Config
+
+from finetune.adapters.store import open_adapter
+from finetune.data.harmony.render import Example
+from finetune.errors import CheckError
+from finetune.export.plan import plan_merge
+from finetune.export.verify import compare_logits, compare_weights
+from finetune.model.checkpoint import Checkpoint
+from finetune.rounding.merge import Tally
+
+# --- others' runtimes
+
+
+def foreign(kind: str, base: Path, out: Path) -> np.ndarray:
+    script = Path(__file__).with_name("foreign_logits.py")
+    subprocess.run([sys.executable, script, kind, base, "", json.dumps(IDS), out], check=True, capture_output=True)
+    return np.load(out)
+
+
+def truncating(directory: Path, to: Path) -> Path:
+    """The same checkpoint with YaRN's `truncate` on, as llama.cpp and mlx-lm compute it whatever config.json says."""
+    to.mkdir()
+    for path in directory.iterdir():
+        (to / path.name).symlink_to(path)
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_scaling"]["truncate"] = True
+    (to / "config.json").unlink()
+    (to / "config.json").write_text(json.dumps(config))
+    return to
+
+
+def transformers_log_probabilities(directory: Path) -> np.ndarray:
+    packed = "quantization_config" in json.loads((directory / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+        **({"quantization_config": Mxfp4Config(dequantize=True)} if packed else {}),
+    ).float()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([IDS])).logits[0].double().log_softmax(-1).numpy()
+
+
+@pytest.mark.skipif(find_spec("mlx_lm") is None, reason="needs mlx[cpu] and mlx-lm (extra `dev`)")
+def test_mlx_lm_reads_the_native_directory(exported: Callable[..., Path], tmp_path: Path) -> None:
+    out = exported("mxfp4")
+    theirs = foreign("mlx", out, tmp_path / "mlx.npy")
+    assert np.abs(theirs - transformers_log_probabilities(truncating(out, tmp_path / "truncating"))).max() < 5e-5
+
+
+@pytest.mark.skipif(
+    find_spec("xllamacpp") is None or find_spec("gguf") is None, reason="needs gguf and xllamacpp (extra `dev`)"
+)
+@pytest.mark.parametrize("experts", ["bf16", "mxfp4"])
+def test_llama_cpp_reads_the_gguf_file(experts: str, exported: Callable[..., Path], tmp_path: Path) -> None:
+    """llama.cpp rounds activations to bfloat16 or 8 bits where weights are, so it is given the file widened as well."""
+    out = exported("gguf", "--gguf-experts", experts)
+    file = out / f"model-{experts}.gguf"
+    expected = transformers_log_probabilities(truncating(exported(experts), tmp_path / "truncating"))[-1]
+    wide = foreign("llama", widened(file, tmp_path / "wide.gguf"), tmp_path / "wide.npy")
+    assert len(wide) == 50
+    assert np.abs(wide[:, 1] - expected[wide[:, 0].astype(int)]).max() < 0.01
+    stored = foreign("llama", file, tmp_path / "stored.npy")
+    assert np.abs(stored[:, 1] - expected[stored[:, 0].astype(int)]).max() < 0.2
+
+
+def widened(file: Path, to: Path) -> Path:
+    """The same file with every tensor in float32, by the gguf package alone."""
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(to, "gpt-oss")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return to
+
+
+# --- verification: negative controls
+
+
+def test_verification_finds_every_wrong_tensor(
+    exported: Callable[..., Path], adapter: Path, small_base: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(exported("bf16"), bad)
+    shard = next(bad.glob("*.safetensors"))
+    tensors = load_file(shard)
+    swapped = tensors[GATE_UP].unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # up where gate belongs: the same shape
+    tensors[GATE_UP] = swapped.contiguous()
+    tensors["model.layers.0.self_attn.q_proj.weight"][5, 7] += 0.5
+    tensors["model.norm.weight"][3] += 0.01
+    tensors["lm_head.weight"][0, 0] = float("nan")
+    del tensors["model.layers.1.self_attn.sinks"]
+    tensors["model.extra"] = torch.zeros(2)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    plan = plan_merge(Checkpoint.open(small_base), open_adapter(adapter), "bf16")
+    updates = json.loads((exported("bf16") / "export.json").read_text())["updates"]
+    tallies = {name: Tally(wanted=norm**2) for name, norm in updates.items()}
+    problems = compare_weights(plan, "bf16", bad, tallies)["problems"]
+    assert problems == {
+        "model.extra": "unexpected",
+        "model.layers.1.self_attn.sinks": "missing",
+        "lm_head.weight": "values that are not finite",
+        "model.norm.weight": "differs from the base, though the adapter leaves it alone",
+        "model.layers.0.self_attn.q_proj": "1 places are not base + update, correctly rounded",
+        GATE_UP: problems[GATE_UP],
+    }
+    assert "places are not base + update" in problems[GATE_UP]
+
+
+@pytest.mark.slow
+def test_logits_are_compared_and_a_lost_rope_setting_is_found(
+    exported: Callable[..., Path], adapter: Path, small_base: Path, tmp_path: Path
+) -> None:
+    """Every weight may be right and the model wrong: transformers 5 alone knows `rope_parameters`, others lose YaRN."""
+    samples = [Example(np.array(IDS, dtype=np.int32), np.ones(len(IDS)), "random", "nowhere:1")]
+    native = plan_merge(Checkpoint.open(small_base), open_adapter(adapter), "mxfp4")
+    found = compare_logits(native, exported("mxfp4"), samples)
+    assert found["merged"]["max_difference"] <= found["limit"] < 1e-2 < found["adapted"]["max_difference"]
+    assert found["base"]["mean_kl"] > found["adapted"]["mean_kl"] > 0
+    shutil.copytree(exported("bf16"), tmp_path / "bad")
+    config = json.loads((tmp_path / "bad" / "config.json").read_text())
+    del config["rope_scaling"], config["rope_theta"]
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default"}}))
+    dense = plan_merge(Checkpoint.open(small_base), open_adapter(adapter), "bf16")
+    right = compare_logits(dense, exported("bf16"), samples)
+    assert right["adapted"]["mean_kl"] < 0.05 * right["base"]["mean_kl"]  # bfloat16 sends some tokens elsewhere
+    with pytest.raises(CheckError, match="is not the model that was merged"):
+        compare_logits(dense, tmp_path / "bad", samples)

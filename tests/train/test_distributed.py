@@ -1,0 +1,139 @@
+"""One process, and two under every kind of topology, make the same steps; every comparison is seen to fail too."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import MICRO_STEPS_IN_ALL, Outcome, train
+from safetensors.torch import load_file
+
+from finetune.model import tiny
+from finetune.train.world import World
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="session")
+def deep_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five layers: more than the buffers in which layers are gathered."""
+    directory = tmp_path_factory.mktemp("bases") / "deep"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny.SIZES, "num_hidden_layers", 5)
+        patch.setitem(tiny.SIZES, "layer_types", ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"])
+        tiny.write_tiny_base(directory, seed=0, kind="random")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def alone(deep_base: Path) -> Outcome:
+    """One process makes all micro-steps of each step."""
+    torch.set_num_threads(1)
+    assert MICRO_STEPS_IN_ALL == 4
+    return train(deep_base, ["single"], World())
+
+
+def start(arguments: list[str], count: int = 2) -> list[subprocess.Popen[str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = []
+    for rank in range(count):
+        environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *arguments],
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    return started
+
+
+def run_jobs(base: Path, out: Path, *jobs: str) -> dict[str, Outcome]:
+    processes = start([str(WORKER), str(base), str(out), *jobs])
+    said = [process.communicate(timeout=600)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)[-3000:]
+    outcomes = {}
+    for job in jobs:
+        path = out / job.replace(">", "-").replace(":", "-")
+        losses, norms, facts = json.loads(path.with_suffix(".json").read_text())
+        outcomes[job] = Outcome(losses, norms, load_file(path.with_suffix(".safetensors")), facts)
+    return outcomes
+
+
+def distance(one: Outcome, other: Outcome) -> float:
+    assert one.adapter.keys() == other.adapter.keys() and len(one.losses) == len(other.losses) == 4
+    numbers = [abs(a - b) for a, b in zip(one.losses + one.norms, other.losses + other.norms, strict=True)]
+    return max(*numbers, *((one.adapter[name] - other.adapter[name]).abs().max().item() for name in one.adapter))
+
+
+QUICK = ("fsdp2", "fsdp2>ddp", "ddp:oom", "ddp:drops", "ddp:alone")
+SLOW = ("ddp", "zero1", "zero2", "zero3", "fsdp2:no-checkpointing", "zero3:no-checkpointing", "zero1>zero3>fsdp2>zero2")
+
+
+@pytest.fixture(scope="session")
+def quick(deep_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    return run_jobs(deep_base, tmp_path_factory.mktemp("quick"), *QUICK)
+
+
+@pytest.fixture(scope="session")
+def slow(deep_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    pytest.importorskip("deepspeed")
+    return run_jobs(deep_base, tmp_path_factory.mktemp("slow"), *SLOW)
+
+
+@pytest.mark.parametrize("job", ["fsdp2", "fsdp2>ddp"])
+def test_two_processes_make_the_steps_of_one(quick: dict[str, Outcome], alone: Outcome, job: str) -> None:
+    """A last partial window, in which the second process has padding alone, is among them."""
+    print(f"{job}: {distance(quick[job], alone):.1e}")
+    assert distance(quick[job], alone) < TOLERANCE
+    assert quick[job].facts["identity"] and quick[job].facts["agree"] == "yes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", SLOW)
+def test_the_other_kinds_make_the_steps_of_one(slow: dict[str, Outcome], alone: Outcome, job: str) -> None:
+    print(f"{job}: {distance(slow[job], alone):.1e}")
+    assert distance(slow[job], alone) < TOLERANCE
+    assert slow[job].facts["identity"] and slow[job].facts["agree"] == "yes"
+    assert job.split(">")[-1].split(":")[0] in str(slow[job].facts["engine"])
+
+
+def test_a_process_that_drops_its_gradient_is_seen(quick: dict[str, Outcome], alone: Outcome) -> None:
+    assert distance(quick["ddp:drops"], alone) > 100 * TOLERANCE
+    assert quick["ddp:drops"].facts["agree"] == "yes", "both made the same wrong steps: only the comparison shows it"
+
+
+def test_processes_that_do_not_exchange_gradients_are_seen(quick: dict[str, Outcome], alone: Outcome) -> None:
+    assert distance(quick["ddp:alone"], alone) > 100 * TOLERANCE
+    assert quick["ddp:alone"].facts["agree"] == "the adapter of process 1 is not that of process 0"
+
+
+def test_memory_that_ran_out_in_one_process_halves_micro_steps_in_both(
+    quick: dict[str, Outcome], alone: Outcome
+) -> None:
+    assert quick["ddp:oom"].facts["parts"] == 2 and quick["ddp:drops"].facts["parts"] == 1
+    print(f"ddp:oom: {distance(quick['ddp:oom'], alone):.1e}")
+    assert distance(quick["ddp:oom"], alone) < TOLERANCE
+
+
+def test_a_process_holds_its_share_of_the_packed_layers(quick: dict[str, Outcome]) -> None:
+    facts = quick["fsdp2"].facts
+    assert facts["all"] == 2 * int(str(facts["held"]))
+
+
+def test_a_flipped_bit_in_one_process_s_share_is_seen_by_all(quick: dict[str, Outcome]) -> None:
+    assert "model.layers.2." in str(quick["fsdp2"].facts["flip"])

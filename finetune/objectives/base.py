@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GptOssForCausalLM
 
 from finetune.adapters.lora import Adapter
+from finetune.config.schema import ObjectiveConfig, SftConfig
 from finetune.data.batches import Batch
 from finetune.model.forward import hidden_states
 
@@ -105,3 +106,12 @@ class Objective(Protocol):
             totals: sums of `weights` over all micro-batches and ranks of the step.
             context: this micro-batch's, of `prepare`.
         """
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """Make the objective that a recipe names."""
+    match config:
+        case SftConfig():
+            from finetune.objectives.sft import Sft
+
+            return Sft()

@@ -320,7 +320,7 @@ def learning_rate(step: int, total_steps: int, config: TrainerConfig) -> float:
     The warm-up starts at peak / warm-up steps, not at zero: step 0 already changes the adapter, so that A has a
     gradient to audit on step 1. After it the rate falls to `min_lr_ratio` of the peak at the last step.
     """
-    peak, rising = config.learning_rate, warmup_steps(total_steps, config)
+    peak, rising = config.peak_learning_rate, warmup_steps(total_steps, config)
     if step < rising:
         return peak * (step + 1) / rising
     final = peak * config.min_lr_ratio

@@ -20,6 +20,7 @@ from finetune.errors import CheckError, InputError, Interrupted
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.files import seed_of, write_json
 from finetune.model.forward import checkpoint_activations
+from finetune.objectives.base import make_objective
 from finetune.train.checkpoint import Checkpoint, CheckpointWriter
 from finetune.train.engines.base import open_engine
 from finetune.train.evaluation import validation_subset
@@ -132,7 +133,8 @@ class Trainer:
         self.watchdog = Watchdog(session.world, config.distributed.timeout_s)
         self.metrics = MetricsLog(run.metrics, writes=run.writes)
         self.writer = CheckpointWriter(run.checkpoints, config.save.keep, background=config.save.background)
-        self.step = OptimiserStep(config.trainer, session.base, self.engine, session.adapter)
+        objective = make_objective(config.objective)
+        self.step = OptimiserStep(config.trainer, session.base, self.engine, session.adapter, objective)
         self.data_fingerprint = session.splits["train"].fingerprint
         self.validation: tuple[Example, ...] = ()
         if "validation" in session.splits:

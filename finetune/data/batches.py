@@ -81,8 +81,17 @@ class Batch:
             next_group = group + self.num_groups // count + (number < self.num_groups % count)
             of_part = None if sizes is None else sizes[group:next_group]
             end = start + (next_group - group if of_part is None else sum(of_part))
-            columns = (column[start:end] for column in (self.input_ids, self.weights, self.positions, self.segments))
-            made.append(Batch(*columns, self.example_ids[start:end], of_part))
+            part = slice(start, end)
+            made.append(
+                Batch(
+                    self.input_ids[part],
+                    self.weights[part],
+                    self.positions[part],
+                    self.segments[part],
+                    self.example_ids[part],
+                    of_part,
+                )
+            )
             group, start = next_group, end
         return made
 

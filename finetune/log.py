@@ -1,7 +1,7 @@
 """Log lines, results and progress of a command: plain lines, and with Rich a bar and colours on a terminal.
 
-Everything goes to standard error except results (`result`, `result_json`), so that output can be piped. Rich is imported
-when the first bar, colour or table goes to a terminal; elsewhere every line is plain text.
+Everything goes to standard error except results (`result`, `result_json`), so that output can be piped. Rich is
+imported when the first bar, colour or table goes to a terminal; elsewhere every line is plain text.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from finetune.config.other_tools import remark_on
 from finetune.config.suggest import keys_named, suggest_word
 from finetune.errors import ConfigError
 
-
 # Words of 0.1 that 0.2 still understands, by command; an action counts only right after its command.
 OLD_WORDS = {"adapter": {"merge": "combine"}, "evaluate": {"--rows": "--examples"}}
 

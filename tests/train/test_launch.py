@@ -193,7 +193,7 @@ def test_a_port_at_which_nobody_can_meet_is_refused(
         (["distributed=zero2", "distributed.num_processes=1"], "is for several processes"),
         (["distributed=zero4"], "distributed has no option zero4"),
         (["distributed=fsdp2", "trainer.halve_micro_batch_on_oom=true"], "cannot repeat it without the others"),
-        (["distributed=zero1", "trainer.on_nonfinite=skip"], "cannot drop a step's"),
+        (["distributed=zero1", "trainer.on_nonfinite=skip"], "cannot drop those of a step"),
     ],
 )
 def test_what_contradicts_a_kind_is_refused(workplace: Path, overrides: list[str], words: str) -> None:

@@ -26,7 +26,7 @@ class SourceConfig(Strict):
         columns: what the toolkit calls a key -> what the source calls it, such as `{messages: conv, answer: label}`.
         where: keep only records whose fields equal these, such as `{split: train}`.
         limit: keep at most this many records, from the source's start. None: all.
-        form: how a record holds its conversation (docs/guide/harmony.md lists the keys of each form). `auto` tells it
+        form: how a record holds its conversation (docs/guide/data.md lists the keys of each form). `auto` tells it
             from the record's keys, says what it found, and refuses a record that could be two of them.
         weight: how often an epoch takes each of the source's samples: 2 twice, 0.5 every other epoch. Only in
             `data.train`.
@@ -105,7 +105,7 @@ class DataConfig(Strict):
         model_identity: the first line of harmony's system message. None: the published one ("You are ChatGPT, a large
             language model trained by OpenAI."). A record's own `model_identity` wins.
         convention: whose tokens: `harmony` as openai-harmony renders, `template` as the Jinja template renders that is
-            published with the weights. docs/guide/harmony.md lists every difference. Train with what you serve with.
+            published with the weights. docs/guide/data.md lists every difference. Train with what you serve with.
         tool_call_type: how a call of a function is marked: `constrain` writes `<|constrain|>json` as the format's
             documents do, `json` plain ` json` as the template does. `auto`: as the convention's source.
         loss: what is trained, and how strongly.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,6 +20,7 @@ from finetune import log
 from finetune.arch import Arch
 from finetune.errors import InputError
 from finetune.files import sha256_of
+from finetune.machine import num_cores
 from finetune.model.headers import TensorEntry, join, plain_file_name, read_header, read_json
 from finetune.mxfp4.format import dequantise, quantise
 
@@ -179,7 +179,7 @@ class Checkpoint:
             progress.total = sum(sizes.values()) >> 20
         done, wrong = 0, []
         # hashlib lets go of the interpreter lock, so that files are hashed side by side.
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(max_workers=min(8, num_cores())) as pool:
             jobs = {pool.submit(sha256_of, self.directory / name): name for name in listed}
             for job in as_completed(jobs):
                 name = jobs[job]

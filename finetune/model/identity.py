@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from finetune import log
 from finetune.errors import InputError
+from finetune.machine import num_cores
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.headers import TensorEntry
 
@@ -75,7 +75,7 @@ def checkpoint_identity(checkpoint: Checkpoint, progress: log.Progress | None = 
         progress.total = sum(entry.num_bytes for entry in stored.values()) >> 20
     entries, done = [], 0
     # hashlib lets go of the interpreter lock.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, num_cores())) as pool:
         digests = pool.map(lambda entry: _stored_digest(checkpoint.directory, entry), stored.values())
         for name, digest in zip(stored, digests, strict=True):
             entries.append((name, stored[name].dtype, stored[name].shape, digest))

@@ -14,8 +14,8 @@ from finetune import machine
 from finetune.adapters.read_back import fits_in_memory
 from finetune.arch import Arch
 from finetune.cli.preflight import device_budget
+from finetune.config.compose import compose
 from finetune.config.paths import shipped_dir
-from finetune.config.schema import ModelConfig, RunConfig
 from finetune.doctor.checks import check_machine
 from finetune.export.end_to_end import _fits
 from finetune.machine import free_memory, num_cores, total_memory
@@ -154,7 +154,7 @@ def test_every_reader_of_free_memory_respects_the_container(limit: int, groups: 
     assert fits_in_memory(base) is large  # read-back in a process of its own
     assert _fits(plan, CPU) is large  # whether the fine-tune survives
     assert (experts_at_once(arch, CPU) > 1) is large  # rounding
-    assert device_budget(RunConfig(model=ModelConfig(path="base", device="cpu"))).num_bytes == limit  # the estimate
+    assert device_budget(compose("quickstart", ["model.device=cpu"]).config).num_bytes == limit  # the estimate
     assert f"{limit / GIB:.1f} GiB" in next(iter(check_machine())).found
 
 

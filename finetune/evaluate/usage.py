@@ -105,7 +105,7 @@ def count_usage(
         between_batches: called between two forward passes; raises to leave early.
     """
     base.model.eval()
-    shape = base.checkpoint.shape
+    shape = base.checkpoint.arch
     counter = UsageCounter(shape.num_layers, shape.num_experts, num_groups, base.device)
     choices = []
     rows = pack([len(sample.ids) for sample in samples], row_tokens, np.random.default_rng(0))

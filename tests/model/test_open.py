@@ -87,7 +87,9 @@ def test_experts_are_scored_on_the_base_that_a_run_trains(workplace: Path, train
     nf4 = scores(workplace, tmp_path / "nf4.json", *NF4)
     assert nf4["gate"] != native["gate"], "control: NF4 is another function"
     for overrides, wanted in (((), native), (NF4, nf4)):
-        code, run = train(*overrides, "adapter.experts.select=top_k=2", "trainer.max_steps=1", name=f"run{len(overrides)}")
+        code, run = train(
+            *overrides, "adapter.experts.select=top_k=2", "trainer.max_steps=1", name=f"run{len(overrides)}"
+        )
         assert code == 0
         chosen = json.loads((run / "experts.json").read_text())
         assert chosen["gate"] == wanted["gate"] and chosen["selected"] == wanted["selected"]
@@ -95,9 +97,7 @@ def test_experts_are_scored_on_the_base_that_a_run_trains(workplace: Path, train
 
 def test_no_other_module_builds_a_base() -> None:
     """Every other way would ignore some setting of the recipe, as five did."""
-    found = [
-        path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if "build_base" in path.read_text()
-    ]
+    found = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if "build_base" in path.read_text()]
     assert sorted(found) == ["model/build.py", "model/open.py"]
 
 

@@ -85,7 +85,7 @@ class OptimiserStep:
         self.objective: Objective = objective or Sft()
         self.parts = 1
         self.router = RouterTerms(config, base, adapter, engine.accelerator)
-        arch = base.checkpoint.shape
+        arch = base.checkpoint.arch
         self.usage = UsageCounter(arch.num_layers, arch.num_experts, 1, base.device)
         offload: AbstractContextManager[object] = nullcontext()
         if config.activation_offload:

@@ -26,7 +26,7 @@ from finetune.estimate.host import available_host_bytes
 from finetune.estimate.report import make_estimate
 from finetune.estimate.shapes import BaseFacts, find_base
 from finetune.estimate.text import change_lines, memory_lines, verdict
-from finetune.model.headers import read_json
+from finetune.files import read_json
 
 
 def check_memory(config: RunConfig) -> None:

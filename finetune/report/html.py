@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
-from finetune.config.differences import defaults, differences, in_words
+from finetune.config.differences import as_typed, defaults, differences
 from finetune.files import write_text
 from finetune.report.charts import Series, line_chart, reliability_diagram, smoothed
 from finetune.report.content import TITLES, evaluation_parts, introduction, plain, reliability_rows
@@ -267,7 +267,7 @@ def _changed(config: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
         found = differences(defaults(config), config)
     except (KeyError, TypeError, AttributeError):  # a run of another version: its keys may be others
         return ()
-    return [(difference.key, in_words(difference.before), in_words(difference.after)) for difference in found]
+    return [(difference.key, as_typed(difference.before), as_typed(difference.after)) for difference in found]
 
 
 def _environment(run: RunFiles) -> Arguments:

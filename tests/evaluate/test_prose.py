@@ -54,7 +54,7 @@ def figures(
 def test_form_refusals_and_exact_matches_are_counted(tmp_path: Path) -> None:
     written = [
         {"final": "yes."},
-        {"final": "Yes", "error": "goes on after its final message"},
+        {"final": "Yes", "error": "a message after the final one"},
         {"final": "Y", "stopped": False},
         {"final": "I cannot classify this clause."},
         {"final": "No"},

@@ -1,6 +1,6 @@
 """Contamination: test records seen in training, found by word n-grams that training records contain too.
 
-An n-gram of `WORDS` words hardly occurs twice by chance (GPT-3's report used 13). N-grams in more than `COMMON_SHARE` of
+An n-gram of `WORDS` words hardly occurs twice by chance (the GPT-3 report used 13). N-grams in over `COMMON_SHARE` of
 the training records are the task's own wording (instructions, a list of categories): their words carry no information
 about a record, nor do n-grams that overlap them. A copy of a training record is found whatever its length.
 """

@@ -52,7 +52,7 @@ def score_experts(
         ConfigError: the rule asks for more experts than there are.
     """
     rule = parse_select(select)
-    refuse_too_many(rule, base.checkpoint.shape.num_experts)
+    refuse_too_many(rule, base.checkpoint.arch.num_experts)
     used = evenly_spread(examples, count)
     counts = count_usage(
         base,
@@ -64,7 +64,7 @@ def score_experts(
     )
     per_example = counts.tokens[:, None, None]
     gate = (counts.gates / per_example).mean(0)
-    share = (counts.chosen / per_example).mean(0) / base.checkpoint.shape.num_active_experts
+    share = (counts.chosen / per_example).mean(0) / base.checkpoint.arch.num_active_experts
     scores = gate if by == "gate" else share
     selected = choose(scores, rule)
     return ExpertScores(
@@ -116,9 +116,9 @@ def check_base(scores: ExpertScores, base: Base, where: str, key: str = "select"
             why=f"it belongs to {scores.base_name} ({scores.base_identity[:12]}), this is {base.identity[:12]}",
             fix="measure again: finetune experts score RECIPE --out FILE",
         )
-    shape = base.checkpoint.shape
+    arch = base.checkpoint.arch
     for by_layer in (scores.gate, scores.tokens_share):
-        if len(by_layer) != shape.num_layers or any(len(of_layer) != shape.num_experts for of_layer in by_layer):
+        if len(by_layer) != arch.num_layers or any(len(of_layer) != arch.num_experts for of_layer in by_layer):
             raise InputError(f"{where} does not have a score for each of the base's experts")
 
 
@@ -129,7 +129,7 @@ def check_selection(scores: ExpertScores, base: Base, config: AdapterConfig, whe
         ConfigError: it was measured on another base, leaves a layer without experts, or names one that does not exist.
     """
     check_base(scores, base, where)
-    refuse_bad_selection(scores.selected, base.checkpoint.shape, config, where)
+    refuse_bad_selection(scores.selected, base.checkpoint.arch, config, where)
 
 
 def choose_experts(
@@ -154,7 +154,7 @@ def choose_experts(
         scores = read_expert_scores(Path(rule.path).expanduser())
         check_selection(scores, base, config, rule.path)
     elif rule.kind == "all" and given is not None:
-        every = tuple(range(base.checkpoint.shape.num_experts))
+        every = tuple(range(base.checkpoint.arch.num_experts))
         scores = replace(given, select="all", selected=dict.fromkeys(range(len(given.gate)), every), ranks=None)
     else:
         scores = score_experts(base, base_name, examples, data, config.experts.select, "gate", SCORED_EXAMPLES)

@@ -130,10 +130,10 @@ def _check_base(source: AdapterFile, options: ExportOptions) -> Arch | None:
     from finetune.export.merged import check_base, find_base
 
     checkpoint = Checkpoint.open(find_base(source, options).directory)
-    refuse_swapped(source, checkpoint.shape)
-    check_fits(checkpoint.shape, source)
+    refuse_swapped(source, checkpoint.arch)
+    check_fits(checkpoint.arch, source)
     check_base(checkpoint, source)
-    return checkpoint.shape
+    return checkpoint.arch
 
 
 def _contents(

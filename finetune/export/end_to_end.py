@@ -16,7 +16,7 @@ from finetune.export.judge import judge
 from finetune.export.options import ExportOptions
 from finetune.export.plan import MergePlan
 from finetune.export.variants import Variants
-from finetune.model.build import build_base, choose_device, choose_dtype
+from finetune.model.open import choose_device, open_base
 from finetune.rounding.calibration import calibration_config
 from finetune.rounding.run import RoundedExperts
 
@@ -46,11 +46,16 @@ def measure_survival(
     rows = held_out_rows(config, config.export.survival_examples)
     if rows is None:
         return _skipped("the recipe names neither test nor validation rows")
-    where = ModelConfig(path=str(plan.checkpoint.directory))
-    device = choose_device(where)
+    settings = ModelConfig(
+        path=str(plan.checkpoint.directory),
+        expert_kernel="reference",
+        attention_kernel="reference",
+        experts_per_chunk=_EXPERTS_PER_CHUNK,
+    )
+    device = choose_device(settings)
     if not _fits(plan, device):
         return _skipped("the packed base does not fit into the memory that is free")
-    base = build_base(plan.checkpoint, device, choose_dtype(where, device), _EXPERTS_PER_CHUNK)
+    base = open_base(settings, checkpoint=plan.checkpoint, verify_files=False, quiet=True)
     facts = measure_variants(Variants(base, plan, rounded), rows)
     print_effect(facts)
     verdict = judge(facts, plan.rounding, config.export)

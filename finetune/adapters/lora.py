@@ -8,7 +8,6 @@ Shape legend: E experts, S adapted ones, L rank, N sum of ranks, D hidden, F exp
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from finetune.adapters.sites import ExpertRanks, Selection, Site, plan_sites
 from finetune.config.schema import AdapterConfig
 from finetune.errors import CheckError
+from finetune.files import seeded_generator
 from finetune.kernels.dispatch import LoraExperts, LoraRanks
 from finetune.kernels.experts import LoraFactors
 from finetune.model.build import DTYPES, Base
@@ -343,8 +343,7 @@ def _attach_site(model: GptOssForCausalLM, site: Site, config: AdapterConfig) ->
 
 def _initialise(a: nn.Parameter, name: str, seed: int, module: LoraModule) -> None:
     """Fill [..., L, in] uniformly in +-1/sqrt(in), the same numbers on every device."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    generator = seeded_generator(seed, name)
     bound = 1 / math.sqrt(a.shape[-1])
     some = module if isinstance(module, ExpertLora) and module.share != "a" and module.adapted is not None else None
     shape = a.shape if some is None else torch.Size((some.num_experts, some.rank, a.shape[-1]))

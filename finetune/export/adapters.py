@@ -17,7 +17,7 @@ from finetune.adapters.store import (
     PROVENANCE,
     WEIGHTS,
     AdapterFile,
-    staged_directory,
+    staged_adapter,
     warn_held_as,
     write_facts,
     write_peft_directory,
@@ -161,7 +161,7 @@ def _contents(
 def _write(
     out: Path, target: AdapterTarget, contents: Contents, facts: dict[str, Any], finish: Callable[[Path], None]
 ) -> None:
-    with staged_directory(out) as staging:
+    with staged_adapter(out) as staging:
         if target == "gguf-lora":
             write_gguf_lora(staging / contents.file, contents.tensors, contents.config["adapter.lora.alpha"])
         else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from finetune import log
@@ -16,6 +15,7 @@ from finetune.export.judge import judge
 from finetune.export.options import ExportOptions
 from finetune.export.plan import MergePlan
 from finetune.export.variants import Variants
+from finetune.machine import free_memory
 from finetune.model.open import choose_device, open_base
 from finetune.rounding.calibration import calibration_config
 from finetune.rounding.run import RoundedExperts
@@ -74,11 +74,7 @@ def _config(options: ExportOptions, run: Path | None) -> tuple[RunConfig | None,
 
 
 def _fits(plan: MergePlan, device: torch.device) -> bool:
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return plan.checkpoint.num_bytes < free * _MEMORY_SHARE
+    return plan.checkpoint.num_bytes < free_memory(device) * _MEMORY_SHARE
 
 
 def _skipped(reason: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from finetune.errors import ConfigError, InputError, Interrupted
 from finetune.evaluate.evalset import evenly_spread
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.evaluate.summary import measure_test_set
+from finetune.files import write_json
 from finetune.model.build import check_unchanged
 from finetune.results import BaseName, Evaluation, Model, read_evaluation
 from finetune.train.checkpoint import checkpoint_path, load_checkpoint, load_newest, remove_after
@@ -29,7 +30,7 @@ from finetune.train.engines.base import Engine, open_engine
 from finetune.train.finalize import Result, read_back_samples, why_not_read_back, write_result
 from finetune.train.metrics import Tracker, memory_gib
 from finetune.train.routing_watch import RoutingWatch
-from finetune.train.run_directory import RunDirectory, prepare_run, write_json
+from finetune.train.run_directory import RunDirectory, prepare_run
 from finetune.train.session import Session, open_session, session_facts
 from finetune.train.trainer import Trainer
 from finetune.train.watchdog import StopRequest, Watchdog

@@ -24,7 +24,7 @@ from finetune.arch import Arch
 from finetune.config.schema import TrainerConfig
 from finetune.data.batches import PADDING_SEGMENT, Batch
 from finetune.model.build import Base
-from finetune.model.forward import Routing, hidden_states, record_router
+from finetune.model.forward import RouterOutput, hidden_states, record_router
 from finetune.objectives.base import Term
 
 BALANCE_LOSS = "balance_loss"
@@ -91,7 +91,9 @@ class RouterTerms:
         of_base = None if base_chosen is None else self.accelerator.reduce(torch.stack(base_chosen).sum(0), "sum")
         return RouterContext(num_tokens, balance_weights(total, of_base))
 
-    def terms(self, layers: Sequence[Routing], tokens: Tensor, context: RouterContext, number: int) -> dict[str, Term]:
+    def terms(
+        self, layers: Sequence[RouterOutput], tokens: Tensor, context: RouterContext, number: int
+    ) -> dict[str, Term]:
         """A micro-batch's shares of the step's balance loss and z-loss.
 
         A share with coefficient 0 is computed for the log, without gradient.
@@ -129,7 +131,7 @@ def real_tokens(batch: Batch) -> Tensor:
 # ---- the losses -----------------------------------------------------------------------------------------------------
 
 
-def choice_counts(layers: Sequence[Routing], tokens: Tensor) -> Tensor:
+def choice_counts(layers: Sequence[RouterOutput], tokens: Tensor) -> Tensor:
     """How often each expert was chosen: float64 [layers, E], without gradient.
 
     Args:
@@ -159,7 +161,7 @@ def balance_weights(chosen: Tensor, base_chosen: Tensor | None = None) -> Tensor
     return chosen.shape[-1] * chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
 
 
-def balance_sum(layers: Sequence[Routing], tokens: Tensor, weights: Tensor) -> Tensor:
+def balance_sum(layers: Sequence[RouterOutput], tokens: Tensor, weights: Tensor) -> Tensor:
     """Sum over tokens of sum_e weight_e · p_e, mean over layers: the loss times the number of its tokens.
 
     Args:
@@ -174,12 +176,12 @@ def balance_sum(layers: Sequence[Routing], tokens: Tensor, weights: Tensor) -> T
     return torch.stack(per_layer).mean()
 
 
-def z_sum(layers: Sequence[Routing], tokens: Tensor) -> Tensor:
+def z_sum(layers: Sequence[RouterOutput], tokens: Tensor) -> Tensor:
     """Sum over tokens of the squared log-sum-exp of the router's logits, mean over layers (Zoph et al. 2022)."""
     return torch.stack([_exact(routing.logits[tokens]).logsumexp(-1).square().sum() for routing in layers]).mean()
 
 
-def balance_loss(layers: Sequence[Routing], is_real: Tensor) -> Tensor:
+def balance_loss(layers: Sequence[RouterOutput], is_real: Tensor) -> Tensor:
     """Load balance of one micro-batch by itself against uniform use, mean over layers: E · sum_e f_e · P_e.
 
     P_e is the mean over real tokens of the float32 softmax over all E logits; f_e is the share of their T·K choices

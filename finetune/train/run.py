@@ -21,10 +21,11 @@ from finetune.config.schema import RunConfig
 from finetune.config.validate import dump_yaml
 from finetune.data.preview import as_json
 from finetune.errors import ConfigError, InputError
+from finetune.evaluate.summary import measure_test_set
 from finetune.files import write_json
 from finetune.model.build import check_unchanged
+from finetune.results import BaseName, Evaluation, Model, read_evaluation
 from finetune.train.checkpoint import checkpoint_path, load_checkpoint, load_newest, remove_after
-from finetune.train.evaluation import evaluate_test_set
 from finetune.train.finalize import Result, read_back_examples, why_not_read_back, write_result
 from finetune.train.metrics import memory_gib
 from finetune.train.run_directory import Run
@@ -194,29 +195,33 @@ def _train_and_evaluate(session: Session, trainer: Trainer, run: Run) -> Result:
     The adapter is written after all of it: a run that was stopped has none that could be taken for its result.
     """
     config, base, test, world = session.config, session.base, session.test, session.world
-    evaluation: dict[str, Any] = world.broadcast(run.read_evaluation())
+    names = BaseName(str(base.checkpoint.directory), base.identity)
+    notes = list(test.notes) if test else []
+    new = Evaluation("adapter", names, config.evaluate.confidence, notes, {}, [], None, None)
+    evaluation: Evaluation = world.broadcast(read_evaluation(run.evaluation)) or new
 
-    def evaluate(when: str, *, save: bool) -> None:
-        if test is None or when in evaluation:
+    def evaluate(model: Model, *, save: bool) -> None:
+        nonlocal evaluation
+        if test is None:
             return
 
         def between_batches() -> None:
-            trainer.watchdog.heartbeat(f"evaluating {when} training")
+            trainer.watchdog.heartbeat(f"evaluating the {model}")
             trainer.stop_if_asked(save=save)
 
-        figures = evaluate_test_set(base, test, config, when=when, between_batches=between_batches)
-        evaluation[when] = world.broadcast(figures)
+        figures = measure_test_set(base, test, model, config.evaluate.confidence, between_batches=between_batches)
+        evaluation = evaluation.updated(model, world.broadcast(figures))
         run.write_evaluation(evaluation)
 
-    with session.adapter.disabled():
-        evaluate("before", save=True)
+    if not evaluation.has("base"):
+        with session.adapter.disabled():
+            evaluate("base", save=True)
     trainer.train()
     _choose_best(trainer, run)
     trainer.watchdog.heartbeat("checking the base")
     check_unchanged(base)
-    evaluation.pop("after", None)
     # The last step is saved already; saving now could store the best step's adapter under its name.
-    evaluate("after", save=False)
+    evaluate("adapter", save=False)
     if trainer.routing is not None:
         best = trainer.state.best_step if config.save.best_metric != "none" else None
         summary = trainer.routing.finish(best or trainer.state.step, trainer.step.usage)

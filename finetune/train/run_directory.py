@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from finetune.config.suggest import suggest_run
 from finetune.config.validate import dump_yaml, load_run_config
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.files import read_json, write_json, write_text
+from finetune.results import Evaluation, to_json
 
 
 @dataclass(frozen=True)
@@ -139,18 +140,10 @@ class Run:
         if self.writes:
             write_json(self.manifest, self.read_manifest() | entries)
 
-    def read_evaluation(self) -> dict[str, Any]:
-        """Content of evaluation.json, {} if there is none yet.
-
-        Raises:
-            InputError: it is not JSON.
-        """
-        return read_json(self.evaluation, "a run's evaluation") if self.evaluation.exists() else {}
-
-    def write_evaluation(self, figures: Mapping[str, Any]) -> None:
+    def write_evaluation(self, evaluation: Evaluation) -> None:
         """Replace evaluation.json."""
         if self.writes:
-            write_json(self.evaluation, figures)
+            write_json(self.evaluation, to_json(evaluation))
 
     @contextmanager
     def locked(self) -> Iterator[None]:

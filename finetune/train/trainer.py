@@ -17,13 +17,13 @@ from finetune.config.validate import to_plain
 from finetune.data.batches import Batch, BatchPlan, Step
 from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, InputError, Interrupted
+from finetune.evaluate.evalset import evenly_spread
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.files import seed_of, write_json
 from finetune.model.forward import checkpoint_activations
 from finetune.objectives.base import make_objective
 from finetune.train.checkpoint import Checkpoint, CheckpointWriter
 from finetune.train.engines.base import open_engine
-from finetune.train.evaluation import validation_subset
 from finetune.train.failures import NotFinite, digest_of, write_evidence
 from finetune.train.metrics import LossSpikes, MetricsLog, Tracker, memory_gib
 from finetune.train.optim import learning_rate
@@ -138,9 +138,7 @@ class Trainer:
         self.data_fingerprint = session.splits["train"].fingerprint
         self.validation: tuple[Example, ...] = ()
         if "validation" in session.splits:
-            self.validation = validation_subset(
-                session.splits["validation"].samples, config.evaluate.validation_examples
-            )
+            self.validation = evenly_spread(session.splits["validation"].samples, config.evaluate.validation_examples)
         self.routing: RoutingWatch | None = None
         if config.evaluate.routing_examples:
             self.routing = RoutingWatch(session, run, self.tracker, self._between_batches)

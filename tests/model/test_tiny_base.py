@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from finetune.config.paths import shipped_dir
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, MachineError
 from finetune.model import tiny
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.semantics import semantic_embeddings
@@ -164,6 +164,6 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tiny, "_write_checksums", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(MachineError, match="No space"):
         write_tiny_base(tmp_path / "base", kind="random")
     assert not list(tmp_path.iterdir())

@@ -24,8 +24,8 @@ from finetune.estimate.advice import cheapest_changes
 from finetune.estimate.fit import Budget, fit
 from finetune.estimate.inputs import BaseInfo, find_base
 from finetune.estimate.report import change_lines, make_estimate, memory_lines, verdict
+from finetune.files import read_json
 from finetune.machine import free_memory
-from finetune.model.headers import read_json
 
 
 def check_memory(config: RunConfig) -> None:

@@ -16,7 +16,7 @@ from synthetic_adapter import EXPERTS, HIDDEN, SIZES, WIDTH, write_synthetic
 from test_export_adapters import assert_same_updates, export, read_peft, sites
 
 from finetune.cli.main import main
-from finetune.export.combine import merge_adapters
+from finetune.export.combine import combine_adapters
 from finetune.export.importing import import_adapter
 from finetune.export.options import ExportOptions
 
@@ -250,8 +250,8 @@ class TestMerge:
 
     def test_one_adapter_alone_and_three_at_once(self, tmp_path: Path) -> None:
         one, other, _ = self.parts(tmp_path)
-        merge_adapters([(one, 2.0)], tmp_path / "double", None)
-        merge_adapters([(one, 1.0), (other, 1.0), (other, -1.0)], tmp_path / "three", None)
+        combine_adapters([(one, 2.0)], tmp_path / "double", None)
+        combine_adapters([(one, 1.0), (other, 1.0), (other, -1.0)], tmp_path / "three", None)
         plain, double, three = (read_peft(d) for d in (one, tmp_path / "double", tmp_path / "three"))
         for site, update in plain.items():
             if double[site].any():

@@ -19,12 +19,13 @@ from synthetic_adapter import EXPERTS, HIDDEN, SIZES, WIDTH, Synthetic, write_sy
 from test_adapters import BOTH, new_base, randomised, sample
 from torch import Tensor
 
+from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.read_back import read_back
-from finetune.adapters.store import open_adapter
+from finetune.adapters.store import AdapterFile, write_adapter
 from finetune.cli.main import main
 from finetune.export.adapters import export_adapter
 from finetune.export.options import ExportOptions
-from finetune.export.peft import SERVED_RANKS
+from finetune.export.targets.peft import SERVED_RANKS
 from finetune.model.build import Base
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -35,7 +36,7 @@ IDS = [1, 200, 3000, 40000, 5, 77, 1234, 99999, 1000, 20, 30, 40]
 def export(source: Path, target: str, out: Path, **options: object) -> Path:
     """Not verified unless asked for: that takes another process each time; test_export_adapter_check.py is about it."""
     options = {"verify": False} | options
-    export_adapter(open_adapter(source), target, out, ExportOptions(**options))  # type: ignore[arg-type]
+    export_adapter(AdapterFile.open(source), target, out, ExportOptions(**options))  # type: ignore[arg-type]
     return out
 
 
@@ -217,9 +218,7 @@ def live(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     base = new_base(tiny_base)
     directory = tmp_path_factory.mktemp("live") / "adapter"
     adapter = randomised(base, BOTH)
-    from finetune.adapters.store import write_adapter
-
-    write_adapter(directory, adapter, BOTH, base_name=str(tiny_base), base_revision=None, base_identity=base.identity)
+    write_adapter(directory, adapter, BOTH, BaseRecord(str(tiny_base), None, base.identity))
     return directory, base
 
 

@@ -12,7 +12,7 @@ from merging import GATE_UP, IDS, without_provenance, zero_b
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from finetune.adapters.store import AdapterFile, Factors
+from finetune.adapters.store import AdapterFile
 from finetune.arch import Arch
 from finetune.cli.main import main
 from finetune.config.compose import compose
@@ -21,6 +21,7 @@ from finetune.config.validate import dump_yaml
 from finetune.data.dataset import load_split
 from finetune.export.card import write_card
 from finetune.export.plan import plan_merge
+from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
 from finetune.mxfp4.format import dequantise
 from finetune.rounding.merge import round_experts
@@ -39,7 +40,7 @@ def random_packed(seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_rounding_an_update_of_zero_changes_no_byte() -> None:
     blocks, scales = random_packed(0, 2, 40, 3)
-    none = Factors(torch.randn(2, 4, 96), torch.zeros(2, 40, 4), 1.0)
+    none = LoraFactors(torch.randn(2, 4, 96), torch.zeros(2, 40, 4), 1.0)
     new_blocks, new_scales, tally = round_experts(blocks, scales, none)
     assert torch.equal(new_blocks, blocks) and torch.equal(new_scales, scales)
     assert tally.changed == 0 and tally.survival == 1.0
@@ -50,7 +51,7 @@ def test_rounding_is_nearest_and_never_further_than_the_base(size: float) -> Non
     """Oracle: float64 and every code of the block's scale, tried one by one."""
     blocks, scales = random_packed(1, 2, 48, 4)
     a, b = torch.randn(2, 3, 128), torch.randn(2, 48, 3) * size
-    new_blocks, new_scales, tally = round_experts(blocks, scales, Factors(a, b, 0.7))
+    new_blocks, new_scales, tally = round_experts(blocks, scales, LoraFactors(a, b, 0.7))
     before = dequantise(blocks, scales, torch.float32).double().unflatten(-1, (-1, 32))
     after = dequantise(new_blocks, new_scales, torch.float32).double().unflatten(-1, (-1, 32))
     update = (0.7 * (b.double() @ a.double())).unflatten(-1, (-1, 32))

@@ -16,13 +16,14 @@ import torch
 from merging import GATE_UP, without_provenance
 
 from finetune import staging
-from finetune.adapters.store import WEIGHTS, Factors, open_adapter
+from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.cli.main import main
 from finetune.errors import InputError
 from finetune.export import execute
-from finetune.export.merged import export_merged
 from finetune.export.options import ExportOptions
+from finetune.export.targets.merged import export_merged
 from finetune.files import sha256_of
+from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
 from finetune.staging import Staging
 
@@ -32,8 +33,8 @@ NEAREST = ("--rounding", "nearest")
 def test_a_failed_verification_exits_6_and_keeps_the_unfinished_name(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong(blocks: torch.Tensor, scales: torch.Tensor, factors: Factors | None, **kind: bool) -> object:
-        stronger = None if factors is None else Factors(factors.a, factors.b, factors.scale * 1.01)
+    def wrong(blocks: torch.Tensor, scales: torch.Tensor, factors: LoraFactors | None, **kind: bool) -> object:
+        stronger = None if factors is None else LoraFactors(factors.a, factors.b, factors.scale * 1.01)
         return right(blocks, scales, stronger, **kind)
 
     right = execute.add_to_experts
@@ -51,7 +52,7 @@ def test_a_failed_verification_exits_6_and_keeps_the_unfinished_name(
 
 def export(adapter: Path, out: Path, target: str = "mxfp4", **options: object) -> None:
     export_merged(
-        open_adapter(adapter),
+        AdapterFile.open(adapter),
         target,
         out,
         ExportOptions(verify=False, rounding="nearest" if target == "mxfp4" else None, **options),

@@ -129,11 +129,11 @@ class Work:
         rows = self.held_out(split)
         if labels:
             few = slice(ACCURACY_ROWS)
-            rows = replace(rows, records=rows.records[few], samples=rows.samples[few], old_domain=())
+            rows = replace(rows, records=rows.records[few], examples=rows.examples[few], old_domain=())
         else:
             rows = replace(rows, labels=None)
         base = build_base(self.checkpoint, CPU, torch.float32, experts_per_chunk=8)
-        return measure_variants(Variants(base, plan, rounded), rows, names)
+        return measure_variants(Variants(base, plan, rounded), rows, names).as_json()
 
 
 def stage_train(work: Work) -> None:
@@ -153,7 +153,7 @@ def stage_round(work: Work) -> None:
             started = time.process_time()
             plan, rounded = _rounded(work, size, seed, "compensated")
             found = work.measure(plan, rounded, "test", None)
-            found["weights"] = weight_survival(plan, rounded.tallies, rounded.experts)["overall"]
+            found["weights"] = weight_survival(plan, rounded.tallies, rounded.experts).overall.as_json()
             work.keep(key, found | {"cpu_seconds": time.process_time() - started})
             print(f"{key}: {time.process_time() - started:.0f} CPU seconds", flush=True)
 

@@ -175,7 +175,7 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimiser.step()
-    return {split: held_out_loss(base.model, work.held_out(split).samples, 1024).mean for split in SPLITS}
+    return {split: held_out_loss(base.model, work.held_out(split).examples, 1024).mean for split in SPLITS}
 
 
 def batches(work: Work, seed: int) -> Iterator[Batch]:

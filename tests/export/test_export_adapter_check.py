@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from synthetic_adapter import EXPERTS, SIZES, write_synthetic
 from test_export_adapters import export, sites
 
+from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.store import AdapterFile
 from finetune.cli.main import main
 from finetune.config.compose import compose
@@ -203,7 +204,7 @@ def test_the_router_and_a_lone_gate_up_are_read_as_what_they_are(target: str, tm
     found = verify_adapter(AdapterFile.open(directory), target, export(directory, target, tmp_path / "out"))
     zeros = {"peft": 1, "mlx": 1, "gguf-lora": 0}[target]
     kinds = {"router": 1, "gate_proj": EXPERTS, "up_proj": EXPERTS} | ({"down_proj": 0} if zeros else {})
-    assert found["kinds"] == kinds and found["zeros"] == zeros
+    assert found.kinds == kinds and found.zeros == zeros
 
 
 def test_an_alpha_that_is_not_the_adapters_is_found(source: Path, tmp_path: Path) -> None:
@@ -222,8 +223,8 @@ def test_a_failure_exits_6_and_leaves_nothing(
     """A writer that takes gate for up, found by the other process."""
     from finetune.export.targets import sglang
 
-    parts = sglang.gate_and_up
-    monkeypatch.setattr(sglang, "gate_and_up", lambda factors: parts(factors)[::-1])
+    parts = sglang.split_gate_up
+    monkeypatch.setattr(sglang, "split_gate_up", lambda factors: parts(factors)[::-1])
     out = tmp_path / "out"
     assert main(["export", str(source), "--to", "sglang", "--out", str(out)]) == 6
     errors = capfd.readouterr().err
@@ -274,8 +275,8 @@ def test_attributions_go_with_what_was_trained_on_them(source: Path, tmp_path: P
     assert "Dan Hendrycks" in section and "CC BY 4.0" in section and "whitespace normalised" in section
     assert "PubMedQA" not in section, "neither base nor recipe used it"
     card = run / "export" / "mlx" / "README.md"
-    assert base_attributions({"name": str(card.parent), "revision": None}) == section.strip()
+    assert base_attributions(BaseRecord(str(card.parent))) == section.strip()
     (base / "README.md").unlink()
-    assert "was not there" in base_attributions({"name": str(base), "revision": None})
-    assert "openai/gpt-oss-20b" in base_attributions({"name": "openai/gpt-oss-20b", "revision": "abc"})
-    assert "establish it" in attribution_section({"name": "", "revision": None}, ["/data/mine.jsonl"])
+    assert "was not there" in base_attributions(BaseRecord(str(base)))
+    assert "openai/gpt-oss-20b" in base_attributions(BaseRecord("openai/gpt-oss-20b", "abc"))
+    assert "establish it" in attribution_section(BaseRecord(), ["/data/mine.jsonl"])

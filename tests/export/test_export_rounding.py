@@ -28,7 +28,7 @@ from finetune.config.validate import load_run_config
 from finetune.data.dataset import load_split
 from finetune.errors import CheckError, InputError
 from finetune.export.plan import plan_merge
-from finetune.export.survival.effect import compare_with_thresholds, require_kept
+from finetune.export.survival.effect import Effect, VariantFigures, compare_with_thresholds, require_kept
 from finetune.export.survival.variants import Variants
 from finetune.export.verify import compare_weights
 from finetune.model.build import LayerStream, build_base
@@ -102,7 +102,7 @@ def test_the_same_command_writes_the_same_bytes(merged: tuple[Path, dict[str, An
 @pytest.mark.slow
 def test_a_kill_between_layers_costs_one_layer(merged: tuple[Path, dict[str, Any]], run: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from finetune.export.rounding import run; from finetune.cli.main import main\n"
+        "import os, signal, sys; from finetune.rounding import run; from finetune.cli.main import main\n"
         "keep = run._keep\n"
         "def killed(staging, number, *rest):\n"
         "    if number == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -259,35 +259,33 @@ def test_a_model_that_was_every_variant_is_the_base_again(merged: tuple[Path, di
 # --- judging
 
 
-def effect(gain_kept: float, kl_removed: float, gain: float = 1.0) -> dict[str, Any]:
-    figures = {"loss": 1.0, "kl": 1 - kl_removed, "gain_kept": gain_kept, "kl_removed": kl_removed}
-    perfect = {"loss": 1.0, "kl": 0.0, "gain_kept": 1.0, "kl_removed": 1.0}
-    return {
-        "gain": gain,
-        "gain_interval": [gain - 0.5, gain + 0.5],
-        "variants": {"compensated": figures, "adapter": perfect, "bf16": perfect},
-    }
+def effect(gain_kept: float, kl_removed: float, gain: float = 1.0) -> Effect:
+    perfect = VariantFigures(1.0, 0.0, None, None, 1.0, (1.0, 1.0), 1.0)
+    written = replace(perfect, kl=1 - kl_removed, gain_kept=gain_kept, kl_removed=kl_removed)
+    variants = {"compensated": written, "adapter": perfect, "bf16": perfect}
+    return Effect(9, "test", 0, 0.95, gain, (gain - 0.5, gain + 0.5), variants)
 
 
 @pytest.mark.parametrize(
     ("kept", "removed", "reasons"), [(0.97, 0.8, 0), (0.89, 0.8, 1), (1.06, 0.8, 1), (1.5, -0.56, 2), (0.97, 0.4, 1)]
 )
 def test_a_merge_is_judged_by_gain_and_by_kl(kept: float, removed: float, reasons: int) -> None:
-    facts = effect(kept, removed)
-    verdict = compare_with_thresholds(facts, "compensated", ExportConfig())
-    assert len(verdict["reasons"]) == reasons and verdict["kept"] == (reasons == 0)
+    measured = effect(kept, removed)
+    verdict = compare_with_thresholds(measured, "compensated", ExportConfig())
+    assert len(verdict.reasons) == reasons and verdict.kept == (reasons == 0)
+    measured = replace(measured, verdict=verdict)
     if reasons:
         with pytest.raises(CheckError, match="lost the fine-tune") as caught:
-            require_kept(facts, "compensated", verdict)
+            require_kept(measured, "compensated")
         assert caught.value.exit_code == 6 and "merged, bf16 (100% of the gain" in str(caught.value)
     else:
-        require_kept(facts, "compensated", verdict)
+        require_kept(measured, "compensated")
 
 
 def test_a_gain_that_may_be_none_is_not_judged_but_kl_is() -> None:
     verdict = compare_with_thresholds(effect(0.2, 0.8, gain=0.1), "compensated", ExportConfig())
-    assert verdict["kept"] and "cannot be told from none" in verdict["notes"][0]
-    assert not compare_with_thresholds(effect(0.2, 0.1, gain=0.1), "compensated", ExportConfig())["kept"]
+    assert verdict.kept and "cannot be told from none" in verdict.notes[0]
+    assert not compare_with_thresholds(effect(0.2, 0.1, gain=0.1), "compensated", ExportConfig()).kept
 
 
 def test_an_export_that_loses_the_fine_tune_exits_6_and_keeps_its_unfinished_name(

@@ -175,7 +175,7 @@ def test_a_merge_carries_the_bias_and_says_that_others_do_not(
 def test_combining_adapters_adds_their_biases(tiny_base: Path, tmp_path: Path) -> None:
     base, adapter = trained(tiny_base, FULL)
     directory = write(tmp_path / "adapter", base, adapter, FULL)
-    assert main(["adapter", "merge", f"{directory}:0.5", f"{directory}:0.25", "--out", str(tmp_path / "sum")]) == 0
+    assert main(["adapter", "combine", f"{directory}:0.5", f"{directory}:0.25", "--out", str(tmp_path / "sum")]) == 0
     one, both = (json.loads((d / ROUTER_BIAS).read_text()) for d in (directory, tmp_path / "sum"))
     name = "model.layers.1.mlp.router.bias"
     assert both[name] == pytest.approx([0.75 * value for value in one[name]], rel=1e-6)

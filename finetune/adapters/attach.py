@@ -58,7 +58,7 @@ def attach_adapter(
     Raises:
         CheckError: a planned site is not in the model, or something else than LoRA would be trained.
     """
-    sites = plan_sites(base.checkpoint.shape, config, selection, ranks)
+    sites = plan_sites(base.checkpoint.arch, config, selection, ranks)
     adapter = _attach_sites(base.model, sites, DTYPES[config.dtype], config.attention.dropout)
     for site, module in zip(adapter.sites, adapter.modules, strict=True):
         for name, parameter in lora_parameters(module).items():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 
 from finetune.adapters.sites import Site
-from finetune.kernels.dispatch import LoraExperts, Ranks
+from finetune.kernels.dispatch import LoraExperts, LoraRanks
 from finetune.kernels.experts import LoraFactors
 from finetune.model.experts import PackedExperts
 from finetune.model.nf4 import Nf4Linear, frozen_linear
@@ -130,8 +130,8 @@ class ExpertLora(nn.Module):
             self.register_parameter(f"{name.removesuffix('_proj')}_b", nn.Parameter(b))
 
     @property
-    def ranks(self) -> Ranks | None:
-        """Ranks of the adapted experts, where they differ."""
+    def ranks(self) -> LoraRanks | None:
+        """LoraRanks of the adapted experts, where they differ."""
         return None if self.adapted is None else self.adapted.ranks
 
     def gate_up(self) -> LoraFactors | None:
@@ -187,7 +187,7 @@ def adapted_experts(site: Site, device: torch.device) -> LoraExperts | None:
     """The adapted experts of a site as the expert block takes them; None if all are, with one rank."""
     if site.experts is None:
         return None
-    ranks = None if site.ranks is None else Ranks.of(site.ranks, site.scales, device)
+    ranks = None if site.ranks is None else LoraRanks.of(site.ranks, site.scales, device)
     return LoraExperts(site.experts, torch.tensor(site.experts, device=device), ranks)
 
 

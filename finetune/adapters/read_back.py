@@ -27,10 +27,10 @@ from finetune.adapters.lora import Adapter
 from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, MachineError
 from finetune.model.build import Base
-from finetune.model.checkpoint import DenseCheckpoint, write_native
+from finetune.model.checkpoint import DenseCheckpoint
 from finetune.model.forward import hidden_states
-from finetune.model.held import write_dense
 from finetune.model.noise import largest_difference, mean_kl, rounding_noise
+from finetune.model.write import write_dense, write_native
 
 MAX_TOKENS = 1024  # of a sample; transformers' eager attention holds T x T scores
 NUM_POSITIONS = 16  # compared in each sample: 201,088 logits each
@@ -85,7 +85,7 @@ def memory_needed_bytes(base: Base) -> int:
 
     Every weight of the dequantised base in the compute dtype, and half as much again while transformers converts.
     """
-    tensors = base.checkpoint.shape.expected_tensors()
+    tensors = base.checkpoint.arch.expected_tensors()
     parameters = sum(
         math.prod(shape) * (2 if name.endswith("_blocks") else 1)  # a block's byte holds two weights
         for name, (_, shape) in tensors.items()

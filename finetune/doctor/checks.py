@@ -138,13 +138,12 @@ def check_kernels() -> Iterator[Finding]:
     """Which kernels a 20b run would use here, and why."""
     import torch
 
-    from finetune.kernels.attention_choice import AttentionDims, choose_attention
-    from finetune.kernels.experts_choice import ExpertDims, choose_expert_kernel
+    from finetune.kernels.choice import AttentionDims, ExpertDims, choose_attention_kernel, choose_expert_kernel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     experts = choose_expert_kernel("auto", ExpertDims(2880, 2880, 16), device, dtype)
-    attention = choose_attention("auto", AttentionDims(64, 8, 64, 128), device, dtype)
+    attention = choose_attention_kernel("auto", AttentionDims(64, 8, 64, 128), device, dtype)
     for choice in (experts, attention):
         name, _, text = choice.describe().partition(": ")
         is_slow = device.type == "cuda" and choice.kernel == "reference"

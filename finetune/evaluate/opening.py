@@ -16,13 +16,9 @@ from finetune.adapters.store import AdapterFile
 from finetune.config.schema import DataConfig, ModelConfig, RunConfig
 from finetune.config.validate import load_run_config
 from finetune.errors import InputError
-from finetune.model.attention import select_attention
-from finetune.model.build import DTYPES, Base, build_base, choose_device, choose_dtype
-from finetune.model.checkpoint import Checkpoint
-from finetune.model.experts import select_expert_kernel
+from finetune.model.build import DTYPES, Base
 from finetune.model.forward import check_packing
-from finetune.model.hub import locate_base
-from finetune.model.storage import BaseStorage
+from finetune.model.open import open_base
 
 
 @dataclass(frozen=True)
@@ -73,21 +69,11 @@ def open_model(
         revision = file.base.revision
     settings = replace(config.model if config else ModelConfig(path=name), path=name, revision=revision)
     if device is not None:
-        settings = replace(settings, device=device)  # type: ignore[arg-type]
+        # A run's demand for a kernel applies where it ran; on a device named here it is a preference.
+        settings = replace(settings, device=device, expert_kernel="auto")  # type: ignore[arg-type]
     settings = _as_trained_over(settings, file.base)
-    location = locate_base(settings.path, settings.revision)
-    where = choose_device(settings)
-    loaded = build_base(
-        Checkpoint.open(location.directory),
-        where,
-        choose_dtype(settings, where),
-        settings.experts_per_chunk,
-        BaseStorage.of(settings),
-    )
-    log.info(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
-    log.info(select_attention(loaded.model, settings.attention_kernel).describe())
-    # A run's demand holds where it ran; on a device named here it is a preference.
-    log.info(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
+    # The adapter's recorded identity is compared below, so neither checksums nor the recipe's identity are needed.
+    loaded = open_base(replace(settings, identity=None), verify_files=False)
     check_packing(loaded.model)
     refuse_other_base(file.base, loaded.identity, directory)
     warn_other_storage(file.base, loaded.held_as, directory)

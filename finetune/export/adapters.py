@@ -105,10 +105,10 @@ def _check_base(adapter: AdapterFile, options: ExportOptions) -> Arch | None:
             check_fits(arch, adapter)
         return arch
     checkpoint = Checkpoint.open(find_base(adapter, options).directory)
-    refuse_swapped(adapter, checkpoint.shape)
-    check_fits(checkpoint.shape, adapter)
+    refuse_swapped(adapter, checkpoint.arch)
+    check_fits(checkpoint.arch, adapter)
     check_base(checkpoint, adapter)
-    return checkpoint.shape
+    return checkpoint.arch
 
 
 def _contents(

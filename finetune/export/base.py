@@ -11,15 +11,20 @@ from finetune import log
 from finetune.adapters.store import AdapterFile
 from finetune.arch import Arch
 from finetune.config.paths import shipped_dir
+from finetune.config.schema import ModelConfig
 from finetune.errors import InputError, MachineError
 from finetune.export.options import ExportOptions
-from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint, DenseCheckpoint, write_native
+from finetune.model.build import Base
+from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint, DenseCheckpoint
 from finetune.model.headers import read_json
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.identity import checkpoint_identity
+from finetune.model.open import open_base
+from finetune.model.write import write_native
 from finetune.mxfp4.constants import BLOCK
 
 _PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
+_EXPERTS_PER_CHUNK = 4
 _OTHER_BASE = "give the base the adapter was trained on with --base"
 
 
@@ -99,6 +104,21 @@ def check_fits(arch: Arch, adapter: AdapterFile) -> None:
                 f"{of}{out} x {inputs}",
                 fix=_OTHER_BASE,
             )
+
+
+def open_reference(checkpoint: Checkpoint) -> Base:
+    """Open a checkpoint with the reference kernels, on the GPU if there is one."""
+    return open_base(reference_settings(checkpoint), checkpoint=checkpoint, verify_files=False, quiet=True)
+
+
+def reference_settings(checkpoint: Checkpoint) -> ModelConfig:
+    """A `model` configuration with the reference kernels."""
+    return ModelConfig(
+        path=str(checkpoint.directory),
+        expert_kernel="reference",
+        attention_kernel="reference",
+        experts_per_chunk=_EXPERTS_PER_CHUNK,
+    )
 
 
 @contextmanager

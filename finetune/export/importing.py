@@ -148,7 +148,7 @@ def _base(file: AdapterFile, options: ExportOptions) -> tuple[GivenBase | None, 
         return None, known_arch(file)
     location = find_base(file, options)
     checkpoint = Checkpoint.open(location.directory)
-    return GivenBase(location, checkpoint), checkpoint.shape
+    return GivenBase(location, checkpoint), checkpoint.arch
 
 
 def _sites(layers: dict[int, dict[str, LoraFactors]]) -> tuple[StoredSite, ...]:

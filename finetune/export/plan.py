@@ -117,7 +117,7 @@ def plan_merge(
     Raises:
         InputError: the adapter does not fit the base's shapes.
     """
-    check_fits(checkpoint.shape, adapter)
+    check_fits(checkpoint.arch, adapter)
     if target == "mxfp4":
         shards = _native_shards(checkpoint, adapter, biases=rounding == "compensated")
     else:
@@ -189,7 +189,7 @@ def _native_shards(checkpoint: Checkpoint, adapter: AdapterFile, *, biases: bool
     if _scales_follow_blocks([operation.name for shard in shards for operation in shard.operations]):
         return tuple(shards)
     operations = {operation.name: operation for shard in shards for operation in shard.operations}
-    return _cut([operations[name] for name in checkpoint.shape.expected_tensors()])
+    return _cut([operations[name] for name in checkpoint.arch.expected_tensors()])
 
 
 def _scales_follow_blocks(names: Sequence[str]) -> bool:
@@ -206,7 +206,7 @@ def _dense_shards(checkpoint: Checkpoint, adapter: AdapterFile) -> tuple[Shard, 
     sites = {site.module: site for site in adapter.sites}
     operations = []
     kind: Kind
-    for name, (dtype, sizes) in checkpoint.shape.expected_tensors().items():
+    for name, (dtype, sizes) in checkpoint.arch.expected_tensors().items():
         if name.endswith(_SCALES):
             continue
         if name.endswith(_BLOCKS):

@@ -25,16 +25,15 @@ from finetune.adapters.read_back import (
     sample_positions,
 )
 from finetune.adapters.store import WEIGHTS, AdapterFile
-from finetune.config.schema import ModelConfig
 from finetune.config.validate import load_run_config
 from finetune.data.dataset import load_split
 from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, FinetuneError
+from finetune.export.base import open_reference
 from finetune.export.options import AdapterTarget, MergedTarget
 from finetune.export.plan import MergePlan
 from finetune.export.record import AdapterCheck, LogitsCheck, LogitsDistance, MergeCheck, Skipped, WeightsCheck
 from finetune.export.targets.gguf import gguf_name
-from finetune.model.build import build_base, choose_device, choose_dtype
 from finetune.model.checkpoint import Checkpoint
 from finetune.rounding.merge import Tally
 
@@ -42,7 +41,6 @@ CHILDREN = Path(__file__).with_name("children")
 NUM_EXAMPLES = 4
 MAX_MEAN_KL = 1e-2  # bfloat16 rounds every merged weight, and a token near a tie then takes another expert
 MAX_KL_SHARE = 0.05  # of the KL between plain base and adapter; measured 0.0007
-_EXPERTS_PER_CHUNK = 4
 
 
 def verify_adapter(adapter: AdapterFile, target: AdapterTarget, directory: Path) -> AdapterCheck:
@@ -167,9 +165,8 @@ def compare_logits(plan: MergePlan, directory: Path, examples: Sequence[Example]
     Raises:
         CheckError: the directory does not load cleanly, or is another model.
     """
-    device = choose_device(ModelConfig(path=str(plan.checkpoint.directory)))
-    dtype = choose_dtype(ModelConfig(path=str(plan.checkpoint.directory)), device)
-    base = build_base(plan.checkpoint, device, dtype, _EXPERTS_PER_CHUNK)
+    base = open_reference(plan.checkpoint)
+    dtype = base.compute_dtype
     if not fits_in_memory(base):
         reason = "a dequantised model needs more than half of the memory that is free"
         log.warning(f"logits were not compared: {reason}")
@@ -179,7 +176,7 @@ def compare_logits(plan: MergePlan, directory: Path, examples: Sequence[Example]
     attach_for_merge(base, plan.adapter)
     tensors |= sample_logits(base, tensors, "adapted")
     if plan.target == "mxfp4":  # what was written, by our own reader: rounding may have lost the adapter
-        merged = build_base(Checkpoint.open(directory), device, dtype, _EXPERTS_PER_CHUNK)
+        merged = open_reference(Checkpoint.open(directory))
         tensors |= sample_logits(merged, tensors, "merged")
         tensors |= sample_limit(merged, tensors, "merged")
     with tempfile.TemporaryDirectory() as scratch:

@@ -38,7 +38,7 @@ def rounding_seconds(
     Both solvers do the same for every block of columns, so a few blocks of the real height and number of experts tell
     the rest. The forward pass over the calibration rows is not counted: it is a training step's without the backward.
     """
-    shape, total = plan.checkpoint.shape, 0.0
+    shape, total = plan.checkpoint.arch, 0.0
     chunks = -(-shape.num_experts // at_once)
     for inputs, out in ((shape.hidden, 2 * shape.expert_width), (shape.expert_width, shape.hidden)):
         blocks = min(_PROBE_BLOCKS, inputs // BLOCK)

@@ -132,7 +132,7 @@ def test_lora_gradients_equal_autograd_through_pefts_dense_weights(tiny_base: Pa
     by_key = {name.replace(".default", ""): p.grad for name, p in peft.named_parameters() if "lora_" in name}
     parameters, compared = adapter.parameters(), 0
     for site in adapter.sites:
-        experts = base.checkpoint.shape.num_experts if site.kind == "experts" else 0
+        experts = base.checkpoint.arch.num_experts if site.kind == "experts" else 0
         for weight in site.weights:
             stem = f"{site.module}.{weight.removesuffix('_proj')}" if experts else f"{site.module}.lora"
             theirs = unflatten(*(by_key[key] for key in factor_keys(site.layer, weight)), experts, site.rank)
@@ -288,7 +288,7 @@ def test_files_hold_what_peft_and_vllm_ask_for(written: tuple[Path, Base]) -> No
     assert config["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     assert config["rank_pattern"] == dict.fromkeys(config["target_parameters"], 3)
     tensors = load_file(directory / WEIGHTS)
-    shape = base.checkpoint.shape
+    shape = base.checkpoint.arch
     experts = "base_model.model.model.layers.0.mlp.experts"
     assert tensors[f"{experts}.base_layer.lora_A.weight"].shape == (3 * shape.num_experts, shape.hidden)
     assert tensors[f"{experts}.base_layer.lora_B.weight"].shape == (2 * shape.expert_width, 3 * shape.num_experts)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finetune import log
-from finetune.config.schema import ExportConfig, ModelConfig, RunConfig
+from finetune.config.schema import ExportConfig, RunConfig
 from finetune.data.dataset import load_split
 from finetune.data.harmony.render import Example
 from finetune.data.sources import Record
@@ -26,18 +26,18 @@ from finetune.errors import CheckError, FinetuneError
 from finetune.evaluate.labels import label_set, score_labels, stratified_subset
 from finetune.evaluate.likelihood import HeldOutLoss, held_out_loss, predicted_states
 from finetune.evaluate.statistics import bootstrap_ratio_interval
+from finetune.export.base import open_reference, reference_settings
 from finetune.export.options import ExportOptions, Rounding
 from finetune.export.plan import MergePlan
 from finetune.export.record import Skipped
 from finetune.export.survival.variants import NAMES, Variants
 from finetune.kernels.loss_head import token_kl, token_nll
 from finetune.machine import free_memory
-from finetune.model.build import build_base, choose_device, choose_dtype
+from finetune.model.open import choose_device
 from finetune.rounding.calibration import calibration_config
 from finetune.rounding.run import RoundedExperts
 
 NUM_RESAMPLES = 1000
-_EXPERTS_PER_CHUNK = 4
 _MEMORY_SHARE = 0.8  # of what is free, for the packed base and activations
 
 
@@ -174,11 +174,10 @@ def measure_survival(
     held_out = held_out_examples(config, config.export.survival_examples)
     if held_out is None:
         return _skipped("the recipe names neither test nor validation rows")
-    where = ModelConfig(path=str(plan.checkpoint.directory))
-    device = choose_device(where)
+    device = choose_device(reference_settings(plan.checkpoint))
     if plan.checkpoint.num_bytes >= free_memory(device) * _MEMORY_SHARE:
         return _skipped("the packed base does not fit into the memory that is free")
-    base = build_base(plan.checkpoint, device, choose_dtype(where, device), _EXPERTS_PER_CHUNK)
+    base = open_reference(plan.checkpoint)
     effect = measure_variants(Variants(base, plan, rounded), held_out)
     verdict = compare_with_thresholds(effect, plan.rounding, config.export)
     for line in [*describe_effect(effect), *verdict.notes]:

@@ -5,7 +5,6 @@ Shape legend: E experts, L rank.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 
@@ -30,6 +29,7 @@ from finetune.adapters.sites import ExpertRanks, Selection, Site, SiteKind, plan
 from finetune.adapters.store import AdapterFile, load_router_bias
 from finetune.config.schema import AdapterConfig
 from finetune.errors import CheckError, InputError
+from finetune.files import seeded_generator
 from finetune.kernels.experts import LoraFactors
 from finetune.model.build import DTYPES, Base
 from finetune.model.experts import PackedExperts
@@ -144,8 +144,7 @@ def _attach_site(model: GptOssForCausalLM, site: Site, dtype: torch.dtype, dropo
 
 def _initialise(a: nn.Parameter, name: str, seed: int, module: LoraModule) -> None:
     """Fill [..., L, in] uniformly in +-1/sqrt(in), the same numbers on every device."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    generator = seeded_generator(seed, name)
     bound = 1 / math.sqrt(a.shape[-1])
     # Numbers are drawn for all experts, so that an expert's do not depend on which others are adapted.
     some = module if isinstance(module, ExpertLora) and module.site.share != "a" and module.adapted else None

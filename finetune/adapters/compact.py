@@ -112,9 +112,8 @@ def write_compact(directory: Path, adapter: Adapter, num_experts: int, *, rslora
         for name, parameter in adapter.parameters().items()
         if not name.endswith(".bias_change")
     }
-    with staged_directory(directory, "the adapter") as staging:
+    with staged_directory(directory, "the adapter", file_mode=0o644) as staging:
         save_file(tensors, staging / COMPACT_WEIGHTS, metadata={"format": "pt"})
-        (staging / COMPACT_WEIGHTS).chmod(0o644)  # safetensors writes for the owner only
         sites = [asdict(site) for site in adapter.sites]
         write_json(staging / SITES, {"num_experts": num_experts, "rslora": rslora, "sites": sites})
         write_router_bias(staging, router_bias_changes(adapter))

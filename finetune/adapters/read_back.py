@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +25,7 @@ from finetune import log
 from finetune.adapters.lora import Adapter
 from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, MachineError
+from finetune.machine import free_memory
 from finetune.model.build import Base
 from finetune.model.checkpoint import DenseCheckpoint
 from finetune.model.forward import hidden_states
@@ -96,7 +96,7 @@ def memory_needed_bytes(base: Base) -> int:
 
 def fits_in_memory(base: Base) -> bool:
     """Does a dequantised base fit into half of the memory that is free now?"""
-    return memory_needed_bytes(base) < psutil.virtual_memory().available * FREE_MEMORY_SHARE
+    return memory_needed_bytes(base) < free_memory() * FREE_MEMORY_SHARE
 
 
 def read_back(

@@ -268,9 +268,8 @@ def write_directory(
         InputError: the directory exists.
         MachineError: it cannot be written.
     """
-    with staged_directory(directory, "the adapter") as staging:
+    with staged_directory(directory, "the adapter", file_mode=0o644) as staging:
         save_file(dict(tensors), staging / WEIGHTS, metadata={"format": "pt"})
-        (staging / WEIGHTS).chmod(0o644)  # safetensors writes for the owner only
         write_json(staging / CONFIG, _peft_config(fields, base))
         write_router_bias(staging, router_bias or {})
         write_provenance(staging, base.as_provenance() | dict(extra or {}))

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from finetune.config.paths import cache_dir
+from finetune.machine import num_cores, total_memory
 
 PACKAGE = "gpt-oss-finetune"
 HUB = "https://huggingface.co"
@@ -174,12 +175,10 @@ def check_tools() -> Iterator[Finding]:
 
 def check_machine() -> Iterator[Finding]:
     """Cores, memory and how torch's threads wait."""
-    import psutil
-
-    total = psutil.virtual_memory().total / 2**30
+    total = total_memory() / 2**30
     small = total < _SMALL_MEMORY_GIB
     fix = "tests and the demo want 8 GiB; reading a 20b checkpoint wants 16" if small else None
-    yield Finding("memory", "note" if small else "ok", f"{total:.1f} GiB, {os.cpu_count()} cores", fix)
+    yield Finding("memory", "note" if small else "ok", f"{total:.1f} GiB, {num_cores()} cores", fix)
     policy = os.environ.get("OMP_WAIT_POLICY", "unset")
     spins = policy.upper() == "ACTIVE"
     fix = "unset OMP_WAIT_POLICY: waiting threads that spin made steps 20 times slower (docs/log.md)" if spins else None

@@ -83,7 +83,7 @@ def export_adapter(
     if target == "peft":
         write_directory(out, contents.tensors, contents.config, adapter.base, finish=finish)
     else:
-        with staged_directory(out, "the adapter") as staging:
+        with staged_directory(out, "the adapter", file_mode=0o644) as staging:
             _write(staging, adapter, target, contents)
             finish(staging)
     for line in contents.commands:
@@ -139,7 +139,6 @@ def _write(staging: Path, adapter: AdapterFile, target: AdapterTarget, contents:
         write_gguf_lora(path, contents.tensors, contents.config["adapter.lora.alpha"])
     else:
         save_file(contents.tensors, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors writes for the owner only
         write_json(staging / CONFIG, contents.config)
     source = {"exported_from": sha256_of(adapter.directory / WEIGHTS)}
     write_provenance(staging, {"target": target} | adapter.base.as_provenance() | source)

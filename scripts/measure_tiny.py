@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from constructed_base import write_constructed_base
 from pretraining.corpus import FILES, Conversations, documents, read_texts
 from pretraining.vocabulary import Vocabulary
 
@@ -26,6 +27,7 @@ from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.tiny import KINDS, write_tiny_base
+from finetune.results import read_evaluation
 
 _ROW_TOKENS = 2048
 _TOKENS_PER_DOMAIN = 12_000  # documents from the start of each domain's test split; each token costs 201,088 logits
@@ -53,7 +55,9 @@ def _bases(folder: Path) -> list[Path]:
     for kind in KINDS:
         if not (folder / kind).exists():
             write_tiny_base(folder / kind, kind=kind)
-    return [folder / kind for kind in KINDS]
+    if not (folder / "constructed").exists():
+        write_constructed_base(folder / "constructed")
+    return [folder / kind for kind in ("pretrained", "constructed", "random")]
 
 
 def measure_loss(bases: list[Path]) -> None:
@@ -98,11 +102,11 @@ def measure_lora(out: Path, bases: list[Path], seeds: list[int], overrides: list
 
 
 def _say_run(name: str, seed: int, run: Path) -> None:
-    after = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["after"]
+    evaluation = read_evaluation(run / "evaluation.json")
+    assert evaluation is not None
     steps = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["total_steps"]
-    low, high = after["accuracy_interval"]
-    accuracy = f"{after['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-    log.result(f"| {name} | {seed} | {steps} | {after['loss']:.3f} | {accuracy} |")
+    loss, accuracy = (figures.adapter for _, figures in evaluation.headlines())
+    log.result(f"| {name} | {seed} | {steps} | {loss.value:.3f} | {accuracy.text()} |")
 
 
 if __name__ == "__main__":

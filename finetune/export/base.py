@@ -14,9 +14,9 @@ from finetune.config.paths import shipped_dir
 from finetune.config.schema import ModelConfig
 from finetune.errors import InputError, MachineError
 from finetune.export.options import ExportOptions
+from finetune.files import read_json
 from finetune.model.build import Base
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint, DenseCheckpoint
-from finetune.model.headers import read_json
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.identity import checkpoint_identity
 from finetune.model.open import open_base

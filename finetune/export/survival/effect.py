@@ -23,7 +23,8 @@ from finetune.data.dataset import load_split
 from finetune.data.harmony.render import Example
 from finetune.data.sources import Record
 from finetune.errors import CheckError, FinetuneError
-from finetune.evaluate.labels import label_set, score_labels, stratified_subset
+from finetune.evaluate.evalset import label_set, stratified_subset
+from finetune.evaluate.labels import score_labels
 from finetune.evaluate.likelihood import HeldOutLoss, held_out_loss, predicted_states
 from finetune.evaluate.statistics import bootstrap_ratio_interval
 from finetune.export.base import open_reference, reference_settings
@@ -174,8 +175,7 @@ def measure_survival(
     held_out = held_out_examples(config, config.export.survival_examples)
     if held_out is None:
         return _skipped("the recipe names neither test nor validation rows")
-    device = choose_device(reference_settings(plan.checkpoint))
-    if plan.checkpoint.num_bytes >= free_memory(device) * _MEMORY_SHARE:
+    if not fits_in_memory(plan, choose_device(reference_settings(plan.checkpoint))):
         return _skipped("the packed base does not fit into the memory that is free")
     base = open_reference(plan.checkpoint)
     effect = measure_variants(Variants(base, plan, rounded), held_out)
@@ -183,6 +183,11 @@ def measure_survival(
     for line in [*describe_effect(effect), *verdict.notes]:
         log.result(line)
     return replace(effect, verdict=verdict)
+
+
+def fits_in_memory(plan: MergePlan, device: torch.device) -> bool:
+    """Whether the packed base fits into the device's free memory with room for activations."""
+    return plan.checkpoint.num_bytes < free_memory(device) * _MEMORY_SHARE
 
 
 def _skipped(reason: str) -> Skipped:

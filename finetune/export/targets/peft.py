@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from finetune.adapters.layout import ROUTER, Strength, lora_config_fields, module_path
-from finetune.adapters.store import AdapterFile, adapter_tensors
+from finetune.adapters.store import AdapterFile, peft_tensors
 from finetune.arch import Arch
 from finetune.errors import InputError
 from finetune.export.factors import Layer, ordered, padded, with_both_projections
@@ -56,7 +56,7 @@ def peft_contents(
     for number, layer in layers:
         for name, factors in ordered(with_both_projections(layer)):
             factors = padded(factors, rank) if rank else factors
-            tensors |= adapter_tensors([(number, name, factors)])
+            tensors |= peft_tensors([(number, name, factors)])
             weights[module_path(number, name) + (".weight" if name == ROUTER else "")] = _strength(factors, rslora)
     return tensors, lora_config_fields(weights, every_layer=every_layer, rslora=rslora)
 

@@ -22,11 +22,10 @@ from finetune.errors import InputError
 from finetune.export import execute
 from finetune.export.options import ExportOptions
 from finetune.export.targets.merged import export_merged
-from finetune.files import sha256_of
+from finetune.files import ResumableDirectory, sha256_of
 from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.identity import verify_checksums
-from finetune.staging import Staging
 
 NEAREST = ("--rounding", "nearest")
 
@@ -192,8 +191,8 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(
 
 
 def test_shards_of_another_export_are_not_kept(tmp_path: Path) -> None:
-    first = Staging(tmp_path / "out", "key")
-    first.half("a").write_bytes(b"1")
-    first.finish_shard("a", {"sha256": sha256_of(first.half("a"))})
-    assert Staging(tmp_path / "out", "key").shards.keys() == {"a"}
-    assert not Staging(tmp_path / "out", "another").shards and not (first.path / "a").exists()
+    first = ResumableDirectory(tmp_path / "out", "key")
+    first.unfinished("a").write_bytes(b"1")
+    first.finish("a", {"sha256": sha256_of(first.unfinished("a"))})
+    assert ResumableDirectory(tmp_path / "out", "key").files.keys() == {"a"}
+    assert not ResumableDirectory(tmp_path / "out", "another").files and not (first.path / "a").exists()

@@ -15,7 +15,7 @@ import torch
 from router_runs import SMALL, Run, new_base, samples, shake
 from small_run import Train, manifest_of, metrics_of
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.config.schema import RouterAdapterConfig
 from finetune.data.batches import _padding, collate
 from finetune.data.harmony.encode import HEADER, Channel
@@ -97,7 +97,7 @@ def test_training_tokens_are_counted_once_and_padding_never(tiny_base: Path) -> 
     data = samples(4)
     run = Run(tiny_base, checkpointed=True, router_balance_scope="step", router_balance_coefficient=0.01)
     run([collate([data[:2], data[2:]]), _padding()])
-    usage = run.step.router_loss.usage
+    usage = run.step.usage
     total = sum(len(sample.ids) for sample in data)
     assert usage.tokens.tolist() == [total]
     assert usage.chosen.sum((1, 2)).tolist() == [4 * total] * 2

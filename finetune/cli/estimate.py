@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> None:
     """
     from finetune.config.compose import compose
     from finetune.estimate.fit import Budget
-    from finetune.estimate.host import available_host_bytes
     from finetune.estimate.report import make_estimate
     from finetune.estimate.shapes import PUBLISHED, find_base
     from finetune.estimate.text import as_data, describe, verdict
+    from finetune.machine import free_memory
 
     for name in ("gpu_gib", "gpus"):
         if getattr(args, name) <= 0:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
             fix=f"give a local directory, or estimate with model.path={PUBLISHED[0]} if it has that size",
         )
     on_cpu = composed.config.model.device == "cpu"
-    budget = Budget.of_host(available_host_bytes()) if on_cpu else Budget.of_card(args.gpu_gib)
+    budget = Budget.of_host(free_memory()) if on_cpu else Budget.of_card(args.gpu_gib)
     estimate = make_estimate(
         composed.config, composed.recipe_name, facts, budget, gpus=args.gpus, plan=args.plan, tflops=args.gpu_tflops
     )

@@ -22,7 +22,7 @@ from finetune.data.files import broken_file, find_files
 from finetune.data.harmony.tokenizer import RANK_FILE_SHA256
 from finetune.data.sources import BadRecord, SplitName, counts_broken_records, sources_of
 from finetune.errors import InputError, MachineError
-from finetune.files import sha256_of
+from finetune.files import sha256_of, staged_directory
 
 FACTS_FILE = "facts.json"
 
@@ -31,6 +31,8 @@ _NOT_IN_KEY = {
     "train", "validation", "test", "on_bad_record", "max_skipped_ratio", "pack", "cache", "cache_dir",
     "mix_temperature",
 }  # fmt: skip
+
+_NO_CACHE = "set data.cache_dir to a directory with room, or data.cache=false to hold the tokens in memory"
 
 
 def cached(config: DataConfig, split: SplitName) -> tuple[Tables, Facts]:
@@ -62,7 +64,7 @@ def cached(config: DataConfig, split: SplitName) -> tuple[Tables, Facts]:
         raise MachineError(
             f"the cache in {root} cannot be written",
             why=str(error),
-            fix="set data.cache_dir to a directory with room, or data.cache=false to hold the tokens in memory",
+            fix=_NO_CACHE,
         ) from error
 
 
@@ -86,15 +88,16 @@ def cache_key(config: DataConfig, split: SplitName) -> dict[str, Any]:
 
 def _build_into(directory: Path, key: Mapping[str, Any], config: DataConfig, split: SplitName) -> tuple[Tables, Facts]:
     """Build beside the final place and rename, so that what has the final name is whole."""
-    unfinished = directory.with_name(f"{directory.name}.part")
-    for leftover in (unfinished, directory):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    unfinished.mkdir(mode=0o700)
-    writer = TableWriter(unfinished)
-    try:
-        facts = build(config, split, writer)
-        writer.close()
+    if directory.exists():
+        shutil.rmtree(directory)
+    with staged_directory(directory, "the cached tokens", fix=_NO_CACHE, mode=0o700) as unfinished:
+        writer = TableWriter(unfinished)
+        try:
+            facts = build(config, split, writer)
+            writer.close()
+        except BaseException:
+            writer.abandon()
+            raise
         if cache_key(config, split)["sources"] != key["sources"]:
             raise InputError(
                 f"data.{split}: a source changed while it was read",
@@ -104,11 +107,6 @@ def _build_into(directory: Path, key: Mapping[str, Any], config: DataConfig, spl
         hashes = {name: sha256_of(unfinished / name) for name in (SAMPLES_FILE, RECORDS_FILE)}
         hashes[FACTS_FILE] = _sha256_of(document)
         (unfinished / FACTS_FILE).write_text(json.dumps({"facts": document, "sha256": hashes, "key": key}))
-        unfinished.rename(directory)
-    except BaseException:
-        writer.abandon()
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return open_tables(directory), facts
 
 

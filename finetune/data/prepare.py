@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -22,6 +20,7 @@ from finetune.data.fiction import FICTION, fiction_records
 from finetune.data.pubmedqa import PUBMEDQA, pubmedqa_records
 from finetune.data.upstream import Upstream, checked
 from finetune.errors import ConfigError, InputError
+from finetune.files import write_bytes
 
 Domain = Literal["legal", "medical", "creative"]
 
@@ -59,8 +58,8 @@ def prepare(domain: Domain, source: str | None = None, out: Path | None = None) 
     checked(upstream.name, content, upstream.sha256)
     target = out or prepared_dir() / upstream.name
     for path, name in upstream.beside.items():
-        _write(target.parent / name, files[path])
-    _write(target, gzip.compress(content, 9, mtime=0))
+        write_bytes(target.parent / name, files[path])
+    write_bytes(target, gzip.compress(content, 9, mtime=0))
     log.info(f"built from its source, sha256 {upstream.sha256[:12]} as it should be. {upstream.terms}")
     return target
 
@@ -88,16 +87,3 @@ def _sum_of(path: Path) -> str | None:
         return hashlib.sha256(gzip.decompress(path.read_bytes())).hexdigest()
     except (gzip.BadGzipFile, EOFError, zlib.error):
         return None
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a second process or a full disk leaves no half of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

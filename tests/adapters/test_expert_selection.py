@@ -101,7 +101,7 @@ def test_only_the_chosen_experts_have_parameters_gradients_and_optimiser_state(t
     for each in (run, chosen):
         each(batches)
         each(batches)
-    shape = chosen.base.checkpoint.shape
+    shape = chosen.base.checkpoint.arch
     per_expert = 3 * (2 * shape.hidden + 3 * shape.expert_width)
     state, whole = (
         sum(t.numel() for name, t in each.step.engine.optimizer_tensors().items() if not name.endswith("/step"))

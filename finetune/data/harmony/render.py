@@ -83,7 +83,7 @@ def sees_thinking(messages: Sequence[Message], config: DataConfig, *, is_trainin
 # or, without thinking, `<|channel|>final<|message|>ANSWER<|return|>`. A tool call ends with `<|call|>`; its result and
 # the `<|start|>assistant` after it are handed to the model again, and so are context. End tokens are trained, or the
 # model would not stop; but not the `<|end|>` of an answer that is followed by another turn, where the model itself
-# would have written `<|return|>`. docs/guide/harmony.md has every policy where renderers differ.
+# would have written `<|return|>`. docs/guide/data.md has every policy where renderers differ.
 
 _NUM_GIVEN = 2
 """Tokens of `<|start|>assistant`, which whoever calls the model writes."""

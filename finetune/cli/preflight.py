@@ -25,8 +25,8 @@ from finetune.estimate.fit import Budget, fit
 from finetune.estimate.report import make_estimate
 from finetune.estimate.shapes import BaseFacts, find_base
 from finetune.estimate.text import change_lines, memory_lines, verdict
+from finetune.files import read_json
 from finetune.machine import free_memory
-from finetune.model.headers import read_json
 
 
 def check_memory(config: RunConfig) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from finetune.doctor.checks import check_machine
+from finetune.doctor import check_machine
 
 from finetune import machine
 from finetune.adapters.read_back import fits_in_memory

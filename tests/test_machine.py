@@ -9,7 +9,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from finetune.doctor import check_machine
 
 from finetune import machine
 from finetune.adapters.read_back import fits_in_memory
@@ -17,6 +16,7 @@ from finetune.arch import Arch
 from finetune.cli.preflight import device_budget
 from finetune.config.compose import compose
 from finetune.config.paths import shipped_dir
+from finetune.doctor import check_machine
 from finetune.export.end_to_end import _fits
 from finetune.machine import free_memory, num_cores, total_memory
 from finetune.rounding.probe import experts_at_once

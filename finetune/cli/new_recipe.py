@@ -51,7 +51,9 @@ def _report_columns(facts: FileFacts) -> None:
         read = ", ".join(f"{theirs} as {ours}" for ours, theirs in source.columns.items())
         log.warning(f"no form has these columns; the recipe reads {read}: correct `columns` if that is wrong")
     if source.form != "auto":
-        log.warning(f"the records fit several forms; the recipe reads {source.form}: correct `form` if that is wrong")
+        log.warning(
+            f"the records fit several forms; the recipe reads them as {source.form}: correct `form` if that is wrong"
+        )
     if facts.unused:
         log.warning(f"not used: {_counted(facts.unused)}")
 

@@ -62,7 +62,7 @@ def reference_log_probabilities(reference: GptOssForCausalLM, ids: list[int]) ->
 # ---- held-out loss --------------------------------------------------------------------------------------------------
 
 
-def test_held_out_loss_equals_one_sample_at_a_time(base: Base, reference: GptOssForCausalLM, split: Split) -> None:
+def test_held_out_loss_equals_one_example_at_a_time(base: Base, reference: GptOssForCausalLM, split: Split) -> None:
     samples = split.samples[:5]
     scored = held_out_loss(base.model, samples, 1024)  # packs several into a row
     assert min(len(sample.ids) for sample in samples) > 128  # beyond the sliding window
@@ -83,7 +83,7 @@ def test_held_out_loss_counts_weights(base: Base, split: Split) -> None:
     assert both.nll[0] == pytest.approx(2 * alone.nll[0]) and both.mean == pytest.approx(alone.mean)
 
 
-def test_held_out_loss_is_left_between_batches(base: Base, split: Split) -> None:
+def test_held_out_loss_stops_between_batches(base: Base, split: Split) -> None:
     def leave() -> None:
         raise InterruptedError
 
@@ -117,7 +117,7 @@ def test_label_scores_equal_one_answer_at_a_time(
             assert scored.shared[number] == pytest.approx(log_probability[:3].sum().item(), abs=1e-4)  # the header
 
 
-def test_a_label_computed_after_another_clause_scores_otherwise(
+def test_a_label_after_another_prompt_scores_differently(
     scored: LabelScores, reference: GptOssForCausalLM, split: Split
 ) -> None:
     """The comparison above can fail: the prompt matters by far more than its tolerance."""
@@ -127,7 +127,7 @@ def test_a_label_computed_after_another_clause_scores_otherwise(
 
 
 def test_records_scored_together_equal_records_scored_alone(base: Base, split: Split, scored: LabelScores) -> None:
-    """Three records share a row of tokens; each alone gives the same table, and another record another one."""
+    """Three records share a sequence; each alone gives the same scores, and another record other ones."""
     alone = [
         score_labels(base.model, [record], scored.labels, CONFIG).log_likelihood[0] for record in split.records[:2]
     ]
@@ -136,7 +136,7 @@ def test_records_scored_together_equal_records_scored_alone(base: Base, split: S
     assert np.abs(alone[0] - scored.log_likelihood[1]).max() > 1e-2
 
 
-def test_losses_of_samples_packed_together_equal_those_of_samples_alone(base: Base, split: Split) -> None:
+def test_losses_of_packed_examples_equal_those_of_examples_alone(base: Base, split: Split) -> None:
     samples = split.samples[:3]
     together = held_out_loss(base.model, samples, 2048).nll
     alone = [held_out_loss(base.model, [sample], 1024).nll[0] for sample in samples]
@@ -144,7 +144,7 @@ def test_losses_of_samples_packed_together_equal_those_of_samples_alone(base: Ba
     assert np.abs(together - np.roll(alone, 1)).max() > 1e-2
 
 
-def test_answers_of_one_row_do_not_see_each_other(base: Base, split: Split, scored: LabelScores) -> None:
+def test_answers_of_one_prompt_do_not_see_each_other(base: Base, split: Split, scored: LabelScores) -> None:
     pair = (scored.labels[1], scored.labels[17])
     records = [dataclasses.replace(split.records[0], answer=pair[0])]
     fewer = score_labels(base.model, records, pair, CONFIG).log_likelihood[0]
@@ -178,7 +178,7 @@ def test_an_answer_outside_the_labels_is_named(base: Base, split: Split) -> None
 
 @pytest.mark.parametrize(("prompt", "num_scored"), [([], 0), ([5, 6], 2)])
 def test_a_prompt_that_predicts_nothing_is_refused(prompt: list[int], num_scored: int) -> None:
-    """Its first token would otherwise be predicted by whatever stands before it in the row."""
+    """Its first token would otherwise be predicted by whatever precedes it in the sequence."""
     with pytest.raises(ValueError, match="predicts nothing"):
         Group(prompt, [[7]], num_scored)
     Group([*prompt, 8], [[7]], num_scored)

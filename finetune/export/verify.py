@@ -48,7 +48,7 @@ def verify_adapter(adapter: AdapterFile, target: AdapterTarget, directory: Path)
 
     Args:
         adapter: the one it was made from.
-        target: whose layout it has.
+        target: of the export.
         directory: of the export, with its finetune.json.
 
     Raises:
@@ -87,7 +87,7 @@ def verify_merged(
         tallies: sums that the exporter counted.
 
     Raises:
-        CheckError: names the tensor that is wrong, or says how far logits are apart.
+        CheckError: names the tensor that is wrong, or gives the distance of the logits.
     """
     weights = _check_weights(plan, target, directory, tallies)
     examples, reason = _prompts(run)

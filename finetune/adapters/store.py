@@ -94,7 +94,7 @@ class AdapterFile:
         config: its adapter_config.json.
         base_name, base_revision, base_identity: the base it was trained on; identity is None without finetune.json.
         sites: what it changes, by layer.
-        base_held_as: parts of the base that were rounded further while it was trained, see `Base.held_as`.
+        base_held_as: parts of the base that were rounded further while it was trained, see `Base.storage_changes`.
         router_bias: changes of routers' biases by the tensor's name, float32 [E]; only merges carry them.
     """
 
@@ -384,7 +384,7 @@ def write_adapter(
         config: the recipe's adapter part.
         base_name, base_revision: where to get the base, for whoever loads the adapter.
         base_identity: which base it belongs to.
-        base_held_as: parts of it that were rounded further, see `Base.held_as`; recorded if there are any.
+        base_held_as: parts of it that were rounded further, see `Base.storage_changes`; recorded if there are any.
 
     Raises:
         CheckError: a factor is not finite, or every B is zero (nothing was trained).

@@ -88,7 +88,7 @@ def open_model(
     # The file has factors for every expert, zeros where a run adapted only some.
     adapter_config = replace(adapter_config, experts=_as_filed(adapter_config.experts, directory, stored))
     adapter = attach_adapter(loaded, replace(adapter_config, init_from=None), seed=0)
-    read_adapter_into(directory, adapter, adapter_config, loaded.identity, loaded.held_as)
+    read_adapter_into(directory, adapter, adapter_config, loaded.identity, loaded.storage_changes)
     log.info(f"adapter: {directory}")
     loaded.model.eval()
     return LoadedModel(loaded, adapter, directory, run, config)

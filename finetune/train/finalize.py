@@ -66,7 +66,7 @@ def write_result(session: Session, run: RunDirectory, result: Result) -> None:
         "base_name": location.name if location.revision else str(location.directory.resolve()),
         "base_revision": location.revision,
         "base_identity": session.base.identity,
-        "base_held_as": session.base.held_as,
+        "base_held_as": session.base.storage_changes,
     }
     write_adapter(run.adapter, session.adapter, config, **base)
     run.update_manifest(adapter_norms=update_norms(session.adapter))

@@ -128,7 +128,7 @@ def open_session(config: RunConfig, processes: World = ALONE, *, resumed: bool =
     ranks = None if affinity is None else ranks_by_expert(affinity)
     adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection, ranks=ranks)
     if config.adapter.init_from is not None:
-        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
+        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.storage_changes)
         log.info(f"adapter: training on from {config.adapter.init_from}")
     log.info("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.arch))
     log.info(describe_optimizer(config, adapter.parameters()))
@@ -166,7 +166,7 @@ def session_facts(session: Session) -> dict[str, Any]:
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
             "expert_kernel": expert_kernel(session.base.model),
-            "held_as": session.base.held_as,
+            "held_as": session.base.storage_changes,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
         "data": {

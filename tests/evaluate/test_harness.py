@@ -51,7 +51,7 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("harness") / "adapter"
     write_adapter(
         directory, attached, ADAPTER, base_name=str(tiny_base), base_revision=None, base_identity=base.identity,
-        base_held_as=base.held_as,
+        base_held_as=base.storage_changes,
     )  # fmt: skip
     return directory
 

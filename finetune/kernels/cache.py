@@ -63,7 +63,7 @@ class KeyValueCache:
             positions: int64 [N], position of each token there. Every sequence has at least one token.
 
         Returns:
-            int64 [N'], numbers of the tokens that are cached. In a window's ring the early ones of a long prompt are not.
+            int64 [N'], numbers of the tokens that are cached: in a window's ring not the early ones of a long prompt.
         """
         slots = self._positions.shape[1]
         if len(positions) == len(

@@ -149,7 +149,7 @@ class CudaFlash:
 
 
 class _CpuCall(NamedTuple):
-    """Queries and keys of one call of the CPU kernel, and the distance of the first query's own key from the first key."""
+    """Queries and keys of one call of the CPU kernel; `offset` is the first query's own key minus the first key."""
 
     queries: slice
     keys: slice

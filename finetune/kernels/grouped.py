@@ -45,7 +45,7 @@ def grouped(rows: Tensor, matrices: Tensor, chunk: Chunk, *, loop: bool = False)
 
 
 def grouped_outer(left: Tensor, right: Tensor, chunk: Chunk, *, loop: bool = False) -> Tensor:
-    """left[of c] transposed times right[of c]: [R', M], [R', N] -> [C, M, N]; zero for experts without routed tokens."""
+    """left[of c] transposed times right[of c]: [R', M], [R', N] -> [C, M, N]; zero for experts without tokens."""
     if not runs_in_one_launch(left.device) or loop:
         out = left.new_empty(len(chunk.counts), left.shape[1], right.shape[1])
         for here, (start, stop) in zip(out, chunk.spans(), strict=True):

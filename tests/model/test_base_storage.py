@@ -43,18 +43,18 @@ LEVELS = torch.tensor(
 NF4 = BaseStorage(experts="nf4", attention="nf4")
 
 
-def opened(directory: Path, storage: BaseStorage) -> Base:
+def loaded(directory: Path, storage: BaseStorage) -> Base:
     return build_base(Checkpoint.open(directory), CPU, torch.float32, 3, storage)
 
 
 @pytest.fixture(scope="module")
 def nf4_base(tiny_base: Path) -> Base:
-    return opened(tiny_base, NF4)
+    return loaded(tiny_base, NF4)
 
 
 @pytest.fixture(scope="module")
 def native_base(tiny_base: Path) -> Base:
-    return opened(tiny_base, BaseStorage())
+    return loaded(tiny_base, BaseStorage())
 
 
 def by_hand(codes: Tensor, scales: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class TestNf4:
         assert 0.02 < nf4_base.storage_errors["experts"] < 0.15
         changes = nf4_base.storage_changes["attention"]
         assert changes["format"] == "nf4" and 0.05 < float(changes["relative_rms"]) < 0.12
-        opened(tiny_base, NF4)
+        loaded(tiny_base, NF4)
         assert f"experts: stored in NF4, which changed them by {(lost / total) ** 0.5:.2%}" in capfd.readouterr().err
 
     def test_identity_is_the_checkpoints_and_a_changed_code_is_named(self, nf4_base: Base, native_base: Base) -> None:
@@ -233,7 +233,7 @@ class TestSameFunction:
     """Storages that must not change a bit."""
 
     def test_bfloat16_experts_compute_the_same(self, native_base: Base, tiny_base: Path) -> None:
-        dense = opened(tiny_base, BaseStorage(experts="bfloat16"))
+        dense = loaded(tiny_base, BaseStorage(experts="bfloat16"))
         check_storage(storage_table(dense.model), BaseStorage(experts="bfloat16"))
         with torch.no_grad():
             assert torch.equal(logits(dense.model, tokens()), logits(native_base.model, tokens()))
@@ -244,7 +244,7 @@ class TestSameFunction:
 
     def test_the_embedding_on_the_host_computes_the_same(self, native_base: Base, tiny_base: Path) -> None:
         """In the checkpoint's dtype; rows are widened after the look-up, which gives the bits of before it."""
-        host = opened(tiny_base, BaseStorage(embedding_on_cpu=True))
+        host = loaded(tiny_base, BaseStorage(embedding_on_cpu=True))
         with torch.no_grad():
             assert torch.equal(logits(host.model, tokens()), logits(native_base.model, tokens()))
         (line,) = [line for line in storage_table(host.model) if line.part == "input embedding"]
@@ -276,7 +276,7 @@ def test_conversion_needs_scratch_for_one_expert() -> None:
 def test_an_adapter_over_nf4_records_it_and_is_read_back_over_nf4(
     tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    base = opened(tiny_base, NF4)
+    base = loaded(tiny_base, NF4)
     adapter = randomised(base, BOTH)
     names = {"base_name": "tiny", "base_revision": None, "base_identity": base.identity}
     write_adapter(tmp_path / "adapter", adapter, BOTH, **names, base_held_as=base.storage_changes)  # type: ignore[arg-type]

@@ -175,13 +175,13 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimiser.step()
-    return {split: held_out_loss(base.model, work.held_out(split).samples, 1024).mean for split in SPLITS}
+    return {split: held_out_loss(base.model, work.held_out(split).examples, 1024).mean for split in SPLITS}
 
 
 def batches(work: Work, seed: int) -> Iterator[Batch]:
     """Packed training rows in an order of the seed's."""
     data = compose(str(work.recipe("experts"))).config.data
-    samples = load_split(data, "train").samples
+    samples = load_split(data, "train").examples
     rows = pack([len(sample.ids) for sample in samples], 1024, np.random.default_rng([seed, 11]))
     for row in rows:
         yield collate([[samples[number] for number in row]])

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _stats(config: RunConfig, args: argparse.Namespace) -> None:
-    from finetune.data.files import printable
+    from finetune.data.checks import printable
     from finetune.data.stats import collect, describe_stats
 
     result = collect(config, duplicates=not args.no_duplicates)
@@ -84,7 +84,7 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
     if args.html and args.json:
         raise ConfigError("--html and --json are two answers", fix="give one of them")
     split = load_split(config.data, args.split, check=False)
-    samples = [split.samples[number] for number in spread(len(split.samples), args.n)]
+    samples = [split.examples[number] for number in spread(len(split.examples), args.n)]
     log.info(describe(split))
     if args.html:
         args.html.write_text(as_html(f"{recipe}: {args.split}", samples), encoding="utf-8")

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = Checkpoint.open(location.directory)
     device = choose_device(config.model)
     base = build_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
-    affinity = score_experts(base, location.name, split.samples, config.data, select, args.by, args.samples)
+    affinity = score_experts(base, location.name, split.examples, config.data, select, args.by, args.samples)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_expert_scores(out, affinity)
     for line in affinity.describe():

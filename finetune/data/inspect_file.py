@@ -11,11 +11,12 @@ from typing import Any
 
 from finetune import log
 from finetune.config.schema import DataConfig, DataForm, SourceConfig, ValidationSplitConfig
+from finetune.data.checks import BadRecordError
+from finetune.data.conversation import Message
 from finetune.data.dataset import count_kinds
 from finetune.data.duplicates import text_of
 from finetune.data.forms import KEYS_OF_FORM, fitting_forms, propose_columns, unused_keys
 from finetune.data.harmony.render import render_examples
-from finetune.data.message import BadRecordError, Message
 from finetune.data.sources import (
     SPLITS,
     BadRecord,

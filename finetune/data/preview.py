@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-from finetune.data.files import printable
+from finetune.data.checks import printable
 from finetune.data.harmony.encode import HEADER, Channel
 from finetune.data.harmony.render import Example
 from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID, harmony_encoding

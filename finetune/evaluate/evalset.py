@@ -15,8 +15,8 @@ from finetune import log
 from finetune.config.paths import SHIPPED_PREFIX, matching_files, resolve_data_path
 from finetune.config.schema import DataConfig, RunConfig, SourceConfig, ValidationSplitConfig
 from finetune.config.suggest import suggest_word
+from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
-from finetune.data.forms import Conversation
 from finetune.data.harmony.render import Example, render_examples
 from finetune.data.sources import Record
 from finetune.errors import ConfigError
@@ -204,7 +204,7 @@ def choose_test_set(split: Split, config: RunConfig, train: AnswersBySource) -> 
     for note in notes:
         log.warning(note)
     chosen = stratified_subset(split.records, config.evaluate.test_examples)
-    return _take(split.records, split.samples, chosen, labels, notes)
+    return _take(split.records, split.examples, chosen, labels, notes)
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def retention_sets(
         split = load_split(data, "test")
         chosen = stratified_subset(split.records, rows)
         labels = label_set(split.records) if scores_labels else None
-        suites.append(Suite(domain, _take(split.records, split.samples, chosen, labels), data))
+        suites.append(Suite(domain, _take(split.records, split.examples, chosen, labels), data))
     if suites:
         suites.append(_plain_text(suites, rows, config))
     return suites

@@ -86,7 +86,7 @@ def read_evaluation_data(
         split = load_split(config.data, "test")
         log.info(describe(split))
         beside, cannot = _training_split(config.data)
-        rows = choose_test_set(split, config, beside.answers if beside else {})
+        rows = choose_test_set(split, config, beside.stats.answers if beside else {})
     suites = [Suite("test", rows, config.data)]
     notes = [*_left_out_notes(split, config.data), *rows.notes, *_repeated_note(suites[0])]
     trained, was_trained_on = beside, config.data
@@ -104,7 +104,11 @@ def read_evaluation_data(
         notes.append(f"contamination and copying are not checked: {cannot}")
         log.warning(notes[-1])
     _check_answerable(suites[0], options.generate)
-    left_out = {"skipped": len(split.bad_records), "dropped": len(split.dropped), "truncated": split.num_truncated}
+    left_out = {
+        "skipped": len(split.stats.bad_records),
+        "dropped": len(split.stats.dropped),
+        "truncated": split.stats.num_truncated,
+    }
     return EvaluationData(tuple(suites), trained.records if trained else None, left_out, tuple(notes))
 
 
@@ -120,12 +124,12 @@ def _training_split(data: DataConfig) -> tuple[Split | None, str]:
 
 def _left_out_notes(split: Split, data: DataConfig) -> list[str]:
     notes = []
-    for kind, rows in (("skipped", split.bad_records), ("dropped", split.dropped)):
+    for kind, rows in (("skipped", split.stats.bad_records), ("dropped", split.stats.dropped)):
         if rows:
             notes.append(f"{len(rows):,} rows of data.test were {kind} and are in no figure ({count_kinds(rows)})")
-    if split.num_truncated:
+    if split.stats.num_truncated:
         notes.append(
-            f"{split.num_truncated:,} rows of data.test lost context to fit data.max_length ({data.max_length:,} "
+            f"{split.stats.num_truncated:,} rows of data.test lost context to fit data.max_length ({data.max_length:,} "
             "tokens): the loss sees what was left, labels and answers the whole prompt"
         )
     return notes

@@ -70,8 +70,8 @@ def held_out_rows(config: RunConfig, count: int) -> HeldOutRows | None:
     old: tuple[Example, ...] = ()
     if config.export.old_domain:
         other = load_split(replace(data, test=config.export.old_domain), "test")
-        old = tuple(other.samples[number] for number in stratified_subset(other.records, count))
-    return HeldOutRows(name, records, tuple(split.samples[number] for number in chosen), labels, old, config)
+        old = tuple(other.examples[number] for number in stratified_subset(other.records, count))
+    return HeldOutRows(name, records, tuple(split.examples[number] for number in chosen), labels, old, config)
 
 
 def measure_variants(variants: Variants, rows: HeldOutRows, names: Sequence[str] | None = None) -> dict[str, Any]:

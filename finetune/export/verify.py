@@ -165,7 +165,7 @@ def _prompts(run: Path | None) -> tuple[list[Example], str | None]:
     except FinetuneError as error:
         log.warning(f"the run's data cannot be read: {error.what}")
         return [], f"the run's data cannot be read: {error.what}"
-    return list(split.samples[:NUM_SAMPLES]), None
+    return list(split.examples[:NUM_SAMPLES]), None
 
 
 def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Example]) -> dict[str, Any]:

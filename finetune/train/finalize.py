@@ -49,7 +49,7 @@ def why_not_read_back(session: Session) -> str | None:
 def read_back_samples(session: Session) -> Sequence[Example]:
     """The samples on which logits are compared."""
     split = session.splits.get("test", session.splits["train"])
-    return split.samples[: session.config.export.read_back_examples]
+    return split.examples[: session.config.export.read_back_examples]
 
 
 def write_result(session: Session, run: RunDirectory, result: Result) -> None:

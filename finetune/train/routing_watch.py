@@ -96,7 +96,7 @@ class RoutingWatch:
             in_training: what routers chose on the training tokens of this sitting, of this process.
         """
         after = self.seen.get(step) or self.look(step)
-        names = group_names(list(self.split.source_sizes))
+        names = group_names(list(self.split.stats.source_sizes))
         tables = [usage_table("before", self._before, names), usage_table("after", after, names)]
         if table := self._training_table(in_training):
             tables.append(table)
@@ -121,19 +121,19 @@ class RoutingWatch:
     @functools.cached_property
     def _numbers(self) -> list[int]:
         """Samples that are measured, evenly spread over the split."""
-        total, count = len(self.split.samples), self.config.evaluate.routing_examples
+        total, count = len(self.split.examples), self.config.evaluate.routing_examples
         return [number * total // min(count, total) for number in range(min(count, total))]
 
     def _count(self, task: str) -> UsageCounts:
-        samples = [self.split.samples[number] for number in self._numbers]
-        ends = np.cumsum(list(self.split.source_sizes.values()))
+        samples = [self.split.examples[number] for number in self._numbers]
+        ends = np.cumsum(list(self.split.stats.source_sizes.values()))
         sources = np.searchsorted(ends, self._numbers, side="right")
         return count_usage(
             self.base,
             samples,
             self.config.data.max_length,
             lambda number: token_groups(samples[number], int(sources[number])),
-            len(group_names(list(self.split.source_sizes))),
+            len(group_names(list(self.split.stats.source_sizes))),
             task=task,
             between_batches=self.between_batches,
         )

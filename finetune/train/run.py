@@ -79,7 +79,7 @@ def _begin(session: Session, run: RunDirectory, started: float, write_report: Wr
         run.update_manifest(**session_facts(session))
         if run.writes:
             _name_skipped_rows(session, run)
-            write_json(run.path / "sample.json", as_json(session.splits["train"].samples[0]))
+            write_json(run.path / "sample.json", as_json(session.splits["train"].examples[0]))
             if session.affinity is not None:
                 write_expert_scores(run.path / EXPERTS, session.affinity)
         _execute(session, run, stop, started, write_report, resumed=False)
@@ -178,7 +178,7 @@ def _name_skipped_rows(session: Session, run: RunDirectory) -> None:
     skipped = [
         {"split": name, "where": row.where, "kind": row.kind, "reason": row.reason}
         for name, split in session.splits.items()
-        for row in (*split.bad_records, *split.dropped)
+        for row in (*split.stats.bad_records, *split.stats.dropped)
     ]
     if skipped:
         path = run.path / "skipped_rows.jsonl"
@@ -289,7 +289,7 @@ def _trainer(
         _leave_if_asked(stop, run, trainer.save, session.processes)
 
     if "validation" in session.splits:
-        samples = validation_subset(session.splits["validation"].samples, config.evaluate.validation_examples)
+        samples = validation_subset(session.splits["validation"].examples, config.evaluate.validation_examples)
 
         def validation() -> float:
             return held_out_loss(
@@ -309,7 +309,7 @@ def _trainer(
             session.accelerator,
             between,
         )
-    fingerprint = session.splits["train"].fingerprint
+    fingerprint = session.splits["train"].stats.fingerprint
     trainer = Trainer(
         config, base, session.adapter, session.plan, engine, run, tracker, validation, fingerprint, hangs, watch
     )

@@ -101,13 +101,13 @@ def open_session(config: RunConfig, processes: World = ALONE, *, resumed: bool =
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         log.info(describe(split))
-    test = choose_test_set(splits["test"], config, splits["train"].answers) if "test" in splits else None
+    test = choose_test_set(splits["test"], config, splits["train"].stats.answers) if "test" in splits else None
     plan = BatchPlan(
-        splits["train"].samples,
+        splits["train"].examples,
         config.data,
         config.trainer,
         config.seed,
-        source_sizes=splits["train"].source_sizes,
+        source_sizes=splits["train"].stats.source_sizes,
         rank=processes.rank,
         world_size=processes.count,
     )
@@ -149,7 +149,7 @@ def open_session(config: RunConfig, processes: World = ALONE, *, resumed: bool =
         log.info(note)
     processes.assert_same("the base", base.identity)
     for split_name, split in splits.items():
-        processes.assert_same(f"the {split_name} data", split.fingerprint)
+        processes.assert_same(f"the {split_name} data", split.stats.fingerprint)
     return Session(config, location, base, adapter, splits, plan, accelerator, processes, test, affinity)
 
 
@@ -159,7 +159,7 @@ def _chosen_experts(
     """Which experts are adapted; processes whose sums differ in the last bit must not differ in that."""
     if not config.adapter.experts.rank:
         return None
-    affinity = choose_experts(base, name, split.samples, config.data, config.adapter)
+    affinity = choose_experts(base, name, split.examples, config.data, config.adapter)
     if accelerator.num_processes > 1:
         (affinity,) = broadcast_object_list([affinity])
     return affinity
@@ -182,11 +182,11 @@ def session_facts(session: Session) -> dict[str, Any]:
         },
         "data": {
             name: {
-                "rows": len(split.samples),
-                "tokens": split.num_tokens,
-                "trained_tokens": split.num_trained_tokens,
-                "skipped_rows": len(split.bad_records),
-                "fingerprint": split.fingerprint,
+                "rows": len(split.examples),
+                "tokens": split.stats.num_tokens,
+                "trained_tokens": split.stats.num_trained_tokens,
+                "skipped_rows": len(split.stats.bad_records),
+                "fingerprint": split.stats.fingerprint,
             }
             for name, split in session.splits.items()
         },
@@ -239,10 +239,10 @@ def _accelerator(config: RunConfig, processes: World) -> Accelerator:
 
 
 def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
-    trainer, rows = config.trainer, plan.rows(0)
+    trainer, rows = config.trainer, plan.sequences(0)
     count = config.distributed.num_processes
     processes = f" x {count} processes" if count > 1 else ""
-    efficiency = packing_efficiency(example_lengths(split.samples), rows, config.data.max_length)
+    efficiency = packing_efficiency(example_lengths(split.examples), rows, config.data.max_length)
     log.info(
         f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
         f"{trainer.micro_batch_size} rows x {trainer.gradient_accumulation_steps} micro-steps{processes} = "

@@ -94,7 +94,7 @@ def seen(
 
 
 def num_rows(data: DataConfig, split: SplitName) -> int:
-    return load_split(dataclasses.replace(data, cache=False), split).num_records
+    return load_split(dataclasses.replace(data, cache=False), split).stats.num_records
 
 
 def test_rows_of_no_split_are_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

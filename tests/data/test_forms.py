@@ -10,9 +10,10 @@ import pytest
 from conversations import SCHEMA_RECORD, Maker, broken
 
 from finetune.config.schema import DataConfig
+from finetune.data.checks import BadRecordError
+from finetune.data.conversation import Message, ToolCall
 from finetune.data.forms import detect_form, parse_conversation
 from finetune.data.harmony.render import render_examples
-from finetune.data.message import BadRecordError, Message, ToolCall
 from finetune.data.sources import Record
 
 USER = {"role": "user", "content": "2 + 2?"}

@@ -40,7 +40,7 @@ def test_fullest_subset_equals_trying_all_subsets(lengths: list[int], room: int)
 @pytest.fixture(scope="module")
 def legal_lengths() -> list[int]:
     source = SourceConfig(path="shipped://legal/cuad_clause_type.jsonl.gz", where={"split": "train"})
-    return [len(sample.ids) for sample in load_split(DataConfig(train={"legal": source}), "train").samples]
+    return [len(sample.ids) for sample in load_split(DataConfig(train={"legal": source}), "train").examples]
 
 
 @pytest.mark.parametrize("capacity", [2048, 4096])

@@ -132,7 +132,7 @@ def test_a_recipe_says_how_to_get_it(clone: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(InputError, match="finetune data prepare medical"):
         load_split(data, "train")
     assert main(["data", "prepare", "medical", "--from", str(clone)]) == 0
-    assert len(load_split(data, "validation").samples) == 63
+    assert len(load_split(data, "validation").examples) == 63
 
 
 def compose_medical() -> Any:

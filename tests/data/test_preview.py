@@ -17,7 +17,7 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.schema import DataConfig, LossConfig
-from finetune.data.files import printable
+from finetune.data.checks import printable
 from finetune.data.forms import parse_conversation
 from finetune.data.harmony.render import Example, render_example
 from finetune.data.harmony.tokenizer import harmony_encoding

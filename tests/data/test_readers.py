@@ -17,7 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from finetune.config.schema import SourceConfig
-from finetune.data import files
+from finetune.data import readers
 from finetune.data.sources import BadRecord, RawRecord, Record, read_raw_records, read_records
 from finetune.errors import ConfigError, FinetuneError, InputError
 
@@ -343,8 +343,8 @@ def test_members_of_an_array_that_are_no_records(tmp_path: Path) -> None:
 
 
 def test_a_line_too_long_to_be_a_record_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 5_000)
-    monkeypatch.setattr(files, "_PIECE_BYTES", 700)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 5_000)
+    monkeypatch.setattr(readers, "_PIECE_BYTES", 700)
     path = tmp_path / "rows.jsonl"
     good = json.dumps(ROWS[0])
     path.write_text("\n".join([good, "x" * 20_000, good, "y" * 20_000]))

@@ -53,8 +53,8 @@ def test_figures_by_hand(config: RunConfig) -> None:
     assert train["sources"] == {"mine": 4, "twice": 1}
     assert train["packing"]["samples_by_source"] == {"mine": 4, "twice": 2}
     assert train["forms"] == {"messages": 4, "prompt_completion": 1}
-    assert train["tokens"] == sum(len(sample.ids) for sample in split.samples)
-    assert sum(train["trained"].values()) == sum(int((sample.weights > 0).sum()) for sample in split.samples)
+    assert train["tokens"] == sum(len(sample.ids) for sample in split.examples)
+    assert sum(train["trained"].values()) == sum(int((sample.weights > 0).sum()) for sample in split.examples)
     assert sum(train["trained"].values()) + sum(train["context"].values()) == train["tokens"]
     assert set(train["trained"]) == {"analysis", "final"}
     assert train["skipped"]["kinds"] == {"no messages": 1}
@@ -63,7 +63,7 @@ def test_figures_by_hand(config: RunConfig) -> None:
         train["dropped"]["kinds"] == {"too long": 1} and "rows.jsonl:6: " in train["dropped"]["places"]["too long"][0]
     )
     assert train["samples_spelling_control_tokens"] == 1
-    lengths = sorted(len(sample.ids) for sample in split.samples)
+    lengths = sorted(len(sample.ids) for sample in split.examples)
     assert (train["lengths"]["shortest"], train["lengths"]["longest"]) == (lengths[0], lengths[-1])
     histogram = train["lengths"]["histogram"]
     for entry in histogram:

@@ -16,11 +16,10 @@ from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 from finetune.adapters.lora import attach_adapter
 from finetune.adapters.store import write_adapter
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, DataConfig, ExpertAdapterConfig
-from finetune.data.forms import Conversation
+from finetune.data.conversation import Conversation, Message
 from finetune.data.harmony.encode import encode_text
 from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID
-from finetune.data.message import Message
 from finetune.data.sources import Record
 from finetune.errors import ConfigError, InputError
 from finetune.evaluate.generation import Sampling, generate

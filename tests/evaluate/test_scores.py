@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
 from finetune.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
+from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
-from finetune.data.forms import Conversation
 from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import InputError
@@ -114,7 +114,7 @@ def test_bootstrap_keeps_numerator_and_denominator_of_a_sample_together() -> Non
 
 
 def test_held_out_loss_equals_one_sample_at_a_time(base: Base, reference: GptOssForCausalLM, split: Split) -> None:
-    samples = split.samples[:5]
+    samples = split.examples[:5]
     scored = held_out_loss(base.model, samples, 1024)  # packs several into a row
     assert min(len(sample.ids) for sample in samples) > 128  # beyond the sliding window
     for number, sample in enumerate(samples):
@@ -128,7 +128,7 @@ def test_held_out_loss_equals_one_sample_at_a_time(base: Base, reference: GptOss
 
 
 def test_held_out_loss_counts_weights(base: Base, split: Split) -> None:
-    sample = split.samples[0]
+    sample = split.examples[0]
     doubled = dataclasses.replace(sample, weights=sample.weights * 2)
     alone, both = (held_out_loss(base.model, [s], 1024) for s in (sample, doubled))
     assert both.nll[0] == pytest.approx(2 * alone.nll[0]) and both.mean == pytest.approx(alone.mean)
@@ -139,7 +139,7 @@ def test_held_out_loss_is_left_between_batches(base: Base, split: Split) -> None
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        held_out_loss(base.model, split.samples[:2], 1024, between_batches=leave)
+        held_out_loss(base.model, split.examples[:2], 1024, between_batches=leave)
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_records_scored_together_equal_records_scored_alone(base: Base, split: S
 
 
 def test_losses_of_samples_packed_together_equal_those_of_samples_alone(base: Base, split: Split) -> None:
-    samples = split.samples[:3]
+    samples = split.examples[:3]
     together = held_out_loss(base.model, samples, 2048).nll
     alone = [held_out_loss(base.model, [sample], 1024).nll[0] for sample in samples]
     assert together == pytest.approx(alone, abs=1e-4)
@@ -277,7 +277,7 @@ def test_stratified_subset_rounds_by_largest_remainder() -> None:
 def test_figures_of_a_run_count_a_record_of_several_turns_once(base: Base, split: Split) -> None:
     """Two records, one of them with three rows: one label each, and records are what chance draws."""
     one, other = split.records[0], next(r for r in split.records if r.answer != split.records[0].answer)
-    samples = split.samples[:4]
+    samples = split.examples[:4]
     test = Rows((one, other, other, other), samples, (str(one.answer), str(other.answer)))
     config = RunConfig(model=ModelConfig(path="x"), data=CONFIG)
     figures = evaluate_test_set(base, test, config, when="before", between_batches=lambda: None)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.config.schema import RouterAdapterConfig
-from finetune.data.batches import _padding, collate
+from finetune.data.batches import collate, padding_batch
 from finetune.model.forward import Routing, record_router
 from finetune.train.router_loss import balance_sum, balance_weights, choice_counts, z_sum
 
@@ -146,7 +146,7 @@ def test_one_micro_step_equals_many_equals_two_processes(target: str, tiny_base:
     assert difference(many.gradients, one.gradients) < 2e-4
     together = Together(2)
     runs = [Run(tiny_base, accelerator=together.accelerator(rank), **settings) for rank in range(2)]
-    shares = [[collate([[sample]]) for sample in data[:4]], [collate([data[4:]]), *(_padding() for _ in range(3))]]
+    shares = [[collate([[sample]]) for sample in data[:4]], [collate([data[4:]]), *(padding_batch() for _ in range(3))]]
     both = together.run(lambda rank: runs[rank](shares[rank]))
     assert [figures.balance for figures in both] == pytest.approx([wanted.balance] * 2, abs=1e-6)
     mean = {name: (runs[0].gradients[name] + runs[1].gradients[name]) / 2 for name in one.gradients}
@@ -165,7 +165,7 @@ def test_padding_and_packing_change_nothing(scope: str, tiny_base: Path) -> None
     figures = packed([collate([data[:3], data[3:]])])
     assert figures.balance == pytest.approx(wanted.balance, abs=1e-6)
     assert difference(packed.gradients, apart.gradients) < 2e-4
-    figures = padded([collate([data[:3], data[3:]]), _padding(), _padding()])
+    figures = padded([collate([data[:3], data[3:]]), padding_batch(), padding_batch()])
     assert figures.balance == pytest.approx(wanted.balance, abs=1e-6), "micro-steps of padding alone do not count"
     assert difference(padded.gradients, apart.gradients) < 2e-4
     joined = collate([data[:3], data[3:]])

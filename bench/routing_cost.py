@@ -24,12 +24,12 @@ from finetune.adapters.lora import attach_adapter
 from finetune.config.schema import AdapterConfig, ModelConfig, TrainerConfig
 from finetune.data.batches import Batch, collate
 from finetune.data.harmony.render import Example
-from finetune.evaluate.usage import UsageCounter
 from finetune.model.build import build_base, choose_device, choose_dtype
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import Routing, checkpoint_activations
 from finetune.model.hub import locate_base
 from finetune.model.tiny import write_tiny_base
+from finetune.model.usage import UsageCounter
 from finetune.train.engines.base import alone as one_process
 from finetune.train.optim import make_optimizer
 from finetune.train.step import OptimiserStep

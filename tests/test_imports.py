@@ -120,3 +120,48 @@ def test_a_wrong_import_is_seen(source, relative):
 )
 def test_a_right_import_is_let_through(source, relative):
     assert violations(source, relative) == []
+
+
+ROOT = PACKAGE.parent
+OUTSIDE = sorted(
+    path for folder in ("bench", "scripts", "docs/notebooks", "tests") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def missing_names(path: Path) -> list[str]:
+    """Names that a file outside the package imports from it and that do not exist, wherever in the file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("finetune"):
+            continue
+        place = PACKAGE.joinpath(*str(node.module).split(".")[1:])
+        module = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if not module.is_file():
+            found.append(f"{path.name}: {node.module}")
+            continue
+        tree = ast.parse(module.read_text(encoding="utf-8"))
+        known = {
+            alias.asname or alias.name
+            for n in ast.walk(tree)
+            for alias in getattr(n, "names", [])
+            if hasattr(alias, "name")
+        }
+        known |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        known |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        for alias in node.names:
+            inside = place / alias.name
+            if alias.name not in known and not inside.is_dir() and not inside.with_suffix(".py").is_file():
+                found.append(f"{path.name}: {node.module}.{alias.name}")
+    return found
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_imported_from_outside_exist(path):
+    assert missing_names(path) == []
+
+
+def test_a_missing_name_is_seen(tmp_path):
+    (tmp_path / "made_up.py").write_text("def f():\n    from finetune.errors import NoSuchError, InputError\nimport os")
+    assert missing_names(tmp_path / "made_up.py") == ["made_up.py: finetune.errors.NoSuchError"]
+    (tmp_path / "made_up.py").write_text("from finetune.no_such import x")
+    assert missing_names(tmp_path / "made_up.py") == ["made_up.py: finetune.no_such"]

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from finetune.config.suggest import key_named, suggest_word
+from finetune.config.other_tools import remark_on
+from finetune.config.suggest import keys_named, suggest_word
 from finetune.errors import ConfigError
 
 
@@ -128,6 +129,14 @@ def recipe_and_overrides(args: argparse.Namespace) -> tuple[str, list[str]]:
     return words[0], words[1:]
 
 
+def _as_setting(name: str, value: str) -> str | None:
+    """Say how a setting that was given as an option is written; None if no key has that name."""
+    if remark := remark_on(name):
+        return remark
+    keys = keys_named(name)
+    return f"settings are written without dashes: {' '.join(f'{key}={value}' for key in keys)}" if keys else None
+
+
 def parse(parser: Parser, arguments: list[str], usage: str) -> argparse.Namespace:
     """Parse, and accept overrides after an option too, where argparse itself no longer looks for them.
 
@@ -144,8 +153,8 @@ def parse(parser: Parser, arguments: list[str], usage: str) -> argparse.Namespac
         if word.startswith("-") or not hasattr(args, "words"):
             name, _, value = word.partition("=")
             fix = suggest_word(name, re.findall(r"--[a-z-]+", usage))
-            if fix is None and hasattr(args, "words") and (key := key_named(name.lstrip("-").replace("-", "_"))):
-                fix = f"settings are written without dashes: {key}={value or 'VALUE'}"
+            if fix is None and hasattr(args, "words"):
+                fix = _as_setting(name.lstrip("-").replace("-", "_"), value or "VALUE")
             see = f"see `{parser.prog} {args.command} --help`"
             raise ConfigError(f"{parser.prog} {args.command} does not take {word}", fix=fix or see)
         args.words.append(word)

@@ -12,7 +12,7 @@ from typing import get_args, get_origin
 from finetune import log
 from finetune.cli.arguments import Parser, actions_of, add_action
 from finetune.config.recipes import groups, list_recipes, options
-from finetune.config.suggest import allowed_words, children, takes_keys, type_at
+from finetune.config.schema_paths import allowed_words, children, takes_keys, type_at
 
 SCRIPTS = {
     "bash": """_finetune() {

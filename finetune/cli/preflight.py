@@ -11,7 +11,7 @@ from finetune.adapters.sites import ExpertRanks, Selection, describe_sites, give
 from finetune.arch import Arch
 from finetune.config.compose import ComposedConfig
 from finetune.config.derive import check_inputs, deepspeed_lines, derived_lines
-from finetune.config.differences import ABSENT, defaults, differences, in_words
+from finetune.config.differences import ABSENT, as_typed, defaults, differences
 from finetune.config.expert_selection import parse_rank_by, parse_select, read_expert_scores
 from finetune.config.paths import shipped_dir
 from finetune.config.rules import SHARDED_BASE
@@ -142,8 +142,8 @@ def dry_run(recipe: str, composed: ComposedConfig) -> None:
     plain = to_plain(config)
     log.result(f"not at its default (`finetune config show {recipe}` prints every key):")
     for difference in differences(defaults(plain), plain):
-        default = "" if difference.before == ABSENT else f"  (default: {in_words(difference.before)})"
-        log.result(f"  {difference.key}: {in_words(difference.after)}{default}")
+        default = "" if difference.before == ABSENT else f"  (default: {as_typed(difference.before)})"
+        log.result(f"  {difference.key}: {as_typed(difference.after)}{default}")
     for line in [*derived_lines(config), *deepspeed_lines(config), *inputs]:
         log.result(line)
     for split in split_names(config.data):

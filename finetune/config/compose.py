@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune.config.layers import COMMAND_LINE, Layer, place_of, read_yaml
 from finetune.config.lint import lost_mappings, raise_problems, refuse_code, unknown_keys
+from finetune.config.old_keys import current_key, current_text, with_current_keys
 from finetune.config.paths import shipped_dir
 from finetune.config.recipes import (
     checked_option,
@@ -33,7 +34,7 @@ from finetune.config.recipes import (
     split_recipe,
 )
 from finetune.config.schema import RunConfig
-from finetune.config.suggest import KeyPath, dotted
+from finetune.config.schema_paths import KeyPath, dotted
 from finetune.config.validate import validate
 from finetune.errors import ConfigError
 
@@ -74,7 +75,7 @@ def compose(recipe: str, overrides: Sequence[str] = ()) -> ComposedConfig:
         ConfigError: anything in the recipe or the overrides that cannot be used, named with its place.
     """
     path = find_recipe(recipe)
-    recipe_layer, recipe_choices = split_recipe(read_yaml(path))
+    recipe_layer, recipe_choices = split_recipe(with_current_keys(read_yaml(path)))
     command_line = _read_overrides(overrides)
     choices = default_choices() | recipe_choices | dict(command_line.choices)
     files = [read_yaml(option_file(group, option)).below(group) for group, option in choices.items()]
@@ -126,7 +127,8 @@ def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
                     fix="leave one of the two out",
                 )
         section[path[-1]] = value
-    return _CommandLine(texts, choices, Layer(COMMAND_LINE, data, lines))
+    layer = with_current_keys(Layer(COMMAND_LINE, data, lines))
+    return _CommandLine({current_key(path): current_text(text) for path, text in texts.items()}, choices, layer)
 
 
 def _with_quotes(text: str) -> str:

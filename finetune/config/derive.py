@@ -1,4 +1,4 @@
-"""DeepSpeed's settings, worked out from a recipe: shown by `config show` and a dry run, stored in the run directory."""
+"""Values that follow from a configuration: derived numbers, DeepSpeed's settings, and inputs that must exist."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ NEVER = 10**9
 
 
 def deepspeed_settings(config: RunConfig) -> dict[str, Any] | None:
-    """What DeepSpeed is given, None if the recipe does not use it.
+    """Build DeepSpeed's settings, shown by `config show` and a dry run and stored in the run directory.
 
-    DeepSpeed sees the adapter alone: the base's tensors are no parameters to it. The optimiser is torch's AdamW, as
+    DeepSpeed sees only the adapter: the base's tensors are no parameters to it. The optimiser is torch's AdamW, as
     with every other kind, and clipping and accumulation are the recipe's.
+
+    Returns:
+        None if the recipe does not use DeepSpeed.
     """
     if config.distributed.kind not in DEEPSPEED:
         return None
@@ -29,7 +32,7 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any] | None:
     stage = int(config.distributed.kind.removeprefix("zero"))
     zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
     if stage == 3:
-        zero["stage3_param_persistence_threshold"] = 0  # deal out small factors too: the adapter is made of them
+        zero["stage3_param_persistence_threshold"] = 0  # shard small tensors too: the adapter consists of them
     return {
         "train_micro_batch_size_per_gpu": trainer.micro_batch_size,
         "gradient_accumulation_steps": trainer.gradient_accumulation_steps,
@@ -42,16 +45,13 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any] | None:
 
 
 def deepspeed_lines(config: RunConfig) -> list[str]:
-    """The settings for a person to read; nothing if the recipe does not use DeepSpeed."""
+    """Format DeepSpeed's settings for printing; nothing if the recipe does not use DeepSpeed."""
     settings = deepspeed_settings(config)
-    return ["DeepSpeed is given:", *json.dumps(settings, indent=2).splitlines()] if settings else []
-
-
-# What follows from a configuration before any model is loaded: arithmetic to read, and inputs that must exist.
+    return ["DeepSpeed settings:", *json.dumps(settings, indent=2).splitlines()] if settings else []
 
 
 def lora_scale(alpha: float, rank: int, *, rslora: bool) -> float:
-    """What an update b @ a is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    """Give the factor of an update b @ a: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
@@ -59,11 +59,11 @@ def derived_lines(config: RunConfig) -> list[str]:
     """Write the numbers that follow from others, with the arithmetic that gives them."""
     data, trainer, adapter = config.data, config.trainer, config.adapter
     count = config.distributed.num_processes
-    rows = trainer.micro_batch_size * trainer.gradient_accumulation_steps * count
+    sequences = trainer.micro_batch_size * trainer.gradient_accumulation_steps * count
     lines = [
-        f"rows per optimiser step = {trainer.micro_batch_size} a micro-step x "
-        f"{trainer.gradient_accumulation_steps} micro-steps x {count} process{'es' if count > 1 else ''} = {rows:,}",
-        f"tokens per optimiser step = {rows:,} rows x {data.max_length:,} = at most {rows * data.max_length:,}",
+        f"sequences per step = {trainer.micro_batch_size} (micro_batch_size) x {trainer.gradient_accumulation_steps} "
+        f"(gradient_accumulation_steps) x {count} rank{'s' if count > 1 else ''} = {sequences:,}",
+        f"tokens per step = {sequences:,} sequences x {data.max_length:,} = at most {sequences * data.max_length:,}",
     ]
     for name, lora in (("attention", adapter.attention), ("experts", adapter.experts)):
         if isinstance(lora, ExpertAdapterConfig) and lora.rank_by != "uniform" and lora.rank:
@@ -75,12 +75,20 @@ def derived_lines(config: RunConfig) -> list[str]:
         else:
             lines.append(f"{name}: not adapted (rank 0)")
     lines += router_notes(config)
-    last = trainer.learning_rate * (1.0 if trainer.schedule == "constant" else trainer.min_lr_ratio)
-    lines.append(
-        f"learning rate: {trainer.warmup_ratio:.0%} of the steps up to {trainer.learning_rate:g}, "
+    lines.append(learning_rate_line(config))
+    return lines
+
+
+def learning_rate_line(config: RunConfig) -> str:
+    """Describe the schedule, and whether its peak is the objective's default."""
+    trainer = config.trainer
+    peak = trainer.peak_learning_rate
+    last = peak * (1.0 if trainer.schedule == "constant" else trainer.min_lr_ratio)
+    default = f" (default of {config.objective.kind})" if peak == config.objective.default_learning_rate else ""
+    return (
+        f"learning rate: warm-up over {trainer.warmup_ratio:.0%} of the steps to {peak:g}{default}, "
         f"then {trainer.schedule} to {last:g}"
     )
-    return lines
 
 
 def _by_use(experts: ExpertAdapterConfig, *, rslora: bool) -> str:
@@ -88,13 +96,13 @@ def _by_use(experts: ExpertAdapterConfig, *, rslora: bool) -> str:
     least, most = (lora_scale(experts.alpha, rank, rslora=rslora) for rank in (highest, 1))
     divisor = "sqrt(its own rank)" if rslora else "its own rank"
     return (
-        f"expert ranks by {experts.rank_by}: {experts.rank} x adapted experts a layer together, 0 to {highest} each; "
+        f"expert ranks by {experts.rank_by}: {experts.rank} x adapted experts per layer in total, 0 to {highest} each; "
         f"LoRA scale on an expert = alpha {experts.alpha:g} / {divisor} = {most:g} down to {least:g}"
     )
 
 
 def router_notes(config: RunConfig) -> list[str]:
-    """Say, before anything is trained, where a router's update can be served and what no adapter file carries."""
+    """Describe where a trained router can be served, and which part of it no adapter file contains."""
     router = config.adapter.router
     if router.mode == "frozen":
         return []
@@ -103,9 +111,9 @@ def router_notes(config: RunConfig) -> list[str]:
         scale = lora_scale(router.alpha, router.rank, rslora=config.adapter.rslora)
         return [f"LoRA scale on routers = {scale:g} (rank {router.rank}). {served}"]
     return [
-        f"routers: weight and bias trained whole. The weight's change is exported as LoRA whose rank is the number of "
-        f"experts, so vLLM needs --max-lora-rank of at least that. {served}",
-        "routers: the bias's change fits into no adapter file; only merged exports (bf16, mxfp4, gguf) carry it",
+        "routers: whole weight and bias are trained. The change of the weight is exported as LoRA whose rank is the "
+        f"number of experts, so vLLM needs --max-lora-rank of at least that. {served}",
+        "routers: the change of the bias fits into no adapter file; only merged exports (bf16, mxfp4, gguf) contain it",
     ]
 
 
@@ -113,7 +121,7 @@ def check_inputs(config: RunConfig) -> list[str]:
     """Check that the base and every source can be found, without reading them.
 
     Returns:
-        A line for each, with what was found.
+        A line for each.
 
     Raises:
         InputError: a file or directory is missing.
@@ -153,10 +161,10 @@ def _describe_base(path: str) -> str:
     if (directory / "config.json").is_file():
         return f"{path}, a directory"
     if directory.is_dir():
-        raise InputError(f"model.path: {path} holds no config.json", fix="give the checkpoint's own directory")
+        raise InputError(f"model.path: {path} has no config.json", fix="give the checkpoint's own directory")
     if directory.exists() or looks_like_directory(path):
         raise InputError(f"model.path: there is no directory {path}", fix=suggest_base(path))
-    return f"{path}, no directory here, so taken as a hub name"
+    return f"{path}, a hub name (there is no such directory)"
 
 
 def _data_fix(path: str) -> str:
@@ -164,4 +172,4 @@ def _data_fix(path: str) -> str:
         return fix_for_missing_data(path) or "`shipped://` names a file of the toolkit's data/ folder"
     found = resolve_data_path(path)
     near = suggest_path(found, found.parent.iterdir()) if found.parent.is_dir() else None
-    return near or f"paths start at the working directory, {Path.cwd()}"
+    return near or f"paths are relative to the working directory, {Path.cwd()}"

@@ -1,4 +1,4 @@
-"""What one configuration sets that another does not: recipes against each other, or against the schema's defaults."""
+"""Differences between two configurations, or between one and the schema's defaults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.schema import RunConfig, SourceConfig
-from finetune.config.suggest import children
+from finetune.config.schema_paths import children, section_classes, section_tags
 
 ABSENT = "(absent)"
 
@@ -28,16 +28,16 @@ class Difference:
     after: Any
 
     def describe(self) -> str:
-        """The difference as a line.
+        """Describe the difference in a line.
 
         >>> Difference("trainer.epochs", 1.0, 2).describe()
         'trainer.epochs: 1.0 -> 2'
         """
-        return f"{self.key}: {in_words(self.before)} -> {in_words(self.after)}"
+        return f"{self.key}: {as_typed(self.before)} -> {as_typed(self.after)}"
 
 
-def in_words(value: Any) -> str:
-    """A value as one would type it."""
+def as_typed(value: Any) -> str:
+    """Write a value as on the command line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -56,12 +56,16 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
 
 
 def defaults(like: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema's own defaults as plain data; keys without a default are left out.
+    """Write the schema's defaults as plain data; keys without a default are left out.
 
     Args:
-        like: a whole plain configuration; the names of its sources are taken over, each with a source's defaults.
+        like: a whole plain configuration; its objective and the names of its sources are taken over, with the
+            defaults of that kind and of a source.
     """
     plain = _defaults_of(RunConfig)
+    objective = _class_of(children(RunConfig)["objective"], like.get("objective", {}).get("kind"))
+    plain["objective"] = _defaults_of(objective)
+    plain["trainer"]["learning_rate"] = objective.default_learning_rate
     for split in ("train", "validation", "test"):
         plain["data"][split] = {name: _defaults_of(SourceConfig) for name in like["data"][split]}
     return plain
@@ -70,14 +74,19 @@ def defaults(like: Mapping[str, Any]) -> dict[str, Any]:
 def _defaults_of(kind: Any) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
-        below = children(children(kind)[field.name])
-        if below:
-            plain[field.name] = _defaults_of(children(kind)[field.name])
+        if sections := section_classes(children(kind)[field.name]):
+            plain[field.name] = _defaults_of(sections[0])
         elif field.default is not dataclasses.MISSING:
             plain[field.name] = list(field.default) if isinstance(field.default, tuple) else field.default
         elif field.default_factory is not dataclasses.MISSING:
             plain[field.name] = field.default_factory()
     return plain
+
+
+def _class_of(kind: Any, tag: str | None) -> Any:
+    """Choose the class of a tagged union; the first one without a tag."""
+    sections = section_classes(kind)
+    return next((section for section in sections if tag in section_tags(section)), sections[0])
 
 
 def _leaves(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""Rules about experts and routers: what may be selected, shared and trained of them."""
+"""Selection and ranks of experts: the forms of `select` and `rank_by`, their rules, and the file of expert scores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.errors import ConfigError, InputError
 
 SELECT: tuple[str, ...] = ("adapter", "experts", "select")
 RANK_BY: tuple[str, ...] = ("adapter", "experts", "rank_by")
-HIGHEST_OVER_MEAN = 4  # what adapter.experts.max_rank is, in ranks, where the recipe leaves it open
+HIGHEST_OVER_MEAN = 4  # adapter.experts.max_rank over adapter.experts.rank where the recipe leaves it open
 _RANK_KINDS: tuple[Literal["uniform", "gate", "tokens"], ...] = ("uniform", "gate", "tokens")
 _RANK_FORMS = "uniform, gate, tokens, or a file that `finetune experts score` wrote"
 _FORMS = "all, top_p=0.2, top_k=8, or a file that `finetune experts score` wrote"
@@ -24,12 +24,12 @@ _FORMS = "all, top_p=0.2, top_k=8, or a file that `finetune experts score` wrote
 
 @dataclass(frozen=True)
 class SelectRule:
-    """What `adapter.experts.select` says.
+    """A value of `adapter.experts.select`.
 
     Attributes:
         kind: all experts, the most used by share or by number, or a file that names them.
-        top_p: share of the use that the chosen experts have together, for `top_p`.
-        top_k: experts a layer, for `top_k`.
+        top_p: share of the use that the selected experts have together, for `top_p`.
+        top_k: experts per layer, for `top_k`.
         path: for `file`.
     """
 
@@ -60,10 +60,10 @@ def parse_select(text: str) -> SelectRule:
 
 @dataclass(frozen=True)
 class RankRule:
-    """What `adapter.experts.rank_by` says.
+    """A value of `adapter.experts.rank_by`.
 
     Attributes:
-        kind: one rank for all, by a score of the experts that are measured or selected, or by a file's.
+        kind: one rank for all, ranks by a score of the experts, or ranks by the score in a file.
         path: for `file`.
     """
 
@@ -87,7 +87,7 @@ def parse_rank_by(text: str) -> RankRule:
 
 
 def highest_rank(experts: ExpertAdapterConfig) -> int:
-    """The highest rank that an expert may get: the recipe's rank, or `max_rank` where ranks follow use."""
+    """Give the highest possible rank of an expert: the recipe's rank, or `max_rank` where ranks follow use."""
     if experts.rank_by == "uniform":
         return experts.rank
     return HIGHEST_OVER_MEAN * experts.rank if experts.max_rank is None else experts.max_rank
@@ -120,7 +120,7 @@ def require_file(path: Path, key: str = "select") -> None:
 
 
 def expert_problems(config: RunConfig) -> Iterator[Problem]:
-    """Find settings of experts and routers that contradict each other or would do nothing."""
+    """Find settings of experts and routers that contradict each other or would have no effect."""
     experts, router, trainer = config.adapter.experts, config.adapter.router, config.trainer
     try:
         parse_select(experts.select)
@@ -135,7 +135,7 @@ def expert_problems(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             ("adapter", "router", "rank"),
             f"is {router.rank}, must be at least 1",
-            "to leave them alone: mode=frozen",
+            "to leave routers frozen write mode=frozen",
         )
     if not trainer.router_balance_coefficient:
         for key, off in (("router_balance_scope", "microbatch"), ("router_balance_target", "uniform")):
@@ -169,8 +169,6 @@ def _rank_problems(experts: ExpertAdapterConfig) -> Iterator[Problem]:
         )
 
 
-# What `finetune experts score` measured, and what a run made of it: the file of `select`, `rank_by`, experts.json.
-
 Score = Literal["gate", "tokens"]
 SCORES: tuple[Score, ...] = get_args(Score)
 FORMAT = 1
@@ -178,14 +176,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class ExpertScores:
-    """How much a data set uses each expert of a base, which experts were chosen for it, and with which ranks.
+    """Use of each expert by a data set, the experts selected for it, and their ranks: content of experts.json.
 
     Attributes:
-        base_name, base_identity: the base that was measured.
-        samples, tokens: what it was measured on.
-        gate, tokens_share: the two scores, [layers][E].
-        by: the score that the choice went by.
-        select: the rule of the choice, such as `top_p=0.2`.
+        base_name, base_identity: the measured base.
+        samples, tokens: number of examples and tokens measured.
+        gate, tokens_share: share of the router weight and of the routed tokens, each [layers][E].
+        by: the score that the selection used.
+        select: the rule of the selection, such as `top_p=0.2`.
         selected: layer -> experts, in order.
         ranks: layer -> rank of each of these experts, 0 for none; None: not decided here, or one rank for all.
     """
@@ -202,22 +200,22 @@ class ExpertScores:
     ranks: dict[int, tuple[int, ...]] | None = None
 
     def scores(self, by: Score) -> list[list[float]]:
-        """One of the two scores, [layers][E]."""
+        """Give one of the two scores, [layers][E]."""
         return self.gate if by == "gate" else self.tokens_share
 
     def describe(self) -> list[str]:
-        """One line for each layer: how many experts were chosen, how much of both scores they have, and their ranks."""
+        """Describe each layer in a line: number of selected experts, their share of both scores, and their ranks."""
         lines = []
         for layer, experts in self.selected.items():
             gate, share = (sum(scores[layer][e] for e in experts) for scores in (self.gate, self.tokens_share))
             shown = " ".join(map(str, experts[:12])) + (" ..." if len(experts) > 12 else "")
             lines.append(
                 f"layer {layer:>2}: {len(experts):>3} of {len(self.gate[layer])} experts, {gate:.1%} of the gate, "
-                f"{share:.1%} of the choices: {shown}{self._ranks_of(layer)}"
+                f"{share:.1%} of the routed tokens: {shown}{self._ranks_of(layer)}"
             )
         total = sum(map(len, self.selected.values()))
         whole = sum(map(len, self.gate))
-        lines.append(f"{total} of {whole} experts by {self.by} with {self.select}, on {self.samples} samples")
+        lines.append(f"{total} of {whole} experts by {self.by} with {self.select}, on {self.samples} examples")
         return lines
 
     def _ranks_of(self, layer: int) -> str:
@@ -225,22 +223,22 @@ class ExpertScores:
             return ""
         ranks = self.ranks[layer]
         with_one = [rank for rank in ranks if rank]
-        left = f", {len(ranks) - len(with_one)} with none" if len(with_one) < len(ranks) else ""
-        return f"; ranks {min(with_one)} to {max(with_one)}, {sum(ranks)} together{left}"
+        left = f", {len(ranks) - len(with_one)} experts without" if len(with_one) < len(ranks) else ""
+        return f"; ranks {min(with_one)} to {max(with_one)}, {sum(ranks)} in total{left}"
 
 
-def write_expert_scores(path: Path, affinity: ExpertScores) -> None:
-    """Write the JSON that `adapter.experts.select` and `.rank_by` take."""
-    content = {"format": FORMAT} | asdict(affinity)
+def write_expert_scores(path: Path, scores: ExpertScores) -> None:
+    """Write the JSON file that `adapter.experts.select` and `.rank_by` take."""
+    content = {"format": FORMAT} | asdict(scores)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def read_expert_scores(path: Path, key: str = "select") -> ExpertScores:
-    """Read what `write_expert_scores` wrote.
+    """Read a file that `write_expert_scores` wrote.
 
     Args:
         path: the file.
-        key: of `adapter.experts` that names it, for messages.
+        key: the key of `adapter.experts` that names it, for messages.
 
     Raises:
         ConfigError: there is no such file.
@@ -254,9 +252,9 @@ def read_expert_scores(path: Path, key: str = "select") -> ExpertScores:
         content["selected"] = _by_layer(content["selected"])
         if content.get("ranks") is not None:
             content["ranks"] = _by_layer(content["ranks"])
-        affinity = ExpertScores(**content)
-        _check(affinity)
-        return affinity
+        scores = ExpertScores(**content)
+        _check(scores)
+        return scores
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(
             f"{path} is not a file that `finetune experts score` wrote", why=f"{type(error).__name__}: {error}"
@@ -267,15 +265,15 @@ def _by_layer(content: dict[str, list[int]]) -> dict[int, tuple[int, ...]]:
     return {int(layer): tuple(map(int, values)) for layer, values in content.items()}
 
 
-def _check(affinity: ExpertScores) -> None:
-    """Raise ValueError or TypeError if numbers that ranks are made of are none, or do not belong together."""
-    for scores in (affinity.gate, affinity.tokens_share):
-        if not all(0 <= value <= 1 for of_layer in scores for value in of_layer):
+def _check(scores: ExpertScores) -> None:
+    """Raise ValueError or TypeError if a score is no share, or ranks and selected experts do not match."""
+    for table in (scores.gate, scores.tokens_share):
+        if not all(0 <= value <= 1 for of_layer in table for value in of_layer):
             raise ValueError("a score is not between 0 and 1")
-    if affinity.by not in SCORES:
-        raise ValueError(f"by is {affinity.by!r}")
-    if affinity.ranks is None:
+    if scores.by not in SCORES:
+        raise ValueError(f"by is {scores.by!r}")
+    if scores.ranks is None:
         return
-    lengths = [{layer: len(of) for layer, of in table.items()} for table in (affinity.ranks, affinity.selected)]
-    if lengths[0] != lengths[1] or any(rank < 0 for ranks in affinity.ranks.values() for rank in ranks):
+    lengths = [{layer: len(of) for layer, of in table.items()} for table in (scores.ranks, scores.selected)]
+    if lengths[0] != lengths[1] or any(rank < 0 for ranks in scores.ranks.values() for rank in ranks):
         raise ValueError("its ranks are not one for each selected expert")

@@ -1,4 +1,4 @@
-"""A JSON schema of recipes, so that an editor completes keys, shows what they mean and marks what is wrong."""
+"""JSON schema of recipes, with which an editor completes keys, shows their documentation and marks mistakes."""
 
 from __future__ import annotations
 
@@ -17,20 +17,14 @@ _ATTRIBUTE = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema (draft 2020-12) of a recipe file: every key with its type, default and documentation.
+    """Build the JSON schema (draft 2020-12) of a recipe file: every key with type, range, default and documentation.
 
     A recipe states only what differs, so no key is required; `defaults` chooses options of groups.
     """
     content: dict[str, Any] = TypeAdapter(RunConfig).json_schema()
     definitions = content.pop("$defs")
     for section in [content, *definitions.values()]:
-        section.pop("required", None)
-        section["additionalProperties"] = False
-        kind = getattr(schema, section["title"])
-        described = documentation(kind)
-        section["description"] = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-        for key, value in section["properties"].items():
-            value["description"] = described.get(key, "")
+        _adapt(section, getattr(schema, section["title"]))
     content["properties"]["defaults"] = {
         "description": "Options of groups, such as `override /model: tiny`.",
         "type": "array",
@@ -49,8 +43,20 @@ def recipe_schema() -> dict[str, Any]:
     return {**content, **heading, "$defs": definitions}
 
 
+def _adapt(section: dict[str, Any], kind: Any) -> None:
+    """Add the documentation, and allow that keys are missing: files of groups or defaults set them."""
+    section.pop("required", None)
+    section["additionalProperties"] = False
+    described = documentation(kind)
+    section["description"] = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+    for key, value in section["properties"].items():
+        value["description"] = described.get(key, "")
+        if value.pop("discriminator", None):  # the recipe's `defaults` may choose the kind
+            value["anyOf"] = value.pop("oneOf")
+
+
 def documentation(kind: Any) -> dict[str, str]:
-    """What a section's docstring says of each of its keys; a key that it describes nowhere is left out."""
+    """Read what a section's docstring says about each of its keys; keys that it does not describe are left out."""
     found: dict[str, str] = {}
     _, _, attributes = (inspect.getdoc(kind) or "").partition("Attributes:")
     for match in _ATTRIBUTE.finditer(attributes):

@@ -1,7 +1,7 @@
-"""Where each key was set: a file and its line, or the command line, so that an error can name the place.
+"""Layers of a configuration (files, command line) with the line of each key, so that an error can name its place.
 
-YAML is read here with the rules that people expect and Hydra uses: `2e-4` is a number, a date stays text. A key given
-twice, an anchor or a tag is refused, since each lets a file mean something else than it seems to say.
+YAML is read with Hydra's rules: `2e-4` is a number, a date stays text. A key given twice, an anchor or a tag is
+refused, since each lets a file mean something else than it seems to.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from finetune.config.suggest import KeyPath
+from finetune.config.schema_paths import KeyPath
 from finetune.errors import ConfigError
 
 COMMAND_LINE = "command line"
@@ -45,9 +45,9 @@ class Layer:
     """One place that sets keys.
 
     Attributes:
-        label: a file's name as the person would write it, or `command line`.
-        data: what it sets, as plain dicts, lists and scalars.
-        lines: the line of each key it sets (counted from 1), or None where there are no lines.
+        label: a file's name relative to the working directory, or `command line`.
+        data: the keys and values, as plain dicts, lists and scalars.
+        lines: the line of each key (counted from 1), or None where there are no lines.
     """
 
     label: str
@@ -56,7 +56,7 @@ class Layer:
 
     @property
     def is_command_line(self) -> bool:
-        """Whether this is what was typed, and not a file."""
+        """Whether this is the command line and not a file."""
         return self.label == COMMAND_LINE
 
     def place(self, path: KeyPath) -> str | None:
@@ -71,7 +71,7 @@ class Layer:
         return None
 
     def below(self, section: str) -> Layer:
-        """Give the same layer with its keys moved below a section, as Hydra does with a group's file."""
+        """Move the keys below a section, as Hydra does with a group's file."""
         lines: dict[KeyPath, int | None] = {(section, *path): line for path, line in self.lines.items()}
         return Layer(self.label, {section: self.data}, {(section,): None, **lines})
 
@@ -93,10 +93,10 @@ def place_of(path: KeyPath, layers: Iterable[Layer]) -> str:
 
 
 def read_yaml(path: Path) -> Layer:
-    """Read a YAML file that holds one mapping.
+    """Read a YAML file that contains one mapping.
 
     Raises:
-        ConfigError: it cannot be read, is not YAML, is not a mapping, or holds a duplicate key, an anchor or a tag.
+        ConfigError: it cannot be read, is not YAML, is not a mapping, or has a duplicate key, an anchor or a tag.
     """
     label = display_path(path)
     try:

@@ -1,4 +1,4 @@
-"""A thing that is wrong with one key, and how several of them become one error."""
+"""Problems of keys; checks of each layer before the merge: unknown keys, code, mappings that would be lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.config.layers import Layer, place_of
-from finetune.config.suggest import KeyPath, dotted, suggest, takes_keys, type_at
+from finetune.config.schema_paths import KeyPath, dotted, takes_keys, type_at
+from finetune.config.suggest import suggest_key
 from finetune.errors import ConfigError
 
 
@@ -28,18 +29,18 @@ class Problem:
 
 def unknown_key(path: KeyPath) -> Problem:
     """Describe a key that the schema does not have, with the nearest one that it does have."""
-    return Problem(path, "is not a key", suggest(path))
+    return Problem(path, "is not a key", suggest_key(path))
 
 
 def raise_problems(problems: Sequence[Problem], layers: Sequence[Layer]) -> None:
-    """Raise one error that names every problem with the place that set the key; none if there is none.
+    """Raise one error that names every problem with the place that set the key.
 
     Args:
         problems: what is wrong.
         layers: the places that set keys, in the order in which they apply.
 
     Raises:
-        ConfigError: there is a problem.
+        ConfigError: there is at least one problem.
     """
     if not problems:
         return
@@ -52,25 +53,22 @@ def raise_problems(problems: Sequence[Problem], layers: Sequence[Layer]) -> None
     raise ConfigError(f"{len(problems)} keys cannot be used as given\n  " + "\n  ".join(with_fixes))
 
 
-# What no layer of a configuration may hold, and what merging would lose in silence.
-
-
 def refuse_code(layer: Layer) -> None:
-    """Refuse what would run code or read the environment, so that no secret lands in a written configuration.
+    """Refuse what would run code or read the environment, so that no secret gets into a written configuration.
 
     Raises:
         ConfigError: a `_target_` key, or `${name:...}`, which calls a resolver such as `oc.env`; also `???`, Hydra's
-            word for a value still to come, which would leave the value from before in place without a word.
+            mark of a missing value, which would silently keep the earlier value.
     """
     for path in layer.lines:
         if not all(map(_can_be_written, path)):
-            raise ConfigError(f"{layer.place(path)}: the key {dotted(path)!r} holds what no file can")
+            raise ConfigError(f"{layer.place(path)}: the key {dotted(path)!r} has characters that no file can store")
         if path[-1] == "_target_":
             why = "recipes hold values; nothing in them is called"
             raise ConfigError(f"{layer.place(path)}: {dotted(path)} names code", why=why, fix="remove it")
     for path, text in _texts(layer.data, ()):
         if not _can_be_written(text):
-            raise ConfigError(f"{layer.place(path)}: {dotted(path)} is {text!r}, which no file can hold")
+            raise ConfigError(f"{layer.place(path)}: {dotted(path)} is {text!r}, which no file can store")
         if text == "???":
             raise ConfigError(
                 f"{layer.place(path)}: {dotted(path)} is ???, which is no value", fix="write one, or null"
@@ -92,13 +90,13 @@ def unknown_keys(layer: Layer) -> Iterator[Problem]:
 
 
 def lost_mappings(layers: Sequence[Layer], composed: Mapping[str, Any]) -> Iterator[Problem]:
-    """Find mappings that were meant to replace what stood before and were merged into it.
+    """Find mappings that were meant to replace earlier ones and were merged into them.
 
-    An empty one would be ignored in silence, and one from the command line would leave sources that it does not name.
+    An empty one would be ignored silently, and one from the command line would keep sources that it does not name.
 
     Args:
         layers: the recipe and the command line.
-        composed: what came out.
+        composed: the merged configuration.
     """
     for layer in layers:
         for path, value in _mappings(layer.data, ()):
@@ -109,7 +107,7 @@ def lost_mappings(layers: Sequence[Layer], composed: Mapping[str, Any]) -> Itera
             if meant_whole and isinstance(got, Mapping) and got.keys() - value.keys():
                 kept = ", ".join(sorted(got.keys() - value.keys()))
                 fix = "set single keys, or choose another option for the group"
-                yield Problem(path, f"is merged into what is set already, which keeps {kept}", fix)
+                yield Problem(path, f"is merged into the earlier value, which keeps {kept}", fix)
 
 
 def _can_be_written(text: str) -> bool:

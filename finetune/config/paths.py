@@ -1,4 +1,4 @@
-"""Find what ships with the toolkit, in a checkout and in an installed wheel, and what a recipe's paths mean."""
+"""Paths: what ships with the toolkit (in a checkout and in a wheel), and the meaning of a recipe's data paths."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def shipped_dir(name: Literal["configs", "recipes", "data"]) -> Path:
     """Find a folder that ships with the toolkit.
 
     Args:
-        name: which one. In a wheel it lies in `finetune/_shipped/`, in a checkout (or an editable install) beside
-            the package.
+        name: the folder. A wheel has it in `finetune/_shipped/`, a checkout (or an editable install) beside the
+            package.
 
     Raises:
         MachineError: neither place has it, so the installation is broken.
@@ -34,11 +34,11 @@ def shipped_dir(name: Literal["configs", "recipes", "data"]) -> Path:
 
 
 def resolve_data_path(path: str) -> Path:
-    """Turn a recipe's data path into a file path; whether the file exists is the caller's question.
+    """Turn a recipe's data path into a file path, which need not exist.
 
     Args:
-        path: `shipped://FOLDER/FILE` is the toolkit's own `data/FOLDER/FILE`, or what `finetune data prepare` made in
-            place of a file that this installation lacks; anything else is a path, relative to the working directory,
+        path: `shipped://FOLDER/FILE` is the toolkit's own `data/FOLDER/FILE`, or the output of `finetune data prepare`
+            for a file that this installation lacks; anything else is a path, relative to the working directory,
             with `~` as the home directory.
 
     Raises:
@@ -55,25 +55,25 @@ def resolve_data_path(path: str) -> Path:
 
 
 def fix_for_missing_data(path: str) -> str | None:
-    """What to do about a `shipped://` file that is missing because packages may not carry it; None for any other."""
+    """Say what to do about a missing `shipped://` file that packages may not contain; None for any other."""
     if not path.startswith(f"{SHIPPED_PREFIX}medical/"):
         return None
     return "an installed package has no medical abstracts: `finetune data prepare medical` builds them"
 
 
 def is_glob(path: str) -> bool:
-    """Whether a recipe's data path names files by a pattern: it holds `*`, `?` or `[` and is no file's own name."""
+    """Whether a recipe's data path is a pattern: it has `*`, `?` or `[` and no file has that name."""
     return glob.has_magic(path) and not path.startswith(HUB_PREFIX) and not resolve_data_path(path).exists()
 
 
 def matching_files(path: str) -> list[Path]:
-    """Find the files and directories that a recipe's data path means.
+    """Find the files and directories that a recipe's data path names.
 
     Args:
         path: as in `resolve_data_path`; `*`, `?`, `[...]` and `**` match as in a shell.
 
     Returns:
-        What exists, sorted by name; empty for a hub name and when nothing matches.
+        Existing paths, sorted by name; none for a hub name and if nothing matches.
     """
     if path.startswith(HUB_PREFIX):
         return []
@@ -84,12 +84,12 @@ def matching_files(path: str) -> list[Path]:
 
 
 def prepared_dir() -> Path:
-    """Where `finetune data prepare` puts what may not ship: below $XDG_DATA_HOME, else below ~/.local/share."""
+    """Directory of data sets built by `finetune data prepare`: below $XDG_DATA_HOME, else below ~/.local/share."""
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "gpt-oss-finetune"
 
 
 def cache_dir(setting: str | None) -> Path:
-    """Where tokens are kept: the recipe's `data.cache_dir`, else below $XDG_CACHE_HOME, else below ~/.cache."""
+    """Directory of the token cache: the recipe's `data.cache_dir`, else below $XDG_CACHE_HOME, else below ~/.cache."""
     if setting is not None:
         return Path(setting).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt-oss-finetune"

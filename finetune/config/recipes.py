@@ -1,4 +1,4 @@
-"""The groups under configs/, the options each has, and which of them run.yaml, a recipe or the command line chooses."""
+"""Recipes (shipped ones by name, others by path) and the groups under configs/ whose options they choose."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def options(group: str) -> list[str]:
 
 
 def option_file(group: str, option: str) -> Path:
-    """Name the file of a group's option."""
+    """Give the file of a group's option."""
     return shipped_dir("configs") / group / f"{option}.yaml"
 
 
 def checked_option(group: str, option: str, place: str) -> str:
-    """Give the option back if the group has it.
+    """Return the option if the group has it.
 
     Args:
         group: a folder of configs/.
-        option: a file of it, without its suffix.
-        place: where the choice was written, for the message.
+        option: a file in it, without its suffix.
+        place: file and line of the choice, for the message.
 
     Raises:
         ConfigError: no such group or option; names the nearest.
@@ -46,7 +46,7 @@ def checked_option(group: str, option: str, place: str) -> str:
 
 
 def default_choices() -> dict[str, str]:
-    """Read which option of each group configs/run.yaml starts from."""
+    """Read each group's default option from configs/run.yaml."""
     entries = read_yaml(shipped_dir("configs") / "run.yaml").data["defaults"]
     pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
     return {group: option for group, option in pairs if group in groups()}
@@ -69,16 +69,13 @@ def split_recipe(layer: Layer) -> tuple[Layer, dict[str, str]]:
         words = key.split()
         if len(words) != 2 or words[0] != "override" or not words[1].startswith("/") or not isinstance(option, str):
             raise ConfigError(
-                f"{place}: a recipe's defaults cannot hold {entry!r}",
+                f"{place}: a recipe's defaults cannot contain {entry!r}",
                 fix="each entry reads `- override /GROUP: OPTION`, such as `- override /model: gpt_oss_20b`",
             )
         group = words[1].removeprefix("/")
         choices[group] = checked_option(group, option, place)
     lines = {key: line for key, line in layer.lines.items() if key[0] != "defaults"}
     return Layer(layer.label, data, lines), choices
-
-
-# Find recipes: the ones that ship with the toolkit by name, anyone's own by path.
 
 
 def list_recipes() -> dict[str, Path]:
@@ -116,13 +113,13 @@ def find_recipe(recipe: str) -> Path:
 
 
 def recipe_name(path: Path) -> str:
-    """Name a recipe file: as `list_recipes` does if it ships with the toolkit, else by its stem."""
+    """Give a recipe file's name: as in `list_recipes` if it ships with the toolkit, else its stem."""
     shipped = {file.resolve(): name for name, file in list_recipes().items()}
     return shipped.get(path.resolve(), path.stem)
 
 
 def recipe_summary(path: Path) -> str:
-    """Take a recipe's first comment line (after the `@package` line): what it says it is for."""
+    """Read a recipe's first comment line (after the `@package` line), which says what it is for."""
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.removeprefix("#").strip()
         if line.startswith("#") and text and not text.startswith("@package"):

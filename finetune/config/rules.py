@@ -1,209 +1,41 @@
-"""What must hold for several processes: the rules of `distributed` and of settings that not every kind can keep."""
+"""Conditions on several keys at once: contradictions, and settings that would have no effect.
+
+The ranges of single keys are part of the schema's types. Conditions on experts and routers are in expert_selection.py,
+beside the forms that `select` and `rank_by` take.
+"""
 
 from __future__ import annotations
 
 import datetime
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import reduce
-from typing import Any
 
 from finetune.config.expert_selection import expert_problems
 from finetune.config.lint import Problem
 from finetune.config.paths import HUB_PREFIX, matching_files, resolve_data_path
 from finetune.config.schema import DataConfig, RunConfig, SourceConfig
-from finetune.config.suggest import KeyPath
+from finetune.config.schema_paths import KeyPath
 
 SHARDED_BASE = ("zero3", "fsdp2")
 DEEPSPEED = ("zero1", "zero2", "zero3")
-
-
-def distributed_problems(config: RunConfig) -> Iterator[Problem]:
-    """Find what contradicts the kind of topology."""
-    distributed = config.distributed
-    kind, processes = distributed.kind, distributed.num_processes
-    if kind == "single" and processes != 1:
-        yield Problem(
-            ("distributed", "num_processes"),
-            f"is {processes}, but distributed.kind=single is one process",
-            "choose distributed=ddp (or zero2, zero3, fsdp2), or write 1",
-        )
-    if kind != "single" and processes == 1:
-        yield Problem(
-            ("distributed", "num_processes"),
-            f"is 1, but distributed.kind={kind} is for several processes",
-            "write how many, or choose distributed=single",
-        )
-    if config.trainer.halve_micro_batch_on_oom and kind not in ("single", "ddp"):
-        yield Problem(
-            ("trainer", "halve_micro_batch_on_oom"),
-            f"is true, but with distributed.kind={kind} processes exchange tensors while they compute: one that is "
-            "out of memory cannot begin a micro-step again without the others",
-            "set it to false and lower trainer.micro_batch_size yourself, or use distributed=ddp",
-        )
-    if config.trainer.on_nonfinite == "skip" and kind in DEEPSPEED:
-        yield Problem(
-            ("trainer", "on_nonfinite"),
-            f"is skip, but with distributed.kind={kind} DeepSpeed holds the gradients and cannot drop a step's",
-            "write stop, or use distributed=ddp or distributed=fsdp2",
-        )
-    if kind not in ("single", "ddp"):
-        yield from _plain_adapter(config)
-    if kind in SHARDED_BASE:
-        for name, value, plain in (
-            ("expert_storage", config.model.expert_storage, "mxfp4"),
-            ("attention_storage", config.model.attention_storage, "compute"),
-        ):
-            if value != plain:
-                what = f"is {value}, and distributed.kind={kind} deals out layers as the checkpoint has them"
-                yield Problem(("model", name), what, f"write {plain}, or use distributed=ddp")
-
-
-def _plain_adapter(config: RunConfig) -> Iterator[Problem]:
-    """Engines that deal out the adapter hold it in float32, with torch's AdamW."""
-    trainer, kind = config.trainer, config.distributed.kind
-    for path, value, plain in (
-        (("trainer", "optimizer"), trainer.optimizer, "adamw"),
-        (("trainer", "optimizer_states_on_cpu"), trainer.optimizer_states_on_cpu, False),
-        (("adapter", "dtype"), config.adapter.dtype, "float32"),
-    ):
-        if value != plain:
-            what = f"is {value}, and distributed.kind={kind} holds the adapter in float32, with AdamW's states there"
-            yield Problem(path, what, f"write {str(plain).lower()}, or use distributed=ddp")
-
-
-# Rules about what saves memory: settings that contradict each other or would do nothing.
-
-
-def memory_problems(config: RunConfig) -> Iterator[Problem]:
-    """Find contradictions among optimiser, dtypes and device.
-
-    Yields:
-        A problem for each.
-    """
-    trainer = config.trainer
-    paged = trainer.optimizer.startswith("paged")
-    if paged and config.model.device == "cpu":
-        yield Problem(
-            ("trainer", "optimizer"),
-            f"is {trainer.optimizer}, but model.device is cpu, where bitsandbytes silently pages nothing",
-            f"write {trainer.optimizer.removeprefix('paged_')}",
-        )
-    if paged and trainer.optimizer_states_on_cpu:
-        yield Problem(
-            ("trainer", "optimizer_states_on_cpu"),
-            f"is true, but the states of {trainer.optimizer} move between GPU and host by themselves",
-            f"remove it, or write trainer.optimizer={trainer.optimizer.removeprefix('paged_')}",
-        )
-    if trainer.gradient_dtype == "bfloat16" and config.adapter.dtype != "bfloat16":
-        yield Problem(
-            ("trainer", "gradient_dtype"),
-            f"is bfloat16, but adapter.dtype is {config.adapter.dtype}",
-            "set adapter.dtype=bfloat16 as well, or leave gradients in float32",
-        )
-
-
-# Rules on how conversations become tokens: settings that contradict each other, weights that train nothing.
-
-
-def rendering_problems(data: DataConfig) -> Iterator[Problem]:
-    """Yield what is wrong with `data.loss`, `convention`, `tool_call_type`, `earlier_thinking` and `model_identity`."""
-    loss = data.loss
-    if not any((loss.analysis, loss.commentary, loss.tool_call, loss.final)):
-        yield Problem(("data", "loss"), "trains nothing: every weight is 0", "give one of them a weight")
-    if data.earlier_thinking == "split" and loss.turns == "last":
-        yield Problem(
-            ("data", "loss", "turns"),
-            "is last, but data.earlier_thinking=split makes a sample of every turn",
-            "leave data.loss.turns out, or write data.earlier_thinking=drop",
-        )
-    if data.convention == "template":
-        if data.earlier_thinking == "keep":
-            yield Problem(
-                ("data", "earlier_thinking"),
-                "is keep, but the template drops earlier thinking whatever it is told",
-                "write data.earlier_thinking=split to train all of it, or data.convention=harmony",
-            )
-        if data.tool_call_type == "constrain":
-            yield Problem(
-                ("data", "tool_call_type"),
-                "is constrain, but the template writes json",
-                "leave data.tool_call_type out, or write data.convention=harmony",
-            )
-    if data.model_identity is not None and not data.model_identity.strip():
-        yield Problem(("data", "model_identity"), "is empty", "leave it out for the published one")
-
-
-# What the schema's types cannot say: ranges, and settings that contradict each other or would do nothing.
-
 MAX_BALANCE_COEFFICIENT = 0.1
-
-# What must hold, in words and as a test, for which keys. A key that is null is not checked.
-_RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
-    (
-        "at least 1",
-        lambda value: value >= 1,
-        "model.experts_per_chunk data.max_length trainer.max_steps trainer.micro_batch_size "
-        "trainer.gradient_accumulation_steps trainer.early_stop_patience distributed.num_processes "
-        "logging.every_steps evaluate.every_steps "
-        "evaluate.validation_examples evaluate.test_examples save.every_steps save.keep export.read_back_examples "
-        "export.calibration_tokens export.max_gain_kept adapter.experts.max_rank",
-    ),
-    (
-        "above 0",
-        lambda value: value > 0,
-        "data.mix_temperature adapter.attention.alpha adapter.experts.alpha adapter.router.alpha trainer.epochs "
-        "trainer.learning_rate trainer.adam_eps distributed.timeout_s",
-    ),
-    (
-        "0 or more",
-        lambda value: value >= 0,
-        "adapter.attention.rank adapter.experts.rank trainer.weight_decay trainer.max_grad_norm "
-        "trainer.router_balance_coefficient trainer.router_z_loss_coefficient evaluate.routing_examples "
-        "data.loss.analysis data.loss.commentary data.loss.tool_call data.loss.final "
-        "export.survival_examples",
-    ),
-    (
-        "between 0 and 1",
-        lambda value: 0 <= value <= 1,
-        "data.max_skipped_ratio export.min_gain_kept export.max_kl_share trainer.min_lr_ratio trainer.warmup_ratio",
-    ),
-    (
-        "0 or more and below 1",
-        lambda value: 0 <= value < 1,
-        "trainer.adam_beta1 trainer.adam_beta2 adapter.attention.dropout",
-    ),
-    ("above 0 and at most 1", lambda value: 0 < value <= 1, "evaluate.max_routing_drift"),
-    ("above 0 and below 1", lambda value: 0 < value < 1, "evaluate.confidence data.validation_split.share"),
-    ("between 0 and 4294967295", lambda value: 0 <= value < 2**32, "seed"),
-)
 
 
 def broken_rules(config: RunConfig) -> Iterator[Problem]:
-    """Find what is wrong with a configuration whose types are right.
+    """Find what is wrong with a configuration whose types and ranges are right.
 
     Yields:
-        A problem for each key out of range, each contradiction, and each setting that would do nothing.
+        A problem for each contradiction and each setting that would have no effect.
     """
-    yield from _ranges(config)
     yield from _names(config)
     yield from _sources(config)
-    yield from rendering_problems(config.data)
+    yield from _rendering(config.data)
     yield from _adapter(config)
     yield from expert_problems(config)
     yield from _trainer(config)
-    yield from distributed_problems(config)
-    yield from memory_problems(config)
+    yield from _distributed(config)
+    yield from _memory(config)
     yield from _evaluation(config)
-
-
-def _ranges(config: RunConfig) -> Iterator[Problem]:
-    for words, holds, keys in _RANGES:
-        for key in keys.split():
-            path = tuple(key.split("."))
-            value: Any = reduce(getattr, path, config)
-            if value is not None and not (math.isfinite(value) and holds(value)):
-                yield Problem(path, f"is {value}, must be {words}")
 
 
 def _names(config: RunConfig) -> Iterator[Problem]:
@@ -223,10 +55,6 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
             path = ("data", split, name)
             if not source.path.strip():
                 yield Problem((*path, "path"), "is empty")
-            if source.limit is not None and source.limit < 1:
-                yield Problem((*path, "limit"), f"is {source.limit}, must be at least 1")
-            if not (math.isfinite(source.weight) and source.weight > 0):
-                yield Problem((*path, "weight"), f"is {source.weight}, must be above 0", "remove the source instead")
             yield from _source_without_effect(path, source)
     if data.validation_split.key is not None and data.validation:
         yield Problem(
@@ -247,24 +75,14 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
 
 
 def _source_without_effect(path: KeyPath, source: SourceConfig) -> Iterator[Problem]:
-    """Keys of a source that would do nothing."""
+    """Find keys of a source that would have no effect."""
     if source.weight != 1 and path[1] != "train":
-        yield Problem((*path, "weight"), "does nothing: only sources in data.train are mixed", "remove it")
+        yield Problem((*path, "weight"), "has no effect: only sources in data.train are mixed", "remove it")
     if not source.path.startswith(HUB_PREFIX):
         for key in ("subset", "revision", "streaming"):
             if getattr(source, key):
-                yield Problem((*path, key), f"does nothing: {source.path} is not {HUB_PREFIX}OWNER/NAME", "remove it")
-
-
-def _date(config: RunConfig) -> Iterator[Problem]:
-    data = config.data
-    try:
-        if len(data.conversation_date) != len("2025-06-28"):
-            raise ValueError
-        datetime.date.fromisoformat(data.conversation_date)
-    except ValueError:
-        given = data.conversation_date
-        yield Problem(("data", "conversation_date"), f"is {given!r}, must be a date such as 2025-06-28")
+                what = f"has no effect: {source.path} is not {HUB_PREFIX}OWNER/NAME"
+                yield Problem((*path, key), what, "remove it")
 
 
 def _overlap(one: SourceConfig, other: SourceConfig) -> bool:
@@ -277,6 +95,43 @@ def _overlap(one: SourceConfig, other: SourceConfig) -> bool:
     return not any(one.where[key] != other.where[key] for key in one.where.keys() & other.where.keys())
 
 
+def _date(config: RunConfig) -> Iterator[Problem]:
+    given = config.data.conversation_date
+    try:
+        if len(given) != len("2025-06-28"):
+            raise ValueError
+        datetime.date.fromisoformat(given)
+    except ValueError:
+        yield Problem(("data", "conversation_date"), f"is {given!r}, must be a date such as 2025-06-28")
+
+
+def _rendering(data: DataConfig) -> Iterator[Problem]:
+    loss = data.loss
+    if not any((loss.analysis, loss.commentary, loss.tool_call, loss.final)):
+        yield Problem(("data", "loss"), "trains nothing: every weight is 0", "give one of them a weight")
+    if data.earlier_thinking == "split" and loss.turns == "last":
+        yield Problem(
+            ("data", "loss", "turns"),
+            "is last, but data.earlier_thinking=split makes an example of every turn",
+            "leave data.loss.turns out, or write data.earlier_thinking=drop",
+        )
+    if data.convention == "template":
+        if data.earlier_thinking == "keep":
+            yield Problem(
+                ("data", "earlier_thinking"),
+                "is keep, but the template always drops earlier thinking",
+                "write data.earlier_thinking=split to train all of it, or data.convention=harmony",
+            )
+        if data.tool_call_type == "constrain":
+            yield Problem(
+                ("data", "tool_call_type"),
+                "is constrain, but the template writes json",
+                "leave data.tool_call_type out, or write data.convention=harmony",
+            )
+    if data.model_identity is not None and not data.model_identity.strip():
+        yield Problem(("data", "model_identity"), "is empty", "leave it out for the published one")
+
+
 def _adapter(config: RunConfig) -> Iterator[Problem]:
     attention, experts = config.adapter.attention, config.adapter.experts
     targets: KeyPath = ("adapter", "attention", "targets")
@@ -287,7 +142,7 @@ def _adapter(config: RunConfig) -> Iterator[Problem]:
             "give one of them a rank, or choose adapter=attention_and_experts",
         )
     if attention.rank > 0 and not attention.targets:
-        yield Problem(targets, "is empty", "to leave attention alone write adapter.attention.rank=0")
+        yield Problem(targets, "is empty", "to leave attention frozen write adapter.attention.rank=0")
     if len(set(attention.targets)) != len(attention.targets):
         yield Problem(targets, f"names a projection twice: {', '.join(attention.targets)}")
     if attention.rank == 0 and attention.dropout:
@@ -321,13 +176,89 @@ def _trainer(config: RunConfig) -> Iterator[Problem]:
     if trainer.activation_offload and not trainer.activation_checkpointing:
         yield Problem(
             ("trainer", "activation_offload"),
-            "does nothing without trainer.activation_checkpointing: what it moves is what checkpointing keeps",
+            "has no effect without trainer.activation_checkpointing: it moves what checkpointing saves",
             "set trainer.activation_checkpointing=true",
         )
     if config.logging.mode == "online" and config.logging.tracker == "none":
         yield Problem(("logging", "mode"), "is online, but there is no tracker", "choose logging=wandb")
     if config.logging.mode == "online" and config.logging.tracker == "tensorboard":
         yield Problem(("logging", "mode"), "is online, but tensorboard only writes files", "set logging.mode=offline")
+
+
+def _distributed(config: RunConfig) -> Iterator[Problem]:
+    distributed = config.distributed
+    kind, processes = distributed.kind, distributed.num_processes
+    if kind == "single" and processes != 1:
+        yield Problem(
+            ("distributed", "num_processes"),
+            f"is {processes}, but distributed.kind=single is one process",
+            "choose distributed=ddp (or zero2, zero3, fsdp2), or write 1",
+        )
+    if kind != "single" and processes == 1:
+        yield Problem(
+            ("distributed", "num_processes"),
+            f"is 1, but distributed.kind={kind} is for several processes",
+            "write the number of GPUs, or choose distributed=single",
+        )
+    if config.trainer.halve_micro_batch_on_oom and kind not in ("single", "ddp"):
+        yield Problem(
+            ("trainer", "halve_micro_batch_on_oom"),
+            f"is true, but with distributed.kind={kind} ranks exchange tensors during a micro-batch: a rank that is "
+            "out of memory cannot repeat it without the others",
+            "set it to false and lower trainer.micro_batch_size yourself, or use distributed=ddp",
+        )
+    if config.trainer.on_nonfinite == "skip" and kind in DEEPSPEED:
+        yield Problem(
+            ("trainer", "on_nonfinite"),
+            f"is skip, but with distributed.kind={kind} DeepSpeed owns the gradients and cannot drop those of a step",
+            "write stop, or use distributed=ddp or distributed=fsdp2",
+        )
+    if kind not in ("single", "ddp"):
+        yield from _sharded_adapter(config)
+    if kind in SHARDED_BASE:
+        for name, value, plain in (
+            ("expert_storage", config.model.expert_storage, "mxfp4"),
+            ("attention_storage", config.model.attention_storage, "compute"),
+        ):
+            if value != plain:
+                what = f"is {value}, but distributed.kind={kind} shards layers in the checkpoint's own format"
+                yield Problem(("model", name), what, f"write {plain}, or use distributed=ddp")
+
+
+def _sharded_adapter(config: RunConfig) -> Iterator[Problem]:
+    """Find settings that engines which shard the adapter lack: it is float32 there, with torch's AdamW."""
+    trainer, kind = config.trainer, config.distributed.kind
+    for path, value, plain in (
+        (("trainer", "optimizer"), trainer.optimizer, "adamw"),
+        (("trainer", "optimizer_states_on_cpu"), trainer.optimizer_states_on_cpu, False),
+        (("adapter", "dtype"), config.adapter.dtype, "float32"),
+    ):
+        if value != plain:
+            what = f"is {value}, but distributed.kind={kind} keeps the adapter in float32, with AdamW's states"
+            yield Problem(path, what, f"write {str(plain).lower()}, or use distributed=ddp")
+
+
+def _memory(config: RunConfig) -> Iterator[Problem]:
+    trainer = config.trainer
+    paged = trainer.optimizer.startswith("paged")
+    if paged and config.model.device == "cpu":
+        yield Problem(
+            ("trainer", "optimizer"),
+            f"is {trainer.optimizer}, but model.device is cpu, where bitsandbytes silently pages nothing",
+            f"write {trainer.optimizer.removeprefix('paged_')}",
+        )
+    if paged and trainer.optimizer_states_on_cpu:
+        yield Problem(
+            ("trainer", "optimizer_states_on_cpu"),
+            f"is true, but the states of {trainer.optimizer} already move between GPU and host",
+            f"remove it, or write trainer.optimizer={trainer.optimizer.removeprefix('paged_')}",
+        )
+    if trainer.gradient_dtype == "bfloat16" and config.adapter.dtype != "bfloat16":
+        yield Problem(
+            ("trainer", "gradient_dtype"),
+            f"is bfloat16, but adapter.dtype is {config.adapter.dtype}",
+            "set adapter.dtype=bfloat16 as well, or leave gradients in float32",
+        )
 
 
 def _evaluation(config: RunConfig) -> Iterator[Problem]:

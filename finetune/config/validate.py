@@ -1,4 +1,4 @@
-"""From plain data to a checked `RunConfig`, and back to the YAML that a run directory keeps."""
+"""Plain data to a checked `RunConfig`, to and from a run's config.yaml, and with other ranks for a resumed run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,25 @@ from pydantic_core import ErrorDetails
 
 from finetune.config.layers import COMMAND_LINE, Layer, read_yaml
 from finetune.config.lint import Problem, raise_problems, unknown_key, unknown_keys
+from finetune.config.old_keys import with_current_keys
 from finetune.config.recipes import checked_option, option_file
 from finetune.config.rules import broken_rules
 from finetune.config.schema import RunConfig
-from finetune.config.suggest import allowed_words, children, describe, dotted, suggest_word, type_at
+from finetune.config.schema_paths import (
+    KeyPath,
+    allowed_words,
+    children,
+    describe,
+    dotted,
+    range_at,
+    section_classes,
+    section_tags,
+    type_at,
+)
+from finetune.config.suggest import suggest_word
 from finetune.errors import ConfigError, InputError
+
+_OUT_OF_RANGE = ("finite_number", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
 def validate(plain: Mapping[str, Any], layers: Sequence[Layer] = ()) -> RunConfig:
@@ -29,16 +43,29 @@ def validate(plain: Mapping[str, Any], layers: Sequence[Layer] = ()) -> RunConfi
         layers: the places that set its keys, in the order in which they apply, for the messages.
 
     Raises:
-        ConfigError: an unknown key, a wrong type or value, or a rule broken; names each place and key.
+        ConfigError: an unknown key, a wrong type or value, or a broken rule; names each place and key.
+    """
+    config, problems = parse(plain)
+    raise_problems(problems, layers)
+    raise_problems(list(broken_rules(config)), layers)
+    return config
+
+
+def parse(plain: Mapping[str, Any], root: Any = RunConfig) -> tuple[Any, list[Problem]]:
+    """Check plain data against the types and ranges of the schema.
+
+    Args:
+        plain: as in `validate`.
+        root: the schema's top section.
+
+    Returns:
+        The section, or None if there are problems; and the problems.
     """
     try:
         # JSON mode, since strict Python mode would refuse dicts for dataclasses and lists for tuples.
-        config = TypeAdapter(RunConfig).validate_json(json.dumps(plain), strict=True)
+        return TypeAdapter(root).validate_json(json.dumps(plain), strict=True), []
     except ValidationError as error:
-        raise_problems([_translate(details) for details in error.errors()], layers)
-        raise  # not reached: a ValidationError holds at least one error
-    raise_problems(list(broken_rules(config)), layers)
-    return config
+        return None, [_problem(details, root) for details in error.errors()]
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
@@ -53,32 +80,114 @@ def dump_yaml(config: RunConfig) -> str:
 
 
 def load_run_config(path: Path) -> RunConfig:
-    """Read the `config.yaml` of a run directory.
+    """Read the `config.yaml` of a run directory, of version 0.1 too.
 
     Raises:
         InputError: there is no such file.
-        ConfigError: it is not what `dump_yaml` wrote for this version's schema.
+        ConfigError: it is not what `dump_yaml` writes.
     """
     if not path.is_file():
         raise InputError(f"{path} is missing", why="a run directory holds the configuration it was started with")
-    layer = read_yaml(path)
+    layer = with_current_keys(read_yaml(path), stored=True)
     return validate(layer.data, [layer])
 
 
-def _translate(details: ErrorDetails) -> Problem:
-    """Turn one of pydantic's errors into words about the key."""
-    path = tuple(str(part) for part in details["loc"])
-    kind = type_at(path)
+def resumed_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Change the ranks of a run that is resumed.
+
+    Every step keeps its examples: with another number of ranks, each accumulates more or fewer micro-batches.
+
+    Args:
+        config: as the run was started.
+        overrides: `distributed=KIND` and `distributed.KEY=VALUE`.
+
+    Raises:
+        ConfigError: they cannot be read, or the step's micro-batches cannot be shared evenly by that many ranks.
+    """
+    plain = to_plain(config)
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key == "distributed":
+            option = checked_option("distributed", value, COMMAND_LINE)
+            plain["distributed"] = dict(read_yaml(option_file("distributed", option)).data)
+    given = {
+        key.removeprefix("distributed."): yaml.safe_load(value)
+        for key, _, value in (text.partition("=") for text in overrides)
+        if key != "distributed"
+    }
+    layer = Layer(COMMAND_LINE, {"distributed": given}, {("distributed", key): None for key in given})
+    raise_problems(list(unknown_keys(layer)), [layer])
+    plain["distributed"] |= given
+    _share_micro_batches(plain, config)
+    return validate(plain, [layer])
+
+
+def _share_micro_batches(plain: dict[str, Any], config: RunConfig) -> None:
+    """Give each rank its share of a step's micro-batches, whose total stays the same."""
+    ranks = plain["distributed"]["num_processes"]
+    total = config.trainer.gradient_accumulation_steps * config.distributed.num_processes
+    if not isinstance(ranks, int) or ranks < 1:
+        return  # `validate` reports it
+    if total % ranks:
+        counts = [str(count) for count in range(1, total + 1) if total % count == 0]
+        raise ConfigError(
+            f"{ranks} processes cannot share the {total} micro-batches of a step evenly",
+            why="a resumed run keeps the examples of every step",
+            fix=f"resume with {', '.join(counts)} processes",
+        )
+    plain["trainer"]["gradient_accumulation_steps"] = total // ranks
+
+
+def _problem(details: ErrorDetails, root: Any) -> Problem:
+    """Describe one of pydantic's errors."""
+    path, tag = _without_tags(tuple(map(str, details["loc"])), root)
+    kind, given = type_at(path, root), details["input"]
     if kind is None:
         return unknown_key(path)
-    if details["type"] == "missing":
-        return Problem(path, "is not set", f"it takes {describe(kind)}")
-    given = details["input"]
-    what = f"is {_show(given)}, must be {describe(kind)}"
-    return Problem(path, what, _fix(path, kind, given))
+    match details["type"]:
+        case "missing":
+            return Problem(path, "is not set", f"it takes {describe(kind)}")
+        case "unexpected_keyword_argument":  # another class of the tagged union has it
+            return _key_of_another_kind(path, tag, root)
+        case "union_tag_not_found":
+            path = (*path, "kind")
+            return Problem(path, "is not set", f"it takes {describe(type_at(path, root))}")
+        case "union_tag_invalid":
+            path = (*path, "kind")
+            kind, given = type_at(path, root), given["kind"]
+    limits = range_at(path, root)
+    if limits is not None and details["type"] in _OUT_OF_RANGE:
+        return Problem(path, f"is {given}, must be {limits}")
+    return Problem(path, f"is {_show(given)}, must be {describe(kind)}", _fix(path, kind, given))
 
 
-def _fix(path: tuple[str, ...], kind: Any, given: Any) -> str | None:
+def _without_tags(loc: KeyPath, root: Any) -> tuple[KeyPath, str]:
+    """Take the tag that pydantic writes below a tagged union out of a place; the tag is "" where there is none."""
+    path: KeyPath = ()
+    tag = ""
+    parts = iter(loc)
+    for part in parts:
+        if len(section_classes(type_at(path, root))) > 1:
+            tag, part = part, next(parts, "")
+            if not part:
+                break
+        path = (*path, part)
+    return path, tag
+
+
+def _key_of_another_kind(path: KeyPath, tag: str, root: Any) -> Problem:
+    section = dotted(path[:-1])
+    owners = [
+        word
+        for each in section_classes(type_at(path[:-1], root))
+        if path[-1] in children(each)
+        for word in section_tags(each)
+    ]
+    fix = f"it belongs to {' or '.join(owners)}: choose {section}={owners[0]}"
+    return Problem(path, f"is no key of {section}.kind={tag}", fix)
+
+
+def _fix(path: KeyPath, kind: Any, given: Any) -> str | None:
     words = allowed_words(kind)
     if isinstance(given, str) and len(path) == 1 and children(kind):
         return (
@@ -96,52 +205,3 @@ def _fix(path: tuple[str, ...], kind: Any, given: Any) -> str | None:
 def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-# A resumed run keeps its configuration, except for the processes that carry it out.
-
-
-def resumed_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
-    """Put other processes under a run.
-
-    A step's rows stay the same: with another number of processes each makes more or fewer micro-steps.
-
-    Args:
-        config: as the run was started.
-        overrides: `distributed=KIND` and `distributed.KEY=VALUE`.
-
-    Raises:
-        ConfigError: they cannot be read, or the step's micro-steps cannot be dealt to that many processes.
-    """
-    plain = to_plain(config)
-    for text in overrides:
-        key, _, value = text.partition("=")
-        if key == "distributed":
-            option = checked_option("distributed", value, COMMAND_LINE)
-            plain["distributed"] = dict(read_yaml(option_file("distributed", option)).data)
-    given = {
-        key.removeprefix("distributed."): yaml.safe_load(value)
-        for key, _, value in (text.partition("=") for text in overrides)
-        if key != "distributed"
-    }
-    layer = Layer(COMMAND_LINE, {"distributed": given}, {("distributed", key): None for key in given})
-    raise_problems(list(unknown_keys(layer)), [layer])
-    plain["distributed"] |= given
-    _deal_anew(plain, config)
-    return validate(plain, [layer])
-
-
-def _deal_anew(plain: dict[str, Any], config: RunConfig) -> None:
-    """Keep the micro-steps of a step in all."""
-    processes = plain["distributed"]["num_processes"]
-    in_all = config.trainer.gradient_accumulation_steps * config.distributed.num_processes
-    if not isinstance(processes, int) or processes < 1:
-        return  # `validate` says so
-    if in_all % processes:
-        counts = [str(count) for count in range(1, in_all + 1) if in_all % count == 0]
-        raise ConfigError(
-            f"{processes} processes cannot share the {in_all} micro-steps of a step evenly",
-            why="a resumed run keeps the rows of every step",
-            fix=f"resume with {', '.join(counts)} processes",
-        )
-    plain["trainer"]["gradient_accumulation_steps"] = in_all // processes

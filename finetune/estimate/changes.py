@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.config.rules import broken_rules
 from finetune.config.schema import RunConfig
-from finetune.config.suggest import allowed_words, type_at
+from finetune.config.schema_paths import allowed_words, type_at
 from finetune.estimate.fit import Budget, fit
 from finetune.estimate.shapes import BaseShape
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from finetune.data.harmony.render import Example, render_examples
 from finetune.data.sources import Record
 from finetune.errors import ConfigError
 from finetune.evaluate.labels import MOST_LABELS, label_set, stratified_subset
+
+T = TypeVar("T")
 
 _SHOWN = 5
 AnswersBySource = Mapping[str, Mapping[str, int]]
@@ -176,6 +179,13 @@ class EvalSet:
         """
         numbers = self.record_numbers if rows is None else self.record_numbers[list(rows)]
         return np.bincount(np.unique(numbers, return_inverse=True)[1], values).astype(np.float64)
+
+
+def evenly_spread(items: Sequence[T], count: int | None) -> tuple[T, ...]:
+    """Up to `count` items, evenly spread over all and so independent of any seed; None: all."""
+    if count is None or count >= len(items):
+        return tuple(items)
+    return tuple(items[number * len(items) // count] for number in range(count))
 
 
 def choose_test_set(split: Split, config: RunConfig, train: AnswersBySource) -> EvalSet:

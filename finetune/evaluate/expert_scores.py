@@ -28,8 +28,9 @@ from finetune.config.expert_selection import (
 from finetune.config.schema import AdapterConfig, DataConfig
 from finetune.data.harmony.render import Example
 from finetune.errors import ConfigError, InputError
-from finetune.evaluate.usage import count_usage, spread
+from finetune.evaluate.evalset import evenly_spread
 from finetune.model.build import Base
+from finetune.model.usage import count_usage
 
 SCORED_SAMPLES = 128
 
@@ -53,7 +54,7 @@ def score_experts(
     """
     rule = parse_select(select)
     refuse_too_many(rule, base.checkpoint.shape.num_experts)
-    used = spread(samples, count)
+    used = evenly_spread(samples, count)
     counts = count_usage(
         base,
         used,

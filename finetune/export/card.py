@@ -268,7 +268,7 @@ def _recipe(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
         f"- attention rank {adapter.attention.rank}, alpha {adapter.attention.alpha:g}; "
         f"experts rank {_expert_rank(adapter.experts)}, alpha {adapter.experts.alpha:g}",
         f"- {manifest.get('total_steps', '?')} steps, {trainer.epochs:g} epochs, learning rate "
-        f"{trainer.learning_rate:g}, seed {config.seed}, rows of {config.data.max_length:,} tokens",
+        f"{trainer.peak_learning_rate:g}, seed {config.seed}, rows of {config.data.max_length:,} tokens",
     ]
     return f"## Recipe\n\n`{manifest.get('recipe', '?')}`\n\n" + "\n".join(lines)
 

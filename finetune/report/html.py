@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from finetune.config.differences import defaults, differences, in_words
+from finetune.config.differences import as_typed, defaults, differences
 from finetune.report.charts import Series, line_chart, smoothed
 from finetune.report.content import (
     TITLES,
@@ -448,4 +448,4 @@ def _changed(config: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
         found = differences(defaults(config), config)
     except (KeyError, TypeError, AttributeError):  # a run of another version: its keys may be others
         return ()
-    return [(difference.key, in_words(difference.before), in_words(difference.after)) for difference in found]
+    return [(difference.key, as_typed(difference.before), as_typed(difference.after)) for difference in found]

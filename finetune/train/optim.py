@@ -93,7 +93,7 @@ def _maker(config: TrainerConfig) -> MakeOptimizer:
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = kind(
             parameters,
-            lr=config.learning_rate,
+            lr=config.learning_rate or 0.0,  # every step sets it
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
@@ -326,7 +326,7 @@ def learning_rate(step: int, total_steps: int, config: TrainerConfig) -> float:
     The warm-up starts at peak / warm-up steps, not at zero: step 0 already moves the adapter, so the audit of A on
     step 1 means something. After it the rate falls to `min_lr_ratio` of the peak at the last step.
     """
-    peak, rising = config.learning_rate, warmup_steps(total_steps, config)
+    peak, rising = config.peak_learning_rate, warmup_steps(total_steps, config)
     if step < rising:
         return peak * (step + 1) / rising
     final = peak * config.min_lr_ratio

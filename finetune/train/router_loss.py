@@ -18,10 +18,10 @@ from finetune.adapters.sites import Site
 from finetune.arch import Arch
 from finetune.config.schema import TrainerConfig
 from finetune.data.batches import PADDING_SEGMENT, Batch
-from finetune.evaluate.usage import UsageCounter
 from finetune.kernels.loss_head import token_nll
 from finetune.model.build import Base
 from finetune.model.forward import Routing, hidden_states, record_router
+from finetune.model.usage import UsageCounter
 
 
 def language_loss(hidden: Tensor, head: Tensor, where: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -18,10 +18,6 @@ from finetune.data.dataset import Split
 from finetune.errors import CheckError
 from finetune.evaluate.usage import (
     Group,
-    UsageCounter,
-    UsageCounts,
-    changed_share,
-    count_usage,
     group_names,
     heat_pixels,
     token_groups,
@@ -30,6 +26,7 @@ from finetune.evaluate.usage import (
     write_usage,
 )
 from finetune.model.build import Base
+from finetune.model.usage import UsageCounter, UsageCounts, changed_share, count_usage
 from finetune.train.metrics import MetricsLog, Tracker
 from finetune.train.run_directory import RunDirectory
 

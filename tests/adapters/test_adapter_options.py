@@ -43,13 +43,9 @@ QUICK, *OTHERS = OPTIONS
 def test_stock_peft_computes_what_was_trained(name: str, tiny_base: Path, tmp_path: Path) -> None:
     base = new_base(tiny_base)
     adapter = randomised(base, OPTIONS[name])
-    with torch.no_grad():
-        for parameter_name, parameter in adapter.parameters().items():
-            if parameter_name.endswith("b"):
-                parameter.mul_(0.2)  # scales above 3 would amplify float32's rounding past the read-back's bound
     result = read_back(base, adapter, write(tmp_path / "adapter", adapter, OPTIONS[name], base), [sample()])
-    assert result.max_difference < 1e-4 and result.base_difference < 1e-4
-    assert result.effect > 1e-2
+    assert result.max_difference <= result.limit and result.base_difference <= result.base_limit
+    assert result.conclusive
 
 
 @pytest.mark.parametrize("every_layer", [True, False])

@@ -75,8 +75,8 @@ def test_stock_peft_reads_it_back_in_a_fresh_process(name: str, tiny_base: Path,
     base = new_base(tiny_base)
     adapter = randomised(base, CONFIGS[name])
     result = read_back(base, adapter, write(tmp_path / "adapter", adapter, CONFIGS[name], base), [sample()])
-    assert result.max_difference < 1e-4 and result.base_difference < 1e-4
-    assert result.effect > 1e-2, "an adapter that does nothing would agree with anything"
+    assert result.max_difference <= result.limit and result.base_difference <= result.base_limit
+    assert result.effect > 1 > 100 * result.limit, "an adapter that does nothing would agree with anything"
 
 
 def test_read_back_notices_a_swap_that_shapes_do_not_show(tiny_base: Path, tmp_path: Path) -> None:
@@ -332,9 +332,9 @@ def test_an_adapter_whose_effect_would_not_show_is_inconclusive() -> None:
         figures = {"adapted": found, "disabled": found, "effect": effect}
         return {name: {"max_difference": value, "mean_kl": value} for name, value in figures.items()}
 
-    assert _result(answer(1e-5, 1e-2), 1, exact=True).conclusive
+    assert _result(answer(1e-5, 1e-2), 1, (1e-4, 1e-4), exact=True).conclusive
     for exact in (True, False):
-        small = _result(answer(1e-5, 2e-5), 1, exact=exact)
+        small = _result(answer(1e-5, 2e-5), 1, (1e-4, 1e-4), exact=exact)
         assert not small.conclusive and "inconclusive" in small.describe()
 
 

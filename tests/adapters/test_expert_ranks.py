@@ -32,6 +32,7 @@ from finetune.evaluate.expert_scores import choose_experts, score_experts
 from finetune.evaluate.opening import open_model
 from finetune.model.build import Base
 from finetune.model.forward import logits
+from finetune.model.noise import rounding_noise
 
 EXPERTS = ExpertAdapterConfig(rank=3, alpha=5.0, rank_by="gate", max_rank=9)
 CONFIG = AdapterConfig(attention=AttentionAdapterConfig(rank=0), experts=EXPERTS)
@@ -100,11 +101,12 @@ def test_the_live_model_has_each_experts_own_rank_and_scale(config: AdapterConfi
                     parameter[expert, :, :rank] = rows.T
             assert start == len(ours) == 24
         ids = torch.from_numpy(samples(1)[0].ids).long()
-        torch.testing.assert_close(logits(base.model, ids), logits(plain_base.model, ids), rtol=1e-5, atol=1e-5)
+        limit = rounding_noise(base.model, lambda: logits(base.model, ids))
+        assert (logits(base.model, ids) - logits(plain_base.model, ids)).abs().max() <= limit
         for name, norm in update_norms(plain).items():
             assert update_norms(adapter)[name] == pytest.approx(norm, rel=1e-5)
-        adapter.parameters()["model.layers.1.mlp.experts.down_b"][4:6] *= 1.1
-        assert (logits(base.model, ids) - logits(plain_base.model, ids)).abs().max() > 1e-4, "control"
+        adapter.parameters()["model.layers.1.mlp.experts.down_b"][4:6] *= 1.5
+        assert (logits(base.model, ids) - logits(plain_base.model, ids)).abs().max() > 10 * limit, "control"
 
 
 def test_parameters_gradients_and_states_are_those_of_the_budget(tiny_base: Path) -> None:
@@ -132,7 +134,7 @@ def test_stock_peft_reads_what_was_trained(dtype: str, tiny_base: Path, tmp_path
     directory = write(tmp_path / "adapter", base, adapter, config)
     if dtype == "float32":
         result = read_back(base, adapter, directory, [samples(1)[0]])
-        assert result.max_difference < 1e-4 < 1e-2 < result.effect
+        assert result.max_difference <= result.limit < 1e-2 < result.effect
     again = attach_adapter(new_base(tiny_base), config, seed=7, ranks=RANKS)
     read_adapter_into(directory, again, config, base.identity)
     exact = 0.0 if dtype == "bfloat16" else 1e-6

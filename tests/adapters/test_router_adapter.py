@@ -25,6 +25,7 @@ from finetune.errors import CheckError, InputError
 from finetune.evaluate.opening import adapter_config_of, open_model
 from finetune.model.build import Base
 from finetune.model.forward import logits
+from finetune.model.noise import rounding_noise
 
 LORA = replace(SMALL, router=RouterAdapterConfig(mode="lora", rank=2, alpha=6.0))
 FULL = replace(SMALL, router=RouterAdapterConfig(mode="full"), rslora=True)
@@ -61,7 +62,7 @@ def test_stock_peft_reads_the_router_back(name: str, tiny_base: Path, tmp_path: 
     base, adapter = trained(tiny_base, CONFIGS[name])
     directory = write(tmp_path / "adapter", base, adapter, CONFIGS[name])
     result = read_back(base, adapter, directory, [sample()])
-    assert result.max_difference < 1e-4 < 1e-2 < result.effect
+    assert result.max_difference <= result.limit < 1e-2 < result.effect
     if name != "lora":
         return
     tensors = load_file(directory / WEIGHTS)  # control: a reader that ignored the router would have been noticed
@@ -106,7 +107,8 @@ def test_what_was_written_can_be_trained_on(config: AdapterConfig, tiny_base: Pa
         torch.testing.assert_close(again.parameters()[name], parameter, rtol=1e-6, atol=1e-7)
     ids = torch.from_numpy(sample().ids).long()
     with torch.no_grad():
-        torch.testing.assert_close(logits(fresh.model, ids), logits(base.model, ids), rtol=1e-4, atol=1e-4)
+        limit = rounding_noise(base.model, lambda: logits(base.model, ids))
+        assert (logits(fresh.model, ids) - logits(base.model, ids)).abs().max() <= limit < 1e-2
     if config is FULL:
         (directory / ROUTER_BIAS).unlink()
         with pytest.raises(InputError, match=f"lacks {ROUTER_BIAS}"):

@@ -33,9 +33,9 @@ def refused(recipe: str, *overrides: str) -> str:
     [
         ("data.train.mine.weight=0", "data.train.mine.weight", "above 0"),
         ("data.mix_temperature=0", "data.mix_temperature", "above 0"),
-        ("data.train.mine.subset=en", "data.train.mine.subset", "does nothing"),
-        ("data.train.mine.revision=main", "data.train.mine.revision", "does nothing"),
-        ("data.train.mine.streaming=true", "data.train.mine.streaming", "does nothing"),
+        ("data.train.mine.subset=en", "data.train.mine.subset", "has no effect"),
+        ("data.train.mine.revision=main", "data.train.mine.revision", "has no effect"),
+        ("data.train.mine.streaming=true", "data.train.mine.streaming", "has no effect"),
         ("data.validation_split.share=0", "data.validation_split.share", "above 0 and below 1"),
         ("data.too_long=cut", "data.too_long", "error, drop, truncate"),
         ("data.validation_split.kye=x", "data.validation_split", "did you mean data.validation_split.key?"),
@@ -50,7 +50,7 @@ def test_one_setting(recipe: str, override: str, key: str, words: str) -> None:
 def test_two_settings(recipe: str) -> None:
     Path("v.jsonl").write_text("{}\n")
     message = refused(recipe, "data.validation.held.path=v.jsonl", "data.validation.held.weight=2")
-    assert "data.validation.held.weight" in message and "does nothing" in message
+    assert "data.validation.held.weight" in message and "has no effect" in message
     message = refused(recipe, "data.validation.held.path=v.jsonl", "data.validation_split.key=x")
     assert "data.validation_split" in message and "keep one of the two" in message
 

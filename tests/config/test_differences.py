@@ -13,7 +13,7 @@ from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.json_schema import recipe_schema
 from finetune.config.recipes import list_recipes
-from finetune.config.suggest import children
+from finetune.config.schema_paths import children
 from finetune.config.validate import dump_yaml
 
 

@@ -8,13 +8,13 @@ from finetune.config.compose import compose
 from finetune.errors import ConfigError
 
 REFUSED = [
-    (["data.loss.final=-1"], "data.loss.final is -1.0, must be 0 or more"),
+    (["data.loss.final=-1"], "data.loss.final is -1, must be 0 or more"),
     (["data.loss.analysis=nan"], "data.loss.analysis is nan"),
     ([f"data.loss.{name}=0" for name in ("analysis", "commentary", "tool_call", "final")], "every weight is 0"),
     (["data.loss.user=1"], "data.loss.user is not a key"),
     (["data.loss.tool_cal=1"], "did you mean data.loss.tool_call?"),
-    (["data.earlier_thinking=split", "data.loss.turns=last"], "makes a sample of every turn"),
-    (["data.convention=template", "data.earlier_thinking=keep"], "the template drops earlier thinking"),
+    (["data.earlier_thinking=split", "data.loss.turns=last"], "makes an example of every turn"),
+    (["data.convention=template", "data.earlier_thinking=keep"], "the template always drops earlier thinking"),
     (["data.convention=template", "data.tool_call_type=constrain"], "the template writes json"),
     (["data.convention=jinja"], "data.convention"),
     (["data.model_identity=''"], "data.model_identity is empty"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from finetune.model.build import Base, build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.decoding import Decoder
 from finetune.model.forward import logits
+from finetune.model.noise import rounding_noise
 
 # The window is 128: one prompt is longer, one crosses it while it is continued, one is a single token.
 LENGTHS = (5, 200, 1, 120)
@@ -68,14 +70,15 @@ def test_logits_equal_the_whole_sequence_read_again(
     stepwise = base.model.lm_head(hidden_after(base, prompts, greedy))
     for row, prompt, following in zip(stepwise, prompts, greedy, strict=True):
         with torch.no_grad():
-            whole = logits(base.model, torch.tensor(prompt + following))[-1]
-        assert (row - whole).abs().max() < 1e-4
+            whole = partial(logits, base.model, torch.tensor(prompt + following))
+            assert (row - whole()[-1]).abs().max() <= rounding_noise(base.model, whole) < 1e-2
 
 
 def test_a_cache_without_its_window_is_noticed(
     base: Base, prompts: list[list[int]], greedy: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = hidden_after(base, prompts, greedy)
+    limit = rounding_noise(base.model, partial(hidden_after, base, prompts, greedy))
     made = KeyValueCache.__init__
 
     def without_window(self: KeyValueCache, layers, sequences, longest, window, *rest):  # type: ignore[no-untyped-def]
@@ -83,8 +86,8 @@ def test_a_cache_without_its_window_is_noticed(
 
     monkeypatch.setattr(KeyValueCache, "__init__", without_window)
     difference = (hidden_after(base, prompts, greedy) - right).abs().amax(1)
-    assert difference[0] < 1e-5  # 25 tokens: the window is never full
-    assert difference[1] > 1e-3 and difference[3] > 1e-3
+    assert difference[0] <= limit  # 25 tokens: the window is never full
+    assert min(difference[1], difference[3]) > 10 * limit
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone(base: Base, prompts: list[list[int]]) -> None:

@@ -22,6 +22,7 @@ from finetune.data.dataset import load_split
 from finetune.export.card import write_card
 from finetune.export.plan import plan_merge
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.noise import rounding_noise
 from finetune.mxfp4.format import dequantise
 from finetune.rounding.merge import round_experts
 
@@ -142,7 +143,7 @@ def test_bf16_is_what_peft_merges(
         ids = torch.tensor([IDS])
         merged.load_state_dict(ours.state_dict())  # what is left to differ is how config.json is read
         difference = ours.float()(input_ids=ids).logits - merged(input_ids=ids).logits
-    assert difference.abs().max() < 1e-4
+        assert difference.abs().max() <= rounding_noise(ours, lambda: ours(input_ids=ids).logits) < 1e-2
 
 
 def test_merged_directories_carry_the_bases_files(exported: Callable[..., Path], small_base: Path) -> None:

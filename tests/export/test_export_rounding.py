@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from finetune.export.verify import compare_weights
 from finetune.model.build import LayerStream, build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import hidden_states
+from finetune.model.noise import rounding_noise
 from finetune.rounding.calibration import check_belongs, choose_rows, pick, require_tokenizer, tokens_wanted
 from finetune.rounding.merge import Tally, checksum
 from finetune.rounding.run import rounding_staging
@@ -75,7 +77,8 @@ def test_the_default_merge_is_compensated_verified_and_measured(merged: tuple[Pa
     for name, figures in survival["tensors"].items():
         assert len(figures["experts"]) == 8 and figures["outputs"]["rounded"] + figures["outputs"]["untouched"] == 8
         assert f"{name}_bias" in facts["updates"]
-    assert facts["verification"]["logits"]["merged"]["max_difference"] < 1e-4  # transformers against our own reader
+    compared = facts["verification"]["logits"]
+    assert compared["merged"]["max_difference"] <= compared["limit"] < 1e-2  # transformers against our own reader
     table = survival["end_to_end"]["variants"]
     assert table["adapter"]["kl"] == pytest.approx(0, abs=1e-6) and table["adapter"]["gain_kept"] == pytest.approx(1)
     assert table["base"]["gain_kept"] == 0 and table["bf16"]["kl_removed"] > 0.9
@@ -220,8 +223,9 @@ def test_running_layer_by_layer_is_running_the_model(run: Path) -> None:
     for number in range(checkpoint.shape.num_layers):
         hidden = stream.run(stream.read(number), number, hidden, batch.positions, batch.segments)
     with torch.no_grad():
-        expected = hidden_states(base.model, batch.input_ids, batch.positions, batch.segments)
-        assert (base.model.model.norm(hidden) - expected).abs().max() < 1e-5
+        whole = partial(hidden_states, base.model, batch.input_ids, batch.positions, batch.segments)
+        limit = rounding_noise(base.model, whole)
+        assert (base.model.model.norm(hidden) - whole()).abs().max() <= limit < 1e-2
 
 
 def test_a_model_that_was_every_variant_is_the_base_again(merged: tuple[Path, dict[str, Any]], run: Path) -> None:

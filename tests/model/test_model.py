@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from finetune.model.forward import (
     packing_leak,
     record_router,
 )
+from finetune.model.noise import rounding_noise
 from finetune.model.storage import check_expert_storage, storage_table
 
 
@@ -62,7 +64,7 @@ def test_logits_equal_transformers(base: Base, reference: GptOssForCausalLM, ker
     tokens = ids(300)
     ours, theirs = logits(base.model, tokens), reference(input_ids=tokens[None]).logits[0]
     assert theirs.std() > 0.1, "a model that says nothing would agree with anything"
-    assert (ours - theirs).abs().max() < 1e-4
+    assert (ours - theirs).abs().max() <= rounding_noise(base.model, lambda: logits(base.model, tokens)) < 1e-2
 
 
 @torch.no_grad()
@@ -72,7 +74,8 @@ def test_logits_equal_transformers_past_position_4096(base: Base, reference: Gpt
     positions = torch.arange(9000, 9200)[None]
     hidden = hidden_states(base.model, tokens[None], positions, torch.zeros_like(positions))
     theirs = reference.model(input_ids=tokens[None], position_ids=positions).last_hidden_state
-    assert (base.model.lm_head(hidden) - reference.lm_head(theirs)).abs().max() < 1e-4
+    limit = rounding_noise(reference, lambda: reference(input_ids=tokens[None], position_ids=positions).logits)
+    assert (base.model.lm_head(hidden) - reference.lm_head(theirs)).abs().max() <= limit < 1e-2
     near = hidden_states(base.model, tokens[None], positions - 9000, torch.zeros_like(positions))
     assert (hidden - near).abs().max() > 1e-6, "rotary positions reach the model"
 
@@ -83,7 +86,13 @@ def test_a_whole_long_sequence_equals_transformers(base: Base, reference: GptOss
     positions = torch.arange(4200)[None]
     ours = hidden_states(base.model, tokens[None], positions, torch.zeros_like(positions))[0, -8:]
     theirs = reference.model(input_ids=tokens[None]).last_hidden_state[0, -8:]
-    assert (base.model.lm_head(ours) - reference.lm_head(theirs)).abs().max() < 1e-4
+
+    def computed() -> torch.Tensor:
+        states = hidden_states(base.model, tokens[None], positions, torch.zeros_like(positions))[0, -8:]
+        return base.model.lm_head(states)
+
+    limit = rounding_noise(base.model, computed)
+    assert (base.model.lm_head(ours) - reference.lm_head(theirs)).abs().max() <= limit < 1e-2
 
 
 def test_gradient_through_the_whole_model_equals_transformers(
@@ -126,7 +135,8 @@ def test_answers_that_share_a_prompt_see_it_through_either_kernel(base: Base, ke
     for answer, mine in zip(answers, together[150:].split([9, 5]), strict=True):
         alone = torch.cat([prompt, answer])[None]
         place = torch.arange(alone.shape[1])[None]
-        assert (hidden_states(base.model, alone, place, torch.zeros_like(place))[0, 150:] - mine).abs().max() < 1e-4
+        by_itself = partial(hidden_states, base.model, alone, place, torch.zeros_like(place))
+        assert (by_itself()[0, 150:] - mine).abs().max() <= rounding_noise(base.model, by_itself) < 1e-2
 
 
 def test_start_up_refuses_a_leaking_model(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,11 +211,12 @@ def test_a_square_model_equals_transformers_too(tiny_base: Path, tmp_path: Path)
     with torch.no_grad():
         tokens = ids(150)
         theirs = reference(input_ids=tokens[None]).logits[0]
-        assert (logits(base.model, tokens) - theirs).abs().max() < 1e-4
+        limit = rounding_noise(base.model, lambda: logits(base.model, tokens))
+        assert (logits(base.model, tokens) - theirs).abs().max() <= limit
         experts_module = base.model.model.layers[0].mlp.experts
         blocks = experts_module.down_proj_blocks
         experts_module.down_proj_blocks = blocks.flip(1)
-        assert (logits(base.model, tokens) - theirs).abs().max() > 1e-3, "a permuted down_proj would be seen"
+        assert (logits(base.model, tokens) - theirs).abs().max() > 100 * limit, "a permuted down_proj would be seen"
 
 
 def test_routing_is_recorded_once_even_when_layers_are_recomputed(base: Base) -> None:

@@ -20,9 +20,10 @@ from finetune.config.schema import RouterAdapterConfig
 from finetune.data.batches import collate, padding_batch
 from finetune.data.harmony.encode import HEADER, Channel
 from finetune.data.harmony.render import Example
-from finetune.evaluate.usage import changed_share, count_usage, group_names, token_groups, usage_figures, usage_table
+from finetune.evaluate.usage import group_names, token_groups, usage_figures, usage_table
 from finetune.model.build import Base
 from finetune.model.forward import logits, record_router
+from finetune.model.usage import changed_share, count_usage
 from finetune.report.heatmap import heat_map
 
 

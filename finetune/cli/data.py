@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print samples or figures to standard output, or the path of a file that was built."""
     if args.action == "prepare":
-        from finetune.data.prepare import prepare
+        from finetune.data.prepare.build import prepare
 
         log.result(str(prepare(args.domain, args.source, args.out)))
         return
@@ -72,7 +72,7 @@ def _stats(config: RunConfig, args: argparse.Namespace) -> None:
 
     result = collect(config, duplicates=not args.no_duplicates)
     lines = printable("\n".join(describe_stats(result)).rstrip())
-    log.result(json.dumps(result, indent=2) if args.json else lines)
+    log.result(json.dumps(result.as_json(), indent=2) if args.json else lines)
 
 
 def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:

@@ -8,13 +8,11 @@ length.
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from finetune.data.duplicates import normalise
+from finetune.data.duplicates import normalise, text_digest, word_ngrams
 
 WORDS = 13
 COMMON_SHARE = 0.02
@@ -22,7 +20,6 @@ _FEWEST_ROWS_FOR_COMMON = 5
 EDGE_SHARE = 0.5
 SEEN_SHARE = 0.5
 """A row with at least this share of its runs seen counts as seen."""
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -63,17 +60,17 @@ def find_contamination(train: Iterable[str], test: Sequence[str]) -> Contaminati
             once: being repeated makes no wording the task's own.
     """
     texts = [normalise(text) for text in test]
-    runs = [_runs(text) for text in texts]
+    runs = [word_ngrams(text, WORDS).tolist() for text in texts]
     of_interest = {run for row in runs for run in row}
     rows_with: Counter[int] = Counter()
     trained: set[bytes] = set()
     for text in map(normalise, train):
-        if (digest := _digest(text)) not in trained:
+        if (digest := text_digest(text)) not in trained:
             trained.add(digest)
-            rows_with.update(of_interest.intersection(_runs(text)))
+            rows_with.update(of_interest.intersection(word_ngrams(text, WORDS).tolist()))
     limit = max(_FEWEST_ROWS_FOR_COMMON, COMMON_SHARE * len(trained))
     own = [_own_runs(row, rows_with, limit) for row in runs]
-    is_copy = [_digest(text) in trained for text in texts]
+    is_copy = [text_digest(text) in trained for text in texts]
     shares = tuple(
         1.0 if copied else sum(rows_with[run] > 0 for run in row) / max(1, len(row))
         for row, copied in zip(own, is_copy, strict=True)
@@ -94,13 +91,3 @@ def _own_runs(runs: Sequence[int], rows_with: Counter[int], limit: float) -> set
     return {
         run for start, run in enumerate(runs) if counts[start] <= limit and not any(is_wording[start : start + WORDS])
     }
-
-
-def _runs(text: str) -> list[int]:
-    """Hashes of every WORDS words in a row of a normalised text, by place."""
-    words = _WORD.findall(text)
-    return [hash(tuple(words[start : start + WORDS])) for start in range(len(words) - WORDS + 1)]
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -56,9 +56,9 @@ def test_collate_refuses_what_would_train_across_samples() -> None:
     leaking = dataclasses.replace(sample("a", 1, 2), weights=np.ones(2, dtype=np.float32))
     with pytest.raises(ValueError, match="first token"):
         collate([[sample("b", 3, 4), leaking]])
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="at least one sequence"):
         collate([])
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="at least one sequence"):
         collate([[sample("a", 1, 2)], []])
 
 

@@ -63,7 +63,7 @@ def test_seeds_differ_and_rows_mix_the_file(legal_lengths: list[int]) -> None:
 
 
 def test_a_sample_that_fits_no_row_is_a_bug_of_the_caller() -> None:
-    with pytest.raises(ValueError, match="rows hold 1 to 8"):
+    with pytest.raises(ValueError, match="sequences hold 1 to 8"):
         pack([3, 9], 8, np.random.default_rng(0))
     with pytest.raises(ValueError, match="from 0"):
         pack([3, 0], 8, np.random.default_rng(0))

@@ -165,7 +165,7 @@ def test_bad_rows_come_out_of_the_cache_too(rows: Path, builds: list[str]) -> No
     skipping = config_for(rows, on_bad_record="skip")
     assert [bad.where for bad in load_split(skipping, "train").stats.bad_records] == [f"{rows}:21"]
     for _ in range(2):
-        with pytest.raises(InputError, match="1 of 21 rows cannot be used"):
+        with pytest.raises(InputError, match="1 of 21 records cannot be used"):
             load_split(config_for(rows), "train")
     assert len(builds) == 1
 

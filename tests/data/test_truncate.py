@@ -161,7 +161,7 @@ def left_out(split: Split) -> tuple[int, int, int]:
 
 def test_the_three_policies(tmp_path: Path) -> None:
     limit = len(sample_of(TURNS).ids) - 1
-    with pytest.raises(InputError, match="2 of 3 rows cannot be used"):
+    with pytest.raises(InputError, match="2 of 3 records cannot be used"):
         split_of(tmp_path, max_length=limit)
     dropped = split_of(tmp_path, max_length=limit, too_long="drop")
     assert len(dropped.examples) == 1

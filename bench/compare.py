@@ -38,7 +38,7 @@ def main() -> None:
     arguments = parse()
     name = LARGE_NAMES.get(arguments.base, str(Path(arguments.base).resolve()))
     directory = locate_base(name, None).directory
-    shape = Checkpoint.open(directory).shape
+    shape = Checkpoint.open(directory).arch
     setting = setting_for(shape)
     large = setting is not TINY
     work = arguments.work.resolve()

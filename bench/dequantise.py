@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from measure import interleaved, machine, publish, summary
 
-from finetune.kernels.experts_choice import ExpertDims, triton_obstacle
+from finetune.kernels.choice import ExpertDims, triton_obstacle
 from finetune.mxfp4.format import dequantise
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     shape = ExpertDims(args.inputs, args.out // 2, experts)
     obstacle = triton_obstacle(shape, device, torch.bfloat16)
     if obstacle is None:
-        from finetune.kernels import experts_launch as launch
+        from finetune.kernels import experts_triton as launch
 
         bias = torch.randn(experts, args.out, device=device).bfloat16()
         b = torch.randn(experts, args.out, args.rank, device=device)

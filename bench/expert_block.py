@@ -20,8 +20,8 @@ from measure import interleaved, machine, peak_bytes, publish, summary
 from naive_experts import PeftExperts, naive_block
 from torch import Tensor
 
+from finetune.kernels.choice import ExpertDims, expert_block_of, triton_obstacle
 from finetune.kernels.experts import ExpertWeights, LoraFactors, Mxfp4Experts
-from finetune.kernels.experts_choice import ExpertDims, expert_block_of, triton_obstacle
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 from allocation import AllocationTracker

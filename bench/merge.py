@@ -75,7 +75,7 @@ def _random(name: str, dtype: str, sizes: tuple[int, ...], generator: torch.Gene
 
 def write_adapter(directory: Path, base: Path, rank: int) -> None:
     checkpoint = Checkpoint.open(base)
-    shape, tensors = checkpoint.shape, {}
+    shape, tensors = checkpoint.arch, {}
     generator = torch.Generator().manual_seed(1)
     for layer in range(shape.num_layers):
         prefix = f"base_model.model.model.layers.{layer}."

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from finetune.kernels.dispatch import Chunk, Routing
+from finetune.kernels.dispatch import Chunk, Dispatch
 from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, clamped_swiglu
 from finetune.kernels.grouped import padded_rank
 
@@ -39,7 +39,7 @@ class _PackedProduct(torch.autograd.Function):
 
 def _linear(rows: Tensor, base: FrozenExperts, lora: LoraFactors, chunk: Chunk) -> Tensor:
     out = _PackedProduct.apply(rows, base, chunk)
-    out = out + base.bias[chunk.experts][chunk.expert_of_row()]
+    out = out + base.bias[chunk.experts][chunk.expert_of_routed()]
     a, b = padded_rank(lora.a[chunk.experts].to(rows.dtype), 1), padded_rank(lora.b[chunk.experts].to(rows.dtype), 2)
     inner = F.grouped_mm(rows, a.transpose(1, 2), offs=chunk.offsets) * lora.scale
     return out + F.grouped_mm(inner, b.transpose(1, 2), offs=chunk.offsets)
@@ -49,19 +49,19 @@ def naive_block(
     x: Tensor, ids: Tensor, mix: Tensor, weights: ExpertWeights, gate_up_lora: LoraFactors, down_lora: LoraFactors
 ) -> Tensor:
     """As `finetune.kernels.experts.expert_block`."""
-    routing = Routing.of(ids, len(weights.gate_up.bias), weights.experts_per_chunk)
-    token = routing.order // routing.top_k
+    dispatch = Dispatch.of(ids, len(weights.gate_up.bias), weights.experts_per_chunk)
+    token = dispatch.order // dispatch.top_k
 
     def through(rows: Tensor, chunk: Chunk) -> Tensor:
         hidden = _linear(rows, weights.gate_up, gate_up_lora, chunk)
         return _linear(clamped_swiglu(hidden, weights.limit, weights.gain), weights.down, down_lora, chunk)
 
     parts = [
-        checkpoint(through, x[token[chunk.rows]], chunk, use_reentrant=False, determinism_check="none")
-        for chunk in routing.chunks()
+        checkpoint(through, x[token[chunk.routed]], chunk, use_reentrant=False, determinism_check="none")
+        for chunk in dispatch.chunks()
     ]
-    rows = torch.cat(parts) * mix.reshape(-1)[routing.order][:, None]
-    return rows[routing.position()].view(*ids.shape, -1).sum(1)
+    rows = torch.cat(parts) * mix.reshape(-1)[dispatch.order][:, None]
+    return rows[dispatch.inverse_order()].view(*ids.shape, -1).sum(1)
 
 
 class PeftExperts(nn.Module):

@@ -79,7 +79,7 @@ def random_base(
 
 def dequantised(base: Base) -> Base:
     """The same weights in transformers' own dense experts, which run as grouped products."""
-    config, shape = base.checkpoint.config, base.checkpoint.shape
+    config, shape = base.checkpoint.config, base.checkpoint.arch
     model = _empty(config)
     model.set_experts_implementation("grouped_mm")
     state = {}

@@ -24,10 +24,11 @@ from finetune.adapters.lora import attach_adapter
 from finetune.config.schema import AdapterConfig, ModelConfig, TrainerConfig
 from finetune.data.batches import Batch, collate
 from finetune.data.harmony.render import Example
-from finetune.model.build import build_base, choose_device, choose_dtype
+from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import Routing, checkpoint_activations
 from finetune.model.hub import locate_base
+from finetune.model.open import choose_device, choose_dtype
 from finetune.model.tiny import write_tiny_base
 from finetune.model.usage import UsageCounter
 from finetune.train.engines.base import alone as one_process
@@ -68,7 +69,7 @@ def measure(name: str, tokens: int, steps: int) -> dict[str, object]:
     batch = collate([[Example(ids, weights, "random", "nowhere:1")]])
     seconds = _times(step, batch, steps)
     with_count, without = (statistics.median(seconds[flag]) for flag in (True, False))
-    alone = _alone(base.checkpoint.shape.num_layers, base.checkpoint.shape.num_experts, tokens)
+    alone = _alone(base.checkpoint.arch.num_layers, base.checkpoint.arch.num_experts, tokens)
     return {
         "machine": f"{platform.processor() or platform.machine()}, {device}",
         "base": name if not name.startswith("/tmp") else "tiny",

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from finetune.adapters.sites import ranks_by_use
-from finetune.kernels.dispatch import LoraExperts, Ranks
+from finetune.kernels.choice import expert_block_of
+from finetune.kernels.dispatch import LoraExperts, LoraRanks
 from finetune.kernels.experts import LoraFactors
-from finetune.kernels.experts_choice import expert_block_of
 
 SCALE = 2.0
 SHARES = (0.125, 0.25, 0.5, 1.0)
@@ -53,7 +53,7 @@ class Case:
             self.factors = [factor[self.index] for factor in whole]
             self.expanded = [torch.zeros_like(f).index_copy(0, self.index, f[self.index]) for f in whole]
         else:
-            laid = Ranks.of(tuple(ranks), (SCALE,) * len(ranks), layer.device)
+            laid = LoraRanks.of(tuple(ranks), (SCALE,) * len(ranks), layer.device)
             self.adapted = LoraExperts(self.numbers, self.index, laid)
             widths = (whole[0].shape[2], whole[1].shape[1], whole[2].shape[2], whole[3].shape[1])
             self.factors = [layer._random(sum(ranks), width) * width**-0.5 for width in widths]

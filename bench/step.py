@@ -32,7 +32,7 @@ from finetune.adapters.lora import attach_adapter
 from finetune.arch import Arch
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import Batch
-from finetune.model.attention import select_attention
+from finetune.model.attention import select_attention_kernel
 from finetune.model.build import Base
 from finetune.model.experts import select_expert_kernel
 from finetune.model.forward import checkpoint_activations
@@ -78,7 +78,7 @@ def make_variant(name: str, config: dict[str, Any], batch: Batch, args: argparse
     else:
         base = dequantised(base)
         parameters = _peft_parameters(base, args.rank, experts=bool(expert_rank))
-    log.info(select_attention(base.model, args.attention_kernel).describe())
+    log.info(select_attention_kernel(base.model, args.attention_kernel).describe())
     if name.startswith("ours"):
         log.info(select_expert_kernel(base.model, "auto").describe())
     trainer = replace(TrainerConfig(), **{key: yaml.safe_load(value) for key, _, value in _pairs(args.trainer)})

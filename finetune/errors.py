@@ -1,4 +1,4 @@
-"""Errors that end a command: each says what happened, why, and what to do, and carries an exit code.
+"""Errors that end a command: each says what happened, why and what to do, and has an exit code.
 
 An exception that is not a `FinetuneError` is a bug in this tool and exits with 1.
 """
@@ -7,11 +7,11 @@ from __future__ import annotations
 
 
 class FinetuneError(Exception):
-    """Base of every error meant for the person at the terminal.
+    """Base of all errors that are reported to the user without a traceback.
 
     Args:
-        what: one sentence that names the thing at fault (file, key, tensor) and what is wrong with it.
-        why: the reason or the consequence, if it is not plain from `what`.
+        what: one sentence that names the file, key or tensor at fault and what is wrong with it.
+        why: the reason or the consequence, if it does not follow from `what`.
         fix: what to type or change.
     """
 
@@ -37,31 +37,31 @@ class ConfigError(FinetuneError):
 
 
 class InputError(FinetuneError):
-    """Data, a checkpoint or an adapter given to us is missing, broken or of the wrong kind."""
+    """Data, a checkpoint or an adapter that is missing, broken or of the wrong kind."""
 
     exit_code = 3
 
 
 class CapacityError(FinetuneError):
-    """The work does not fit the memory there is."""
+    """Work that does not fit into memory."""
 
     exit_code = 4
 
 
 class MachineError(FinetuneError):
-    """Something about this machine: a missing package, no network, a full disk, another topology."""
+    """A fault of this machine: a missing package, no network, a full disk, another topology."""
 
     exit_code = 5
 
 
 class CheckError(FinetuneError):
-    """A check of ours failed: non-finite numbers, the audit, a read-back, the frozen base."""
+    """A failed check: non-finite numbers, the audit, a read-back, the frozen base."""
 
     exit_code = 6
 
 
 class Interrupted(FinetuneError):
-    """A signal asked us to stop; the work so far is saved.
+    """A stop by a signal, after saving the work so far.
 
     Args:
         signal_number: 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 plus it.
@@ -73,7 +73,7 @@ class Interrupted(FinetuneError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or the host; torch's errors are known by name, so as not to import it here."""
+    """Whether memory ran out, on a GPU or the host; torch's errors are recognised by name, without importing torch."""
     names = {kind.__name__ for kind in type(error).__mro__}
     allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or "OutOfMemoryError" in names or allocator

@@ -101,6 +101,7 @@ def staged_directory(
     replace: bool = False,
     unique: bool = False,
     mode: int = 0o777,
+    file_mode: int | None = None,
 ) -> Iterator[Path]:
     """Give a directory to write into; at the end of the block it is flushed to disk and gets its final name.
 
@@ -113,6 +114,7 @@ def staged_directory(
         replace: an existing target is removed just before the rename; otherwise it is an error, unless it is empty.
         unique: add the process's id to the unfinished name, where two processes may write the same target.
         mode: permissions of the directory.
+        file_mode: permissions of its files, since safetensors writes for the owner only. None: as they were written.
 
     Raises:
         InputError: the target exists.
@@ -128,6 +130,8 @@ def staged_directory(
         yield partial
         for path in partial.rglob("*"):
             if path.is_file():
+                if file_mode is not None:
+                    path.chmod(file_mode)
                 flush(path)  # what the rename makes visible must be on the disk
         flush(partial)
         if replace:

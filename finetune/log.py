@@ -1,26 +1,33 @@
-"""Log lines, results and progress of a command: plain lines, and a progress line that a terminal redraws.
+"""Log lines, results and progress of a command: plain lines, and with Rich a bar and colours on a terminal.
 
-Everything goes to standard error except results (`result`, `result_json`), so that output can be piped.
+Everything goes to standard error except results (`result`, `result_json`), so that output can be piped. Rich is
+imported when the first bar, colour or table goes to a terminal; elsewhere every line is plain text.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-# Imports take seconds, and longer on a busy machine or a network disk: nothing else would be said meanwhile.
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+    from rich.progress import TaskID
+
+# Imports take seconds, and longer on a busy machine or a network disk: nothing else would be logged meanwhile.
 LOADING = "loading torch, transformers and PEFT"
 REDRAW_SECONDS = 0.2
 PLAIN_LINE_SECONDS = 10.0
 
 
 _warnings: list[str] = []  # of this process, for the run's report
-_open_line = False  # whether the terminal shows a progress line that no newline has ended yet
+_bars: Bars | None = None  # the bars that the terminal shows now, one per open Progress
 _results_to_stderr = False  # because standard output carries one JSON object
 _rank: int | None = None  # of this process in a run of several; rank 0 prints
 
@@ -38,23 +45,39 @@ def info(text: str = "") -> None:
 
 def result(text: str = "") -> None:
     """Print a line of the command's result to standard output."""
-    _print(text, sys.stderr if _results_to_stderr else sys.stdout)
+    _print(text, _result_stream())
 
 
-def _print(text: str, stream: TextIO) -> None:
-    global _open_line
+def result_table(rows: Sequence[Sequence[str]], colors: Sequence[str] = ()) -> None:
+    """Print rows of text to standard output: in columns, the last of which a terminal wraps.
+
+    Args:
+        rows: equally long; elsewhere than on a terminal columns are padded and two spaces apart.
+        colors: Rich's style of each row's first cell on a terminal.
+    """
+    stream = _result_stream()
     if _rank:
         return
-    if _open_line:  # replace the progress line; it is drawn again below when due
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-        _open_line = False
-    print(text, file=stream, flush=True)
+    if not is_terminal(stream):
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+        for row in rows:
+            padded = [f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)]
+            print("  ".join([*padded, row[-1]]), file=stream, flush=True)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for number, row in enumerate(rows):
+        styles = [colors[number] if colors else "bold", *[""] * (len(row) - 1)]
+        table.add_row(*(Text(cell, style) for cell, style in zip(row, styles, strict=True)))
+    _console(stream).print(table)
 
 
 def warning(text: str) -> None:
     """Print a warning and keep it for the run's report."""
     _warnings.append(text)
-    info(f"warning: {text}")
+    _print(f"warning: {text}", sys.stderr, "yellow")
 
 
 def error(text: str) -> None:
@@ -62,7 +85,7 @@ def error(text: str) -> None:
     if _rank:
         print(f"process {_rank}: {text}", file=sys.stderr, flush=True)
     else:
-        info(text)
+        _print(text, sys.stderr, "bold red")
 
 
 @contextmanager
@@ -101,13 +124,18 @@ def duration(seconds: float) -> str:
     return f"{total // 3600} h {total % 3600 // 60} min"
 
 
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person sees a stream on a terminal that understands control sequences."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class Progress:
-    """One line of progress: redrawn on a terminal, printed now and then elsewhere.
+    """Progress of a task: a bar on a terminal, a plain line now and then elsewhere.
 
     Args:
         task: what is being done, such as "reading shards".
-        total: how many units there are, or None when unknown.
-        unit: the unit's plural, such as "rows".
+        total: number of units, or None when unknown.
+        unit: the unit's plural, such as "tensors".
 
     Use as a context manager and call `advance` (or `show` to set the position and add details).
     """
@@ -117,8 +145,9 @@ class Progress:
         self.done = self._first = 0
         self._start = time.monotonic()
         self._last_print = self._start
-        self._terminal = sys.stderr.isatty()
+        self._terminal = is_terminal(sys.stderr)
         self._printed = False
+        self._bar: TaskID | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -126,13 +155,12 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        global _open_line
-        if _open_line:
-            print(file=sys.stderr, flush=True)
-            _open_line = False
+        if self._bar is not None:
+            _close_bar(self._bar)
+            self._bar = None
 
     def start_at(self, done: int) -> None:
-        """Begin in the middle: units done in an earlier sitting do not count for the time left."""
+        """Begin in the middle: units done by an earlier process do not count for the time left."""
         self.done = self._first = done
 
     def advance(self, units: int = 1, details: str = "") -> None:
@@ -152,9 +180,7 @@ class Progress:
         self._last_print, self._printed = now, True
         line = self._line(now, details)
         if self._terminal:
-            global _open_line
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
-            _open_line = True
+            self._bar = _draw_bar(self._bar, line, done, self.total)
         else:
             info(line)
 
@@ -168,3 +194,71 @@ class Progress:
         if self.total and here > 0 and self.done < self.total:
             parts.append(f"{duration(elapsed / here * (self.total - self.done))} left")
         return ", ".join(parts)
+
+
+def _result_stream() -> TextIO:
+    return sys.stderr if _results_to_stderr else sys.stdout
+
+
+def _print(text: str, stream: TextIO, color: str | None = None) -> None:
+    """Print a line, above the bars if there are any; a colour is for the text up to its first colon."""
+    if _rank:
+        return
+    if _bars is None and (color is None or not is_terminal(stream)):
+        print(text, file=stream, flush=True)
+        return
+    from rich.text import Text
+
+    head, colon, rest = text.partition(":")
+    line = Text.assemble((head + colon, color), rest) if color and colon else Text(text)
+    if _bars is not None and not is_terminal(stream):  # the bars are on standard error
+        print(text, file=stream, flush=True)
+    else:
+        console = _bars.console if _bars is not None else _console(stream)
+        console.print(line, soft_wrap=True)
+
+
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+
+    return Console(file=stream, highlight=False)
+
+
+def _draw_bar(bar: TaskID | None, line: str, done: int, total: int | None) -> TaskID:
+    """Draw a bar beside its line; with several open tasks each has a bar."""
+    global _bars
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bars
+
+    if _bars is None:
+        text = TextColumn("{task.description}", markup=False)
+        # Drawn only here: a thread that redraws would take the interpreter from the training step.
+        _bars = Bars(
+            BarColumn(bar_width=24),
+            text,
+            console=_console(sys.stderr),
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=is_terminal(sys.stdout),  # else a pipe's lines would go to the terminal
+        )
+        _bars.start()
+        _bars.console.show_cursor(True)  # a killed process could not bring it back
+    if bar is None:
+        bar = _bars.add_task(line, total=total)
+    _bars.update(bar, description=line, completed=done, refresh=True)
+    return bar
+
+
+def _close_bar(bar: TaskID) -> None:
+    """Take a bar away and leave its last line."""
+    global _bars
+    if _bars is None:
+        return
+    last = next(task.description for task in _bars.tasks if task.id == bar)
+    _bars.remove_task(bar)
+    if _bars.tasks:
+        info(last)
+        return
+    bars, _bars = _bars, None
+    bars.stop()
+    info(last)

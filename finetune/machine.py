@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_CGROUP_MOUNT = Path("/sys/fs/cgroup")
-_OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUP_MOUNT = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 _UNLIMITED = 1 << 60  # version 1 writes the largest multiple of a page below 2^63 where no limit is set
 
 
@@ -33,17 +33,13 @@ _V1 = _MemoryFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inac
 _V2 = _MemoryFiles("memory.max", "memory.current", "inactive_file")
 
 
-def free_memory(
-    device: torch.device | None = None, *, mount: Path = _CGROUP_MOUNT, own_cgroups: Path = _OWN_CGROUPS
-) -> int:
+def free_memory(device: torch.device | None = None) -> int:
     """Bytes that this process could still allocate without swapping.
 
     Args:
         device: a GPU: what its driver reports as free. None or the CPU: the host's memory, within the limits of this
             process's control group and all its parents. Page cache that can be dropped at once (`inactive_file`) is not
             counted as used.
-        mount: where control groups are mounted, both versions.
-        own_cgroups: lists the control groups of this process.
     """
     if device is not None and device.type == "cuda":
         import torch
@@ -52,19 +48,19 @@ def free_memory(
     import psutil
 
     available: int = psutil.virtual_memory().available
-    for directory, files, limit in _memory_limits(mount, own_cgroups):
+    for directory, files, limit in _memory_limits():
         usage = _number(directory / files.usage)
         if usage is not None:
             available = min(available, limit - usage + _inactive_file(directory, files))
     return max(0, available)
 
 
-def total_memory(*, mount: Path = _CGROUP_MOUNT, own_cgroups: Path = _OWN_CGROUPS) -> int:
+def total_memory() -> int:
     """Bytes of memory that this process may use at most: the host's, or its container's limit if that is lower."""
     import psutil
 
     total: int = psutil.virtual_memory().total
-    return min([total, *(limit for _, _, limit in _memory_limits(mount, own_cgroups))])
+    return min([total, *(limit for _, _, limit in _memory_limits())])
 
 
 def num_cores() -> int:
@@ -72,9 +68,9 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _memory_limits(mount: Path, own_cgroups: Path) -> Iterator[tuple[Path, _MemoryFiles, int]]:
+def _memory_limits() -> Iterator[tuple[Path, _MemoryFiles, int]]:
     """Every control group of this process that limits its memory: directory, file names, limit in bytes."""
-    for root, path, files in _memory_cgroups(mount, own_cgroups):
+    for root, path, files in _memory_cgroups():
         # A container that shares the host's cgroup namespace sees a path that its own mount does not have: directories
         # that do not exist are passed over, and the mount itself is then the container's group.
         below = [part for part in path.split("/") if part not in ("", "..")]
@@ -85,19 +81,19 @@ def _memory_limits(mount: Path, own_cgroups: Path) -> Iterator[tuple[Path, _Memo
                 yield directory, files, limit
 
 
-def _memory_cgroups(mount: Path, own_cgroups: Path) -> Iterator[tuple[Path, str, _MemoryFiles]]:
+def _memory_cgroups() -> Iterator[tuple[Path, str, _MemoryFiles]]:
     """Mount point, this process's path and file names for each version of the memory controller that is in use."""
     try:
-        lines = own_cgroups.read_text().splitlines()
+        lines = OWN_CGROUPS.read_text().splitlines()
     except OSError:  # not Linux, or /proc is not mounted
         return
     for line in lines:  # hierarchy:controllers:path
         hierarchy, controllers, path = [*line.split(":", 2), "", ""][:3]
         if "memory" in controllers.split(","):
-            yield mount / "memory", path, _V1
+            yield CGROUP_MOUNT / "memory", path, _V1
         elif hierarchy == "0" and not controllers:
-            unified = mount / "unified"  # version 2 beside version 1
-            yield unified if unified.is_dir() else mount, path, _V2
+            unified = CGROUP_MOUNT / "unified"  # version 2 beside version 1
+            yield unified if unified.is_dir() else CGROUP_MOUNT, path, _V2
 
 
 def _inactive_file(directory: Path, files: _MemoryFiles) -> int:

@@ -37,7 +37,7 @@ def test_equal_parameters_are_equal(size: str, tiny_base: Path) -> None:
     from compare import setting_for
     from compare_plan import LARGE_20B, LARGE_120B, TINY, variants
 
-    shape = Checkpoint.open(tiny_base).shape if size == "tiny" else published_shape(size)
+    shape = Checkpoint.open(tiny_base).arch if size == "tiny" else published_shape(size)
     setting = {"tiny": TINY, "gpt-oss-20b": LARGE_20B, "gpt-oss-120b": LARGE_120B}[size]
     assert setting_for(shape) is setting
     found = variants(setting, shape)
@@ -67,7 +67,7 @@ def test_every_planned_run_is_a_recipe_that_holds(tiny_base: Path, tmp_path: Pat
     rows = write_rows("legal", TINY.tasks["legal"], tmp_path / "rows")
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe(TINY, str(tiny_base), rows, TINY.tasks["legal"], tmp_path))
-    lines = [line for tier in plan(TINY, Checkpoint.open(tiny_base).shape) for line in tier]
+    lines = [line for tier in plan(TINY, Checkpoint.open(tiny_base).arch) for line in tier]
     for words in {tuple(line.variant.overrides(TINY)) for line in lines}:
         assert main(["train", str(path), *words, "--dry-run"]) == 0
     assert main(["train", str(path), "adapter.router.mode=ful", "--dry-run"]) == 2
@@ -95,7 +95,7 @@ def test_every_control_that_knows_nothing_is_planned(tiny_base: Path) -> None:
 
     tiny, large = (
         {(line.labels, line.base) for tier in plan(setting, shape) for line in tier if line.must_learn_nothing}
-        for setting, shape in ((TINY, Checkpoint.open(tiny_base).shape), (LARGE_20B, published_shape("gpt-oss-20b")))
+        for setting, shape in ((TINY, Checkpoint.open(tiny_base).arch), (LARGE_20B, published_shape("gpt-oss-20b")))
     )
     assert tiny == {("renamed and shuffled", "given"), ("shuffled", "constructed")}
     assert large == {("renamed and shuffled", "given")}, "there is no constructed 20b"

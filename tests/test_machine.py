@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from finetune import machine
+from finetune.adapters.read_back import fits_in_memory
+from finetune.arch import Arch
+from finetune.cli.preflight import device_budget
+from finetune.config.compose import compose
+from finetune.config.paths import shipped_dir
+from finetune.doctor.checks import check_machine
+from finetune.export.end_to_end import _fits
 from finetune.machine import free_memory, num_cores, total_memory
+from finetune.rounding.probe import experts_at_once
 
 GIB = 2**30
 NO_LIMIT_V1 = 9_223_372_036_854_771_712
@@ -38,10 +50,10 @@ class Groups:
             (directory / "memory.stat").write_text(f"anon 5\n{key} {inactive}\nactive_file 7\n")
 
     def free(self) -> int:
-        return free_memory(mount=self.mount, own_cgroups=self.own)
+        return free_memory()
 
     def total(self) -> int:
-        return total_memory(mount=self.mount, own_cgroups=self.own)
+        return total_memory()
 
 
 @pytest.fixture
@@ -50,7 +62,10 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Groups:
         total, available = 64 * GIB, 48 * GIB
 
     monkeypatch.setattr(psutil, "virtual_memory", Host)
-    return Groups(tmp_path)
+    made = Groups(tmp_path)
+    monkeypatch.setattr(machine, "CGROUP_MOUNT", made.mount)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", made.own)
+    return made
 
 
 def test_a_machine_without_groups_gives_what_is_available(groups: Groups) -> None:
@@ -120,6 +135,27 @@ def test_less_available_than_the_limit_leaves(groups: Groups) -> None:
     groups.own.write_text("0::/\n")
     groups.v2("", 60 * GIB, GIB)
     assert groups.free() == 48 * GIB and groups.total() == 60 * GIB
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 32 * GIB], ids=["small container", "large container"])
+def test_every_reader_of_free_memory_respects_the_container(limit: int, groups: Groups) -> None:
+    """A pod of 1 MiB on a host with 48 GiB available: nothing that looks at free memory may count on the host's."""
+    groups.own.write_text("0::/\n")
+    groups.v2("", limit, 0)
+    large = limit > GIB
+    arch = Arch.read(shipped_dir("data") / "tokenizer" / "gpt-oss-20b" / "config.json")
+    tensors = {"w": ("F32", (512, 512))}
+    checkpoint = SimpleNamespace(num_bytes=1 << 20, shape=SimpleNamespace(expected_tensors=lambda: tensors))
+    base: Any = SimpleNamespace(checkpoint=checkpoint, compute_dtype=torch.float32)
+    plan: Any = SimpleNamespace(checkpoint=checkpoint)
+    assert fits_in_memory(base) is large  # read-back in a process of its own
+    assert _fits(plan, CPU) is large  # whether the fine-tune survives
+    assert (experts_at_once(arch, CPU) > 1) is large  # rounding
+    assert device_budget(compose("quickstart", ["model.device=cpu"]).config).num_bytes == limit  # the estimate
+    assert f"{limit / GIB:.1f} GiB" in next(iter(check_machine())).found
 
 
 def test_this_machine() -> None:

@@ -1,18 +1,18 @@
-"""The README is true: its tree names every module, and its commands exist."""
+"""The README is true: its commands and files exist, and it says what was not measured."""
 
 from __future__ import annotations
 
 import re
-import runpy
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_tree_is_todays() -> None:
-    with_tree = runpy.run_path(str(ROOT / "scripts" / "readme_tree.py"))["with_tree"]
-    assert with_tree(README) == README, "run: python scripts/readme_tree.py --write"
+def test_it_can_be_read_in_minutes() -> None:
+    assert len(README.splitlines()) <= 220
+    first_screen = "\n".join(README.splitlines()[:20])
+    assert "No GPU has run this yet" in first_screen or ("## Results" in README and "not measured" not in README)
 
 
 def test_make_targets_and_commands_exist() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from finetune.adapters.lora import Adapter, ExpertLora, is_a, lora_parameters
 from finetune.errors import CheckError
-from finetune.kernels.dispatch import Ranks
+from finetune.kernels.dispatch import LoraRanks
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
 
@@ -103,7 +103,7 @@ def _any(grad: Tensor | None) -> bool:
     return grad is not None and bool(torch.count_nonzero(grad))
 
 
-def _experts_with_gradient(gradients: Sequence[Tensor], ranks: Ranks | None) -> Tensor:
+def _experts_with_gradient(gradients: Sequence[Tensor], ranks: LoraRanks | None) -> Tensor:
     """Which experts have a non-zero gradient in every factor; factors [S, ...], or [N, ...] where ranks differ."""
     reached = torch.stack([g.flatten(1).count_nonzero(dim=1) > 0 for g in gradients])
     if ranks is not None:

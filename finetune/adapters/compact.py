@@ -25,7 +25,7 @@ from finetune.adapters.store import (
     read_provenance,
     read_router_bias,
     router_bias_changes,
-    staged_directory,
+    staged_adapter,
     write_facts,
     write_router_bias,
 )
@@ -84,7 +84,7 @@ def write_compact(
         for name, parameter in adapter.parameters().items()
         if not name.endswith(".bias_change")
     }
-    with staged_directory(directory) as staging:
+    with staged_adapter(directory) as staging:
         save_file(tensors, staging / COMPACT_WEIGHTS, metadata={"format": "pt"})
         sites = [asdict(site) for site in adapter.sites]
         write_facts(staging / SITES, {"num_experts": num_experts, "rslora": rslora, "sites": sites})

@@ -8,7 +8,6 @@ Shape legend: E experts, S adapted ones, L rank, N sum of ranks, D hidden, F exp
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
 from finetune.adapters.sites import ExpertRanks, Selection, Site, plan_sites
 from finetune.config.schema import AdapterConfig
 from finetune.errors import CheckError
-from finetune.kernels.dispatch import LoraExperts, Ranks
+from finetune.files import seeded_generator
+from finetune.kernels.dispatch import LoraExperts, LoraRanks
 from finetune.kernels.experts import LoraFactors
 from finetune.model.build import DTYPES, Base
 from finetune.model.experts import PackedExperts
@@ -64,7 +64,7 @@ class ExpertLora(nn.Module):
             self.register_parameter(f"{name.removesuffix('_proj')}_b", nn.Parameter(b))
 
     @property
-    def ranks(self) -> Ranks | None:
+    def ranks(self) -> LoraRanks | None:
         """Ranks of the adapted experts, where they differ."""
         return None if self.adapted is None else self.adapted.ranks
 
@@ -141,7 +141,7 @@ def _refuse_others(b: Tensor, adapted: LoraExperts) -> None:
 def _adapted(site: Site, device: torch.device) -> LoraExperts | None:
     if site.experts is None:
         return None
-    ranks = None if site.ranks is None else Ranks.of(site.ranks, site.scales, device)
+    ranks = None if site.ranks is None else LoraRanks.of(site.ranks, site.scales, device)
     return LoraExperts(site.experts, torch.tensor(site.experts, device=device), ranks)
 
 
@@ -306,7 +306,7 @@ def attach_adapter(
     Raises:
         CheckError: a planned site is not in the model, or something else than LoRA would be trained.
     """
-    sites = plan_sites(base.checkpoint.shape, config, selection, ranks)
+    sites = plan_sites(base.checkpoint.arch, config, selection, ranks)
     modules = []
     for site in sites:
         module = _attach_site(base.model, site, config)
@@ -343,8 +343,7 @@ def _attach_site(model: GptOssForCausalLM, site: Site, config: AdapterConfig) ->
 
 def _initialise(a: nn.Parameter, name: str, seed: int, module: LoraModule) -> None:
     """Fill [..., L, in] uniformly in +-1/sqrt(in), the same numbers on every device."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    generator = seeded_generator(seed, name)
     bound = 1 / math.sqrt(a.shape[-1])
     some = module if isinstance(module, ExpertLora) and module.share != "a" and module.adapted is not None else None
     shape = a.shape if some is None else torch.Size((some.num_experts, some.rank, a.shape[-1]))

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,11 +25,12 @@ from finetune import log
 from finetune.adapters.lora import Adapter
 from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, MachineError
+from finetune.machine import free_memory
 from finetune.model.build import Base
-from finetune.model.checkpoint import DenseCheckpoint, write_native
+from finetune.model.checkpoint import DenseCheckpoint
 from finetune.model.forward import hidden_states
-from finetune.model.held import write_dense
 from finetune.model.noise import largest_difference, mean_kl, rounding_noise
+from finetune.model.write import write_dense, write_native
 
 MAX_TOKENS = 1024  # of a sample; transformers' eager attention holds T x T scores
 NUM_POSITIONS = 16  # compared in each sample: 201,088 logits each
@@ -85,7 +85,7 @@ def memory_needed_bytes(base: Base) -> int:
 
     Every weight of the dequantised base in the compute dtype, and half as much again while transformers converts.
     """
-    tensors = base.checkpoint.shape.expected_tensors()
+    tensors = base.checkpoint.arch.expected_tensors()
     parameters = sum(
         math.prod(shape) * (2 if name.endswith("_blocks") else 1)  # a block's byte holds two weights
         for name, (_, shape) in tensors.items()
@@ -96,7 +96,7 @@ def memory_needed_bytes(base: Base) -> int:
 
 def fits_in_memory(base: Base) -> bool:
     """Does a dequantised base fit into half of the memory that is free now?"""
-    return memory_needed_bytes(base) < psutil.virtual_memory().available * FREE_MEMORY_SHARE
+    return memory_needed_bytes(base) < free_memory() * FREE_MEMORY_SHARE
 
 
 def read_back(

@@ -9,11 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +28,8 @@ from finetune.adapters.lora import Adapter, ExpertLora, LoraModule, LoraRouter, 
 from finetune.adapters.peft_package import LoraConfig
 from finetune.adapters.sites import Site
 from finetune.config.schema import AdapterConfig
-from finetune.errors import CheckError, InputError, MachineError
-from finetune.files import sha256_of
+from finetune.errors import CheckError, InputError
+from finetune.files import sha256_of, staged_directory
 from finetune.model.headers import plain_file_name, read_header
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -424,7 +422,7 @@ def write_peft_directory(
         InputError: the directory exists.
         MachineError: it cannot be written.
     """
-    with staged_directory(directory) as staging:
+    with staged_adapter(directory) as staging:
         save_file(dict(tensors), staging / WEIGHTS, metadata={"format": "pt"})
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -443,32 +441,14 @@ def write_peft_directory(
             finish(staging)
 
 
-@contextmanager
-def staged_directory(directory: Path) -> Iterator[Path]:
-    """Give a directory to write into that gets its final name at the end of the block, and is removed if that fails.
+def staged_adapter(directory: Path) -> AbstractContextManager[Path]:
+    """Give a directory to write an adapter into, which gets its final name at the end of the block.
 
     Raises:
         InputError: the directory exists.
         MachineError: it cannot be written, the disk is full.
     """
-    if directory.exists():
-        raise InputError(f"{directory} exists already", fix="choose another directory or remove it")
-    staging = directory.with_name(directory.name + ".partial")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        for path in staging.iterdir():
-            path.chmod(0o644)  # safetensors writes for the owner only
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # what the rename makes visible must be on the disk
-        os.rename(staging, directory)
-    except (OSError, SafetensorError) as error:  # a full disk reaches us as either
-        raise MachineError(
-            f"cannot write the adapter to {directory}: {error}", fix="free disk space or choose another place"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    return staged_directory(directory, "the adapter", file_mode=0o644)
 
 
 def write_facts(path: Path, content: Mapping[str, Any]) -> None:

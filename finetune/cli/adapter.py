@@ -1,4 +1,4 @@
-"""`finetune adapter`: look at an adapter, read someone else's, combine several."""
+"""`finetune adapter`: show an adapter, import one of another tool, combine several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.cli.arguments import add_action, add_examples
 USAGE = {
     "show": "finetune adapter show DIR [--json]",
     "import": "finetune adapter import DIR --out DIR [--base BASE]",
-    "merge": "finetune adapter merge DIR:WEIGHT [DIR:WEIGHT ...] --out DIR [--rank R]",
+    "combine": "finetune adapter combine DIR:WEIGHT [DIR:WEIGHT ...] --out DIR [--rank R]",
 }
 
 
@@ -23,23 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = add_action(actions, "show", "show an adapter's sites, ranks, scales and norms", usage=USAGE["show"])
     show.add_argument("directory", metavar="DIR", type=Path, help="a run, or an adapter directory")
     show.add_argument("--json", action="store_true", help="every site, as JSON")
-    read = add_action(actions, "import", "bring an adapter of another tool into our layout", usage=USAGE["import"])
+    read = add_action(actions, "import", "convert an adapter of another tool to this layout", usage=USAGE["import"])
     read.add_argument(
         "directory", metavar="DIR", type=Path, help="as PEFT of any version writes it, or factors expert by expert"
     )
     read.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")
     read.add_argument("--base", metavar="BASE", help="directory or hub name of its base: checked and recorded")
     read.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
-    merge = add_action(actions, "merge", "combine adapters of one base", usage=USAGE["merge"])
-    merge.add_argument("parts", metavar="DIR:WEIGHT", nargs="+", help="an adapter and how much of it; alone: 1")
-    merge.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")
+    combine = add_action(actions, "combine", "combine adapters of one base into one", usage=USAGE["combine"])
+    combine.add_argument("parts", metavar="DIR:WEIGHT", nargs="+", help="an adapter and its weight (default: 1)")
+    combine.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")
     add_examples(
         parser,
         "finetune adapter show runs/first",
         "finetune adapter import downloaded --out mine --base openai/gpt-oss-20b",
-        "finetune adapter merge runs/first:0.5 runs/second:0.5 --out both --rank 16",
+        "finetune adapter combine runs/first:0.5 runs/second:0.5 --out both --rank 16",
     )
-    merge.add_argument(
+    combine.add_argument(
         "--rank",
         type=int,
         metavar="R",
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what was asked."""
+    """Run the chosen action."""
     match args.action:
         case "show":
             _show(args.directory, as_json=args.json)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
             import_adapter(args.directory, args.out, ExportOptions(base=args.base, revision=args.revision))
             log.result(str(args.out))
-        case "merge":
+        case "combine":
             from finetune.export.combine import describe_costs, merge_adapters, parse_weighted
 
             costs = merge_adapters([parse_weighted(part) for part in args.parts], args.out, args.rank)

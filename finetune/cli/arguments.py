@@ -1,4 +1,4 @@
-"""Parsing shared by the commands: errors as `ConfigError`, suggestions for misspelt words, overrides anywhere, help."""
+"""Argument parsing shared by the commands: errors as `ConfigError` with suggestions, overrides anywhere, help texts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,24 @@ from finetune.config.other_tools import remark_on
 from finetune.config.suggest import keys_named, suggest_word
 from finetune.errors import ConfigError
 
+# Words of 0.1 that 0.2 still understands, by command; an action counts only right after its command.
+OLD_WORDS = {"adapter": {"merge": "combine"}, "evaluate": {"--rows": "--examples"}}
+
+
+def with_current_words(arguments: list[str], command: str | None) -> list[str]:
+    """Replace a command's words of 0.1 by its present ones.
+
+    >>> with_current_words(["evaluate", "runs/first", "--rows=3"], "evaluate")
+    ['evaluate', 'runs/first', '--examples=3']
+    """
+    old = OLD_WORDS.get(command or "", {})
+    words = []
+    for number, argument in enumerate(arguments):
+        word, equals, value = argument.partition("=")
+        is_own = word.startswith("--") or (number > 0 and arguments[number - 1] == command)
+        words.append(old[word] + equals + value if word in old and is_own else argument)
+    return words
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that takes no abbreviations, keeps the lines of its help, and raises instead of exiting."""
@@ -20,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Turn argparse's complaint into ours.
+        """Raise argparse's error as a `ConfigError` with a fix.
 
         Raises:
             ConfigError: always.
@@ -39,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def sentence(summary: str) -> str:
-    """A line of the list of commands as the first line of the command's own help.
+    """Turn a line of the list of commands into the first line of the command's own help.
 
     >>> sentence("talk with a run's model")
     "Talk with a run's model."
@@ -51,21 +69,21 @@ def add_action(actions: Any, name: str, summary: str, **settings: Any) -> argpar
     """Add an action, such as `show` of `finetune config`.
 
     Args:
-        actions: what `parser.add_subparsers` returned.
-        name: the word.
-        summary: what it does, in the list and above its own help.
-        settings: of its parser.
+        actions: result of `parser.add_subparsers`.
+        name: the action's word.
+        summary: its line in the list and above its own help.
+        settings: arguments of its parser.
     """
     parser: argparse.ArgumentParser = actions.add_parser(name, help=summary, description=sentence(summary), **settings)
     return parser
 
 
 def add_examples(parser: argparse.ArgumentParser, *lines: str) -> None:
-    """Put example calls under a command's help, and under each of its actions' those that are its own.
+    """Put example calls under a command's help, and each action's own examples under its help.
 
     Args:
         parser: the command's parser, with its actions.
-        lines: whole calls, perhaps with a `# comment`; tests/cli/test_help.py parses each of them.
+        lines: whole calls, optionally with a `# comment`; tests/cli/test_help.py parses each of them.
     """
     for prog, each in ((parser.prog, parser), *((action.prog, action) for action in actions_of(parser).values())):
         own = [line for line in lines if line.startswith(prog)]
@@ -74,13 +92,13 @@ def add_examples(parser: argparse.ArgumentParser, *lines: str) -> None:
 
 
 def examples_in(epilog: str | None) -> list[str]:
-    """The example calls that a help text ends with, without their comments."""
+    """List the example calls at the end of a help text, without their comments."""
     lines = (epilog or "").splitlines()
     return [line.partition(" #")[0].strip() for line in lines if line.startswith("  finetune ")]
 
 
 def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The actions of a command by name; empty for a command that has none."""
+    """Map a command's actions to their parsers; empty for a command without actions."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
@@ -88,10 +106,10 @@ def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 
 def refuse_unknown_word(word: str | None, known: Iterable[str], command: str) -> None:
-    """Stop at a word that is not one of a command's own, naming the nearest.
+    """Refuse a word that a command does not know, naming the nearest.
 
     Raises:
-        ConfigError: the word is not known. None is fine.
+        ConfigError: the word is not known. None passes.
     """
     words = list(known)
     if word is not None and word not in words:
@@ -104,7 +122,7 @@ def add_recipe(parser: argparse.ArgumentParser, usage: str) -> None:
 
     Args:
         parser: the command's parser.
-        usage: its usage line, since argparse has no word for "one, then many of another kind".
+        usage: its usage line, since argparse cannot express "one recipe, then many overrides".
     """
     parser.usage = usage
     parser.add_argument(
@@ -120,7 +138,7 @@ def recipe_and_overrides(args: argparse.Namespace) -> tuple[str, list[str]]:
     """Split what `add_recipe` collected.
 
     Raises:
-        ConfigError: no recipe was given, or an override stands before it.
+        ConfigError: no recipe was given, or an override precedes it.
     """
     words: list[str] = args.words
     if not words or "=" in words[0]:
@@ -138,15 +156,15 @@ def _as_setting(name: str, value: str) -> str | None:
 
 
 def parse(parser: Parser, arguments: list[str], usage: str) -> argparse.Namespace:
-    """Parse, and accept overrides after an option too, where argparse itself no longer looks for them.
+    """Parse, and accept overrides after an option too, where argparse itself no longer accepts them.
 
     Args:
         parser: the whole command's parser.
-        arguments: what to parse.
+        arguments: words after `finetune`.
         usage: the chosen subcommand's usage line, which names its options.
 
     Raises:
-        ConfigError: something is left over that is not an override.
+        ConfigError: a word is left over that is not an override.
     """
     args, rest = parser.parse_known_args(arguments)
     for word in rest:

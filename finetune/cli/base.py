@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the checkpoint and say where it is."""
+    """Write the checkpoint and print its directory."""
     log.info(f"making a tiny gpt-oss ({args.kind})")
     from finetune.model.tiny import write_tiny_base
 

@@ -12,14 +12,14 @@ from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
 from finetune.cli.generate import add_sampling, answer, check_sampling, prompt_ids, sampling_of
 
-_HELP = "/base and /adapter choose who answers, /reset begins anew, /quit (or Ctrl-D) leaves"
+_HELP = "/base and /adapter choose the model, /reset clears the conversation, /quit (or Ctrl-D) ends"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
     add_sampling(parser)
-    parser.epilog = f"while talking: {_HELP}"
+    parser.epilog = f"during the chat: {_HELP}"
     add_examples(
         parser,
         "finetune chat runs/first",
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Talk until the input ends.
+    """Chat until the input ends.
 
     Raises:
         ConfigError: an option out of its range, or the conversation no longer fits the model.

@@ -1,4 +1,4 @@
-"""`finetune checkpoints verify RUN`: which checkpoints are whole, what is wrong with others, what resuming takes."""
+"""`finetune checkpoints verify RUN`: state of each checkpoint, and the one that a resume would use."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Hash and list.
+    """Verify and list the checkpoints.
 
     Raises:
-        InputError: no run, no checkpoint, or one that is not whole.
+        InputError: no run, no checkpoint, or a damaged one.
     """
     from finetune.train.checkpoint import fault_in, latest_step, left_overs, list_checkpoints
     from finetune.train.run_directory import RunDirectory
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> None:
     directory = RunDirectory(args.run).checkpoints
     found = list_checkpoints(directory)
     if not found:
-        RunDirectory.open(args.run)  # raises, and names runs near by, if this is none
-        raise InputError(f"run {args.run} has no checkpoint", fix="start it again; save.every_steps says how often")
+        RunDirectory.open(args.run)  # raises and suggests runs if this is none
+        raise InputError(f"run {args.run} has no checkpoint", fix="start it again; save.every_steps sets the interval")
     taken, damaged = None, 0
     for step, path in found:
         fault = fault_in(path)
@@ -43,16 +43,16 @@ def run(args: argparse.Namespace) -> None:
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file()) if path.is_dir() else 0
         log.result(f"{path.name}  {'whole' if fault is None else f'damaged: {fault}'}  {size / 2**20:,.1f} MiB")
     for path in left_overs(directory):
-        log.result(f"{path.name}  left by a save that was cut short; the next save removes it")
+        log.result(f"{path.name}  left by an interrupted save; the next save removes it")
     latest = latest_step(directory)
     lost = latest is not None and latest not in dict(found)
     if lost:
-        log.result(f"step-{latest:08d}  gone: it was saved last, and is not there")
+        log.result(f"step-{latest:08d}  missing, although it was saved last")
     if taken is None:
         raise InputError(f"no whole checkpoint in {directory}", fix="start the run again")
-    log.result(f"a resume goes on after step {taken}")
+    log.result(f"a resume continues after step {taken}")
     if damaged or lost:
-        what = f"{damaged} of {len(found)} checkpoints are damaged" if damaged else "the last checkpoint is gone"
+        what = f"{damaged} of {len(found)} checkpoints are damaged" if damaged else "the last checkpoint is missing"
         raise InputError(
-            f"{what} in {directory}", fix=f"`finetune train --resume {args.run}` goes on after step {taken}"
+            f"{what} in {directory}", fix=f"`finetune train --resume {args.run}` continues after step {taken}"
         )

@@ -1,4 +1,4 @@
-"""`finetune config`: what a recipe and overrides come to, what differs from what, and a schema for editors."""
+"""`finetune config`: the composed configuration, differences between configurations, and a JSON schema for editors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show = add_action(actions, "show", "print the whole configuration as YAML")
     add_recipe(show, "finetune config show RECIPE [key=value ...] [--json]")
     show.add_argument("--json", action="store_true", help="as JSON")
-    diff = add_action(actions, "diff", "what differs from the defaults, or between two recipes or runs")
+    diff = add_action(actions, "diff", "print differences from the defaults, or between two recipes or runs")
     add_recipe(diff, "finetune config diff RECIPE_OR_RUN [RECIPE_OR_RUN] [key=value ...] [--json]")
     diff.add_argument("--json", action="store_true", help="as JSON")
     add_action(actions, "schema", "print a JSON schema of recipes, for editors")
     add_examples(
         parser,
         "finetune config show legal_20b                      # every key with its value",
-        "finetune config diff mine.yaml                      # what differs from the defaults",
+        "finetune config diff mine.yaml                      # differences from the defaults",
         "finetune config diff runs/first runs/second",
         "finetune config schema > recipe.schema.json",
     )
@@ -78,14 +78,14 @@ def _diff(args: argparse.Namespace) -> None:
     for difference in found:
         log.result(difference.describe())
     if not found:
-        log.info("nothing differs")
+        log.info("no differences")
 
 
 def _plain(recipe_or_run: str, overrides: list[str]) -> dict[str, Any]:
-    """A recipe with overrides, or what a run was started with, as plain data.
+    """Read a recipe with overrides, or the configuration of a run, as plain data.
 
     Raises:
-        ConfigError: overrides on a run, which keeps what it was started with.
+        ConfigError: overrides on a run, which keeps its configuration.
     """
     from finetune.config.compose import compose
     from finetune.config.validate import load_run_config, to_plain

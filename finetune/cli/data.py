@@ -1,4 +1,4 @@
-"""`finetune data`: see the tokens of a recipe before anything is trained on them, and build what may not ship."""
+"""`finetune data`: preview and count a recipe's tokens, and build data sets that packages may not contain."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _PREPARE_USAGE = "finetune data prepare legal|medical|creative [--from DIR_OR_AD
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    preview = add_action(actions, "preview", "show samples as tokens: what is trained, and what is context")
+    preview = add_action(actions, "preview", "show examples as tokens, trained ones and context")
     add_recipe(preview, _PREVIEW_USAGE)
-    preview.add_argument("-n", type=int, default=3, metavar="COUNT", help="how many samples, spread over the split (3)")
-    preview.add_argument("--split", choices=["train", "validation", "test"], default="train", help="of which (train)")
+    preview.add_argument("-n", type=int, default=3, metavar="COUNT", help="examples, spread over the split (3)")
+    preview.add_argument("--split", choices=["train", "validation", "test"], default="train", help="(train)")
     preview.add_argument("--html", metavar="FILE", type=Path, help="write a page instead of printing")
     preview.add_argument("--json", action="store_true", help="as JSON")
-    stats = add_action(actions, "stats", "count rows, tokens, lengths, what is left out, and duplicates")
+    stats = add_action(actions, "stats", "count records, tokens, lengths, omissions and duplicates")
     add_recipe(stats, _STATS_USAGE)
     stats.add_argument("--json", action="store_true", help="as JSON")
-    stats.add_argument("--no-duplicates", action="store_true", help="do not compare rows with each other")
+    stats.add_argument("--no-duplicates", action="store_true", help="do not compare records with each other")
     prepare = add_action(actions, "prepare", "build a shipped data set from its public source, byte for byte")
     domains = ["legal", "medical", "creative"]
     prepare.add_argument("domain", choices=domains, help="only medical is missing from packages")
@@ -44,13 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "finetune data preview mine.yaml -n 5                # marked text is trained, the rest is context",
         "finetune data preview medical_20b --split test --html preview.html",
-        "finetune data stats mine.yaml data.max_length=4096  # what another length would leave out",
+        "finetune data stats mine.yaml data.max_length=4096  # omissions with another length",
         "finetune data prepare medical --from ~/pubmedqa",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print samples or figures to standard output, or the path of a file that was built."""
+    """Print examples or figures, or build a file and print its path."""
     if args.action == "prepare":
         from finetune.data.prepare.build import prepare
 
@@ -82,7 +82,7 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
     if args.n < 1:
         raise ConfigError(f"-n is {args.n}, must be at least 1")
     if args.html and args.json:
-        raise ConfigError("--html and --json are two answers", fix="give one of them")
+        raise ConfigError("--html does not go with --json", fix="give one of them")
     split = load_split(config.data, args.split, check=False)
     samples = [split.examples[number] for number in spread(len(split.examples), args.n)]
     log.info(describe(split))

@@ -1,4 +1,4 @@
-"""`finetune doctor`: what this machine has, what is missing, and how to mend it."""
+"""`finetune doctor`: checks of this machine, with fixes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from finetune import log
 from finetune.cli.arguments import add_examples
 from finetune.errors import MachineError
 
-_MARKS = {"ok": "ok  ", "note": "note", "bad": "BAD "}
+# Mark and colour of each status.
+_MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "bad": ("BAD", "bold red")}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print what was found.
+    """Print all findings.
 
     Raises:
-        MachineError: something is bad; all findings are printed first.
+        MachineError: at least one is bad.
     """
     from finetune.doctor.checks import examine
 
@@ -31,11 +32,13 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         log.result(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        width = max(len(finding.name) for finding in findings)
+        rows, colors = [], []
         for finding in findings:
-            log.result(f"{_MARKS[finding.status]}  {finding.name:{width}}  {finding.found}")
-            if finding.fix:
-                log.result(f"      {'':{width}}  -> {finding.fix}")
+            mark, color = _MARKS[finding.status]
+            rows.append((mark, finding.name, finding.found))
+            rows += [("", "", f"-> {finding.fix}")] if finding.fix else []
+            colors += [color, ""] if finding.fix else [color]
+        log.result_table(rows, colors)
     bad = [finding.name for finding in findings if finding.status == "bad"]
     if bad:
         raise MachineError(f"{len(bad)} of {len(findings)} checks are bad: {', '.join(bad)}", fix="see the list above")

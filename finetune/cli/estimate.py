@@ -1,4 +1,4 @@
-"""`finetune estimate`: memory, disk and time of a recipe from config.json alone, before any download."""
+"""`finetune estimate`: memory, disk and time of a recipe from config.json alone, without a download."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add_recipe(parser, "finetune estimate RECIPE [key=value ...] [--gpu-gib 80] [--gpus N] [--plan] [--json]")
     parser.add_argument(
-        "--gpu-gib", type=float, default=80.0, metavar="N", help="what the GPU is sold as (default: 80)"
+        "--gpu-gib", type=float, default=80.0, metavar="N", help="the GPU's nominal memory (default: 80)"
     )
     parser.add_argument("--gpu-tflops", type=float, default=None, metavar="N", help="its bfloat16 peak (default: 989)")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="how many of them (default: 1)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="number of GPUs (default: 1)")
     parser.add_argument("--plan", action="store_true", help="propose settings for these GPUs")
     parser.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     add_examples(
@@ -32,16 +32,16 @@ def run(args: argparse.Namespace) -> None:
     """Print the estimate.
 
     Raises:
-        ConfigError: a GPU count or size that is none.
+        ConfigError: a number of GPUs or a size that is not above 0.
         InputError: the base's sizes are not known here.
-        CapacityError: the recipe does not fit; printed after the estimate.
+        CapacityError: the recipe does not fit; raised after the estimate is printed.
     """
     from finetune.config.compose import compose
     from finetune.estimate.fit import Budget
-    from finetune.estimate.host import available_host_bytes
     from finetune.estimate.report import make_estimate
     from finetune.estimate.shapes import PUBLISHED, find_base
     from finetune.estimate.text import as_data, describe, verdict
+    from finetune.machine import free_memory
 
     for name in ("gpu_gib", "gpus"):
         if getattr(args, name) <= 0:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
             fix=f"give a local directory, or estimate with model.path={PUBLISHED[0]} if it has that size",
         )
     on_cpu = composed.config.model.device == "cpu"
-    budget = Budget.of_host(available_host_bytes()) if on_cpu else Budget.of_card(args.gpu_gib)
+    budget = Budget.of_host(free_memory()) if on_cpu else Budget.of_card(args.gpu_gib)
     estimate = make_estimate(
         composed.config, composed.recipe_name, facts, budget, gpus=args.gpus, plan=args.plan, tflops=args.gpu_tflops
     )

@@ -1,4 +1,4 @@
-"""`finetune evaluate RUN`: base against base + adapter on the same rows, what was forgotten, what was seen before."""
+"""`finetune evaluate RUN`: base against base + adapter on the same examples, with retention and contamination."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
     parser.add_argument(
-        "--recipe", metavar="RECIPE", help="whose data to score (default: the run's; needed for an adapter alone)"
+        "--recipe",
+        metavar="RECIPE",
+        help="data to score (default: the run's recipe; needed for an adapter alone)",
     )
     parser.add_argument(
-        "--rows", type=int, metavar="N", help="test rows, stratified by answer (default: the recipe's, or all)"
+        "--examples", type=int, metavar="N", help="test examples, stratified by answer (default: the recipe's, or all)"
     )
     parser.add_argument(
-        "--retention", type=int, default=100, metavar="N", help="rows of each shipped domain that was not trained on "
+        "--retention", type=int, default=100, metavar="N", help="examples of each other shipped domain "
         "(default: 100; 0: none)",
     )  # fmt: skip
-    parser.add_argument("--generate", type=int, default=0, metavar="N", help="test rows to answer in full (default: 0)")
+    parser.add_argument("--generate", type=int, default=0, metavar="N", help="test examples to answer (default: 0)")
     parser.add_argument(
         "--max-tokens", type=int, default=256, metavar="N", help="new tokens of an answer (default: 256)"
     )
@@ -40,13 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="of sampling; the rows are the same for every seed (default: 0)",
+        help="of sampling; the examples are the same for every seed (default: 0)",
     )
     parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
-        help="where figures go (default: RUN/evaluation, with --recipe RUN/evaluation-RECIPE)",
+        help="output directory (default: RUN/evaluation, with --recipe RUN/evaluation-RECIPE)",
     )
     parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_examples(
         parser,
         "finetune evaluate runs/first",
-        "finetune evaluate runs/first --rows 200 --retention 0 --generate 50",
+        "finetune evaluate runs/first --examples 200 --retention 0 --generate 50",
         "finetune evaluate my-adapter --recipe legal_20b --base openai/gpt-oss-20b",
     )
 
@@ -64,15 +66,16 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate, and print the summary.
 
     Raises:
-        ConfigError: an option out of its range, or no recipe to take rows from.
+        ConfigError: an option out of its range, or no recipe to take examples from.
     """
     from finetune.cli.generate import check_sampling
 
     check_sampling(args)
-    for name in ("rows", "retention", "generate"):
+    for name in ("examples", "retention", "generate"):
         value = getattr(args, name)
-        if value is not None and value < (1 if name == "rows" else 0):
-            raise ConfigError(f"--{name} must be {'at least 1' if name == 'rows' else '0 or more'}, not {value}")
+        least = 1 if name == "examples" else 0
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} must be {f'at least {least}' if least else '0 or more'}, not {value}")
     run_directory = resolve_run(args.run)[1]
     log.info(log.LOADING)
     from finetune.evaluate.run import EvaluationOptions, evaluate
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     options = EvaluationOptions(
         recipe=_recipe(args.recipe) if args.recipe else None,
         recipe_name=Path(args.recipe).stem if args.recipe else None,
-        rows=args.rows,
+        rows=args.examples,
         retention=args.retention,
         generate=args.generate,
         max_tokens=args.max_tokens,

@@ -60,18 +60,13 @@ def run(args: argparse.Namespace) -> None:
     from finetune.config.expert_selection import write_expert_scores
     from finetune.data.dataset import describe, load_split
     from finetune.evaluate.expert_scores import score_experts
-    from finetune.model.build import build_base, choose_device, choose_dtype
-    from finetune.model.checkpoint import Checkpoint
-    from finetune.model.hub import locate_base
+    from finetune.model.open import open_base
 
     config = composed.config
     split = load_split(config.data, "train")
     log.info(describe(split))
-    location = locate_base(config.model.path, config.model.revision)
-    checkpoint = Checkpoint.open(location.directory)
-    device = choose_device(config.model)
-    base = build_base(checkpoint, device, choose_dtype(config.model, device), config.model.experts_per_chunk)
-    affinity = score_experts(base, location.name, split.examples, config.data, select, args.by, args.samples)
+    base = open_base(config.model)
+    affinity = score_experts(base, config.model.path, split.examples, config.data, select, args.by, args.samples)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_expert_scores(out, affinity)
     for line in affinity.describe():

@@ -1,7 +1,7 @@
-"""The `finetune` command: finds the subcommand, runs it, and turns whatever ends it into a message and an exit code.
+"""The `finetune` command: runs a subcommand and turns its errors into a message and an exit code.
 
-Only the chosen subcommand's module is imported, and none of them imports torch before it has work for it, so that
-`--help`, `recipes` and `config` answer at once.
+Only the chosen subcommand's module is imported, and none imports torch before it needs it, so that `--help`, `recipes`
+and `config` start at once.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from importlib import import_module
 from typing import NoReturn
 
 from finetune import __version__, log
-from finetune.cli.arguments import Parser, parse, refuse_unknown_word, sentence
+from finetune.cli.arguments import Parser, parse, refuse_unknown_word, sentence, with_current_words
 from finetune.errors import CapacityError, FinetuneError, Interrupted, MachineError, is_out_of_memory
 
-# Command: the module with its `add_arguments(parser)` and `run(args)`, and a line for the list.
+# Command: its module, with `add_arguments(parser)` and `run(args)`, and its line in the list.
 COMMANDS = {
-    "train": ("finetune.cli.train", "fine-tune by a recipe, or go on with a run that stopped"),
-    "data": ("finetune.cli.data", "see a recipe's tokens and what is trained of them, or count them"),
-    "estimate": ("finetune.cli.estimate", "memory, disk and time of a recipe, before anything is downloaded"),
+    "train": ("finetune.cli.train", "fine-tune by a recipe, or resume a run"),
+    "data": ("finetune.cli.data", "show or count a recipe's tokens, trained ones and context"),
+    "estimate": ("finetune.cli.estimate", "estimate memory, disk and time of a recipe without a download"),
     "recipes": ("finetune.cli.recipes", "list the recipes, show one, or write one for your own data"),
-    "config": ("finetune.cli.config", "show a recipe's settings, what differs, or a schema for editors"),
+    "config": ("finetune.cli.config", "show a recipe's settings, differences, or a JSON schema for editors"),
     "export": ("finetune.cli.export", "write a run's adapter, or base and adapter merged, for a serving stack"),
-    "experts": ("finetune.cli.experts", "measure which experts a recipe's data use, to train only those"),
-    "evaluate": ("finetune.cli.evaluate", "compare a run with its base: test rows, what was forgotten"),
+    "experts": ("finetune.cli.experts", "measure which experts a recipe's data uses, to train only those"),
+    "evaluate": ("finetune.cli.evaluate", "compare a run with its base: test examples, retention, answers"),
     "generate": ("finetune.cli.generate", "answer a prompt with the base and with base + adapter"),
-    "chat": ("finetune.cli.chat", "talk with a run's model"),
-    "checkpoints": ("finetune.cli.checkpoints", "tell which of a run's checkpoints are whole"),
-    "adapter": ("finetune.cli.adapter", "show, import or merge adapters"),
-    "report": ("finetune.cli.report", "write a run's report.html and report.md anew"),
-    "doctor": ("finetune.cli.doctor", "look at this machine: packages, GPU, disk, network, with fixes"),
+    "chat": ("finetune.cli.chat", "chat with a run's model"),
+    "checkpoints": ("finetune.cli.checkpoints", "verify a run's checkpoints"),
+    "adapter": ("finetune.cli.adapter", "show, import or combine adapters"),
+    "report": ("finetune.cli.report", "rewrite a run's report.html and report.md"),
+    "doctor": ("finetune.cli.doctor", "check this machine: packages, GPU, disk, network, with fixes"),
     "completion": ("finetune.cli.completion", "complete commands, recipes and keys in bash, zsh or fish"),
     "base": ("finetune.cli.base", "make a tiny gpt-oss in the published file layout"),
 }
-_NO_WAY_IN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _FIRST_STEPS = """first steps:
   finetune doctor                                     # is this machine ready?
   finetune base tiny base/tiny                        # a gpt-oss small enough for a CPU
@@ -57,15 +57,15 @@ def main(arguments: Sequence[str]) -> int:
     """Run a command.
 
     Args:
-        arguments: what follows `finetune` on the command line.
+        arguments: the words after `finetune` on the command line.
 
     Returns:
         The exit code (docs/design.md lists them).
     """
     # Waiting threads that spin made a step 20 times slower on a busy machine (docs/log.md). Read when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Rows of all lengths leave a GPU's memory in fragments; segments that grow do not. The first of the two names is
-    # the newer one, and a value of the person's own under either stays as it is.
+    # Sequences of all lengths fragment a GPU's memory; segments that can grow prevent that. The first of the two names
+    # is the newer one; a value that the user has set under either is kept.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has gone (`finetune recipes | head -1`); a second flush at exit must not complain either.
+        # The reader has closed the pipe (`finetune recipes | head -1`); the flush at exit must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -94,6 +94,7 @@ def _run(arguments: list[str]) -> None:
     )
     parser.add_argument("--version", action="version", version=f"gpt-oss-finetune {__version__}")
     refuse_unknown_word(chosen, COMMANDS, "finetune")
+    arguments = with_current_words(arguments, chosen)
     usage = ""
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for command, (module, summary) in COMMANDS.items():
@@ -109,7 +110,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _report(error: Exception) -> int:
-    """Print what a person can use of an error and choose the exit code."""
+    """Print an error and choose the exit code."""
     known = error if isinstance(error, FinetuneError) else _as_known(error)
     if known is None:
         traceback.print_exception(error)
@@ -117,13 +118,13 @@ def _report(error: Exception) -> int:
             f"error: this is a bug in gpt-oss-finetune {__version__}, not in your input; please report the lines above"
         )
         return 1
-    # Stopping was asked for: that it was done is no error.
+    # The user asked to stop, so this is no error.
     log.error(str(known) if isinstance(known, Interrupted) else f"error: {known}")
     return known.exit_code
 
 
 def _as_known(error: Exception) -> FinetuneError | None:
-    """Recognise failures of the machine that any code may raise."""
+    """Recognise failures of the machine, which any code may raise."""
     if is_out_of_memory(error):
         first = (str(error).splitlines() or ["out of memory"])[0]
         return CapacityError(
@@ -134,8 +135,8 @@ def _as_known(error: Exception) -> FinetuneError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return MachineError(f"the disk is full{where}", fix="free some space, or set output_dir to another disk")
-    if isinstance(error, OSError) and error.filename and error.errno in _NO_WAY_IN:
+    if isinstance(error, OSError) and error.filename and error.errno in _NO_ACCESS:
         return MachineError(
-            f"{error.filename}: {error.strerror}", fix="choose a place that you may write to, or mend its permissions"
+            f"{error.filename}: {error.strerror}", fix="choose a place that you may write to, or change its permissions"
         )
     return None

@@ -22,10 +22,10 @@ from finetune.data.sources import split_names
 from finetune.errors import CapacityError, ConfigError, InputError, is_out_of_memory
 from finetune.estimate.changes import cheapest_changes
 from finetune.estimate.fit import Budget, fit
-from finetune.estimate.host import available_host_bytes
 from finetune.estimate.report import make_estimate
 from finetune.estimate.shapes import BaseFacts, find_base
 from finetune.estimate.text import change_lines, memory_lines, verdict
+from finetune.machine import free_memory
 from finetune.model.headers import read_json
 
 
@@ -71,7 +71,7 @@ def device_budget(config: RunConfig) -> Budget:
 
     gpu = gpu_memory(config.model)
     if gpu is None:
-        return Budget.of_host(available_host_bytes())
+        return Budget.of_host(free_memory())
     return Budget.of_gpu(gpu.name, gpu.total_bytes, gpu.free_bytes)
 
 
@@ -156,7 +156,7 @@ def _memory(config: RunConfig) -> str:
     facts = find_base(config.model.path)
     if facts is None:
         return "memory: known once the base is here"
-    budget = Budget.of_host(available_host_bytes()) if config.model.device == "cpu" else Budget.of_card(80)
+    budget = Budget.of_host(free_memory()) if config.model.device == "cpu" else Budget.of_card(80)
     return f"memory, estimated: {verdict(fit(config, facts.shape, budget))}"
 
 

@@ -1,4 +1,4 @@
-"""`finetune recipes`: list the shipped recipes, show one's file, or write one for your own data."""
+"""`finetune recipes`: list the shipped recipes, print one, or write one for your own data."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("name", metavar="NAME", help="a recipe from the list")
     new = add_action(actions, "new", "write a recipe of your own")
     new.add_argument("path", metavar="PATH", type=Path, help="the new .yaml file")
-    new.add_argument("--data", metavar="FILE", help="training records to look at; the recipe will run on them")
-    new.add_argument("--from", dest="source", metavar="NAME", help="begin from a copy of a shipped recipe")
+    new.add_argument("--data", metavar="FILE", help="training records to inspect; the recipe will run on them")
+    new.add_argument("--from", dest="source", metavar="NAME", help="start from a copy of a shipped recipe")
     new.add_argument(
         "--model",
         metavar="NAME",
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         "finetune recipes                                    # the list",
         "finetune recipes show legal_20b",
-        "finetune recipes new mine.yaml --data mine.jsonl    # looks at the file and writes a recipe that runs",
+        "finetune recipes new mine.yaml --data mine.jsonl    # inspects the file and writes a recipe that runs",
         "finetune recipes new trial.yaml --data mine.jsonl --model tiny   # to try it on a CPU",
         "finetune recipes new mine.yaml --from legal_20b",
     )
@@ -44,7 +44,4 @@ def run(args: argparse.Namespace) -> None:
     if args.action == "show":
         log.result(find_recipe(args.name).read_text(encoding="utf-8").rstrip())
         return
-    recipes = list_recipes()
-    width = max(map(len, recipes))
-    for name, path in recipes.items():
-        log.result(f"{name:{width}}  {recipe_summary(path)}")
+    log.result_table([(name, recipe_summary(path)) for name, path in list_recipes().items()])

@@ -1,4 +1,4 @@
-"""`finetune report RUN`: write report.html and report.md anew, also for a run that is still going or died."""
+"""`finetune report RUN`: rewrite report.html and report.md, also for a running or failed run."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from finetune.errors import InputError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "run", metavar="RUN", type=Path, help="a run directory; one that is still going or died will do"
+        "run", metavar="RUN", type=Path, help="a run directory; the run may still be running, or have failed"
     )
     add_examples(parser, "finetune report runs/first")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write both, and say where.
+    """Write both and print their place.
 
     Raises:
         InputError: not a run directory.

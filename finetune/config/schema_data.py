@@ -24,7 +24,7 @@ class SourceConfig(Strict):
         columns: the toolkit's name of a key -> the source's name of it, such as `{messages: conv, answer: label}`.
         where: keep only records whose fields equal these, such as `{split: train}`.
         limit: keep at most this many records, from the source's start. None: all.
-        form: layout of a record's conversation (docs/guide/harmony.md lists the keys of each form). `auto` recognises
+        form: layout of a record's conversation (docs/guide/data.md lists the keys of each form). `auto` recognises
             it by the record's keys, reports it, and refuses a record that fits two forms.
         weight: how often an epoch takes each of the source's examples: 2 twice, 0.5 every other epoch. Only in
             `data.train`.
@@ -103,7 +103,7 @@ class DataConfig(Strict):
         model_identity: the first line of harmony's system message. None: the published one ("You are ChatGPT, a large
             language model trained by OpenAI."). A record's own `model_identity` wins.
         convention: `harmony` renders as openai-harmony does, `template` as the Jinja template published with the
-            weights. docs/guide/harmony.md lists every difference. Train with the convention that you serve with.
+            weights. docs/guide/data.md lists every difference. Train with the convention that you serve with.
         tool_call_type: mark of a function call: `constrain` writes `<|constrain|>json` as the format's
             documents do, `json` plain ` json` as the template does. `auto`: as the convention's source.
         loss: which tokens are trained, with which weight.

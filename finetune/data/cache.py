@@ -21,7 +21,7 @@ from finetune.data.files import broken_file, find_files
 from finetune.data.harmony.tokenizer import RANK_FILE_SHA256
 from finetune.data.sources import SplitName, counts_broken_records, sources_of
 from finetune.errors import InputError, MachineError
-from finetune.files import sha256_of
+from finetune.files import sha256_of, staged_directory
 
 STATS_FILE = "stats.json"
 
@@ -30,6 +30,8 @@ _NOT_IN_KEY = {
     "train", "validation", "test", "on_bad_record", "max_skipped_ratio", "pack", "cache", "cache_dir",
     "mix_temperature",
 }  # fmt: skip
+
+_NO_CACHE = "set data.cache_dir to a directory with room, or data.cache=false to keep the tokens in memory"
 
 
 class CacheEntry:
@@ -45,7 +47,7 @@ class CacheEntry:
         self._config, self._split = config, split
         self._key = cache_key(config, split)
         self.directory = root / f"{split}-{_sha256_of(self._key)[:24]}"
-        self._unfinished = root / f"{self.directory.name}.part"
+        self._staging = self.directory
 
     def read(self) -> tuple[Tables, dict[str, Any]] | None:
         """Open a whole entry: its tables and statistics. None if there is none, or (with a warning) if it is damaged.
@@ -65,24 +67,26 @@ class CacheEntry:
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning(f"the cached tokens in {self.directory} are damaged ({error}); they are made again")
             return None
-        return open_tables(self.directory), stats
+        return self.open(), stats
+
+    def open(self) -> Tables:
+        """Map the tables of a whole entry into memory."""
+        return open_tables(self.directory)
 
     @contextmanager
     def writer(self) -> Iterator[TableWriter]:
-        """Write the entry beside its final place; `commit` gives it its name, anything else leaves nothing behind."""
-        for leftover in (self._unfinished, self.directory):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        self._unfinished.mkdir(mode=0o700)
-        writer = TableWriter(self._unfinished)
-        try:
-            yield writer
-        finally:
-            writer.abandon()
-            shutil.rmtree(self._unfinished, ignore_errors=True)
+        """Write the entry beside its final place; leaving without an error after `complete` renames it."""
+        if self.directory.exists():
+            shutil.rmtree(self.directory)
+        with staged_directory(self.directory, "the cached tokens", fix=_NO_CACHE, mode=0o700) as self._staging:
+            writer = TableWriter(self._staging)
+            try:
+                yield writer
+            finally:
+                writer.abandon()
 
-    def commit(self, writer: TableWriter, stats: dict[str, Any]) -> Tables:
-        """Complete the entry with its statistics and rename it.
+    def complete(self, writer: TableWriter, stats: dict[str, Any]) -> None:
+        """Close the tables and store the statistics and all hashes.
 
         Raises:
             InputError: a source changed while it was read.
@@ -93,12 +97,10 @@ class CacheEntry:
                 f"data.{self._split}: a source changed while it was read",
                 fix="start again when nothing writes to it any more",
             )
-        hashes = {name: sha256_of(self._unfinished / name) for name in (EXAMPLES_FILE, RECORDS_FILE)}
+        hashes = {name: sha256_of(self._staging / name) for name in (EXAMPLES_FILE, RECORDS_FILE)}
         hashes[STATS_FILE] = _sha256_of(stats)
         document = {"stats": stats, "sha256": hashes, "key": self._key}
-        (self._unfinished / STATS_FILE).write_text(json.dumps(document))
-        self._unfinished.rename(self.directory)
-        return open_tables(self.directory)
+        (self._staging / STATS_FILE).write_text(json.dumps(document))
 
 
 @contextmanager
@@ -126,7 +128,7 @@ def locked_entry(config: DataConfig, split: SplitName) -> Iterator[CacheEntry]:
         raise MachineError(
             f"the cache in {root} cannot be written",
             why=str(error),
-            fix="set data.cache_dir to a directory with room, or data.cache=false to keep the tokens in memory",
+            fix=_NO_CACHE,
         ) from error
 
 

@@ -123,7 +123,8 @@ def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> S
             else:
                 with entry.writer() as writer:
                     stats = tokenise(config, split, writer)
-                    tables = entry.commit(writer, dataclasses.asdict(stats))
+                    entry.complete(writer, dataclasses.asdict(stats))
+                tables = entry.open()
     if check:
         _check_left_out(config, split, stats)
     return Split(split, RecordTable(tables), ExampleTable(tables), stats)

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from finetune.config.paths import cache_dir
+from finetune.machine import num_cores, total_memory
 
 PACKAGE = "gpt-oss-finetune"
 HUB = "https://huggingface.co"
@@ -138,13 +139,12 @@ def check_kernels() -> Iterator[Finding]:
     """Which kernels a 20b run would use here, and why."""
     import torch
 
-    from finetune.kernels.attention_choice import AttentionDims, choose_attention
-    from finetune.kernels.experts_choice import ExpertDims, choose_expert_kernel
+    from finetune.kernels.choice import AttentionDims, ExpertDims, choose_attention_kernel, choose_expert_kernel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     experts = choose_expert_kernel("auto", ExpertDims(2880, 2880, 16), device, dtype)
-    attention = choose_attention("auto", AttentionDims(64, 8, 64, 128), device, dtype)
+    attention = choose_attention_kernel("auto", AttentionDims(64, 8, 64, 128), device, dtype)
     for choice in (experts, attention):
         name, _, text = choice.describe().partition(": ")
         is_slow = device.type == "cuda" and choice.kernel == "reference"
@@ -175,12 +175,10 @@ def check_tools() -> Iterator[Finding]:
 
 def check_machine() -> Iterator[Finding]:
     """Cores, memory and how torch's threads wait."""
-    import psutil
-
-    total = psutil.virtual_memory().total / 2**30
+    total = total_memory() / 2**30
     small = total < _SMALL_MEMORY_GIB
     fix = "tests and the demo want 8 GiB; reading a 20b checkpoint wants 16" if small else None
-    yield Finding("memory", "note" if small else "ok", f"{total:.1f} GiB, {os.cpu_count()} cores", fix)
+    yield Finding("memory", "note" if small else "ok", f"{total:.1f} GiB, {num_cores()} cores", fix)
     policy = os.environ.get("OMP_WAIT_POLICY", "unset")
     spins = policy.upper() == "ACTIVE"
     fix = "unset OMP_WAIT_POLICY: waiting threads that spin made steps 20 times slower (docs/log.md)" if spins else None

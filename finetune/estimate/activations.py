@@ -14,7 +14,7 @@ from finetune.estimate.shapes import BaseShape
 HEAD_TOKENS = 512  # finetune.kernels.loss_head.TOKENS_PER_CHUNK
 HEAD_SLICE = 16_384  # words, finetune.kernels.loss_head
 QUERIES_PER_BLOCK = 256  # finetune.kernels.attention.QUERIES_PER_BLOCK
-PAD_ALIGNMENT = 32  # finetune.kernels.experts_launch.PAD_ALIGNMENT
+PAD_ALIGNMENT = 32  # finetune.kernels.experts_triton.PAD_ALIGNMENT
 INDEX_BYTES = 8
 
 CHECKPOINTS = "activation checkpoints"

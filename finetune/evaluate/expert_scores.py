@@ -53,7 +53,7 @@ def score_experts(
         ConfigError: the rule asks for more experts than there are.
     """
     rule = parse_select(select)
-    refuse_too_many(rule, base.checkpoint.shape.num_experts)
+    refuse_too_many(rule, base.checkpoint.arch.num_experts)
     used = evenly_spread(samples, count)
     counts = count_usage(
         base,
@@ -65,7 +65,7 @@ def score_experts(
     )
     per_sample = counts.tokens[:, None, None]
     gate = (counts.gates / per_sample).mean(0)
-    share = (counts.chosen / per_sample).mean(0) / base.checkpoint.shape.num_active_experts
+    share = (counts.chosen / per_sample).mean(0) / base.checkpoint.arch.num_active_experts
     scores = gate if by == "gate" else share
     selected = choose(scores, rule)
     return ExpertScores(
@@ -117,7 +117,7 @@ def check_base(affinity: ExpertScores, base: Base, where: str, key: str = "selec
             why=f"it belongs to {affinity.base_name} ({affinity.base_identity[:12]}), this is {base.identity[:12]}",
             fix="measure again: finetune experts score RECIPE --out FILE",
         )
-    shape = base.checkpoint.shape
+    shape = base.checkpoint.arch
     for scores in (affinity.gate, affinity.tokens_share):
         if len(scores) != shape.num_layers or any(len(of_layer) != shape.num_experts for of_layer in scores):
             raise InputError(f"{where} does not have a score for each of the base's experts")
@@ -130,7 +130,7 @@ def check_selection(affinity: ExpertScores, base: Base, config: AdapterConfig, w
         ConfigError: it was measured on another base, or leaves a layer without experts, or names one that is not there.
     """
     check_base(affinity, base, where)
-    refuse_bad_selection(affinity.selected, base.checkpoint.shape, config, where)
+    refuse_bad_selection(affinity.selected, base.checkpoint.arch, config, where)
 
 
 def choose_experts(
@@ -155,7 +155,7 @@ def choose_experts(
         affinity = read_expert_scores(Path(rule.path).expanduser())
         check_selection(affinity, base, config, rule.path)
     elif rule.kind == "all" and given is not None:
-        every = tuple(range(base.checkpoint.shape.num_experts))
+        every = tuple(range(base.checkpoint.arch.num_experts))
         affinity = replace(given, select="all", selected=dict.fromkeys(range(len(given.gate)), every), ranks=None)
     else:
         affinity = score_experts(base, base_name, samples, data, config.experts.select, "gate", SCORED_SAMPLES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +17,7 @@ from finetune.evaluate.generation import Sampling, generate, read_completion
 from finetune.evaluate.labels import score_labels
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.evaluate.opening import LoadedModel
+from finetune.files import write_text
 
 Key = tuple[str, str, str, int]
 """What was measured (`score` or `text`), by whom (`base` or `adapter`), of which suite, on which row."""
@@ -52,9 +52,7 @@ class MeasurementLog:
         for line in lines[1:]:
             self.rows[_key(line)] = line
         # A line cut short by a kill would otherwise swallow the next one.
-        staging = path.with_name(f"{path.name}.partial")
-        staging.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(staging, path)  # a kill in between leaves the file as it was
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def missing(self, measured: str, who: str, suite: str, rows: Iterable[int]) -> list[int]:
         """Those of `rows` that are not there yet."""

@@ -24,13 +24,9 @@ from finetune.config.schema import (
 )
 from finetune.config.validate import load_run_config
 from finetune.errors import InputError
-from finetune.model.attention import select_attention
-from finetune.model.build import Base, build_base, choose_device, choose_dtype
-from finetune.model.checkpoint import Checkpoint
-from finetune.model.experts import select_expert_kernel
+from finetune.model.build import Base
 from finetune.model.forward import check_packing
-from finetune.model.hub import locate_base
-from finetune.model.storage import BaseStorage
+from finetune.model.open import open_base
 
 
 @dataclass(frozen=True)
@@ -82,22 +78,12 @@ def open_model(
         revision = facts.get("base_revision") or stored.get("revision")
     settings = replace(config.model if config else ModelConfig(path=name), path=name, revision=revision)
     if device is not None:
-        settings = replace(settings, device=device)  # type: ignore[arg-type]
+        # A run's demand for a kernel applies where it ran; on a device named here it is a preference.
+        settings = replace(settings, device=device, expert_kernel="auto")  # type: ignore[arg-type]
     settings = _as_trained_over(settings, facts)
     adapter_config = config.adapter if config else adapter_config_of(directory, stored)
-    location = locate_base(settings.path, settings.revision)
-    where = choose_device(settings)
-    loaded = build_base(
-        Checkpoint.open(location.directory),
-        where,
-        choose_dtype(settings, where),
-        settings.experts_per_chunk,
-        BaseStorage.of(settings),
-    )
-    log.info(f"base: {location.name}, identity {loaded.identity[:12]}, {loaded.compute_dtype} on {where}")
-    log.info(select_attention(loaded.model, settings.attention_kernel).describe())
-    # A run's demand holds where it ran; on a device named here it is a preference.
-    log.info(select_expert_kernel(loaded.model, settings.expert_kernel if device is None else "auto").describe())
+    # The adapter's recorded identity is compared below, so neither checksums nor the recipe's identity are needed.
+    loaded = open_base(replace(settings, identity=None), verify_files=False)
     check_packing(loaded.model)
     # The file has factors for every expert, zeros where a run adapted only some.
     adapter_config = replace(adapter_config, experts=_as_filed(adapter_config.experts, directory, stored))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +26,7 @@ from finetune.evaluate.inputs import read_evaluation_data
 from finetune.evaluate.measure import MeasurementLog, answered_examples, measure
 from finetune.evaluate.opening import LoadedModel, open_model
 from finetune.evaluate.summary import summarise_answers, summarise_suite
-from finetune.files import sha256_of
+from finetune.files import sha256_of, write_json
 
 
 def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[Path, dict[str, Any]]:
@@ -72,9 +70,7 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
         if options.generate
         else None,
     }
-    staging = out / "summary.json.partial"
-    staging.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(staging, out / "summary.json")
+    write_json(out / "summary.json", summary)
     return out, summary
 
 

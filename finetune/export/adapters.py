@@ -17,7 +17,7 @@ from finetune.adapters.store import (
     PROVENANCE,
     WEIGHTS,
     AdapterFile,
-    staged_directory,
+    staged_adapter,
     warn_held_as,
     write_facts,
     write_peft_directory,
@@ -130,10 +130,10 @@ def _check_base(source: AdapterFile, options: ExportOptions) -> Arch | None:
     from finetune.export.merged import check_base, find_base
 
     checkpoint = Checkpoint.open(find_base(source, options).directory)
-    refuse_swapped(source, checkpoint.shape)
-    check_fits(checkpoint.shape, source)
+    refuse_swapped(source, checkpoint.arch)
+    check_fits(checkpoint.arch, source)
     check_base(checkpoint, source)
-    return checkpoint.shape
+    return checkpoint.arch
 
 
 def _contents(
@@ -161,7 +161,7 @@ def _contents(
 def _write(
     out: Path, target: AdapterTarget, contents: Contents, facts: dict[str, Any], finish: Callable[[Path], None]
 ) -> None:
-    with staged_directory(out) as staging:
+    with staged_adapter(out) as staging:
         if target == "gguf-lora":
             write_gguf_lora(staging / contents.file, contents.tensors, contents.config["adapter.lora.alpha"])
         else:

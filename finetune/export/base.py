@@ -9,7 +9,8 @@ from pathlib import Path
 
 from finetune import log
 from finetune.errors import MachineError
-from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint, DenseCheckpoint, write_native
+from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint, DenseCheckpoint
+from finetune.model.write import write_native
 
 
 @contextmanager

@@ -56,7 +56,7 @@ def parse_weighted(text: str) -> tuple[Path, float]:
         raise ConfigError(
             f"{text}: {number!r} is no weight",
             why="each adapter is given as DIR:WEIGHT, a finite number other than 0",
-            fix="for example: finetune adapter merge runs/a/adapter:0.7 runs/b/adapter:0.3 --out merged",
+            fix="for example: finetune adapter combine runs/a/adapter:0.7 runs/b/adapter:0.3 --out merged",
         )
     return Path(directory), weight
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from finetune import log
@@ -16,7 +15,8 @@ from finetune.export.judge import judge
 from finetune.export.options import ExportOptions
 from finetune.export.plan import MergePlan
 from finetune.export.variants import Variants
-from finetune.model.build import build_base, choose_device, choose_dtype
+from finetune.machine import free_memory
+from finetune.model.open import choose_device, open_base
 from finetune.rounding.calibration import calibration_config
 from finetune.rounding.run import RoundedExperts
 
@@ -46,11 +46,16 @@ def measure_survival(
     rows = held_out_rows(config, config.export.survival_examples)
     if rows is None:
         return _skipped("the recipe names neither test nor validation rows")
-    where = ModelConfig(path=str(plan.checkpoint.directory))
-    device = choose_device(where)
+    settings = ModelConfig(
+        path=str(plan.checkpoint.directory),
+        expert_kernel="reference",
+        attention_kernel="reference",
+        experts_per_chunk=_EXPERTS_PER_CHUNK,
+    )
+    device = choose_device(settings)
     if not _fits(plan, device):
         return _skipped("the packed base does not fit into the memory that is free")
-    base = build_base(plan.checkpoint, device, choose_dtype(where, device), _EXPERTS_PER_CHUNK)
+    base = open_base(settings, checkpoint=plan.checkpoint, verify_files=False, quiet=True)
     facts = measure_variants(Variants(base, plan, rounded), rows)
     print_effect(facts)
     verdict = judge(facts, plan.rounding, config.export)
@@ -69,11 +74,7 @@ def _config(options: ExportOptions, run: Path | None) -> tuple[RunConfig | None,
 
 
 def _fits(plan: MergePlan, device: torch.device) -> bool:
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
-    return plan.checkpoint.num_bytes < free * _MEMORY_SHARE
+    return plan.checkpoint.num_bytes < free_memory(device) * _MEMORY_SHARE
 
 
 def _skipped(reason: str) -> dict[str, Any]:

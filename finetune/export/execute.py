@@ -23,6 +23,7 @@ from torch import Tensor
 from finetune import log
 from finetune.adapters.store import Factors
 from finetune.export.plan import MergePlan, Operation, Shard
+from finetune.machine import num_cores
 from finetune.model.checkpoint import Checkpoint
 from finetune.rounding.merge import Tally, add_to_experts, merge_weight, round_experts
 from finetune.rounding.nearest import seeded_noise
@@ -65,7 +66,7 @@ def write_shards(plan: MergePlan, staging: Staging, rounded: RoundedExperts | No
 
 def worker_pool() -> ThreadPoolExecutor:
     """Threads that compute pieces; one torch thread in each, since pieces are small and there are several."""
-    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+    workers = min(_MAX_WORKERS, num_cores())
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
 

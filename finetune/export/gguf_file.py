@@ -179,7 +179,7 @@ def _open_writer(plan: MergePlan, path: Path) -> Any:
     gguf = gguf_package()
     writer = gguf.GGUFWriter(path, "gpt-oss")
     _add_metadata(writer, gguf, plan)
-    _add_vocabulary(writer, gguf, plan.checkpoint.directory, plan.checkpoint.shape.vocab_size)
+    _add_vocabulary(writer, gguf, plan.checkpoint.directory, plan.checkpoint.arch.vocab_size)
     import numpy
 
     for tensor in plan_gguf(plan):
@@ -196,7 +196,7 @@ def _open_writer(plan: MergePlan, path: Path) -> Any:
 
 
 def _add_metadata(writer: Any, gguf: Any, plan: MergePlan) -> None:
-    config, shape = plan.checkpoint.config, plan.checkpoint.shape
+    config, shape = plan.checkpoint.config, plan.checkpoint.arch
     writer.add_type("model")
     writer.add_name("gpt-oss merged")
     writer.add_file_type(getattr(gguf.LlamaFileType, "MOSTLY_BF16" if plan.target == "bf16" else "MOSTLY_MXFP4_MOE"))

@@ -176,7 +176,7 @@ def _base(source: AdapterFile, options: ExportOptions) -> tuple[Base | None, Arc
 
     location = find_base(source, options)
     checkpoint = Checkpoint.open(location.directory)
-    return Base(location, checkpoint), checkpoint.shape
+    return Base(location, checkpoint), checkpoint.arch
 
 
 def _site(number: int, name: str, factors: Factors) -> StoredSite:

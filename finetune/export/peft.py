@@ -31,7 +31,7 @@ def served_rank(rank: int) -> int:
     if not fitting:
         raise InputError(
             f"rank {rank} is above {SERVED_RANKS[-1]}, the highest that vLLM serves",
-            fix=f"`finetune adapter merge DIR:1 --rank {SERVED_RANKS[-1]} --out NEW` lowers it and prints the error",
+            fix=f"`finetune adapter combine DIR:1 --rank {SERVED_RANKS[-1]} --out NEW` lowers it and prints the error",
         )
     return fitting[0]
 

@@ -115,7 +115,7 @@ def plan_merge(
     Raises:
         InputError: the adapter does not fit the base's shapes.
     """
-    check_fits(checkpoint.shape, source)
+    check_fits(checkpoint.arch, source)
     if target == "mxfp4":
         shards = _native_shards(checkpoint, source, biases=rounding == "compensated")
     else:
@@ -193,7 +193,7 @@ def _native_shards(checkpoint: Checkpoint, source: AdapterFile, *, biases: bool)
     if _scales_follow_blocks([operation.name for shard in shards for operation in shard.operations]):
         return tuple(shards)
     operations = {operation.name: operation for shard in shards for operation in shard.operations}
-    return _cut([operations[name] for name in checkpoint.shape.expected_tensors()])
+    return _cut([operations[name] for name in checkpoint.arch.expected_tensors()])
 
 
 def _scales_follow_blocks(names: Sequence[str]) -> bool:
@@ -210,7 +210,7 @@ def _dense_shards(checkpoint: Checkpoint, source: AdapterFile) -> tuple[Shard, .
     sites = {site.module: site for site in source.sites}
     operations = []
     kind: Kind
-    for name, (dtype, sizes) in checkpoint.shape.expected_tensors().items():
+    for name, (dtype, sizes) in checkpoint.arch.expected_tensors().items():
         if name.endswith(_SCALES):
             continue
         if name.endswith(_BLOCKS):

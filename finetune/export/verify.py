@@ -29,8 +29,9 @@ from finetune.errors import CheckError, FinetuneError
 from finetune.export.gguf_file import gguf_name
 from finetune.export.options import AdapterTarget, MergedTarget
 from finetune.export.plan import MergePlan
-from finetune.model.build import build_base, choose_device, choose_dtype
+from finetune.model.build import Base
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.open import open_base
 from finetune.rounding.merge import Tally
 
 ADAPTER_CHILD = Path(__file__).with_name("adapter_child.py")
@@ -169,6 +170,14 @@ def _prompts(run: Path | None) -> tuple[list[Example], str | None]:
     return list(split.examples[:NUM_SAMPLES]), None
 
 
+def _open_reference(checkpoint: Checkpoint) -> Base:
+    """Open a checkpoint with the reference kernels, on the GPU if there is one."""
+    settings = ModelConfig(
+        path=str(checkpoint.directory), expert_kernel="reference", attention_kernel="reference", experts_per_chunk=4
+    )
+    return open_base(settings, checkpoint=checkpoint, verify_files=False, quiet=True)
+
+
 def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Example]) -> dict[str, Any]:
     """Compare transformers' logits of the merged directory with those of the live base + adapter.
 
@@ -179,9 +188,8 @@ def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Example])
     Raises:
         CheckError: the directory does not load cleanly, or is another model.
     """
-    device = choose_device(ModelConfig(path=str(plan.checkpoint.directory)))
-    dtype = choose_dtype(ModelConfig(path=str(plan.checkpoint.directory)), device)
-    base = build_base(plan.checkpoint, device, dtype, experts_per_chunk=4)
+    base = _open_reference(plan.checkpoint)
+    dtype = base.compute_dtype
     if not fits_in_memory(base):
         reason = "a dequantised model needs more than half of the memory that is free"
         log.warning(f"logits were not compared: {reason}")
@@ -191,7 +199,7 @@ def compare_logits(plan: MergePlan, directory: Path, samples: Sequence[Example])
     attach_source(base, plan.source)
     tensors |= sample_logits(base, tensors, "adapted")
     if plan.target == "mxfp4":  # what was written, by our own reader: rounding may have lost the adapter
-        merged = build_base(Checkpoint.open(directory), device, dtype, experts_per_chunk=4)
+        merged = _open_reference(Checkpoint.open(directory))
         tensors |= sample_logits(merged, tensors, "merged")
         tensors |= sample_limit(merged, tensors, "merged")
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,6 +13,7 @@ S keys a block can see.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor, "AttentionPlan", float], Tensor]
+"""(q, k, v, sinks, plan, scaling) -> output; the signature of `sink_attention`, which every kernel offers."""
 
 QUERIES_PER_BLOCK = 256
 PAIRS_PER_BLOCK = QUERIES_PER_BLOCK * 4096  # scores of a block for one head: 0.27 GB over 64 heads in float32

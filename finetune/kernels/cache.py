@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.kernels.attention import AttentionPlan
-from finetune.kernels.attention_choice import Attention
+from finetune.kernels.attention import Attention, AttentionPlan
 
 _EMPTY = -1
 

@@ -1,7 +1,12 @@
-"""Which routed rows belong to which experts, and what a checkpointed layer may skip when it is computed again.
+"""Dispatch of tokens to experts: routed tokens sorted by expert, in chunks of experts, and those that have LoRA.
 
-Shape legend: T tokens, K active experts a token, R routed rows (T·K, sorted by expert), R' those of a chunk, E experts,
-C experts in a chunk.
+A routed token is a token copied to one of its experts. Experts without LoRA store no factors, and their routed tokens
+take no part in the thin products. The experts with LoRA are numbered 0 to S here; their routed tokens, in expert order,
+are a subsequence of the layer's.
+
+Shape legend: T tokens, K active experts per token, R routed tokens (T·K, sorted by expert), R' those of a chunk, R''
+those of a chunk's experts with LoRA, E experts, C experts in a chunk, S experts with LoRA, S' those of a chunk, L rank,
+N sum of ranks.
 """
 
 from __future__ import annotations
@@ -20,11 +25,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chunk:
-    """Experts `first` to `last` (exclusive) and the routed rows `start` to `stop` that they serve.
+    """Experts `first` to `last` (exclusive) and their routed tokens `start` to `stop` (exclusive).
 
     Attributes:
-        counts: rows of each of these experts.
-        offsets: int32 [C] on the device, where each expert's rows end, counted from `start`.
+        counts: routed tokens of each of these experts.
+        offsets: int32 [C] on the device, the end of each expert's routed tokens, counted from `start`.
     """
 
     first: int
@@ -36,36 +41,36 @@ class Chunk:
 
     @property
     def experts(self) -> slice:
-        """Of tensors with E along the first axis."""
+        """The chunk's part of a tensor with E along the first axis."""
         return slice(self.first, self.last)
 
     @property
-    def rows(self) -> slice:
-        """Of tensors with R along the first axis."""
+    def routed(self) -> slice:
+        """The chunk's part of a tensor with R along the first axis."""
         return slice(self.start, self.stop)
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """First row and end of each expert, counted from `start`."""
+        """Start and end of each expert's routed tokens, counted from `start`."""
         end = 0
         for count in self.counts:
             yield end, end + count
             end += count
 
-    def expert_of_row(self) -> Tensor:
-        """int64 [R'], counted from `first`."""
-        rows = torch.arange(self.stop - self.start, device=self.offsets.device, dtype=torch.int32)
-        return torch.searchsorted(self.offsets, rows, right=True)
+    def expert_of_routed(self) -> Tensor:
+        """int64 [R'], the expert of each routed token, counted from `first`."""
+        index = torch.arange(self.stop - self.start, device=self.offsets.device, dtype=torch.int32)
+        return torch.searchsorted(self.offsets, index, right=True)
 
 
 @dataclass(frozen=True)
-class Routing:
-    """The rows of one layer in expert order.
+class Dispatch:
+    """The routed tokens of one layer in expert order.
 
     Attributes:
-        order: int64 [R], each row's place among the T·K choices (token · K + slot).
-        counts: rows per expert, on the host.
-        offsets: int32 [E] on the device, each expert's end within its chunk.
-        ends: int64 [E] on the device, each expert's end among all rows.
+        order: int64 [R], the place of each routed token among the T·K choices (token · K + slot).
+        counts: routed tokens per expert, on the host.
+        offsets: int32 [E] on the device, the end of each expert's routed tokens within its chunk.
+        ends: int64 [E] on the device, the same among all routed tokens.
         experts_per_chunk: C.
         top_k: K.
     """
@@ -78,11 +83,11 @@ class Routing:
     top_k: int
 
     @classmethod
-    def of(cls, expert_ids: Tensor, num_experts: int, experts_per_chunk: int) -> Routing:
+    def of(cls, expert_ids: Tensor, num_experts: int, experts_per_chunk: int) -> Dispatch:
         """Sort int64 [T, K] choices by expert, stably: ties keep token order.
 
-        The one copy from device to host of a layer: chunks without rows can then be skipped, and nothing later waits.
-        (`bincount` would wait too, for the largest id.)
+        This is the only copy from device to host in a layer: chunks without routed tokens can then be skipped, and
+        nothing later waits. (`bincount` would wait too, for the largest id.)
         """
         ids, order = expert_ids.reshape(-1).sort(stable=True)
         ends = torch.searchsorted(ids, torch.arange(num_experts, device=ids.device), right=True)
@@ -93,66 +98,36 @@ class Routing:
         return cls(order, counts.tolist(), offsets, ends, experts_per_chunk, expert_ids.shape[1])
 
     def chunks(self) -> Iterator[Chunk]:
-        """Consecutive runs of experts with at least one row between them."""
+        """Consecutive groups of C experts that have at least one routed token together."""
         start = 0
         for first in range(0, len(self.counts), self.experts_per_chunk):
-            here = self.counts[first : first + self.experts_per_chunk]
-            last, stop = first + len(here), start + sum(here)
+            counts = self.counts[first : first + self.experts_per_chunk]
+            last, stop = first + len(counts), start + sum(counts)
             if stop > start:
-                yield Chunk(first, last, start, stop, here, self.offsets[first:last])
+                yield Chunk(first, last, start, stop, counts, self.offsets[first:last])
             start = stop
 
-    def position(self) -> Tensor:
-        """int64 [R], the row of each choice: the inverse of `order`."""
-        position = torch.empty_like(self.order)
-        position[self.order] = torch.arange(len(self.order), device=self.order.device)
-        return position
+    @property
+    def token(self) -> Tensor:
+        """int64 [R], the token that each routed token is a copy of."""
+        return self.order // self.top_k
 
-
-_RECOMPUTING: ContextVar[bool] = ContextVar("recomputing", default=False)
-
-
-class _Recomputing(AbstractContextManager[None]):
-    """Marks what runs inside it as computed a second time, for its saved tensors only. May be entered again."""
-
-    def __enter__(self) -> None:
-        self._token: Token[bool] = _RECOMPUTING.set(True)
-
-    def __exit__(self, *_: object) -> None:
-        _RECOMPUTING.reset(self._token)
-
-
-def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The `context_fn` of `torch.utils.checkpoint` for layers with an expert block.
-
-    The block keeps its inputs and replays itself in its backward pass, so when its layer is computed again only those
-    inputs are wanted; the block then returns NaN in place of its output. The layer must end with the block and a sum.
-    """
-    return nullcontext(), _Recomputing()
-
-
-def is_recomputing() -> bool:
-    """Whether a checkpointed layer is being computed again, just for the tensors that its operations save."""
-    return _RECOMPUTING.get()
-
-
-# Which experts of a layer have an update, which rows go through it, and how its factors lie in memory.
-#
-# Rows of experts without an update take no part in the thin products, and nothing is stored for those experts.
-# LoraExperts experts are numbered 0 to S here; their rows, in expert order, are a subsequence of the layer's.
-#
-# Shape legend: E experts, S adapted ones, R routed rows, R' those of a chunk, R'' those of a chunk's adapted experts,
-# S' adapted experts of a chunk, L rank, N sum of ranks.
+    def inverse_order(self) -> Tensor:
+        """int64 [R], the routed token of each choice: the inverse of `order`."""
+        inverse = torch.empty_like(self.order)
+        inverse[self.order] = torch.arange(len(self.order), device=self.order.device)
+        return inverse
 
 
 @dataclass(frozen=True, eq=False)
-class Ranks:
-    """Ranks that differ from expert to expert: factors are then stored as a [N, in] and b [N, out], expert by expert.
+class LoraRanks:
+    """Ranks that differ between experts: factors are stored as a [N, in] and b [N, out], expert after expert.
 
     Attributes:
-        of_expert: rank of each adapted expert, at least 1.
-        expert: int64 [N], whose each stored row is; place: int64 [N], which of that expert's.
-        scales: float32 [N], what each row's part of the update is multiplied by.
+        of_expert: rank of each expert with LoRA, at least 1.
+        expert: int64 [N], the expert that each stored row belongs to.
+        place: int64 [N], its number among the rows of that expert.
+        scales: float32 [N], the factor on each row's part of the update.
     """
 
     of_expert: tuple[int, ...]
@@ -161,8 +136,8 @@ class Ranks:
     scales: Tensor
 
     @classmethod
-    def of(cls, of_expert: tuple[int, ...], scales: tuple[float, ...], device: torch.device) -> Ranks:
-        """Lay out experts with these ranks, and these factors of their updates, one after another."""
+    def of(cls, of_expert: tuple[int, ...], scales: tuple[float, ...], device: torch.device) -> LoraRanks:
+        """Lay out the factors of experts with these ranks and scales."""
         counts = torch.tensor(of_expert)
         expert = torch.repeat_interleave(torch.arange(len(of_expert)), counts)
         place = torch.arange(sum(of_expert)) - (counts.cumsum(0) - counts)[expert]
@@ -171,16 +146,16 @@ class Ranks:
 
     @property
     def highest(self) -> int:
-        """Of all ranks."""
+        """The highest rank."""
         return max(self.of_expert)
 
     def rows(self, experts: slice) -> slice:
-        """Where factors of these experts are stored."""
+        """The rows in which the factors of these experts are stored."""
         starts = [0, *accumulate(self.of_expert)]
         return slice(starts[experts.start], starts[experts.stop])
 
     def expand(self, stored: Tensor, experts: slice) -> Tensor:
-        """Rows of a stored factor [n, width] of these experts as [S', L, width], L being their highest rank."""
+        """Stored rows [n, width] of these experts -> [S', L, width], where L is the highest rank among them."""
         count, rank = experts.stop - experts.start, max(self.of_expert[experts])
         whole = stored.new_zeros(count * rank, stored.shape[1])
         return whole.index_copy(0, self._places(experts, rank), stored).view(count, rank, -1)
@@ -196,41 +171,41 @@ class Ranks:
 
 @dataclass(frozen=True, eq=False)
 class LoraExperts:
-    """The experts of a layer that have an update.
+    """The experts of a layer that have LoRA.
 
     Attributes:
-        numbers: of the layer's E, ascending.
+        numbers: their numbers among the layer's E, ascending.
         index: the same as int64 [S] on the device.
-        ranks: None: one rank, and factors are a [S, L, in] and b [S, out, L].
+        ranks: None: all have one rank, and factors are a [S, L, in] and b [S, out, L].
     """
 
     numbers: tuple[int, ...]
     index: Tensor
-    ranks: Ranks | None = None
+    ranks: LoraRanks | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """What of a chunk goes through updates.
+class LoraChunk:
+    """The experts of a chunk that have LoRA, and their routed tokens.
 
     Attributes:
-        chunk: its adapted experts, as numbered among the S, and their rows, as numbered among rows of such experts.
-        rows: int64 [R''], these rows' places in the larger chunk. None: it has no others.
-        local: int64 [S'], these experts' places in the larger chunk. None: it has no others.
+        chunk: these experts, numbered among the S, and their routed tokens, numbered among those of all S.
+        routed: int64 [R''], the places of these routed tokens in the whole chunk. None: the chunk has no others.
+        local_experts: int64 [S'], the places of these experts in the whole chunk. None: the chunk has no others.
         ranks: see `LoraExperts`.
     """
 
     chunk: Chunk
-    rows: Tensor | None = None
-    local: Tensor | None = None
-    ranks: Ranks | None = None
+    routed: Tensor | None = None
+    local_experts: Tensor | None = None
+    ranks: LoraRanks | None = None
 
-    def pick(self, tensor: Tensor) -> Tensor:
-        """Of a tensor with a chunk's R' rows those that go through updates."""
-        return tensor if self.rows is None else tensor.index_select(0, self.rows)
+    def select(self, tensor: Tensor) -> Tensor:
+        """[R', ...] -> [R'', ...]: the routed tokens whose expert has LoRA."""
+        return tensor if self.routed is None else tensor.index_select(0, self.routed)
 
     def gather_a(self, stored: Tensor) -> Tensor:
-        """A of this part's experts, [S', L, in]; with its scale in it where ranks differ."""
+        """A of this chunk's experts, [S', L, in]; where ranks differ, times its scale."""
         experts = self.chunk.experts
         if self.ranks is None:
             return stored[experts]
@@ -238,14 +213,14 @@ class Part:
         return self.ranks.expand(stored[rows] * self.ranks.scales[rows, None], experts)
 
     def gather_b(self, stored: Tensor) -> Tensor:
-        """B of this part's experts, [S', out, L]."""
+        """B of this chunk's experts, [S', out, L]."""
         experts = self.chunk.experts
         if self.ranks is None:
             return stored[experts]
         return self.ranks.expand(stored[self.ranks.rows(experts)], experts).transpose(1, 2)
 
     def scatter_grad_a(self, target: Tensor, gradient: Tensor) -> None:
-        """Write the gradient of what `gather_a` gave into that of the stored factor."""
+        """Write the gradient of `gather_a`'s result into the gradient of the stored factor."""
         experts = self.chunk.experts
         if self.ranks is None:
             target[experts] = gradient
@@ -254,7 +229,7 @@ class Part:
             target[rows] = self.ranks.collapse(gradient, experts) * self.ranks.scales[rows, None]
 
     def scatter_grad_b(self, target: Tensor, gradient: Tensor) -> None:
-        """Write the gradient of what `gather_b` gave into that of the stored factor."""
+        """Write the gradient of `gather_b`'s result into the gradient of the stored factor."""
         experts = self.chunk.experts
         if self.ranks is None:
             target[experts] = gradient
@@ -262,36 +237,64 @@ class Part:
             target[self.ranks.rows(experts)] = self.ranks.collapse(gradient.transpose(1, 2), experts)
 
 
-def lora_chunks(routing: Routing, adapted: LoraExperts | None) -> list[Part | None]:
-    """For each of `routing.chunks()` what goes through updates; None where no row does.
+def lora_chunks(dispatch: Dispatch, lora_experts: LoraExperts | None) -> list[LoraChunk | None]:
+    """For each of `dispatch.chunks()` the part with LoRA; None where no routed token has any.
 
-    Sizes come from the counts that the host has already, places from the device: nothing waits.
+    Sizes come from the counts on the host, places from the device, so nothing waits.
 
     Args:
-        routing: of the layer.
-        adapted: None: all experts.
+        dispatch: of the layer.
+        lora_experts: None: all experts have LoRA.
     """
-    chunks = list(routing.chunks())
-    if adapted is None:
-        return [Part(chunk) for chunk in chunks]
-    counts = routing.ends.diff(prepend=routing.ends.new_zeros(1))[adapted.index]
+    chunks = list(dispatch.chunks())
+    if lora_experts is None:
+        return [LoraChunk(chunk) for chunk in chunks]
+    numbers, index = lora_experts.numbers, lora_experts.index
+    counts = dispatch.ends.diff(prepend=dispatch.ends.new_zeros(1))[index]
     ends = counts.cumsum(0)
-    num_rows = sum(routing.counts[number] for number in adapted.numbers)
-    row = torch.arange(num_rows, device=ends.device)
-    expert = torch.searchsorted(ends, row, right=True)
-    place = row + (routing.ends[adapted.index] - ends)[expert]  # among all of the layer's rows
-    parts: list[Part | None] = []
+    num_routed = sum(dispatch.counts[number] for number in numbers)
+    routed = torch.arange(num_routed, device=ends.device)
+    expert = torch.searchsorted(ends, routed, right=True)
+    place = routed + (dispatch.ends[index] - ends)[expert]  # among all of the layer's routed tokens
+    found: list[LoraChunk | None] = []
     start = 0
     for chunk in chunks:
-        first, last = (bisect_left(adapted.numbers, edge) for edge in (chunk.first, chunk.last))
-        here = [routing.counts[number] for number in adapted.numbers[first:last]]
+        first, last = (bisect_left(numbers, edge) for edge in (chunk.first, chunk.last))
+        here = [dispatch.counts[number] for number in numbers[first:last]]
         stop = start + sum(here)
         if stop == start:
-            parts.append(None)
+            found.append(None)
             continue
         offsets = (ends[first:last] - start).to(torch.int32)
-        rows = None if stop - start == chunk.stop - chunk.start else place[start:stop] - chunk.start
-        local = None if last - first == chunk.last - chunk.first else adapted.index[first:last] - chunk.first
-        parts.append(Part(Chunk(first, last, start, stop, here, offsets), rows, local, adapted.ranks))
+        routed_here = None if stop - start == chunk.stop - chunk.start else place[start:stop] - chunk.start
+        local = None if last - first == chunk.last - chunk.first else index[first:last] - chunk.first
+        found.append(LoraChunk(Chunk(first, last, start, stop, here, offsets), routed_here, local, lora_experts.ranks))
         start = stop
-    return parts
+    return found
+
+
+_RECOMPUTING: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+class _Recomputing(AbstractContextManager[None]):
+    """Marks the code inside as computed a second time, for its saved tensors only. May be entered again."""
+
+    def __enter__(self) -> None:
+        self._token: Token[bool] = _RECOMPUTING.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        _RECOMPUTING.reset(self._token)
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The `context_fn` of `torch.utils.checkpoint` for layers with an expert block.
+
+    The block saves its inputs and replays itself in its backward pass, so when its layer is computed again only those
+    inputs are needed; the block then returns NaN instead of its output. The layer must end with the block and a sum.
+    """
+    return nullcontext(), _Recomputing()
+
+
+def is_recomputing() -> bool:
+    """Whether a checkpointed layer is being computed again, only for the tensors that its operations save."""
+    return _RECOMPUTING.get()

@@ -1,17 +1,17 @@
-"""The routed experts' forward and backward over packed MXFP4 weights with LoRA inside, in plain PyTorch.
+"""The expert block over packed weights with LoRA: its autograd frame, and the reference kernel in plain PyTorch.
 
-This is the specification that faster kernels must equal. Only a chunk of experts is ever dequantised at a time: the
-forward pass keeps the block's inputs and nothing of the experts' width, and the backward pass replays chunk by chunk,
-so the scratch of one chunk is freed before the next one is taken. The update is applied as two thin products beside
-the base product; W + BA is never formed.
+The reference kernel is the specification that faster ones must equal. Only one chunk of experts is dequantised at a
+time: the forward pass saves the block's inputs and nothing of the experts' width, and the backward pass replays chunk
+after chunk, so the scratch memory of one chunk is freed before the next is taken. The LoRA update is two thin products
+beside the base product; W + BA is never formed.
 
-Shape legend: T tokens, D hidden, E experts, K active experts a token, R routed rows (T·K, sorted by expert), F expert
-width, L rank, C experts in a chunk, S adapted experts.
+Shape legend: T tokens, D hidden, E experts, K active experts per token, R routed tokens (T·K, sorted by expert), F
+expert width, L rank, C experts in a chunk, S experts with LoRA.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,20 +20,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm
 
-from finetune.kernels.dispatch import Chunk, LoraExperts, Part, Routing, is_recomputing, lora_chunks
+from finetune.kernels.dispatch import Chunk, Dispatch, LoraChunk, LoraExperts, is_recomputing, lora_chunks
 from finetune.kernels.grouped import padded_rank
 from finetune.mxfp4.format import dequantise
 
 
 class FrozenExperts(Protocol):
-    """E frozen linear maps out -> in, however they are held."""
+    """E frozen linear maps out -> in, in any storage format."""
 
     @property
     def bias(self) -> Tensor:
         """[E, out], in the compute dtype."""
 
     def dequantised(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Weights of experts `first` to `last` (exclusive) as [C, out, in]. Not to be written to."""
+        """Weights of experts `first` to `last` (exclusive) as [C, out, in]. Must not be written to."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Mxfp4Experts:
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """S low-rank updates, of all E experts or of some: update of expert e = scale · b[e] @ a[e].
+    """LoRA of S experts, all E or some: update of expert e = scale · b[e] @ a[e].
 
     Attributes:
-        a: [S, L, in]. b: [S, out, L]. Where ranks differ (`finetune.kernels.dispatch`) [N, in] and [N, out]. Both
-            float32 or the compute dtype.
-        scale: alpha / rank; 1 where ranks differ, whose scales are their own.
+        a: [S, L, in]; where ranks differ (`finetune.kernels.dispatch.LoraRanks`) [N, in].
+        b: [S, out, L]; where ranks differ [N, out]. Both are float32 or in the compute dtype.
+        scale: alpha / rank; 1 where ranks differ, since each expert then has its own scale.
     """
 
     a: Tensor
@@ -72,7 +72,7 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class ExpertWeights:
-    """Everything one layer's experts need beside their inputs.
+    """The frozen part of one layer's experts.
 
     Attributes:
         gate_up: D -> 2F; even outputs are gates, odd ones ups.
@@ -89,6 +89,38 @@ class ExpertWeights:
     experts_per_chunk: int
 
 
+ExpertBlock = Callable[
+    [Tensor, Tensor, Tensor, ExpertWeights, LoraFactors | None, LoraFactors | None, LoraExperts | None], Tensor
+]
+"""The signature of `expert_block`, which every kernel offers."""
+
+
+def expert_block(
+    x: Tensor,
+    expert_ids: Tensor,
+    router_weights: Tensor,
+    weights: ExpertWeights,
+    gate_up_lora: LoraFactors | None,
+    down_lora: LoraFactors | None,
+    lora_experts: LoraExperts | None = None,
+) -> Tensor:
+    """Sum over each token's experts of router weight · down(swiglu(gate_up(x))), with LoRA on both projections.
+
+    Args:
+        x: [T, D], float32 or bfloat16.
+        expert_ids: int64 [T, K], different within a token.
+        router_weights: [T, K], any floating dtype.
+        weights: the layer's frozen experts, on x's device.
+        gate_up_lora, down_lora: LoRA of the projections, or None; cast to x's dtype chunk by chunk.
+        lora_experts: the experts that have LoRA. None: all.
+
+    Returns:
+        [T, D] in x's dtype. Gradients reach x, router_weights and the factors, and nothing else is saved for them.
+        Every reduction runs in a fixed order, so equal inputs give equal bits.
+    """
+    return apply_block(ReferenceKernel(), x, expert_ids, router_weights, weights, gate_up_lora, down_lora, lora_experts)
+
+
 def clamped_swiglu(gate_up: Tensor, limit: float, gain: float) -> Tensor:
     """gpt-oss's activation on interleaved pairs: [..., 2F] -> [..., F].
 
@@ -99,151 +131,213 @@ def clamped_swiglu(gate_up: Tensor, limit: float, gain: float) -> Tensor:
     return (up + 1) * gate * torch.sigmoid(gain * gate)
 
 
-def expert_block(
+# The autograd frame that all kernels share
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """The constants of one call of the block: what its forward and backward pass share beside tensors with gradients.
+
+    Attributes:
+        weights: the layer's frozen experts.
+        scales: of gate_up's and of down's LoRA.
+        lora_experts: the experts that have LoRA. None: all.
+        dispatch: the routed tokens in expert order.
+        lora_chunks: for each chunk the part with LoRA, or None.
+    """
+
+    weights: ExpertWeights
+    scales: tuple[float, float]
+    lora_experts: LoraExperts | None
+    dispatch: Dispatch
+    lora_chunks: Sequence[LoraChunk | None]
+
+    def chunks(self) -> Iterator[tuple[Chunk, LoraChunk | None]]:
+        """Chunks that have routed tokens, each with its part with LoRA."""
+        return zip(self.dispatch.chunks(), self.lora_chunks, strict=True)
+
+
+class BlockKernel(Protocol):
+    """One way to compute the block. Factors are gate_up's A and B and down's A and B, each None without LoRA."""
+
+    def forward(self, x: Tensor, router_weights: Tensor, factors: Sequence[Tensor | None], call: BlockCall) -> Tensor:
+        """[T, D] -> [T, D]."""
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        x: Tensor,
+        router_weights: Tensor,
+        factors: Sequence[Tensor | None],
+        call: BlockCall,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, the router weights and the four factors. `needs` says, in this order, which are wanted."""
+
+
+def apply_block(
+    kernel: BlockKernel,
     x: Tensor,
     expert_ids: Tensor,
-    expert_weights: Tensor,
+    router_weights: Tensor,
     weights: ExpertWeights,
     gate_up_lora: LoraFactors | None,
     down_lora: LoraFactors | None,
-    adapted: LoraExperts | None = None,
+    lora_experts: LoraExperts | None,
 ) -> Tensor:
-    """Send every token through its experts and sum their outputs with the router's weights.
-
-    Gradients reach `x`, `expert_weights` and the LoRA factors; the packed weights are constants.
-
-    Args:
-        x: [T, D], float32 or bfloat16 (`grouped_mm` has no float64).
-        expert_ids: int64 [T, K], each token's experts.
-        expert_weights: [T, K], the router's softmax over those K.
-        weights: the layer's packed experts.
-        gate_up_lora, down_lora: updates, or None for none.
-        adapted: whose updates these are; rows of other experts skip the thin products. None: of all experts.
-
-    Returns:
-        [T, D] in x's dtype. The sum over K runs in a fixed order, so equal inputs give equal bits.
-    """
+    """`expert_block` with a kernel of choice."""
     factors = [t for lora in (gate_up_lora, down_lora) for t in ((lora.a, lora.b) if lora else (None, None))]
     scales = tuple(lora.scale if lora else 0.0 for lora in (gate_up_lora, down_lora))
-    return _ExpertBlock.apply(x, expert_weights, *factors, expert_ids, weights, scales, adapted)
+    return _ExpertBlock.apply(x, router_weights, *factors, expert_ids, weights, scales, lora_experts, kernel)
 
 
 class _ExpertBlock(torch.autograd.Function):
-    """Saves the inputs only; the backward pass replays each chunk under autograd."""
+    """Saves the block's inputs and its dispatch only."""
 
     @staticmethod
-    def forward(ctx, x, expert_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales, adapted):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, expert_weights, gate_up_a, gate_up_b, down_a, down_b)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, router_weights, gate_up_a, gate_up_b, down_a, down_b, expert_ids, weights, scales, lora_experts, kernel
+    ):
+        factors = (gate_up_a, gate_up_b, down_a, down_b)
+        ctx.save_for_backward(x, router_weights, *factors)
         if is_recomputing():
             return torch.full_like(x, torch.nan)
-        # Kept beside the saved tensors: a layer computed again cannot route another way than its output was made.
-        ctx.routing = routing = Routing.of(expert_ids, len(weights.gate_up.bias), weights.experts_per_chunk)
-        ctx.parts = parts = lora_chunks(routing, adapted)
-        ctx.weights, ctx.scales = weights, scales
-        token_of_row = routing.order // routing.top_k
-        row_weights = expert_weights.reshape(-1)[routing.order]
-        rows = x.new_empty(len(routing.order), x.shape[1])
-        for chunk, part in zip(routing.chunks(), parts, strict=True):
-            factors = _factors((gate_up_a, gate_up_b, down_a, down_b), part)
-            inputs = [x[token_of_row[chunk.rows]], row_weights[chunk.rows], *factors]
-            rows[chunk.rows] = _chunk_forward(inputs, chunk, part, weights, scales)
-        return _combine(rows, routing)
+        # Kept beside the saved tensors: a layer computed again cannot route differently from its first output.
+        dispatch = Dispatch.of(expert_ids, len(weights.gate_up.bias), weights.experts_per_chunk)
+        ctx.call = BlockCall(weights, scales, lora_experts, dispatch, lora_chunks(dispatch, lora_experts))
+        ctx.kernel = kernel
+        return kernel.forward(x, router_weights, factors, ctx.call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-        x, expert_weights, *factors = ctx.saved_tensors
-        routing, needs = ctx.routing, ctx.needs_input_grad[:6]
-        token_of_row = routing.order // routing.top_k
-        row_weights = expert_weights.reshape(-1)[routing.order]
-        grad_rows = x.new_empty(len(routing.order), x.shape[1]) if needs[0] else None
-        grad_row_weights = torch.empty_like(row_weights) if needs[1] else None
-        # Experts of a chunk without rows are never visited: their gradient is zero.
-        grad_factors = [torch.zeros_like(t) if need else None for t, need in zip(factors, needs[2:], strict=True)]
-        for chunk, part in zip(routing.chunks(), ctx.parts, strict=True):
-            tokens = token_of_row[chunk.rows]
-            inputs = [x[tokens], row_weights[chunk.rows], *_factors(factors, part)]
-            gradients = _chunk_backward(inputs, needs, grad_out[tokens], chunk, part, ctx.weights, ctx.scales)
-            for target, gradient in zip((grad_rows, grad_row_weights), gradients[:2], strict=True):
+        x, router_weights, *factors = ctx.saved_tensors
+        grads = ctx.kernel.backward(grad_out, x, router_weights, factors, ctx.call, ctx.needs_input_grad[:6])
+        return *grads, None, None, None, None, None
+
+
+# The reference kernel
+
+
+class ReferenceKernel:
+    """The block in plain PyTorch; the backward pass replays each chunk under autograd."""
+
+    def forward(self, x: Tensor, router_weights: Tensor, factors: Sequence[Tensor | None], call: BlockCall) -> Tensor:
+        """See `BlockKernel`."""
+        token, weight = call.dispatch.token, router_weights.reshape(-1)[call.dispatch.order]
+        out = x.new_empty(len(token), x.shape[1])
+        for chunk, lora in call.chunks():
+            inputs = [x[token[chunk.routed]], weight[chunk.routed], *_gather_factors(factors, lora)]
+            out[chunk.routed] = _chunk_forward(inputs, chunk, lora, call)
+        return _combine(out, call.dispatch)
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        x: Tensor,
+        router_weights: Tensor,
+        factors: Sequence[Tensor | None],
+        call: BlockCall,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """See `BlockKernel`."""
+        dispatch = call.dispatch
+        token, weight = dispatch.token, router_weights.reshape(-1)[dispatch.order]
+        grad_routed = x.new_empty(len(token), x.shape[1]) if needs[0] else None
+        grad_weight = torch.empty_like(weight) if needs[1] else None
+        # Experts of a chunk without routed tokens are never visited: their gradient is zero.
+        grad_factors = [
+            torch.zeros_like(factor) if factor is not None and need else None
+            for factor, need in zip(factors, needs[2:], strict=True)
+        ]
+        for chunk, lora in call.chunks():
+            here = token[chunk.routed]
+            inputs = [x[here], weight[chunk.routed], *_gather_factors(factors, lora)]
+            gradients = _chunk_backward(inputs, needs, grad_out[here], chunk, lora, call)
+            for target, gradient in zip((grad_routed, grad_weight), gradients[:2], strict=True):
                 if target is not None and gradient is not None:
-                    target[chunk.rows] = gradient
-            _put_factors(grad_factors, gradients[2:], part)
-        grad_x = None if grad_rows is None else _combine(grad_rows, routing)
-        grad_expert_weights = None
-        if grad_row_weights is not None:
-            grad_expert_weights = torch.empty_like(grad_row_weights).index_copy_(0, routing.order, grad_row_weights)
-            grad_expert_weights = grad_expert_weights.view_as(expert_weights)
-        return grad_x, grad_expert_weights, *grad_factors, None, None, None, None
+                    target[chunk.routed] = gradient
+            _scatter_factor_grads(grad_factors, gradients[2:], lora)
+        grad_x = None if grad_routed is None else _combine(grad_routed, dispatch)
+        grad_router_weights = None
+        if grad_weight is not None:
+            grad_router_weights = torch.empty_like(grad_weight).index_copy_(0, dispatch.order, grad_weight)
+            grad_router_weights = grad_router_weights.view_as(router_weights)
+        return grad_x, grad_router_weights, *grad_factors
 
 
-def _factors(stored: Sequence[Tensor | None], part: Part | None) -> list[Tensor | None]:
-    """Of gate_up a and b, down a and b those of a part's experts."""
-    if part is None:
+def _gather_factors(stored: Sequence[Tensor | None], lora: LoraChunk | None) -> list[Tensor | None]:
+    """The factors of a chunk's experts, out of those of all."""
+    if lora is None:
         return [None] * 4
-    takes = (part.gather_a, part.gather_b, part.gather_a, part.gather_b)
-    return [None if factor is None else take(factor) for take, factor in zip(takes, stored, strict=True)]
+    gather = (lora.gather_a, lora.gather_b, lora.gather_a, lora.gather_b)
+    return [None if factor is None else take(factor) for take, factor in zip(gather, stored, strict=True)]
 
 
-def _put_factors(targets: Sequence[Tensor | None], gradients: Sequence[Tensor | None], part: Part | None) -> None:
-    if part is None:
+def _scatter_factor_grads(
+    targets: Sequence[Tensor | None], gradients: Sequence[Tensor | None], lora: LoraChunk | None
+) -> None:
+    """Write the gradients of a chunk's factors into those of all."""
+    if lora is None:
         return
-    puts = (part.scatter_grad_a, part.scatter_grad_b, part.scatter_grad_a, part.scatter_grad_b)
-    for put, target, gradient in zip(puts, targets, gradients, strict=True):
+    scatter = (lora.scatter_grad_a, lora.scatter_grad_b, lora.scatter_grad_a, lora.scatter_grad_b)
+    for put, target, gradient in zip(scatter, targets, gradients, strict=True):
         if target is not None and gradient is not None:
             put(target, gradient)
 
 
-def _combine(rows: Tensor, routing: Routing) -> Tensor:
-    """Put [R, D] rows back in token order and add each token's K: [T, D]."""
-    return rows[routing.position()].view(-1, routing.top_k, rows.shape[1]).sum(1)
+def _combine(routed: Tensor, dispatch: Dispatch) -> Tensor:
+    """Put routed tokens [R, D] back in token order and add each token's K: [T, D]."""
+    return routed[dispatch.inverse_order()].view(-1, dispatch.top_k, routed.shape[1]).sum(1)
 
 
-def _chunk_forward(
-    inputs: Sequence[Tensor | None],
-    chunk: Chunk,
-    part: Part | None,
-    weights: ExpertWeights,
-    scales: tuple[float, float],
-) -> Tensor:
-    """One chunk's rows through its experts, times the router's weight. Differentiable.
+def _chunk_forward(inputs: Sequence[Tensor | None], chunk: Chunk, lora: LoraChunk | None, call: BlockCall) -> Tensor:
+    """One chunk's routed tokens through its experts, times their router weights. Differentiable.
 
     Args:
-        inputs: rows [R', D] and their router weights [R'], then the part's LoRA factors (gate_up a and b, down a and
-            b) or None.
-        chunk: which experts and rows.
-        part: which of them have updates; None: none.
-        weights, scales: of the layer.
+        inputs: routed tokens [R', D] and their router weights [R'], then the factors of the chunk's experts or None.
+        chunk: the experts and their routed tokens.
+        lora: the part with LoRA. None: nothing has.
+        call: constants of the layer.
 
     Returns:
         [R', D].
     """
-    x_rows, row_weights, gate_up_a, gate_up_b, down_a, down_b = inputs
-    assert x_rows is not None and row_weights is not None
-    expert_of_row = chunk.expert_of_row()
-
-    def linear(rows: Tensor, base: FrozenExperts, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
-        out = _grouped(rows, base.dequantised(chunk.first, chunk.last, rows.dtype), chunk.offsets)
-        out = out + base.bias[chunk.experts][expert_of_row]
-        if a is None or b is None or part is None:
-            return out
-        a, b = padded_rank(a.to(rows.dtype), 1), padded_rank(b.to(rows.dtype), 2)
-        update = _grouped(_grouped(part.pick(rows), a, part.chunk.offsets) * scale, b, part.chunk.offsets)
-        return out + update if part.rows is None else out.index_add(0, part.rows, update)
-
-    hidden = linear(x_rows, weights.gate_up, gate_up_a, gate_up_b, scales[0])
+    x, weight, gate_up_a, gate_up_b, down_a, down_b = inputs
+    assert x is not None and weight is not None
+    weights, (gate_up_scale, down_scale) = call.weights, call.scales
+    hidden = _lora_linear(x, weights.gate_up, gate_up_a, gate_up_b, gate_up_scale, chunk, lora)
     activated = clamped_swiglu(hidden, weights.limit, weights.gain)
-    out = linear(activated, weights.down, down_a, down_b, scales[1])
-    return out * row_weights[:, None].to(out.dtype)
+    out = _lora_linear(activated, weights.down, down_a, down_b, down_scale, chunk, lora)
+    return out * weight[:, None].to(out.dtype)
+
+
+def _lora_linear(
+    x: Tensor,
+    base: FrozenExperts,
+    a: Tensor | None,
+    b: Tensor | None,
+    scale: float,
+    chunk: Chunk,
+    lora: LoraChunk | None,
+) -> Tensor:
+    """x W^T + bias + scale · x A^T B^T, each routed token with its expert's matrices: [R', in] -> [R', out]."""
+    out = _grouped(x, base.dequantised(chunk.first, chunk.last, x.dtype), chunk.offsets)
+    out = out + base.bias[chunk.experts][chunk.expert_of_routed()]
+    if a is None or b is None or lora is None:
+        return out
+    a, b = padded_rank(a.to(x.dtype), 1), padded_rank(b.to(x.dtype), 2)
+    update = _grouped(_grouped(lora.select(x), a, lora.chunk.offsets) * scale, b, lora.chunk.offsets)
+    return out + update if lora.routed is None else out.index_add(0, lora.routed, update)
 
 
 def _chunk_backward(
     inputs: Sequence[Tensor | None],
     needs: Sequence[bool],
-    grad_rows: Tensor,
+    grad_out: Tensor,
     chunk: Chunk,
-    part: Part | None,
-    weights: ExpertWeights,
-    scales: tuple[float, float],
+    lora: LoraChunk | None,
+    call: BlockCall,
 ) -> list[Tensor | None]:
     """Replay one chunk and return the gradients of its inputs, None where none is needed."""
     leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip(inputs, needs, strict=True)]
@@ -251,11 +345,11 @@ def _chunk_backward(
     if not wanted:
         return [None] * len(leaves)
     with torch.enable_grad():
-        out = _chunk_forward(leaves, chunk, part, weights, scales)
-        gradients = iter(torch.autograd.grad(out, wanted, grad_rows))
+        out = _chunk_forward(leaves, chunk, lora, call)
+        gradients = iter(torch.autograd.grad(out, wanted, grad_out))
     return [next(gradients) if leaf is not None and leaf.requires_grad else None for leaf in leaves]
 
 
 def _grouped(rows: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
-    """Rows of group c times matrices[c] transposed: [R', in] x [C, out, in] -> [R', out]."""
+    """Rows of expert c times matrices[c] transposed: [R', in] x [C, out, in] -> [R', out]."""
     return grouped_mm(rows.contiguous(), matrices.transpose(1, 2), offs=offsets)

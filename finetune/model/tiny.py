@@ -16,7 +16,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from torch import Tensor
 from finetune.arch import Arch
 from finetune.config.paths import shipped_dir
 from finetune.errors import ConfigError, MachineError
+from finetune.files import staged_directory
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE
 from finetune.model.semantics import semantic_embeddings
 from finetune.mxfp4.format import quantise
@@ -201,10 +201,7 @@ def write_tiny_base(
             why="nothing is ever overwritten",
             fix=f"give another name, or remove it first: rm -r {directory}",
         )
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    staging.mkdir()
-    try:
+    with staged_directory(directory, "a base", unique=True) as staging:
         write_tokenizer(staging)
         if kind == "pretrained":
             compact = compact or shipped_compact_base()
@@ -217,9 +214,6 @@ def write_tiny_base(
         _write_shards(staging, {name: tensors[name] for name in shape.expected_tensors()}, shape)
         (staging / "README.md").write_text(_readme(seed, kind), encoding="utf-8")
         _write_checksums(staging)
-        staging.replace(directory)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_configs(directory: Path, sizes: dict[str, Any]) -> dict[str, Any]:

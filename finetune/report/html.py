@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.differences import as_typed, defaults, differences
+from finetune.files import write_text
 from finetune.report.charts import Series, line_chart, smoothed
 from finetune.report.content import (
     TITLES,
@@ -199,9 +199,7 @@ def write_html(run: Path) -> Path:
     """
     facts = RunFiles.read(run)
     path = run / "report.html"
-    staging = path.with_name("report.html.partial")
-    staging.write_text(page(facts), encoding="utf-8")
-    os.replace(staging, path)
+    write_text(path, page(facts))
     return path
 
 

@@ -124,8 +124,8 @@ def choose_rows(config: RunConfig, checkpoint: Checkpoint, num_tokens: int | Non
     """
     require_tokenizer(checkpoint.directory)
     split = load_split(config.data, "train")
-    wanted = num_tokens or tokens_wanted(checkpoint.shape)
-    return pick(split.examples, wanted, config.data.max_length, config.seed, checkpoint.shape.vocab_size), (
+    wanted = num_tokens or tokens_wanted(checkpoint.arch)
+    return pick(split.examples, wanted, config.data.max_length, config.seed, checkpoint.arch.vocab_size), (
         split.stats.fingerprint
     )
 

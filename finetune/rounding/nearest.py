@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from finetune.adapters.store import Factors
 from finetune.export.plan import MergePlan, Operation
+from finetune.files import seeded_generator
 from finetune.mxfp4.constants import BLOCK, SCALE_BIAS
 from finetune.mxfp4.format import dequantise, quantise
 
@@ -31,8 +31,7 @@ def seeded_noise(
     _, out, groups, _ = plan.checkpoint.tensor_shape(operation.base)
 
     def noise(place: int) -> Tensor:
-        digest = hashlib.sha256(f"{_SEED} {operation.base} {first + place}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        generator = seeded_generator(_SEED, operation.base, first + place)
         return torch.rand(out, groups * BLOCK, generator=generator)[rows]
 
     return noise

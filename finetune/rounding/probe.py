@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
-import psutil
 import torch
 
 from finetune.arch import Arch
 from finetune.export.plan import MergePlan
+from finetune.machine import free_memory
 from finetune.mxfp4.constants import BLOCK
 from finetune.rounding.compensate import Settings, descend, error_factor, gptq
 
@@ -21,10 +21,7 @@ _PROBE_BLOCKS = 2  # of 32 columns
 
 def experts_at_once(shape: Arch, device: torch.device) -> int:
     """How many experts' matrices are solved together in the memory that is free."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    free = free_memory(device)
     widths = ((shape.hidden, 2 * shape.expert_width), (shape.expert_width, shape.hidden))
     each = max(4 * (_MATRIX_COPIES * inputs * out + _MOMENT_COPIES * inputs * inputs) for inputs, out in widths)
     return max(1, min(shape.num_experts, int(free * _MEMORY_SHARE / each)))
@@ -38,7 +35,7 @@ def rounding_seconds(
     Both solvers do the same for every block of columns, so a few blocks of the real height and number of experts tell
     the rest. The forward pass over the calibration rows is not counted: it is a training step's without the backward.
     """
-    shape, total = plan.checkpoint.shape, 0.0
+    shape, total = plan.checkpoint.arch, 0.0
     chunks = -(-shape.num_experts // at_once)
     for inputs, out in ((shape.hidden, 2 * shape.expert_width), (shape.expert_width, shape.hidden)):
         blocks = min(_PROBE_BLOCKS, inputs // BLOCK)

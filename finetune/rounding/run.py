@@ -26,9 +26,10 @@ from finetune.export.options import DEFAULT_ROUNDING, ExportOptions, MergedTarge
 from finetune.export.plan import MergePlan
 from finetune.files import sha256_of
 from finetune.kernels.experts import clamped_swiglu
-from finetune.model.build import LayerStream, choose_device, choose_dtype
+from finetune.model.build import LayerStream
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN
+from finetune.model.open import choose_device, choose_dtype
 from finetune.rounding import grid
 from finetune.rounding.calibration import (
     Calibration,
@@ -107,15 +108,15 @@ def round_layer(
     result = LayerResult()
     parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in factors}
     prefix = f"model.layers.{number}.mlp.experts."
-    for first in range(0, checkpoint.shape.num_experts, experts_at_once):
-        last = min(first + experts_at_once, checkpoint.shape.num_experts)
+    for first in range(0, checkpoint.arch.num_experts, experts_at_once):
+        last = min(first + experts_at_once, checkpoint.arch.num_experts)
         rows = [expert_rows(inputs, expert) for expert in range(first, last)]
         gate_up: tuple[Tensor, Tensor] | None = None  # values and bias as the down projection's inputs are made with
         for name in PROJECTIONS:
             chunk = _read_chunk(checkpoint, prefix + name, factors.get(name), first, last, rows)
             if name in factors:
                 where = f"{prefix}{name}, experts {first} to {last - 1}"
-                seen = _inputs_of(rows, gate_up, checkpoint.shape.swiglu_limit)
+                seen = _inputs_of(rows, gate_up, checkpoint.arch.swiglu_limit)
                 rounded, bias = _round_chunk(chunk, seen, settings, where)
                 blocks = grid.encode(rounded.values, rounded.scales, chunk.blocks, chunk.scales)
                 parts[name].append((blocks, rounded.scales, bias))
@@ -282,7 +283,7 @@ def round_experts_by_layer(
     wanted = sorted({site.layer for site in source.sites if site.name in EXPERTS})
     missing = [number for number in wanted if _file_name(number) not in staging.shards]
     if missing:
-        at_once = experts_at_once(checkpoint.shape, device)
+        at_once = experts_at_once(checkpoint.arch, device)
         log.info(
             _announcement(plan, calibration, len(missing), rounding_seconds(plan, missing, at_once, device, settings))
         )
@@ -343,7 +344,7 @@ def _details(staging: Staging, number: int) -> str:
 
 def _announcement(plan: MergePlan, calibration: Calibration, layers: int, seconds: float) -> str:
     return (
-        f"compensated rounding: {layers} layers x {plan.checkpoint.shape.num_experts} experts, calibrated on "
+        f"compensated rounding: {layers} layers x {plan.checkpoint.arch.num_experts} experts, calibrated on "
         f"{calibration.num_tokens:,} training tokens; about {log.duration(seconds)} by a probe on this machine"
     )
 

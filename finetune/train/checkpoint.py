@@ -6,7 +6,6 @@ Free of torch, so that `finetune checkpoints` answers at once.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import threading
@@ -22,8 +21,7 @@ from torch import Tensor
 
 from finetune import log
 from finetune.errors import InputError, MachineError
-from finetune.files import sha256_of
-from finetune.train.run_directory import write_whole
+from finetune.files import flush, sha256_of, staged_directory, write_text
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter.safetensors"
@@ -85,8 +83,8 @@ def latest_step(directory: Path) -> int | None:
 
 def point_at(directory: Path, step: int) -> None:
     """Let the pointer name a step, in one step."""
-    write_whole(directory / LATEST, checkpoint_path(directory, step).name + "\n")
-    flush_directory(directory)
+    write_text(directory / LATEST, checkpoint_path(directory, step).name + "\n")
+    flush(directory)
 
 
 def remove_after(directory: Path, step: int) -> None:
@@ -108,19 +106,9 @@ def prune_checkpoints(directory: Path, keep: int, best_step: int | None) -> None
 
 
 def flush_and_digest(path: Path) -> str:
-    """A file's sha256, once it is on disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    """A file's SHA-256, once it is on disk."""
+    flush(path)
     return sha256_of(path)
-
-
-def flush_directory(directory: Path) -> None:
-    """Put a directory's entries on disk."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # Checkpoints for resuming: whole or absent, hashed, and free of pickle.
@@ -162,22 +150,16 @@ def save_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path:
         MachineError: not enough free disk, or the disk filled up while writing; nothing half-written stays.
     """
     target = checkpoint_path(directory, step)
-    staging = target.with_name(target.name + ".partial")
+    fix = "free disk space or choose another output_dir, then resume; older checkpoints are untouched"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not target.is_dir() or fault_in(target) is not None:
             _check_space(directory, checkpoint)
-            _write(staging, checkpoint)
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(staging, target)
-            flush_directory(directory)
+            with staged_directory(target, "a checkpoint", fix=fix, replace=True) as staging:
+                _write(staging, checkpoint)
         point_at(directory, step)
-    except (OSError, SafetensorError) as error:  # a full disk reaches us as either
-        shutil.rmtree(staging, ignore_errors=True)
-        raise MachineError(
-            f"cannot save a checkpoint in {directory}: {error}",
-            fix="free disk space or choose another output_dir, then resume; older checkpoints are untouched",
-        ) from error
+    except OSError as error:
+        raise MachineError(f"cannot write a checkpoint to {directory}: {error}", fix=fix) from error
     return target
 
 
@@ -212,15 +194,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _write(staging: Path, checkpoint: Checkpoint) -> None:
     """All files, on disk before the manifest that vouches for them."""
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
     save_file(checkpoint.adapter, staging / ADAPTER)
     save_file(checkpoint.optimizer, staging / OPTIMIZER)
     (staging / STATE).write_text(json.dumps(checkpoint.state, indent=1) + "\n")
     files = {path.name: flush_and_digest(path) for path in sorted(staging.iterdir())}
     (staging / MANIFEST).write_text(json.dumps({"algorithm": "sha256", "files": files}, indent=1) + "\n")
-    flush_and_digest(staging / MANIFEST)
-    flush_directory(staging)
 
 
 def _read(path: Path) -> Checkpoint:

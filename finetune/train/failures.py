@@ -13,8 +13,8 @@ from torch import Tensor
 
 from finetune.data.batches import Batch
 from finetune.errors import CheckError
+from finetune.files import write_json
 from finetune.model.identity import tensor_digest
-from finetune.train.run_directory import write_json
 from finetune.train.world import World
 
 SAMPLES_NAMED = 12

@@ -74,7 +74,7 @@ def write_result(session: Session, run: RunDirectory, result: Result) -> None:
     if is_smaller(session.adapter):
         compact = run.path / "adapter_compact"
         shutil.rmtree(compact, ignore_errors=True)
-        num_experts = session.base.checkpoint.shape.num_experts
+        num_experts = session.base.checkpoint.arch.num_experts
         write_compact(compact, session.adapter, num_experts, rslora=config.rslora, facts=base)
         log.info(f"adapter, compact form: {compact}")
     run.update_manifest(read_back=_read_back(session, run, result))

@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from finetune import log
 from finetune.errors import MachineError
+from finetune.machine import num_cores
 from finetune.train.run_directory import RunDirectory
 
 POLL_SECONDS = 0.05
@@ -117,7 +118,7 @@ def watch_parent() -> None:
 
 
 def _start(arguments: Sequence[str], rank: int, count: int, port: int, log_file: Path) -> subprocess.Popen[bytes]:
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, num_cores() // count)
     environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

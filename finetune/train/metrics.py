@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from finetune import log
 from finetune.config.schema import LoggingConfig
-from finetune.train.run_directory import write_whole
+from finetune.files import write_text
 
 GIB = 2**30
 
@@ -58,7 +58,7 @@ class MetricsLog:
         if not self.writes or not self.path.exists():
             return
         lines = self.path.read_text(errors="replace").splitlines()
-        write_whole(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+        write_text(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
 
     def losses(self) -> list[float]:
         """Losses of the steps in the log, oldest first."""

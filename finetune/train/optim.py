@@ -12,7 +12,6 @@ machine, and keeps learning rates as tensors (docs/log.md).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from finetune.config.schema import RunConfig, TrainerConfig
 from finetune.errors import ConfigError, MachineError
+from finetune.files import seeded_generator
 from finetune.model.nf4 import import_bitsandbytes
 
 MIN_8BIT_ELEMENTS = 4096  # bitsandbytes keeps smaller parameters' moments in float32
@@ -160,7 +160,9 @@ class PerParameterOptimizer(torch.optim.Optimizer):
         slot.inner.step()
         self._return(slot, at_home)
         if parameter.dtype != torch.float32:
-            generator = _generator(self.seed, slot.name, int(slot.state["step"]), parameter.device)
+            generator = seeded_generator(
+                self.seed, "rounding", int(slot.state["step"]), slot.name, device=parameter.device
+            )
             parameter.copy_(round_stochastically(stand_in.data, generator))
         stand_in.grad, stand_in.data = None, torch.empty(0, device=parameter.device)
 
@@ -221,11 +223,6 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     bits += values.contiguous().view(torch.int32)
     bits &= -(1 << _DROPPED_BITS)
     return bits.view(torch.float32).bfloat16()
-
-
-def _generator(seed: int, name: str, step: int, device: torch.device) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} rounding {step} {name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ class RouterLoss:
         if config.router_balance_target == "base" and adapter is None:
             raise ValueError("the base's own routing takes an adapter that can be switched off")
         self.config, self.base, self.adapter, self.accelerator = config, base, adapter, accelerator
-        shape = base.checkpoint.shape
+        shape = base.checkpoint.arch
         self.usage = UsageCounter(shape.num_layers, shape.num_experts, 1, base.device)
 
     def prepare(self, batches: Sequence[Batch]) -> StepRouting:

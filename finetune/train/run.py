@@ -20,6 +20,7 @@ from finetune.config.validate import dump_yaml, to_plain
 from finetune.data.preview import as_json
 from finetune.errors import ConfigError, InputError, Interrupted
 from finetune.evaluate.likelihood import held_out_loss
+from finetune.files import write_json
 from finetune.model.build import check_unchanged
 from finetune.train.checkpoint import checkpoint_path, load_checkpoint, load_newest, remove_after
 from finetune.train.engines.base import Engine, open_engine
@@ -27,7 +28,7 @@ from finetune.train.evaluation import evaluate_test_set, validation_subset
 from finetune.train.finalize import Result, read_back_samples, why_not_read_back, write_result
 from finetune.train.metrics import Tracker, memory_gib
 from finetune.train.routing_watch import RoutingWatch
-from finetune.train.run_directory import RunDirectory, prepare_run, write_json
+from finetune.train.run_directory import RunDirectory, prepare_run
 from finetune.train.session import Session, open_session, session_facts
 from finetune.train.trainer import Trainer
 from finetune.train.watchdog import StopRequest, Watchdog

@@ -17,6 +17,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.suggest import suggest_run
 from finetune.config.validate import dump_yaml, load_run_config
 from finetune.errors import ConfigError, InputError, MachineError
+from finetune.files import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class RunDirectory:
                 fix="set output_dir to a place you may write to",
             ) from error
         run = cls(path)
-        write_whole(run.config, dump_yaml(config))
+        write_text(run.config, dump_yaml(config))
         return run
 
     @staticmethod
@@ -179,18 +180,3 @@ def prepare_run(config: RunConfig, recipe_name: str, overrides: Sequence[str]) -
     run = RunDirectory.create(config, recipe_name)
     run.update_manifest(recipe=recipe_name, overrides=list(overrides))
     return run
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file in one step, so that a reader or a kill never meets half of it."""
-    staging = path.with_name(path.name + ".partial")
-    with staging.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file in one step."""
-    write_whole(path, json.dumps(content, indent=2) + "\n")

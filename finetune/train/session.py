@@ -27,17 +27,18 @@ from finetune.data.dataset import Split, describe, load_split
 from finetune.data.example_table import example_lengths
 from finetune.data.packing import packing_efficiency
 from finetune.data.sources import split_names
-from finetune.errors import ConfigError, InputError, MachineError
+from finetune.errors import ConfigError, MachineError
 from finetune.evaluate.evalset import EvalSet, choose_test_set
 from finetune.evaluate.expert_scores import choose_experts
-from finetune.model.attention import attention_kernel, select_attention
-from finetune.model.build import Base, build_base, choose_device, choose_dtype
+from finetune.model.attention import attention_kernel
+from finetune.model.build import Base
 from finetune.model.checkpoint import Checkpoint
-from finetune.model.experts import expert_kernel, select_expert_kernel
+from finetune.model.experts import expert_kernel
 from finetune.model.forward import check_packing
 from finetune.model.hub import BaseLocation, locate_base
+from finetune.model.open import choose_device, open_base
 from finetune.model.shards import ShardedLayers
-from finetune.model.storage import BaseStorage, check_storage, describe_storage, storage_table
+from finetune.model.storage import storage_table
 from finetune.train.optim import check_optimizer, describe_optimizer
 from finetune.train.router_loss import describe_balance_reach
 from finetune.train.world import ALONE, World
@@ -117,21 +118,9 @@ def open_session(config: RunConfig, processes: World = ALONE, *, resumed: bool =
     _check_length(checkpoint, config)
     if config.trainer.activation_offload:
         log.info(_describe_offload(checkpoint, config))
-    _verify_checksums(checkpoint, config)
-    wanted = BaseStorage.of(config.model)
-    deals_out = config.distributed.kind in SHARDED_BASE
-    shards = ShardedLayers(processes.rank, processes.count, device) if deals_out else None
-    dtype = choose_dtype(config.model, device)
-    base = build_base(checkpoint, device, dtype, config.model.experts_per_chunk, wanted, shards)
-    log.info(f"base: {location.name}, identity {base.identity[:12]}, {base.compute_dtype} on {device}")
-    log.info(select_expert_kernel(base.model, config.model.expert_kernel).describe())
-    _check_identity(base, config)
-    log.info(select_attention(base.model, config.model.attention_kernel).describe())
-    storage = storage_table(base.model)
-    log.info(describe_storage(storage))
-    if shards is not None:
-        log.info(shards.describe())
-    check_storage(storage, wanted)
+    is_sharded = config.distributed.kind in SHARDED_BASE
+    shards = ShardedLayers(processes.rank, processes.count, device) if is_sharded else None
+    base = open_base(config.model, checkpoint=checkpoint, shards=shards)
     if config.data.pack:
         log.info(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
     affinity = _chosen_experts(base, location.name, splits["train"], config, accelerator)
@@ -141,10 +130,10 @@ def open_session(config: RunConfig, processes: World = ALONE, *, resumed: bool =
     if config.adapter.init_from is not None:
         read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
         log.info(f"adapter: training on from {config.adapter.init_from}")
-    log.info("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.shape))
+    log.info("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.arch))
     log.info(describe_optimizer(config, adapter.parameters()))
     if config.trainer.router_balance_coefficient or config.trainer.router_z_loss_coefficient:
-        log.info(describe_balance_reach(list(adapter.sites), checkpoint.shape, config.adapter.router.mode))
+        log.info(describe_balance_reach(list(adapter.sites), checkpoint.arch, config.adapter.router.mode))
     for note in router_notes(config):
         log.info(note)
     processes.assert_same("the base", base.identity)
@@ -277,27 +266,6 @@ def _describe_allocator() -> str:
 
 
 def _describe_offload(checkpoint: Checkpoint, config: RunConfig) -> str:
-    shape, tokens = checkpoint.shape, config.trainer.micro_batch_size * config.data.max_length
+    shape, tokens = checkpoint.arch, config.trainer.micro_batch_size * config.data.max_length
     gib = shape.num_layers * tokens * shape.hidden * 2 / 2**30  # bfloat16, as on every GPU
     return f"activation checkpoints: in the CPU's memory, {gib:.2f} GiB of it (pinned) for {tokens:,} tokens at a time"
-
-
-def _check_identity(base: Base, config: RunConfig) -> None:
-    wanted = config.model.identity
-    if wanted is not None and not base.identity.startswith(wanted):
-        raise InputError(
-            f"the base's identity is {base.identity}, model.identity says {wanted}",
-            why="a bit of it differs from the base that was meant",
-            fix="download or copy the checkpoint again, or correct model.identity",
-        )
-
-
-def _verify_checksums(checkpoint: Checkpoint, config: RunConfig) -> None:
-    if not config.model.verify_checksums:
-        log.info("base files: checksums not compared (model.verify_checksums=false)")
-        return
-    with log.Progress("checking base files", None, "MiB") as progress:
-        if checkpoint.verify_checksums(progress):
-            log.info("base files: every sha256 is as it was written or downloaded")
-        else:
-            log.info("base files: nothing to compare their sha256 with; the identity below is what was read")

@@ -68,7 +68,7 @@ class OptimiserStep:
         self._coefficients = torch.tensor(coefficients, device=base.device)
         self.offload: AbstractContextManager[object] = nullcontext()
         if config.activation_offload:
-            self.offload = CheckpointOffload(base.device, base.checkpoint.shape.hidden, base.compute_dtype)
+            self.offload = CheckpointOffload(base.device, base.checkpoint.arch.hidden, base.compute_dtype)
 
     def __call__(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from finetune.adapters.lora import Adapter
 from finetune.config.schema import RunConfig
 from finetune.data.batches import Batch, BatchPlan
 from finetune.errors import CheckError, InputError, Interrupted
+from finetune.files import seed_of
 from finetune.model.build import Base
 from finetune.model.forward import checkpoint_activations
 from finetune.train.checkpoint import Checkpoint, CheckpointWriter
@@ -68,8 +68,7 @@ def seed_step(seed: int, step: int, process: int) -> None:
     What a step draws then follows from its number: a resumed run repeats it bit for bit without a generator's state in
     the checkpoint, and a recomputed or skipped evaluation in between changes nothing.
     """
-    digest = hashlib.sha256(f"{seed} step {step} process {process}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    torch.manual_seed(seed_of(seed, "step", step, "process", process))
 
 
 class Trainer:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from finetune import log
 from finetune.config.schema import ModelConfig, RunConfig
 from finetune.errors import CheckError, MachineError
-from finetune.model.build import choose_device
+from finetune.model.open import choose_device
 
 GRACE = 1.5  # torch's own time-out comes after ours, which knows more (train/watchdog.py)
 

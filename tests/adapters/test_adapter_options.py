@@ -78,7 +78,7 @@ def test_fields_give_every_weight_its_own_strength_in_peft(every_layer: bool, rs
 
 
 def test_layers_outside_the_model_are_refused_and_named_in_the_counts(tiny_base: Path) -> None:
-    shape = new_base(tiny_base).checkpoint.shape
+    shape = new_base(tiny_base).checkpoint.arch
     with pytest.raises(ConfigError, match="the base has 2 layers"):
         plan_sites(shape, replace(BOTH, layers=(1, 2)))
     assert "projections in layer 1, rank 6" in describe_sites(plan_sites(shape, replace(BOTH, layers=(1, 1))), shape)

@@ -282,7 +282,7 @@ def test_files_hold_what_peft_and_vllm_ask_for(written: tuple[Path, Base]) -> No
     assert config["target_parameters"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     assert config["rank_pattern"] == dict.fromkeys(config["target_parameters"], 3)
     tensors = load_file(directory / WEIGHTS)
-    shape = base.checkpoint.shape
+    shape = base.checkpoint.arch
     experts = "base_model.model.model.layers.0.mlp.experts"
     assert tensors[f"{experts}.base_layer.lora_A.weight"].shape == (3 * shape.num_experts, shape.hidden)
     assert tensors[f"{experts}.base_layer.lora_B.weight"].shape == (2 * shape.expert_width, 3 * shape.num_experts)

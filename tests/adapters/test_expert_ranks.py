@@ -114,7 +114,7 @@ def test_parameters_gradients_and_states_are_those_of_the_budget(tiny_base: Path
     uniform = attach_adapter(new_base(tiny_base), replace(CONFIG, experts=ExpertAdapterConfig(rank=3)), seed=0)
     counted = [sum(p.numel() for p in one.parameters().values()) for one in (adapter, uniform)]
     assert counted[0] == counted[1] == sum(site.num_parameters for site in adapter.sites)
-    assert "rank 1 to 9 by use (48 ranks together)" in describe_sites(list(adapter.sites), base.checkpoint.shape)
+    assert "rank 1 to 9 by use (48 ranks together)" in describe_sites(list(adapter.sites), base.checkpoint.arch)
     ids = torch.from_numpy(samples(8)[-1].ids).long()
     logits(base.model, ids).logsumexp(-1).sum().backward()
     for factor in "ab":

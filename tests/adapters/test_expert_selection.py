@@ -101,7 +101,7 @@ def test_only_the_chosen_experts_have_parameters_gradients_and_optimiser_state(t
     for each in (run, chosen):
         each(batches)
         each(batches)
-    shape = chosen.base.checkpoint.shape
+    shape = chosen.base.checkpoint.arch
     per_expert = 3 * (2 * shape.hidden + 3 * shape.expert_width)
     state, whole = (
         sum(t.numel() for name, t in each.step.engine.optimizer_tensors().items() if not name.endswith("/step"))
@@ -272,7 +272,7 @@ def test_a_run_scores_trains_resumes_and_exports_the_chosen(
     """The commands: score to a file, train with it, leave the compact form, import that, and merge."""
     recipe, scores = str(workplace / "small.yaml"), tmp_path / "scores.json"
     assert main(["experts", "score", recipe, "--select", "top_k=3", "--samples", "6", "--out", str(scores)]) == 0
-    assert "6 of 16 experts by gate with top_k=3, on 6 samples" in capsys.readouterr().out
+    assert "6 of 16 experts by gate with top_k=3, on 6 examples" in capsys.readouterr().out
     code, run = train(f"adapter.experts.select={scores}", "adapter.experts.share=a", "trainer.max_steps=2")
     assert code == 0
     printed = capsys.readouterr().err

@@ -127,7 +127,7 @@ def test_a_fresh_router_changes_nothing_and_is_audited(tiny_base: Path) -> None:
         assert audit_gradients(base.model, adapter, "b").sites == 12
         with pytest.raises(CheckError, match="no gradient reaches"):
             audit_gradients(base.model, adapter, "a")
-        assert "2 routers" in describe_sites(list(adapter.sites), base.checkpoint.shape)
+        assert "2 routers" in describe_sites(list(adapter.sites), base.checkpoint.arch)
         router = base.model.model.layers[0].mlp.router
         (router.bias_change if config is FULL else router.lora_b).grad = None
         with pytest.raises(CheckError, match=r"layers\.0\.mlp\.router"):
@@ -137,7 +137,7 @@ def test_a_fresh_router_changes_nothing_and_is_audited(tiny_base: Path) -> None:
 def test_the_files_say_what_peft_and_vllm_ask_for(tiny_base: Path, tmp_path: Path) -> None:
     base, adapter = trained(tiny_base, FULL)
     directory = write(tmp_path / "adapter", base, adapter, FULL)
-    config, shape = json.loads((directory / CONFIG).read_text()), base.checkpoint.shape
+    config, shape = json.loads((directory / CONFIG).read_text()), base.checkpoint.arch
     assert config["target_parameters"][0] == "mlp.router.weight" and "router" not in config["target_modules"]
     assert config["rank_pattern"] == {"mlp.router.weight": shape.num_experts}
     tensors = load_file(directory / WEIGHTS)
@@ -173,7 +173,7 @@ def test_a_merge_carries_the_bias_and_says_that_others_do_not(
 def test_combining_adapters_adds_their_biases(tiny_base: Path, tmp_path: Path) -> None:
     base, adapter = trained(tiny_base, FULL)
     directory = write(tmp_path / "adapter", base, adapter, FULL)
-    assert main(["adapter", "merge", f"{directory}:0.5", f"{directory}:0.25", "--out", str(tmp_path / "sum")]) == 0
+    assert main(["adapter", "combine", f"{directory}:0.5", f"{directory}:0.25", "--out", str(tmp_path / "sum")]) == 0
     one, both = (json.loads((d / ROUTER_BIAS).read_text()) for d in (directory, tmp_path / "sum"))
     name = "model.layers.1.mlp.router.bias"
     assert both[name] == pytest.approx([0.75 * value for value in one[name]], rel=1e-6)

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from finetune.cli import main as cli
+from finetune.cli.arguments import with_current_words
 from finetune.errors import CheckError, Interrupted
 
 HEAVY = ("torch", "transformers", "peft", "accelerate")
@@ -75,6 +76,30 @@ def test_mistakes_are_named_with_a_way_out(arguments, words, capsys):
     assert message.startswith("error: ")
     assert words in message
     assert "fix: " in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("adapter merge a:1 --out merge", "adapter combine a:1 --out merge"),
+        ("adapter show merge", "adapter show merge"),
+        ("evaluate runs/x --rows 3", "evaluate runs/x --examples 3"),
+        ("evaluate runs/x --rows=3 --seed 1", "evaluate runs/x --examples=3 --seed 1"),
+        ("train mine.yaml --rows 3", "train mine.yaml --rows 3"),
+    ],
+)
+def test_words_of_0_1_are_understood(old, new):
+    words = old.split()
+    assert with_current_words(words, words[0]) == new.split()
+
+
+def test_words_of_0_1_are_in_no_help(capsys):
+    for command, word in (("evaluate", "--rows"), ("adapter", "merge ")):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert word not in capsys.readouterr().out
+    assert cli.main(["adapter", "merge", "gone:1", "--out", "x"]) == 3
+    assert cli.main(["evaluate", "gone", "--rows", "0"]) == 2
 
 
 def test_overrides_may_follow_an_option(capsys):

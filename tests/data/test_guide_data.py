@@ -23,7 +23,7 @@ from finetune.data.dataset import Split, load_split
 from finetune.data.sources import split_names
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guide" / "data.md"
-TEXT = GUIDE.read_text()
+TEXT = GUIDE.read_text().partition("\n# Conversations and tokens\n")[0]
 RECIPES = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL) for line in block.splitlines()]
 HEAD = "# @package _global_\ndefaults:\n  - override /model: tiny\n"

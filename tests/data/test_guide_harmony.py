@@ -1,4 +1,4 @@
-"""Every example of docs/guide/harmony.md is a record that renders, and its YAML is what a recipe takes."""
+"""Every example of docs/guide/data.md's second half renders, and its YAML is what a recipe takes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from finetune.data.harmony.render import render_examples
 from finetune.data.harmony.tokenizer import harmony_encoding
 from finetune.data.sources import Record
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "guide" / "harmony.md").read_text()
+GUIDE = (
+    (Path(__file__).parents[2] / "docs" / "guide" / "data.md")
+    .read_text()
+    .partition("\n# Conversations and tokens\n")[2]
+)
 RECORDS = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", GUIDE, re.DOTALL)]
 
 

@@ -19,7 +19,6 @@ from finetune.errors import CapacityError, InputError
 from finetune.estimate import parts
 from finetune.estimate.changes import as_text, changes_that_fit, cheapest_changes, with_overrides
 from finetune.estimate.fit import GIB, LENGTH_STEP, Budget, fit, longest_rows
-from finetune.estimate.host import available_host_bytes
 from finetune.estimate.inputs import step_shape
 from finetune.estimate.memory import estimate_memory
 from finetune.estimate.plan import make_plan
@@ -179,16 +178,6 @@ def test_a_plan_fits_and_keeps_the_step() -> None:
 def test_the_shipped_recipes_fit_80_gb() -> None:
     for name in ("20b", "120b"):
         assert fit(compose(f"legal_{name}").config, published(name).shape, CARD).fits, name
-
-
-def test_a_container_limit_counts(tmp_path: Path) -> None:
-    free = available_host_bytes(tmp_path)
-    assert free > 10**8
-    (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_host_bytes(tmp_path) > 10**8
-    (tmp_path / "memory.max").write_text("5000\n")
-    assert available_host_bytes(tmp_path) == 4000
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_counts_are_those_of_the_adapter(name: str, tiny_base: Path, affinity: t
     if config.experts.rank_by != "uniform":
         assert selection is not None
         ranks = ranks_of(affinity[1], "gate", selection, config.experts)
-    sites = plan_sites(base.checkpoint.shape, config, selection, ranks)
+    sites = plan_sites(base.checkpoint.arch, config, selection, ranks)
     built = attach_adapter(base, config, seed=0, selection=selection, ranks=ranks).parameters()
     recipe = compose("quickstart", [f"model.path={tiny_base}"]).config
     step = step_shape(replace(recipe, adapter=config), facts.shape, on_gpu=True)

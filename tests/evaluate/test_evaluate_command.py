@@ -108,7 +108,9 @@ def test_the_runs_page_and_the_figures_of_answers(
 
 
 def test_one_test_row_has_no_interval(finished: tuple[Path, str], tmp_path: Path) -> None:
-    assert main(["evaluate", str(finished[0]), "--rows", "1", "--retention", "0", "--out", str(tmp_path / "o")]) == 0
+    assert (
+        main(["evaluate", str(finished[0]), "--examples", "1", "--retention", "0", "--out", str(tmp_path / "o")]) == 0
+    )
     test = suites(tmp_path / "o")["test"]
     assert test["rows"] == 1
     assert [test["loss"][who]["interval"] for who in ("base", "adapter", "difference")] == [None] * 3
@@ -169,7 +171,7 @@ def test_training_rows_as_test_rows_are_counted(finished: tuple[Path, str], tmp_
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--rows", "0"], 2, "--rows"),
+        (["--rows", "0"], 2, "--examples must be at least 1"),
         (["--retention", "-1"], 2, "--retention"),
         (["--recipe", "no_such"], 2, "no_such"),
     ],

@@ -173,7 +173,7 @@ def test_what_cannot_be_answered_is_told_before_anything_is_measured(
 def test_numbers_that_are_not_finite_are_named(
     run: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["evaluate", str(run), "--retention", "0", "--rows", "2"]
+    arguments = ["evaluate", str(run), "--retention", "0", "--examples", "2"]
     real = labels.score_row
 
     def broken(model: Any, row: Any) -> Any:

@@ -242,7 +242,7 @@ class TestMerge:
 
     def test_ranks_side_by_side_are_exact(self, tmp_path: Path) -> None:
         one, other, wanted = self.parts(tmp_path)
-        assert run("adapter", "merge", f"{one}:0.7", f"{other}:-0.3", "--out", tmp_path / "sum") == 0
+        assert run("adapter", "combine", f"{one}:0.7", f"{other}:-0.3", "--out", tmp_path / "sum") == 0
         found = read_peft(tmp_path / "sum")
         assert found.keys() == wanted.keys()
         for site, update in wanted.items():
@@ -263,7 +263,7 @@ class TestMerge:
         self, rank: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         one, other, wanted = self.parts(tmp_path)
-        words = ["adapter", "merge", f"{one}:0.7", f"{other}:-0.3", "--out", tmp_path / "cut", "--rank", rank]
+        words = ["adapter", "combine", f"{one}:0.7", f"{other}:-0.3", "--out", tmp_path / "cut", "--rank", rank]
         assert run(*words) == 0
         found, lost, total = read_peft(tmp_path / "cut"), 0.0, 0.0
         for site, update in wanted.items():
@@ -276,7 +276,7 @@ class TestMerge:
     @pytest.mark.parametrize("weight", ["x", "nan", "inf", "0", ""])
     def test_weights_that_are_none(self, weight: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         one, other, _ = self.parts(tmp_path)
-        assert run("adapter", "merge", f"{one}:{weight}", other, "--out", tmp_path / "sum") == 2
+        assert run("adapter", "combine", f"{one}:{weight}", other, "--out", tmp_path / "sum") == 2
         assert "is no weight" in capfd.readouterr().err and not (tmp_path / "sum").exists()
 
     def test_adapters_that_do_not_belong_together(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -286,14 +286,14 @@ class TestMerge:
         for number, directory in enumerate((a, b)):
             facts = json.loads((directory / "finetune.json").read_text()) | {"base_identity": str(number) * 64}
             (directory / "finetune.json").write_text(json.dumps(facts))
-        assert run("adapter", "merge", a, b, "--out", out) == 3
+        assert run("adapter", "combine", a, b, "--out", out) == 3
         assert "different bases" in capfd.readouterr().err
         tensors = load_file(other / FILES[0])
         key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         save_file(tensors | {key: torch.ones(3, 5)}, other / FILES[0])
-        assert run("adapter", "merge", one, other, "--out", out) == 3
+        assert run("adapter", "combine", one, other, "--out", out) == 3
         assert "other sizes than the first's" in capfd.readouterr().err
-        assert run("adapter", "merge", one, "--rank", 0, "--out", out) == 2
-        assert run("adapter", "merge", one, tmp_path / "nothing", "--out", out) == 3
-        assert run("adapter", "merge", one, "--out", one) == 2
+        assert run("adapter", "combine", one, "--rank", 0, "--out", out) == 2
+        assert run("adapter", "combine", one, tmp_path / "nothing", "--out", out) == 3
+        assert run("adapter", "combine", one, "--out", one) == 2
         assert not out.exists()

@@ -220,7 +220,7 @@ def test_running_layer_by_layer_is_running_the_model(run: Path) -> None:
     base = build_base(checkpoint, CPU, torch.float32, experts_per_chunk=4)
     stream = LayerStream(checkpoint, CPU, torch.float32, 4)
     hidden = stream.embed(batch.input_ids)
-    for number in range(checkpoint.shape.num_layers):
+    for number in range(checkpoint.arch.num_layers):
         hidden = stream.run(stream.read(number), number, hidden, batch.positions, batch.segments)
     with torch.no_grad():
         whole = partial(hidden_states, base.model, batch.input_ids, batch.positions, batch.segments)

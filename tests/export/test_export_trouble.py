@@ -24,6 +24,7 @@ from finetune.export.merged import export_merged
 from finetune.export.options import ExportOptions
 from finetune.files import sha256_of
 from finetune.model.checkpoint import Checkpoint
+from finetune.model.identity import verify_checksums
 from finetune.staging import Staging
 
 NEAREST = ("--rounding", "nearest")
@@ -159,7 +160,7 @@ def test_a_disk_that_fills_up_keeps_finished_shards(
     written.clear()
     assert main(command) == 0
     assert "model.embed_tokens.weight" not in written and f"{GATE_UP}_blocks" in written
-    assert Checkpoint.open(out).verify_checksums() and not partial.exists()
+    assert verify_checksums(Checkpoint.open(out)) and not partial.exists()
 
 
 def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(

@@ -1,6 +1,6 @@
 """The fused expert block on a CPU, in Triton's interpreter.
 
-`test_kernels_triton.py` runs this file in a process of its own, because TRITON_INTERPRET counts at import:
+`test_triton.py` runs this file in a process of its own, because TRITON_INTERPRET counts at import:
 `TRITON_INTERPRET=1 python -m pytest --noconftest tests/kernels/interpreted_kernels.py`.
 """
 
@@ -16,10 +16,9 @@ from test_lora_experts import SOME, SomeCase
 from test_lora_experts import assert_equal_to_the_oracle as assert_some_equal
 from torch import Tensor
 
-from finetune.kernels import experts_fused, experts_launch
-from finetune.kernels import experts_fused as augmented
+from finetune.kernels import experts_fused, experts_triton
+from finetune.kernels.choice import LARGEST_EXPERT_DIFFERENCE, triton_difference
 from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, Mxfp4Experts, expert_block
-from finetune.kernels.experts_choice import LARGEST_DIFFERENCE, triton_difference
 from finetune.kernels.experts_fused import fused_expert_block
 from finetune.mxfp4.format import dequantise
 
@@ -30,7 +29,7 @@ LABELS = ("x", "mix", "gate_up_a", "gate_up_b", "down_a", "down_b")
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter's time goes by programs, whatever their size."""
     for name, size in {"ROWS": 64, "WORDS": 4096, "UNROLL": 1, "TAIL_ELEMENTS": 65536}.items():
-        monkeypatch.setattr(experts_launch, name, size)
+        monkeypatch.setattr(experts_triton, name, size)
 
 
 def fused(case: Case, *, gate_up: bool = True, down: bool = True, block=fused_expert_block) -> tuple[Tensor, dict]:
@@ -56,8 +55,8 @@ def test_weights_update_and_bias_stand_where_they_should(rank: int) -> None:
     blocks = torch.randint(256, (2, 46, 3, 16), dtype=torch.uint8)
     scales = torch.arange(276).view(2, 46, 3).to(torch.uint8)
     bias, b = torch.randn(2, 46), torch.randn(2, 46, rank) if rank else None
-    out = torch.full((2, 46, 96 + experts_launch.padding(rank)), 7.0)
-    experts_launch.dequantise_augment(blocks, scales, bias, b, out)
+    out = torch.full((2, 46, 96 + experts_triton.padding(rank)), 7.0)
+    experts_triton.dequantise_augment(blocks, scales, bias, b, out)
     wanted = dequantise(blocks, scales, torch.float32)
     assert torch.equal(out[..., :96], wanted) and torch.equal(out[..., :96].signbit(), wanted.signbit())
     assert wanted.isinf().any() and (wanted.abs() < 2.0**-126).any()
@@ -65,7 +64,7 @@ def test_weights_update_and_bias_stand_where_they_should(rank: int) -> None:
     assert torch.equal(out[..., 96 + rank], bias)
     assert out[..., 97 + rank :].count_nonzero() == 0
     blocks[1, 45, 2, 15] ^= 0x10
-    experts_launch.dequantise_augment(blocks, scales, bias, b, out)
+    experts_triton.dequantise_augment(blocks, scales, bias, b, out)
     assert (out[..., :96] != wanted).sum() == 1, "control: one bit of the last byte is seen, in one value"
 
 
@@ -73,7 +72,7 @@ def test_dequantised_bfloat16_has_the_same_bits() -> None:
     blocks = torch.randint(256, (2, 40, 3, 16), dtype=torch.uint8)
     scales = torch.randint(90, 140, (2, 40, 3), dtype=torch.uint8)
     out = torch.empty(2, 40, 96 + 32, dtype=torch.bfloat16)
-    experts_launch.dequantise_augment(blocks, scales, torch.zeros(2, 40), None, out)
+    experts_triton.dequantise_augment(blocks, scales, torch.zeros(2, 40), None, out)
     assert torch.equal(out[..., :96], dequantise(blocks, scales, torch.bfloat16))
 
 
@@ -96,7 +95,7 @@ def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles along every axis, the last of each partly outside, as with large layers on a GPU."""
     sizes = {"ROWS": 4, "COLUMNS": 64, "PAIR_COLUMNS": 32, "WORDS": 256, "UNROLL": 2, "TAIL_ELEMENTS": 1024}
     for name, size in sizes.items():
-        monkeypatch.setattr(experts_launch, name, size)
+        monkeypatch.setattr(experts_triton, name, size)
     case = Case(E=2, D=96, F=160, L=33, T=5, K=2)
     assert_equal_to_the_oracle(case, fused(case))
 
@@ -195,13 +194,13 @@ def test_a_chunk_without_adapted_experts_has_no_columns_for_updates(
 ) -> None:
     """Rank 40: 96 + 64 columns in a row of weights where there is an update, 96 + 32 where only the bias is added."""
     seen: list[tuple[int, bool]] = []
-    kept = experts_launch.dequantise_augment
+    kept = experts_triton.dequantise_augment
 
     def watched(blocks: Tensor, scales: Tensor, bias: Tensor, b: Tensor | None, out: Tensor) -> Tensor:
         seen.append((out.shape[2], b is not None))
         return kept(blocks, scales, bias, b, out)
 
-    monkeypatch.setattr(experts_launch, "dequantise_augment", watched)
+    monkeypatch.setattr(experts_triton, "dequantise_augment", watched)
     case = SomeCase(chosen=(0, 1), E=6, D=96, F=96, L=40, T=20, K=3)
     assert_some_equal(case, case.run(fused_expert_block))
     assert set(seen) == {(96 + 64, True), (96 + 32, False)} and len(seen) == 8
@@ -244,9 +243,8 @@ def test_bfloat16(wide_tiles: None) -> None:
 def test_a_chunk_is_dequantised_once_a_pass(monkeypatch: pytest.MonkeyPatch, wide_tiles: None) -> None:
     calls: list[str] = []
     for module, names in (
-        (experts_launch, ("dequantise_augment", "gather", "swiglu", "swiglu_backward", "combine")),
+        (experts_triton, ("dequantise_augment", "gather", "swiglu", "swiglu_backward", "combine")),
         (experts_fused, ("grouped", "grouped_outer")),
-        (augmented, ("grouped",)),
     ):
         for name in names:
             kept = getattr(module, name)
@@ -286,6 +284,6 @@ def test_the_check_at_start_up(monkeypatch: pytest.MonkeyPatch, wide_tiles: None
     """What `choose_expert_kernel` compares on a GPU, here in float32; a kernel that is a little wrong fails it."""
     cpu = torch.device("cpu")
     assert triton_difference(cpu, torch.float32) < 1e-5
-    right = experts_launch.swiglu
-    monkeypatch.setattr(experts_launch, "swiglu", lambda h, limit, gain, rank: right(h, limit, gain * 1.5, rank))
-    assert triton_difference(cpu, torch.float32) > LARGEST_DIFFERENCE
+    right = experts_triton.swiglu
+    monkeypatch.setattr(experts_triton, "swiglu", lambda h, limit, gain, rank: right(h, limit, gain * 1.5, rank))
+    assert triton_difference(cpu, torch.float32) > LARGEST_EXPERT_DIFFERENCE

@@ -13,7 +13,7 @@ from torch import Tensor
 from finetune.adapters.lora import Adapter, attach_adapter
 from finetune.config.schema import AdapterConfig
 from finetune.kernels import experts
-from finetune.kernels.dispatch import Routing
+from finetune.kernels.dispatch import Dispatch
 from finetune.model.build import Base, build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations, hidden_states
@@ -23,7 +23,7 @@ from finetune.model.forward import checkpoint_activations, hidden_states
 def dequantised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """A list that grows by one with every dequantisation, and one with every sort of rows by expert."""
     calls: list[str] = []
-    dequantise, sort = experts.dequantise, Routing.of
+    dequantise, sort = experts.dequantise, Dispatch.of
 
     def counted_dequantise(*args, **kwargs):
         calls.append("dequantise")
@@ -34,7 +34,7 @@ def dequantised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return sort(*args)
 
     monkeypatch.setattr(experts, "dequantise", counted_dequantise)
-    monkeypatch.setattr(Routing, "of", counted_sort)
+    monkeypatch.setattr(Dispatch, "of", counted_sort)
     yield calls
 
 
@@ -63,7 +63,7 @@ def prepared(directory: Path) -> tuple[Base, Adapter]:
 
 def test_the_experts_run_twice_and_gradients_stay_the_same(tiny_base: Path, dequantised: list[str]) -> None:
     base, adapter = prepared(tiny_base)
-    shape = base.checkpoint.shape
+    shape = base.checkpoint.arch
     projections = shape.num_layers * 2 * (shape.num_experts // 4)
 
     def counted() -> tuple[list[Tensor], int, int, int]:
@@ -94,7 +94,7 @@ def test_what_a_recomputed_block_returns_is_nan(tiny_base: Path) -> None:
 
     base, _ = prepared(tiny_base)
     module = base.model.model.layers[0].mlp.experts
-    inputs = torch.randn(5, base.checkpoint.shape.hidden), torch.arange(10).view(5, 2) % 4, torch.rand(5, 2)
+    inputs = torch.randn(5, base.checkpoint.arch.hidden), torch.arange(10).view(5, 2) % 4, torch.rand(5, 2)
     _, recomputing = checkpoint_contexts()
     assert module(*inputs).isfinite().all()
     for _ in range(2):  # a context is entered once for every recomputation

@@ -10,9 +10,9 @@ from test_attention_reference import HEADS, KEY_HEADS, PACKED, TREE, WIDTH, allo
 from torch import Tensor
 
 from finetune.errors import MachineError
-from finetune.kernels import attention_choice, flash
+from finetune.kernels import flash
 from finetune.kernels.attention import AttentionPlan, plan_attention, sink_attention
-from finetune.kernels.attention_choice import AttentionDims, choose_attention, flash_difference
+from finetune.kernels.choice import AttentionDims, choose_attention_kernel, flash_difference
 from finetune.kernels.flash import CudaFlash, Seen, _FlashSinkAttention, flash_sink_attention
 
 SHAPE = AttentionDims(heads=4, key_heads=2, width=16, window=24)
@@ -153,14 +153,14 @@ def test_the_check_at_start_up_measures_rounding_only(dtype: torch.dtype, limit:
 
 
 def test_a_kernel_that_computes_something_else_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_attention("auto", SHAPE, CPU, torch.float32).kernel == "flash"
+    assert choose_attention_kernel("auto", SHAPE, CPU, torch.float32).kernel == "flash"
     monkeypatch.setattr(flash, "with_sinks", only_the_output)
-    choice = choose_attention("auto", SHAPE, CPU, torch.float32)
+    choice = choose_attention_kernel("auto", SHAPE, CPU, torch.float32)
     assert choice.kernel == "reference" and "differ from the reference's by" in choice.reason
     with pytest.raises(MachineError, match="is flash, but its results differ") as error:
-        choose_attention("flash", SHAPE, CPU, torch.float32)
+        choose_attention_kernel("flash", SHAPE, CPU, torch.float32)
     assert error.value.exit_code == 5
-    assert choose_attention("reference", SHAPE, CPU, torch.float32).kernel == "reference"
+    assert choose_attention_kernel("reference", SHAPE, CPU, torch.float32).kernel == "reference"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_what_a_gpu_can_lack(capability, built, dtype, reason, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    choice = choose_attention("auto", SHAPE, torch.device("cuda", 0), dtype)
+    choice = choose_attention_kernel("auto", SHAPE, torch.device("cuda", 0), dtype)
     assert choice.kernel == "reference" and reason in choice.describe()
 
 
@@ -183,6 +183,6 @@ def test_a_kernel_that_cannot_run_is_not_chosen(monkeypatch: pytest.MonkeyPatch)
     def fails(*_: object) -> float:
         raise RuntimeError("no kernel image is available\nmore")
 
-    monkeypatch.setattr(attention_choice, "flash_difference", fails)
-    choice = choose_attention("auto", SHAPE, CPU, torch.float32)
+    monkeypatch.setattr("finetune.kernels.choice.flash_difference", fails)
+    choice = choose_attention_kernel("auto", SHAPE, CPU, torch.float32)
     assert choice.kernel == "reference" and choice.reason.endswith("no kernel image is available")

@@ -11,7 +11,7 @@ from test_expert_block import GAIN, LIMIT, Case, relative_error
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from finetune.kernels.dispatch import LoraExperts, Ranks, Routing, lora_chunks
+from finetune.kernels.dispatch import Dispatch, LoraExperts, LoraRanks, lora_chunks
 from finetune.kernels.experts import ExpertWeights, LoraFactors, expert_block
 from finetune.mxfp4.format import dequantise
 
@@ -37,7 +37,7 @@ class SomeCase(Case):
             self.scale = 1.0
 
     def adapted(self, device: torch.device = CPU) -> LoraExperts:
-        ranks = None if self.ranks is None else Ranks.of(self.ranks, self.scales, device)
+        ranks = None if self.ranks is None else LoraRanks.of(self.ranks, self.scales, device)
         return LoraExperts(self.chosen, torch.tensor(self.chosen, device=device), ranks)
 
     def run(self, block: Block, needed: tuple[str, ...] = LABELS) -> tuple[Tensor, dict[str, Tensor]]:
@@ -187,23 +187,24 @@ def test_tokens_of_other_experts_skip_the_thin_products() -> None:
     assert of_rows(back(*some, case.adapted()), none) == 2 * rows
 
 
-def test_chunks_fall_into_parts() -> None:
+def test_experts_with_lora_are_picked_out_of_each_chunk() -> None:
     ids = torch.tensor([[5, 1], [1, 5], [6, 1], [2, 7]])
-    routing = Routing.of(ids, 9, 3)
-    assert routing.counts == [0, 3, 1, 0, 0, 2, 1, 1, 0]
-    parts = lora_chunks(routing, LoraExperts((1, 5, 8), torch.tensor([1, 5, 8])))
-    assert parts[2] is None, "an adapted expert without rows"
-    first, second = parts[:2]
-    assert first is not None and second is not None and first.rows is not None
-    assert first.rows.tolist() == [0, 1, 2] and first.local is not None and first.local.tolist() == [1]
+    dispatch = Dispatch.of(ids, 9, 3)
+    assert dispatch.counts == [0, 3, 1, 0, 0, 2, 1, 1, 0]
+    found = lora_chunks(dispatch, LoraExperts((1, 5, 8), torch.tensor([1, 5, 8])))
+    assert found[2] is None, "an expert with LoRA but without routed tokens"
+    first, second = found[:2]
+    assert first is not None and second is not None and first.routed is not None
+    assert first.routed.tolist() == [0, 1, 2]
+    assert first.local_experts is not None and first.local_experts.tolist() == [1]
     assert (first.chunk.first, first.chunk.last, first.chunk.counts) == (0, 1, [3])
-    assert second.rows is None, "all rows of the chunk are the adapted expert's"
-    assert second.local is not None and second.local.tolist() == [2]
+    assert second.routed is None, "all routed tokens of the chunk go to the expert with LoRA"
+    assert second.local_experts is not None and second.local_experts.tolist() == [2]
     assert (second.chunk.start, second.chunk.stop, second.chunk.offsets.tolist()) == (3, 5, [2])
 
 
-def test_rows_of_ranks_come_and_go() -> None:
-    ranks = Ranks.of((2, 1, 3), (0.5, 1.0, 2.0), torch.device("cpu"))
+def test_factors_of_differing_ranks_expand_and_collapse() -> None:
+    ranks = LoraRanks.of((2, 1, 3), (0.5, 1.0, 2.0), torch.device("cpu"))
     stored = torch.arange(12.0).view(6, 2) + 1
     whole = ranks.expand(stored[2:6], slice(1, 3))
     assert whole.tolist() == [[[5, 6], [0, 0], [0, 0]], [[7, 8], [9, 10], [11, 12]]]

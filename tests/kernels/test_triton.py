@@ -15,23 +15,23 @@ import torch
 from test_expert_block import Case
 
 from finetune.errors import MachineError
-from finetune.kernels import experts_choice
-from finetune.kernels.dispatch import Routing
-from finetune.kernels.experts_choice import ExpertDims, choose_expert_kernel, triton_missing
+from finetune.kernels.choice import ExpertDims, choose_expert_kernel, triton_missing
+from finetune.kernels.dispatch import Dispatch
 from finetune.kernels.grouped import grouped, grouped_outer
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton here (Linux only)")
-TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PUBLISHED = ExpertDims(hidden=2880, width=2880, experts_per_chunk=16)
 
 
 @needs_triton
 def test_in_the_interpreter() -> None:
+    path = os.pathsep.join([str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "pytest", "--noconftest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
         [*command, str(TESTS / "interpreted_kernels.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         cwd=TESTS.parent,
@@ -41,7 +41,7 @@ def test_in_the_interpreter() -> None:
     assert "skipped" not in done.stdout and int(re.findall(r"(\d+) passed", done.stdout)[0]) > 30
 
 
-# What `experts_launch` passes with the published shapes at rank 16; the rest is a 32-bit integer or a float.
+# What `experts_triton` passes with the published shapes at rank 16; the rest is a 32-bit integer or a float.
 POINTERS = {
     "words": "*i32", "scales": "*u8", "order": "*i64", "position": "*i64", "grad_row_weights": "*fp32",
     "lora_b": "*fp32",
@@ -113,7 +113,7 @@ def test_compiles_without_spills(name: str, capability: int, tmp_path: Path, mon
 @needs_triton
 def test_constants_are_the_launchers() -> None:
     """The compile test stands for what runs only as long as its tiles are those in use."""
-    from finetune.kernels import experts_launch as launch
+    from finetune.kernels import experts_triton as launch
 
     augment = CONSTANTS["augment_kernel"]
     assert (augment["W"], augment["UNROLL"]) == (launch.WORDS, launch.UNROLL)
@@ -131,7 +131,7 @@ def test_constants_are_the_launchers() -> None:
 def test_experts_one_by_one_equal_the_grouped_product() -> None:
     """What runs on GPUs whose grouped product would wait for the host."""
     case = Case(E=8, D=32, F=64, L=4, T=20, K=2, used=3)
-    for chunk in Routing.of(case.ids, 8, 4).chunks():
+    for chunk in Dispatch.of(case.ids, 8, 4).chunks():
         rows = torch.randn(chunk.stop - chunk.start, 32)
         matrices, other = torch.randn(4, 64, 32), torch.randn(len(rows), 64)
         assert len(chunk.counts) == 4 and 0 in chunk.counts
@@ -143,16 +143,16 @@ def test_experts_one_by_one_equal_the_grouped_product() -> None:
 
 def test_chunks_cover_every_row_once() -> None:
     ids = torch.tensor([[5, 1], [1, 5], [6, 1]])
-    routing = Routing.of(ids, 7, 3)
-    chunks = list(routing.chunks())
+    dispatch = Dispatch.of(ids, 7, 3)
+    chunks = list(dispatch.chunks())
     assert [(c.first, c.last, c.start, c.stop, c.counts) for c in chunks] == [
         (0, 3, 0, 3, [0, 3, 0]), (3, 6, 3, 5, [0, 0, 2]), (6, 7, 5, 6, [1]),
     ]  # fmt: skip
     assert [c.offsets.tolist() for c in chunks] == [[0, 3, 3], [0, 0, 2], [1]]
-    assert [c.expert_of_row().tolist() for c in chunks] == [[1, 1, 1], [2, 2], [0]]
+    assert [c.expert_of_routed().tolist() for c in chunks] == [[1, 1, 1], [2, 2], [0]]
     assert [list(c.spans()) for c in chunks] == [[(0, 0), (0, 3), (3, 3)], [(0, 0), (0, 0), (0, 2)], [(0, 1)]]
-    assert routing.order.tolist() == [1, 2, 5, 0, 3, 4], "ties keep token order"
-    assert routing.position()[routing.order].tolist() == list(range(6))
+    assert dispatch.order.tolist() == [1, 2, 5, 0, 3, 4], "ties keep token order"
+    assert dispatch.inverse_order()[dispatch.order].tolist() == list(range(6))
 
 
 class TestChoice:
@@ -171,10 +171,10 @@ class TestChoice:
         machine = SimpleNamespace(capability=(9, 0), missing=None, difference=0.01)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: machine.capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Made Up 100")
-        monkeypatch.setattr(experts_choice, "triton_missing", lambda: machine.missing)
-        monkeypatch.setattr(experts_choice, "triton_difference", lambda *_: machine.difference)
-        monkeypatch.setattr(experts_choice, "version", lambda _: "3.6.0")
-        monkeypatch.setattr(experts_choice, "runs_in_one_launch", lambda _: machine.capability[0] in (9, 10))
+        monkeypatch.setattr("finetune.kernels.choice.triton_missing", lambda: machine.missing)
+        monkeypatch.setattr("finetune.kernels.choice.triton_difference", lambda *_: machine.difference)
+        monkeypatch.setattr("finetune.kernels.choice.version", lambda _: "3.6.0")
+        monkeypatch.setattr("finetune.kernels.choice.runs_in_one_launch", lambda _: machine.capability[0] in (9, 10))
         return machine
 
     def test_on_hopper(self, hopper: SimpleNamespace) -> None:
@@ -211,7 +211,7 @@ class TestChoice:
         def fails(*_: object) -> float:
             raise RuntimeError("no kernel image\nfor this device")
 
-        monkeypatch.setattr(experts_choice, "triton_difference", fails)
+        monkeypatch.setattr("finetune.kernels.choice.triton_difference", fails)
         choice = choose_expert_kernel("auto", PUBLISHED, GPU, torch.bfloat16)
         assert choice.kernel == "reference" and "RuntimeError: no kernel image;" in choice.reason
 
@@ -219,7 +219,7 @@ class TestChoice:
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
         assert "not installed" in str(triton_missing())
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
-        monkeypatch.setattr(experts_choice, "version", lambda _: "3.5.1")
+        monkeypatch.setattr("finetune.kernels.choice.version", lambda _: "3.5.1")
         assert "needs 3.6" in str(triton_missing()) or "need 3.6" in str(triton_missing())
-        monkeypatch.setattr(experts_choice, "version", lambda _: "3.10.0+git1")
+        monkeypatch.setattr("finetune.kernels.choice.version", lambda _: "3.10.0+git1")
         assert triton_missing() is None

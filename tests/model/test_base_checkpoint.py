@@ -18,7 +18,7 @@ from finetune import log
 from finetune.errors import InputError
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.headers import read_header
-from finetune.model.identity import checkpoint_identity, identity, tensor_digest
+from finetune.model.identity import checkpoint_identity, identity, tensor_digest, verify_checksums
 
 SHARD = "model-00002-of-00003.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -68,8 +68,8 @@ def test_it_reads_what_the_safetensors_library_reads(tiny_base: Path) -> None:
             assert checkpoint.tensor_shape(name) == tuple(tensor.shape)
             assert checkpoint.dtype(name) == {torch.uint8: "U8", torch.bfloat16: "BF16"}[tensor.dtype]
             seen += tensor.nbytes
-    assert seen == checkpoint.num_bytes == checkpoint.shape.num_bytes()
-    assert set(checkpoint.names()) == set(checkpoint.shape.expected_tensors())
+    assert seen == checkpoint.num_bytes == checkpoint.arch.num_bytes()
+    assert set(checkpoint.names()) == set(checkpoint.arch.expected_tensors())
 
 
 def test_reading_maps_the_file_and_copies_nothing(tiny_base: Path) -> None:
@@ -113,24 +113,24 @@ def test_a_flipped_bit_opens_but_fails_the_checksums(base: Path) -> None:
     (base / SHARD).write_bytes(content)
     checkpoint = Checkpoint.open(base)
     with pytest.raises(InputError, match=SHARD) as caught:
-        checkpoint.verify_checksums()
+        verify_checksums(checkpoint)
     assert "bit-flipped or replaced" in str(caught.value)
     assert "model-00001" not in str(caught.value)
     (base / "checksums.json").unlink()
-    assert checkpoint.verify_checksums() is False
+    assert verify_checksums(checkpoint) is False
 
 
 def test_checksums_that_leave_out_a_shard_or_name_a_missing_file_are_refused(base: Path) -> None:
     checkpoint = Checkpoint.open(base)
     edit_json(base / "checksums.json", lambda sums: sums["files"].update({"gone.json": "0" * 64}))
     with pytest.raises(InputError, match=r"lacks gone\.json"):
-        checkpoint.verify_checksums()
+        verify_checksums(checkpoint)
     edit_json(base / "checksums.json", lambda sums: sums["files"].pop(SHARD))
     with pytest.raises(InputError, match=f"does not list {SHARD}"):
-        checkpoint.verify_checksums()
+        verify_checksums(checkpoint)
     edit_json(base / "checksums.json", lambda sums: sums["files"].update({"../config.json": "0"}))
     with pytest.raises(InputError, match="not a file beside it"):
-        checkpoint.verify_checksums()
+        verify_checksums(checkpoint)
 
 
 def test_a_missing_shard_is_named(base: Path) -> None:
@@ -239,10 +239,10 @@ def test_a_flipped_bit_in_the_hubs_cache_is_found(tiny_base: Path, tmp_path: Pat
         blob = blobs / (hashlib.sha256(content).hexdigest() if large else f"git-{path.name}")
         blob.write_bytes(content)
         (snapshot / path.name).symlink_to(blob)
-    assert Checkpoint.open(snapshot).verify_checksums()
+    assert verify_checksums(Checkpoint.open(snapshot))
     damaged = next(path for path in snapshot.glob("*.safetensors"))
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.resolve().write_bytes(content)
     with pytest.raises(InputError, match=damaged.name):
-        Checkpoint.open(snapshot).verify_checksums()
+        verify_checksums(Checkpoint.open(snapshot))

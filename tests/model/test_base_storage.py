@@ -26,10 +26,10 @@ from finetune.model.build import Base, build_base, check_unchanged
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import DenseExperts
 from finetune.model.forward import logits
-from finetune.model.held import write_dense
 from finetune.model.nf4 import Nf4Experts, dequantise_nf4, frozen_linear, quantise_nf4
 from finetune.model.noise import rounding_noise
 from finetune.model.storage import BaseStorage, StorageConverter, check_storage, describe_storage, storage_table
+from finetune.model.write import write_dense
 from finetune.mxfp4.format import dequantise, quantise
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ class TestNf4:
         check_storage(nf4, NF4)
         check_storage(native, BaseStorage())
         sizes = {line.part: line.num_bytes for line in nf4 if line.format == "nf4"}
-        shape = nf4_base.checkpoint.shape
+        shape = nf4_base.checkpoint.arch
         experts = shape.num_layers * shape.num_experts * 3 * shape.hidden * shape.expert_width
         attention = shape.num_layers * 2 * shape.hidden * (shape.query_size + shape.kv_size)
         assert sizes == {"expert weights": experts * 9 // 16, "attention weights": attention * 9 // 16}  # 4.5 bits
@@ -248,7 +248,7 @@ class TestSameFunction:
         with torch.no_grad():
             assert torch.equal(logits(host.model, tokens()), logits(native_base.model, tokens()))
         (line,) = [line for line in storage_table(host.model) if line.part == "input embedding"]
-        shape = host.checkpoint.shape
+        shape = host.checkpoint.arch
         assert (line.format, line.device, line.num_bytes) == ("bfloat16", "cpu", shape.vocab_size * shape.hidden * 2)
         assert check_unchanged(host) == native_base.identity
         assert host.compute_dtype == torch.float32

@@ -95,7 +95,7 @@ def test_parts_of_experts_read_as_the_whole(noisy: Path) -> None:
     checkpoint = Checkpoint.open(noisy)
     for name in ("model.layers.0.mlp.experts.down_proj_blocks", "model.layers.0.mlp.experts.gate_up_proj_scales"):
         assert torch.equal(checkpoint.read_rows(name, 3, 5), checkpoint.read(name)[3:5])
-    assert checkpoint.names() == list(checkpoint.shape.expected_tensors())
+    assert checkpoint.names() == list(checkpoint.arch.expected_tensors())
 
 
 def test_the_read_back_computes_with_the_rounded_weights(noisy: Path, tmp_path: Path) -> None:

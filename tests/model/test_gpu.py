@@ -19,12 +19,11 @@ from finetune.adapters.lora import attach_adapter
 from finetune.config.schema import AdapterConfig
 from finetune.kernels import flash
 from finetune.kernels.attention import plan_attention, sink_attention
-from finetune.kernels.attention_choice import AttentionDims, choose_attention, flash_difference
+from finetune.kernels.choice import AttentionDims, choose_attention_kernel, expert_block_of, flash_difference
 from finetune.kernels.experts import ExpertWeights, LoraFactors, Mxfp4Experts
-from finetune.kernels.experts_choice import expert_block_of
 from finetune.kernels.flash import flash_sink_attention
 from finetune.kernels.loss_head import token_nll
-from finetune.model.attention import select_attention
+from finetune.model.attention import select_attention_kernel
 from finetune.model.build import build_base, check_unchanged
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import select_expert_kernel
@@ -144,7 +143,7 @@ def test_fused_experts_wait_for_the_gpu_once_and_never_going_back(name: str | No
 
 @pytest.mark.parametrize("rank", [0, 16, 33])
 def test_augmented_weights_have_the_same_bits(rank: int) -> None:
-    from finetune.kernels import experts_launch as launch
+    from finetune.kernels import experts_triton as launch
 
     blocks = torch.randint(256, (4, 64, 90, 16), dtype=torch.uint8)
     scales = torch.randint(256, (4, 64, 90), dtype=torch.uint8)
@@ -201,14 +200,14 @@ def test_attention() -> None:
 @pytest.mark.parametrize("shape", [AttentionDims(64, 8, 64, 128), AttentionDims(4, 2, 32, 24)])
 def test_flash_attention_is_chosen_and_equals_the_reference(shape: AttentionDims) -> None:
     """Ragged segments, one-token ones, a shared prefix, both kinds of layer; output and every gradient."""
-    choice = choose_attention("auto", shape, GPU, torch.bfloat16)
+    choice = choose_attention_kernel("auto", shape, GPU, torch.bfloat16)
     assert choice.kernel == "flash", choice.reason
     assert max(flash_difference(shape, GPU, torch.bfloat16, seed=seed) for seed in range(3)) < 0.01
 
 
 def test_flash_attention_without_its_sink_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "with_sinks", lambda out, lse, sinks: (out, lse))
-    assert choose_attention("auto", AttentionDims(64, 8, 64, 128), GPU, torch.bfloat16).kernel == "reference"
+    assert choose_attention_kernel("auto", AttentionDims(64, 8, 64, 128), GPU, torch.bfloat16).kernel == "reference"
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 5000, 300), (4096,)])
@@ -278,7 +277,7 @@ def test_offloaded_checkpoints_give_the_same_bits_and_take_less_memory() -> None
 
 def test_the_tiny_model_and_its_frozen_base(tiny_base: Path) -> None:
     base = build_base(Checkpoint.open(tiny_base), GPU, torch.bfloat16, experts_per_chunk=4)
-    select_attention(base.model, "flash")
+    select_attention_kernel(base.model, "flash")
     check_packing(base.model)
     attach_adapter(base, AdapterConfig(), seed=0)
     ids = torch.arange(100, 300)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
 from finetune.errors import CheckError
-from finetune.model.attention import attention_kernel, select_attention
+from finetune.model.attention import attention_kernel, select_attention_kernel
 from finetune.model.build import Base, build_base, check_unchanged
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import (
@@ -53,9 +53,9 @@ def ids(count: int, seed: int = 0) -> torch.Tensor:
 @pytest.fixture(params=["reference", "flash"])
 def kernel(request: pytest.FixtureRequest, base: Base) -> Iterator[str]:
     """Attention on this kernel while the test runs."""
-    select_attention(base.model, request.param)
+    select_attention_kernel(base.model, request.param)
     yield request.param
-    select_attention(base.model, "reference")
+    select_attention_kernel(base.model, "reference")
 
 
 @torch.no_grad()
@@ -232,6 +232,6 @@ def test_routing_is_recorded_once_even_when_layers_are_recomputed(base: Base) ->
     handle.remove()
     base.model.activation_checkpointing_disable()
     base.model.eval()
-    assert len(tape.layers) == base.checkpoint.shape.num_layers
-    assert tape.layers[0].logits.shape == (20, base.checkpoint.shape.num_experts)
+    assert len(tape.layers) == base.checkpoint.arch.num_layers
+    assert tape.layers[0].logits.shape == (20, base.checkpoint.arch.num_experts)
     assert tape.layers[0].logits.requires_grad, "reentrant checkpointing would have cut it off"

@@ -92,7 +92,7 @@ def test_the_device_lets_go_of_a_checkpoint_when_the_next_is_parked() -> None:
         (
             ["trainer.activation_offload=true", "trainer.activation_checkpointing=false"],
             2,
-            "trainer.activation_offload does nothing without trainer.activation_checkpointing",
+            "trainer.activation_offload has no effect without trainer.activation_checkpointing",
         ),
         (["model.attention_kernel=flex"], 2, "model.attention_kernel"),
     ],

@@ -203,7 +203,7 @@ def test_its_gradient_reaches_what_the_run_says(mode: str, tiny_base: Path) -> N
     with record_router(run.base.model) as tape:
         hidden_states(run.base.model, batch.input_ids, batch.positions, batch.segments)
     balance_loss(tape.layers, (batch.segments >= 0).reshape(-1)).backward()
-    sites, shape = run.adapter.sites, run.base.checkpoint.shape
+    sites, shape = run.adapter.sites, run.base.checkpoint.arch
     reached = {
         site.module
         for site in sites

@@ -192,7 +192,7 @@ def test_a_port_at_which_nobody_can_meet_is_refused(
         (["distributed.num_processes=2"], "distributed.kind=single is one process"),
         (["distributed=zero2", "distributed.num_processes=1"], "is for several processes"),
         (["distributed=zero4"], "distributed has no option zero4"),
-        (["distributed=fsdp2", "trainer.halve_micro_batch_on_oom=true"], "cannot begin a micro-step again"),
+        (["distributed=fsdp2", "trainer.halve_micro_batch_on_oom=true"], "cannot repeat it without the others"),
         (["distributed=zero1", "trainer.on_nonfinite=skip"], "cannot drop a step's"),
     ],
 )
@@ -221,7 +221,7 @@ def test_a_step_keeps_its_rows_under_other_processes(workplace: Path) -> None:
         3,
     )
     assert resumed_config(three, ["distributed=single"]) == config
-    with pytest.raises(ConfigError, match="4 processes cannot share the 6 micro-steps"):
+    with pytest.raises(ConfigError, match="4 processes cannot share the 6 micro-batches"):
         resumed_config(config, ["distributed=ddp", "distributed.num_processes=4"])
     with pytest.raises(ConfigError, match="num_proceses"):
         resumed_config(config, ["distributed=ddp", "distributed.num_proceses=3"])

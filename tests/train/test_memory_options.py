@@ -76,7 +76,7 @@ def test_going_on_from_an_adapter_that_was_trained_over_other_values_is_said(
 REFUSED = {
     ("trainer.optimizer=paged_adamw_8bit", "model.device=cpu"): (2, "pages nothing"),
     ("trainer.optimizer=paged_adamw",): (5, "paged states are CUDA's"),
-    ("trainer.optimizer=paged_adamw", "trainer.optimizer_states_on_cpu=true"): (2, "by themselves"),
+    ("trainer.optimizer=paged_adamw", "trainer.optimizer_states_on_cpu=true"): (2, "already move between GPU and host"),
     ("trainer.gradient_dtype=bfloat16",): (2, "adapter.dtype is float32"),
     ("trainer.optimizer=adamw8bit",): (2, "adamw_8bit"),
     ("model.attention_storage=mxfp4",): (2, "compute"),

@@ -8,7 +8,7 @@ itself. That rest is trained with its channels' weights (`data.loss`):
 or, without thinking, `<|channel|>final<|message|>ANSWER<|return|>`. A tool call ends with `<|call|>`; its result and
 the `<|start|>assistant` after it are given to the model, and so are context. End tokens are trained, or the model would
 not stop; except the `<|end|>` of an answer that is followed by another turn, where the model itself would have written
-`<|return|>`. docs/guide/harmony.md has every policy where renderers differ.
+`<|return|>`. docs/guide/data.md has every policy where renderers differ.
 """
 
 from __future__ import annotations

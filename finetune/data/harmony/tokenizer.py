@@ -135,7 +135,7 @@ def _build_tokenizer() -> Tokenizer:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens that joins into a token, by the rank of the result, then of the left part, then of the right.
+    """Every pair of tokens that joins into one, by the rank of the result, then of the left part, then of the right.
 
     tiktoken stores ranks only; a `tokenizers` BPE wants merges, and this order of them is the published file's.
     """

@@ -27,10 +27,10 @@ from torch import nn
 from finetune import log
 from finetune.config.compose import compose
 from finetune.config.schema import RunConfig
+from finetune.evaluate.evalset import evenly_spread
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.tiny import write_tiny_base
 from finetune.train.engines.base import alone
-from finetune.train.evaluation import validation_subset
 from finetune.train.optim import learning_rate, make_optimizer
 from finetune.train.session import open_session
 from finetune.train.step import OptimiserStep
@@ -66,7 +66,7 @@ def curve(config: RunConfig, *, control: bool) -> tuple[list[float], float]:
         losses.append(step(batches, learning_rate(position, total, config.trainer), position + 1).loss)
         position += 1
     base.model.eval()
-    samples = validation_subset(session.splits["validation"].examples, config.evaluate.validation_examples)
+    samples = evenly_spread(session.splits["validation"].examples, config.evaluate.validation_examples)
     return losses, held_out_loss(base.model, samples, config.data.max_length, task="held out").mean
 
 

@@ -68,7 +68,7 @@ def signal_in(place: Place, number: int) -> Hook:
             case Place.VALIDATION:
                 before(run_module, "held_out_loss", lambda: before(likelihood, "collate", send))
             case Place.BEFORE:
-                before(run_module, "evaluate_test_set", send)
+                before(run_module, "measure_test_set", send)
             case Place.AFTER:
                 before(run_module, "check_unchanged", send)
 

@@ -44,15 +44,14 @@ class Figure:
             return f"{self.value:{form}}"
         return f"{self.value:{form}} [{self.interval[0]:{form}}, {self.interval[1]:{form}}]"
 
+    def headline(self) -> str:
+        """The value and its interval as reports and cards show them."""
+        return self.text() + ("" if self.interval else " (one record: no interval)")
+
 
 @dataclass(frozen=True)
 class McNemar:
-    """Exact McNemar test of two models on the same examples.
-
-    Attributes:
-        lost, gained: examples that only the base, and only the adapter, has right.
-        p_value: two-sided.
-    """
+    """Exact McNemar test: examples that only the base, and only the adapter, has right, and the two-sided p-value."""
 
     lost: int
     gained: int
@@ -164,28 +163,6 @@ class SuiteFigures:
 
 
 @dataclass(frozen=True)
-class GeneratedAnswer:
-    """What a model wrote after an example's prompt, a line of evaluation/rows.jsonl.
-
-    Attributes:
-        tokens: how many it wrote.
-        question: the last message of the user.
-        answer: the record's own.
-        final, analysis: texts of these channels.
-        stopped: it ended with a stop token; otherwise it was cut.
-        error: what is wrong with its harmony format, or None.
-    """
-
-    tokens: int
-    question: str
-    answer: str | None
-    final: str
-    analysis: str
-    stopped: bool
-    error: str | None
-
-
-@dataclass(frozen=True)
 class FormFigures:
     """How one model's generated answers ended: counts of answers, mean length, and intervals of the shares."""
 
@@ -240,10 +217,9 @@ class ProseFigures:
 
 @dataclass(frozen=True)
 class AnswerFigures:
-    """Figures of generated answers.
+    """Figures of the answers generated to `rows` examples of an evaluation set.
 
     Attributes:
-        suite, rows: the evaluation set and how many of its examples were answered.
         base, adapter: form of the answers.
         exact_rows, exact: examples with an answer, and the share of generated ones equal to it.
         prose_rows, prose: examples without one.
@@ -322,6 +298,15 @@ class Evaluation:
         found = [("test loss", self.test.loss), ("accuracy", self.test.accuracy)]
         return [(title, figures) for title, figures in found if figures is not None]
 
+    def final(self, title: str) -> float | None:
+        """The adapter's value of one of the `headlines`."""
+        figures = dict(self.headlines()).get(title)
+        return figures.adapter.value if figures and figures.adapter else None
+
+    def updated(self, model: Model, test: SuiteFigures) -> Evaluation:
+        """This evaluation with one model's figures on the test set added or replaced."""
+        return dataclasses.replace(self, suites=[self.test.updated(model, test) if self.test else test])
+
     def has(self, model: Model) -> bool:
         """Whether a model was measured on the test set."""
         return self.test is not None and self.test.loss.of(model) is not None
@@ -343,7 +328,7 @@ def perplexity(loss: Comparison) -> Comparison:
 
 
 def to_json(record: Any) -> Any:
-    """A record of this module as JSON data, without the optional keys that are None."""
+    """A record of this module as JSON data, without optional keys that are None."""
     if dataclasses.is_dataclass(record):
         fields = ((field, getattr(record, field.name)) for field in dataclasses.fields(record))
         return {f.name: to_json(value) for f, value in fields if value is not None or f.default is not None}
@@ -398,16 +383,13 @@ def _from_v01(content: Mapping[str, Any]) -> dict[str, Any]:
             }
             for key in ("loss", "accuracy")
         )
-        suite = {"suite": "test", "rows": first["rows"], "records": first["rows"], "loss": loss}
+        suite: dict[str, Any] = {"suite": "test", "rows": first["rows"], "records": first["rows"], "loss": loss}
         if accuracy:
             labels = {"num_labels": first["num_labels"], "best_constant": first["best_constant_accuracy"]}
             suite |= {"accuracy": accuracy, **labels}
-        suite["perplexity"] = to_json(perplexity(_comparison(loss)))
-        rest = {"adapter": "adapter", "base": None, "notes": [], "left_out": {}, "contamination": None, "answers": None}
-        return {**rest, "confidence": first["confidence"], "suites": [suite]}
+        figures = {model: Figure(each["value"], each["interval"]) for model, each in loss.items()}
+        suite["perplexity"] = to_json(perplexity(Comparison(figures.get("base"), figures.get("adapter"))))
+        rest: dict[str, Any] = {"notes": [], "left_out": {}, "contamination": None, "answers": None}
+        return {"adapter": "adapter", "base": None, "confidence": first["confidence"], "suites": [suite], **rest}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"version 0.1 would have {error}") from error
-
-
-def _comparison(figures: Mapping[str, Any]) -> Comparison:
-    return Comparison(**{model: Figure(found["value"], found["interval"]) for model, found in figures.items()})

@@ -119,11 +119,15 @@ def _tensors(item: str, reference: Path, tree: Path) -> Iterator[Difference]:
             if a.dtype != b.dtype or a.shape != b.shape:
                 before += 1
                 yield Difference(f"{item}: {name}", f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}")
-            elif not torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)):
+            elif not torch.equal(_bits(a), _bits(b)):
                 before += 1
                 yield Difference(f"{item}: {name}", f"differ by {(a.double() - b.double()).abs().max().item():.3g}")
     if not before:
         yield Difference(item, "the same tensors in other bytes (order, metadata)")
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
 
 
 def _gguf(item: str, reference: Path, tree: Path) -> Iterator[Difference]:

@@ -26,6 +26,7 @@ from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.tiny import KINDS, write_tiny_base
+from finetune.results import read_evaluation
 
 _ROW_TOKENS = 2048
 _TOKENS_PER_DOMAIN = 12_000  # documents from the start of each domain's test split; each token costs 201,088 logits
@@ -98,11 +99,11 @@ def measure_lora(out: Path, bases: list[Path], seeds: list[int], overrides: list
 
 
 def _say_run(name: str, seed: int, run: Path) -> None:
-    after = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["after"]
+    evaluation = read_evaluation(run / "evaluation.json")
+    assert evaluation is not None
     steps = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["total_steps"]
-    low, high = after["accuracy_interval"]
-    accuracy = f"{after['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-    log.result(f"| {name} | {seed} | {steps} | {after['loss']:.3f} | {accuracy} |")
+    loss, accuracy = (figures.adapter for _, figures in evaluation.headlines())
+    log.result(f"| {name} | {seed} | {steps} | {loss.value:.3f} | {accuracy.text()} |")
 
 
 if __name__ == "__main__":

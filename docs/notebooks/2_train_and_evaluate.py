@@ -59,8 +59,9 @@ for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
     if line["kind"] in ("step", "evaluation"):
         print(line["step"], line["kind"], f"{line.get('loss', line.get('validation_loss')):.3f}")
 evaluation = json.loads((run / "evaluation.json").read_text())
-print(f"test loss {evaluation['before']['loss']:.3f} -> {evaluation['after']['loss']:.3f}")
-assert evaluation["after"]["loss"] < evaluation["before"]["loss"]
+loss = evaluation["suites"][0]["loss"]
+print(f"test loss {loss['base']['value']:.3f} -> {loss['adapter']['value']:.3f}")
+assert loss["adapter"]["value"] < loss["base"]["value"]
 
 # %% [markdown]
 # ## The report

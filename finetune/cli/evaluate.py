@@ -78,8 +78,10 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} must be {f'at least {least}' if least else '0 or more'}, not {value}")
     run_directory = resolve_run(args.run)[1]
     log.info(log.LOADING)
-    from finetune.evaluate.run import EvaluationOptions, evaluate
+    from finetune.evaluate.inputs import EvaluationOptions
+    from finetune.evaluate.run import evaluate
     from finetune.report.markdown import describe_evaluation
+    from finetune.results import to_json
 
     options = EvaluationOptions(
         recipe=_recipe(args.recipe) if args.recipe else None,
@@ -95,9 +97,10 @@ def run(args: argparse.Namespace) -> None:
         revision=args.revision,
         device=args.device,
     )
-    out, summary = evaluate(args.run, args.out, options)
-    (out / "README.md").write_text(describe_evaluation(summary), encoding="utf-8")
-    log.result(json.dumps(summary, indent=2) if args.json else describe_evaluation(summary, details=False))
+    out, evaluation = evaluate(args.run, args.out, options)
+    (out / "README.md").write_text(describe_evaluation(evaluation), encoding="utf-8")
+    text = describe_evaluation(evaluation, details=False)
+    log.result(json.dumps(to_json(evaluation), indent=2) if args.json else text)
     log.info(f"figures: {out / 'summary.json'}, row by row: {out / 'rows.jsonl'}, label by label: {out / 'README.md'}")
     if run_directory is not None and out.resolve() == run_directory.resolve() / "evaluation":
         from finetune.report.html import write_html

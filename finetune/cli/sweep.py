@@ -78,15 +78,15 @@ def comparison(results: Sequence[tuple[Sequence[str], Path, int]]) -> str:
     Args:
         results: settings, run directory and exit code of each.
     """
-    from finetune.report.read import read_json
+    from finetune.report.read import RunFiles
 
     keys = [text.partition("=")[0] for text in results[0][0]]
     rows = []
     for settings, run, code in results:
-        after = read_json(run / "evaluation.json").get("after", {})
-        manifest = read_json(run / "manifest.json")
-        best = manifest.get("loop", {}).get("best_loss")
-        rows.append((settings, run, code, after.get("loss"), after.get("accuracy"), best, manifest.get("minutes")))
+        files = RunFiles.read(run)
+        loss, accuracy = ((files.trained.final(t) if files.trained else None) for t in ("test loss", "accuracy"))
+        best = files.manifest.get("loop", {}).get("best_loss")
+        rows.append((settings, run, code, loss, accuracy, best, files.manifest.get("minutes")))
     losses = [loss if loss is not None else best for *_, loss, _, best, _ in rows]
     known = [loss for loss in losses if loss is not None]
     titles = ["run", *keys, "validation loss", "test loss", "accuracy", "minutes", ""]

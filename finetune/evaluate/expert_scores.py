@@ -1,8 +1,7 @@
-"""Which experts a data set uses, and the choice of those worth adapting (ESFT: Wang et al. 2024, arXiv:2407.01906).
+"""Scores of experts on a data set, and the choice of those to adapt (ESFT: Wang et al. 2024, arXiv:2407.01906).
 
-Two scores for each expert of a layer, both means over samples of means over a sample's tokens, both adding up to 1
-over a layer: the weight with which its router takes the expert (`gate`), and how often it does, as a share of all
-choices (`tokens`).
+An expert has two scores, both means over examples of means over an example's tokens, both adding up to 1 over a layer:
+the router's weight of the expert (`gate`), and its share of the router's choices (`tokens`).
 """
 
 from __future__ import annotations
@@ -32,29 +31,29 @@ from finetune.evaluate.evalset import evenly_spread
 from finetune.model.build import Base
 from finetune.model.usage import count_usage
 
-SCORED_SAMPLES = 128
+SCORED_EXAMPLES = 128
 
 
 def score_experts(
-    base: Base, base_name: str, samples: Sequence[Example], data: DataConfig, select: str, by: Score, count: int
+    base: Base, base_name: str, examples: Sequence[Example], data: DataConfig, select: str, by: Score, count: int
 ) -> ExpertScores:
-    """Measure both scores with the model as it is, and choose.
+    """Measure both scores with the model as it is, and choose experts.
 
     Args:
         base: without an adapter, or with it off.
-        base_name: for the file.
-        samples: training samples; up to `count` of them, evenly spread, are used.
-        data: gives the length of a row.
+        base_name: recorded in the file.
+        examples: of the training split; up to `count` of them, evenly spread, are used.
+        data: gives the length of a packed sequence.
         select: `all`, `top_p=...` or `top_k=...`.
         by: the score to choose by.
-        count: samples at most.
+        count: maximum number of examples.
 
     Raises:
         ConfigError: the rule asks for more experts than there are.
     """
     rule = parse_select(select)
     refuse_too_many(rule, base.checkpoint.arch.num_experts)
-    used = evenly_spread(samples, count)
+    used = evenly_spread(examples, count)
     counts = count_usage(
         base,
         used,
@@ -63,9 +62,9 @@ def score_experts(
         len(used),
         task="scoring experts",
     )
-    per_sample = counts.tokens[:, None, None]
-    gate = (counts.gates / per_sample).mean(0)
-    share = (counts.chosen / per_sample).mean(0) / base.checkpoint.arch.num_active_experts
+    per_example = counts.tokens[:, None, None]
+    gate = (counts.gates / per_example).mean(0)
+    share = (counts.chosen / per_example).mean(0) / base.checkpoint.arch.num_active_experts
     scores = gate if by == "gate" else share
     selected = choose(scores, rule)
     return ExpertScores(
@@ -85,7 +84,7 @@ def refuse_too_many(rule: SelectRule, num_experts: int) -> None:
     """Raise ConfigError if `top_k` asks for more experts than a layer has."""
     if rule.top_k > num_experts:
         raise ConfigError(
-            f"adapter.experts.select asks for {rule.top_k} experts a layer, the base has {num_experts}",
+            f"adapter.experts.select asks for {rule.top_k} experts per layer, the base has {num_experts}",
             fix=f"write top_k={num_experts} or less, or `all`",
         )
 
@@ -94,8 +93,8 @@ def choose(scores: NDArray[np.float64], rule: SelectRule) -> dict[int, tuple[int
     """The experts of each layer with the highest scores; of equal ones the first.
 
     Args:
-        scores: [layers, E], each layer's adding up to 1.
-        rule: `all`; `top_k`: so many, at most E; `top_p`: the fewest that have that share together.
+        scores: [layers, E], adding up to 1 in each layer.
+        rule: `all`; `top_k`: that many, at most E; `top_p`: the fewest that together have that share.
     """
     selected = {}
     for layer, row in enumerate(scores):
@@ -109,34 +108,34 @@ def choose(scores: NDArray[np.float64], rule: SelectRule) -> dict[int, tuple[int
     return selected
 
 
-def check_base(affinity: ExpertScores, base: Base, where: str, key: str = "select") -> None:
+def check_base(scores: ExpertScores, base: Base, where: str, key: str = "select") -> None:
     """Raise ConfigError if scores were measured on another base, naming the key of `adapter.experts` they came from."""
-    if affinity.base_identity != base.identity:
+    if scores.base_identity != base.identity:
         raise ConfigError(
             f"adapter.experts.{key}: {where} was measured on another base",
-            why=f"it belongs to {affinity.base_name} ({affinity.base_identity[:12]}), this is {base.identity[:12]}",
+            why=f"it belongs to {scores.base_name} ({scores.base_identity[:12]}), this is {base.identity[:12]}",
             fix="measure again: finetune experts score RECIPE --out FILE",
         )
-    shape = base.checkpoint.arch
-    for scores in (affinity.gate, affinity.tokens_share):
-        if len(scores) != shape.num_layers or any(len(of_layer) != shape.num_experts for of_layer in scores):
+    arch = base.checkpoint.arch
+    for by_layer in (scores.gate, scores.tokens_share):
+        if len(by_layer) != arch.num_layers or any(len(of_layer) != arch.num_experts for of_layer in by_layer):
             raise InputError(f"{where} does not have a score for each of the base's experts")
 
 
-def check_selection(affinity: ExpertScores, base: Base, config: AdapterConfig, where: str) -> None:
-    """Compare a choice with the base and the recipe it is to be used with.
+def check_selection(scores: ExpertScores, base: Base, config: AdapterConfig, where: str) -> None:
+    """Check a choice of experts against the base and the recipe.
 
     Raises:
-        ConfigError: it was measured on another base, or leaves a layer without experts, or names one that is not there.
+        ConfigError: it was measured on another base, leaves a layer without experts, or names one that does not exist.
     """
-    check_base(affinity, base, where)
-    refuse_bad_selection(affinity.selected, base.checkpoint.arch, config, where)
+    check_base(scores, base, where)
+    refuse_bad_selection(scores.selected, base.checkpoint.arch, config, where)
 
 
 def choose_experts(
-    base: Base, base_name: str, samples: Sequence[Example], data: DataConfig, config: AdapterConfig
+    base: Base, base_name: str, examples: Sequence[Example], data: DataConfig, config: AdapterConfig
 ) -> ExpertScores | None:
-    """What `adapter.experts.select` and `.rank_by` come to for a base and its training samples.
+    """Apply `adapter.experts.select` and `.rank_by` to a base and its training examples.
 
     Returns:
         None for all experts with one rank.
@@ -152,29 +151,29 @@ def choose_experts(
     if rule.kind == "all" and ranking.kind == "uniform":
         return None
     if rule.kind == "file":
-        affinity = read_expert_scores(Path(rule.path).expanduser())
-        check_selection(affinity, base, config, rule.path)
+        scores = read_expert_scores(Path(rule.path).expanduser())
+        check_selection(scores, base, config, rule.path)
     elif rule.kind == "all" and given is not None:
         every = tuple(range(base.checkpoint.arch.num_experts))
-        affinity = replace(given, select="all", selected=dict.fromkeys(range(len(given.gate)), every), ranks=None)
+        scores = replace(given, select="all", selected=dict.fromkeys(range(len(given.gate)), every), ranks=None)
     else:
-        affinity = score_experts(base, base_name, samples, data, config.experts.select, "gate", SCORED_SAMPLES)
-    affinity = replace(affinity, ranks=_ranks(affinity, given, config, ranking))
-    log.info("experts to adapt:\n  " + "\n  ".join(affinity.describe()))
-    return affinity
+        scores = score_experts(base, base_name, examples, data, config.experts.select, "gate", SCORED_EXAMPLES)
+    scores = replace(scores, ranks=_ranks(scores, given, config, ranking))
+    log.info("experts to adapt:\n  " + "\n  ".join(scores.describe()))
+    return scores
 
 
 def _ranks(
-    affinity: ExpertScores, given: ExpertScores | None, config: AdapterConfig, ranking: RankRule
+    scores: ExpertScores, given: ExpertScores | None, config: AdapterConfig, ranking: RankRule
 ) -> dict[int, tuple[int, ...]] | None:
-    """Layer -> rank of each selected expert, of the layers that are adapted."""
+    """Layer -> rank of each selected expert, for the adapted layers."""
     if ranking.kind == "uniform":
         return None
     if ranking.kind != "file":
-        ranks = ranks_of(affinity, ranking.kind, affinity.selected, config.experts)
+        ranks = ranks_of(scores, ranking.kind, scores.selected, config.experts)
     elif given is not None and given.ranks is not None:
-        ranks = given_ranks(given, affinity.selected, config.experts, ranking.path)
+        ranks = given_ranks(given, scores.selected, config.experts, ranking.path)
     else:
         assert given is not None
-        ranks = ranks_of(given, given.by, affinity.selected, config.experts)
+        ranks = ranks_of(given, given.by, scores.selected, config.experts)
     return {layer: tuple(of_layer.values()) for layer, of_layer in ranks.items()}

@@ -1,6 +1,6 @@
-"""Text from a model: batched, with keys and values kept, reproducible by seed whatever stands in the same batch.
+"""Text generation: batched, with a KV cache, reproducible by seed whatever else is in the batch.
 
-Shape legend: B sequences still going, V vocabulary.
+Shape legend: B unfinished sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ STOP_IDS = frozenset({RETURN_ID, CALL_ID, END_OF_TEXT_ID})
 _MESSAGE_ENDS = frozenset({END_ID, RETURN_ID, CALL_ID})
 _CHANNELS = frozenset({"analysis", "commentary", "final"})
 OnToken = Callable[[int, int], None]
-"""Called with the prompt's number and each new token, in the order in which they come."""
+"""Called with the prompt's number and each new token, in order of generation."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings of sampling.
 
     Attributes:
-        max_tokens: new tokens at most.
+        max_tokens: maximum number of new tokens.
         temperature: divides the logits; 0 takes the likeliest token.
-        top_p: choose among the likeliest tokens that together have this probability.
-        seed: of the random choices; prompt n draws from its own generator.
+        top_p: choose among the likeliest tokens that together have this probability (nucleus sampling).
+        seed: of the random choices; each prompt has a generator of its own.
     """
 
     max_tokens: int = 256
@@ -57,53 +57,53 @@ def generate(
     numbers: Sequence[int] | None = None,
     is_finished: Callable[[list[int]], bool] = lambda written: False,
 ) -> list[list[int]]:
-    """Continue prompts until each stops by itself or has `max_tokens` new ones.
+    """Continue prompts until each generates a stop token or has `max_tokens` new ones.
 
     Args:
         model: in evaluation mode.
         prompts: token ids; all are read in one forward pass.
-        sampling: how tokens are chosen.
+        sampling: see `Sampling`.
         on_token: for streaming.
-        numbers: which random draws each prompt uses; equal numbers draw alike in any batch. None: 0, 1, ...
-        is_finished: whether a prompt's new tokens so far are enough, beside stop tokens and `max_tokens`.
+        numbers: seed each prompt's generator, with `sampling.seed`; equal ones draw alike in any batch. None: 0, 1, ...
+        is_finished: whether a prompt's new tokens are enough; asked beside stop tokens and `max_tokens`.
 
     Returns:
-        The new tokens of each prompt, the one that stopped it included.
+        The new tokens of each prompt, including the stop token.
     """
     decoder = Decoder(model, prompts, sampling.max_tokens)
     draws = range(len(prompts)) if numbers is None else numbers
     generators = [torch.Generator().manual_seed(sampling.seed * 1_000_003 + number) for number in draws]
     written: list[list[int]] = [[] for _ in prompts]
-    going = list(range(len(prompts)))  # prompt numbers, in the decoder's order
+    unfinished = list(range(len(prompts)))  # prompt numbers, in the decoder's order
     hidden = decoder.read_prompts()
     while True:
         logits = model.lm_head(hidden).float()
-        tokens = choose_tokens(logits, [generators[number] for number in going], sampling)
-        for number, token in zip(going, tokens, strict=True):
+        tokens = choose_tokens(logits, [generators[number] for number in unfinished], sampling)
+        for number, token in zip(unfinished, tokens, strict=True):
             written[number].append(token)
             on_token(number, token)
-        alive = [
+        kept = [
             place
-            for place, number in enumerate(going)
+            for place, number in enumerate(unfinished)
             if tokens[place] not in STOP_IDS
             and len(written[number]) < sampling.max_tokens
             and not is_finished(written[number])
         ]
-        if not alive:
+        if not kept:
             return written
-        if len(alive) < len(going):
-            decoder.keep(alive)
-            going = [going[place] for place in alive]
-        hidden = decoder.read(torch.tensor([written[number][-1] for number in going]))
+        if len(kept) < len(unfinished):
+            decoder.keep(kept)
+            unfinished = [unfinished[place] for place in kept]
+        hidden = decoder.read(torch.tensor([written[number][-1] for number in unfinished]))
 
 
 def choose_tokens(logits: Tensor, generators: Sequence[torch.Generator], sampling: Sampling) -> list[int]:
-    """The next token of each sequence.
+    """Choose the next token of each sequence.
 
     Args:
         logits: float32 [B, V].
-        generators: on the CPU, one a sequence.
-        sampling: how.
+        generators: on the CPU, one per sequence.
+        sampling: temperature and top_p.
     """
     if sampling.temperature == 0:
         chosen: list[int] = logits.argmax(-1).tolist()
@@ -111,7 +111,7 @@ def choose_tokens(logits: Tensor, generators: Sequence[torch.Generator], samplin
     probabilities = (logits / sampling.temperature).softmax(-1)
     if sampling.top_p < 1:
         ranked, order = probabilities.sort(-1, descending=True)
-        # A token stays while those before it have less than top_p together; the likeliest always stays.
+        # A token is kept while those before it have less than top_p together; the likeliest always is.
         ranked = ranked.masked_fill(ranked.cumsum(-1) - ranked >= sampling.top_p, 0.0)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ranked)
     rows = probabilities.cpu()
@@ -122,13 +122,13 @@ def choose_tokens(logits: Tensor, generators: Sequence[torch.Generator], samplin
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt, read as harmony.
+    """Generated tokens parsed as harmony.
 
     Attributes:
-        final: text of the final channel, "" if it wrote none; texts of several are joined by an empty line.
+        final: text of the final channel, "" if there is none; texts of several messages are joined by an empty line.
         analysis: text of the analysis channel, likewise.
         stopped: it ended with a stop token; otherwise it was cut at `max_tokens`.
-        error: what is wrong with its form, or None. A cut one is not wrong for being cut.
+        error: its format error, or None. Being cut is not an error.
     """
 
     final: str
@@ -138,14 +138,14 @@ class Completion:
 
 
 def read_completion(tokens: Sequence[int], recipients: Collection[str] = ()) -> Completion:
-    """Read generated tokens as harmony's messages, and check that they are what harmony lets an assistant write.
+    """Parse generated tokens as harmony messages, and check that harmony allows an assistant to write them.
 
-    openai-harmony's parser refuses little: inside a message it takes any control token but the three end tokens for
+    openai-harmony's parser refuses little: inside a message it treats any control token but the three end tokens as
     text. The checks beyond it follow https://cookbook.openai.com/articles/openai-harmony: an assistant thinks, calls a
-    tool with `<|call|>`, or gives one final answer, which `<|return|>` ends.
+    tool, ending with `<|call|>`, or gives one final answer, ending with `<|return|>`.
 
     Args:
-        tokens: without the prompt, the stop token included.
+        tokens: without the prompt, with the stop token.
         recipients: the tools that the conversation declares, as `DeclaredTools.recipients` gives them.
     """
     parser = StreamableParser(harmony_encoding(), role=Role.ASSISTANT)
@@ -158,18 +158,18 @@ def read_completion(tokens: Sequence[int], recipients: Collection[str] = ()) -> 
             parser.process(token)
     except HarmonyError as problem:
         error = error or str(problem)
-    written = [_Written.of(message) for message in parser.messages]
+    messages = [_Message.of(message) for message in parser.messages]
     if parser.state == StreamState.CONTENT:
         recipient, channel = parser.current_recipient, parser.current_channel
-        written.append(_Written(parser.current_role == Role.ASSISTANT, channel, recipient, parser.current_content))
-    error = error or _wrong_message(written, recipients) or (_wrong_end(written, tokens[-1]) if stopped else None)
-    texts = {name: [one.text for one in written if one.channel == name] for name in ("final", "analysis")}
+        messages.append(_Message(parser.current_role == Role.ASSISTANT, channel, recipient, parser.current_content))
+    error = error or _message_error(messages, recipients) or (_end_error(messages, tokens[-1]) if stopped else None)
+    texts = {name: [one.text for one in messages if one.channel == name] for name in ("final", "analysis")}
     return Completion("\n\n".join(texts["final"]), "\n\n".join(texts["analysis"]), stopped, error)
 
 
 @dataclass(frozen=True)
-class _Written:
-    """A message of a completion, or the unfinished one at its end."""
+class _Message:
+    """A message of a completion; the last one may be unfinished."""
 
     by_assistant: bool
     channel: str | None
@@ -177,29 +177,29 @@ class _Written:
     text: str
 
     @classmethod
-    def of(cls, message: Message) -> _Written:
+    def of(cls, message: Message) -> _Message:
         text = "".join(part.text for part in message.content if isinstance(part, TextContent))
         return cls(message.author.role == Role.ASSISTANT, message.channel, message.recipient, text)
 
 
-def _wrong_message(written: Sequence[_Written], recipients: Collection[str]) -> str | None:
-    for place, one in enumerate(written):
+def _message_error(messages: Sequence[_Message], recipients: Collection[str]) -> str | None:
+    for place, one in enumerate(messages):
         if not one.by_assistant:
             return "a message that is not the assistant's"
         if one.channel not in _CHANNELS:
             return f"unknown channel {one.channel!r}" if one.channel else "a message without a channel"
         if one.recipient is not None and one.recipient not in recipients:
             return f"a call to {one.recipient!r}, which the conversation does not declare"
-        if one.channel == "final" and place + 1 < len(written):
-            return "goes on after its final message"
+        if one.channel == "final" and place + 1 < len(messages):
+            return "a message after the final one"
     return None
 
 
-def _wrong_end(written: Sequence[_Written], stop: int) -> str | None:
-    """What is wrong with where it stopped; its messages are right."""
+def _end_error(messages: Sequence[_Message], stop: int) -> str | None:
+    """The error in how a completion of correct messages ends, or None."""
     if stop == END_OF_TEXT_ID:
         return "ended by <|endoftext|>, outside harmony"
-    last = written[-1] if written else None
+    last = messages[-1] if messages else None
     if stop == CALL_ID:
         return None if last is not None and last.recipient is not None else "ended by <|call|> without a call"
     if last is None or last.channel != "final" or not last.text:
@@ -208,16 +208,16 @@ def _wrong_end(written: Sequence[_Written], stop: int) -> str | None:
 
 
 class TextStream:
-    """Turns tokens into (channel, text) one by one."""
+    """Decodes tokens to (channel, text) one by one."""
 
     def __init__(self) -> None:
         self._parser = StreamableParser(harmony_encoding(), role=Role.ASSISTANT)
 
     def take(self, token: int) -> tuple[str, str] | None:
-        """The text that a token completes and its channel, or None.
+        """The channel and text that a token completes, or None.
 
         Raises:
-            HarmonyError: harmony allows no such token here.
+            HarmonyError: harmony does not allow the token here.
         """
         self._parser.process(token)
         text = self._parser.last_content_delta

@@ -29,7 +29,7 @@ from finetune.data.harmony.tokenizer import END_OF_TEXT_ID, FIRST_CONTROL_ID, ha
 from finetune.data.sources import Record
 from finetune.errors import ConfigError, InputError
 from finetune.evaluate.generation import STOP_IDS, Sampling, generate
-from finetune.evaluate.likelihood import Group, score_row
+from finetune.evaluate.likelihood import Group, score_groups
 from finetune.evaluate.opening import open_model
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -150,7 +150,7 @@ class AdaptedModel(TemplateLM):
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         with self._as_asked(), log.Progress("likelihoods", len(groups), "contexts") as progress:
             for row in _rows([(list(context), numbers) for context, numbers in groups.items()], answers):
-                scores = score_row(
+                scores = score_groups(
                     self.opened.base.model,
                     [Group(context, [answers[number] for number in numbers]) for context, numbers in row],
                 )

@@ -1,8 +1,8 @@
 """Label accuracy by likelihood: which of a set's answers does the model find likeliest after the prompt?
 
-The prompt is computed once and every answer continues it: one row holds the prompt and, side by side, all answers, each
-seeing the prompt and itself only (`plan_attention`'s prefixes). What all answers begin with, such as the final
-channel's header, moves into the prompt.
+The prompt is computed once and every answer continues it: a sequence contains the prompt and, side by side, all
+answers, each seeing the prompt and itself only. What all answers begin with, such as the final channel's header, moves
+into the prompt.
 """
 
 from __future__ import annotations
@@ -21,13 +21,10 @@ from finetune.config.schema import DataConfig
 from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import CheckError, InputError
-from finetune.evaluate.likelihood import BetweenBatches, Group, score_row
+from finetune.evaluate.likelihood import BetweenBatches, Group, score_groups
 from finetune.evaluate.statistics import wilson_interval
 
-MOST_LABELS = 64
-SUBSET_SEED = 0
-"""Fixed: whatever seed a run has, the same rows are scored, so that seeds differ in training alone."""
-ROW_TOKENS = 4096
+SEQUENCE_TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,14 +35,14 @@ class LabelScores:
         labels: the candidates, sorted.
         log_likelihood: float64 [n, labels], nats of the whole answer including its end token.
         right: int64 [n], index of each record's own answer.
-        shared: float64 [n], nats of what all answers begin with, the final channel's header; `log_likelihood` holds
-            them too. None: not known.
+        shared: float64 [n], nats of what all answers begin with, the final channel's header; included in
+            `log_likelihood`.
     """
 
     labels: tuple[str, ...]
     log_likelihood: NDArray[np.float64]
     right: NDArray[np.int64]
-    shared: NDArray[np.float64] | None = None
+    shared: NDArray[np.float64]
 
     @property
     def num_right(self) -> int:
@@ -60,40 +57,6 @@ class LabelScores:
     def interval(self, confidence: float) -> tuple[float, float]:
         """Wilson interval of the accuracy."""
         return wilson_interval(self.num_right, len(self.right), confidence)
-
-    @property
-    def best_constant(self) -> float:
-        """Accuracy of always giving these records' most frequent answer."""
-        return float(np.bincount(self.right).max() / len(self.right))
-
-
-def label_set(records: Sequence[Record]) -> tuple[str, ...] | None:
-    """The different answers of the records, sorted; None if one has no answer or there are more than MOST_LABELS."""
-    answers = {record.answer for record in records}
-    if None in answers or not 2 <= len(answers) <= MOST_LABELS:
-        return None
-    return tuple(sorted(answer for answer in answers if answer is not None))
-
-
-def stratified_subset(records: Sequence[Record], count: int | None, seed: int = SUBSET_SEED) -> list[int]:
-    """Numbers of `count` records with answers in proportion to all, the same for the same seed.
-
-    Answers get their share rounded by largest remainder; within an answer the choice is random. Records without an
-    answer count as one kind. None or a large count: all records.
-    """
-    if count is None or count >= len(records):
-        return list(range(len(records)))
-    rng = np.random.default_rng(seed)
-    kinds: dict[str, list[int]] = {}
-    for number, record in enumerate(records):
-        kinds.setdefault(record.answer or "", []).append(number)
-    exact = {kind: count * len(numbers) / len(records) for kind, numbers in kinds.items()}
-    take = {kind: int(share) for kind, share in exact.items()}
-    by_remainder = sorted(kinds, key=lambda kind: (take[kind] - exact[kind], kind))
-    for kind in by_remainder[: count - sum(take.values())]:
-        take[kind] += 1
-    chosen = [n for kind, numbers in kinds.items() for n in rng.choice(numbers, take[kind], replace=False).tolist()]
-    return sorted(chosen)
 
 
 @torch.no_grad()
@@ -111,10 +74,10 @@ def score_labels(
 
     Args:
         model: in evaluation mode.
-        records: with answers that stand in `labels`.
+        records: with answers that are among `labels`.
         labels: candidate answers, at least two.
         config: conversation date and reasoning effort of the prompts.
-        task: what the progress line says.
+        task: title of the progress line.
         between_batches: see `BetweenBatches`.
         progress: a line to advance by the records instead of one of its own.
 
@@ -132,10 +95,10 @@ def score_labels(
         for number, record in enumerate(records):
             pending.append((number, render_prompt(record, config) + answers[0][:shared]))
             tokens = sum(len(prompt) for _, prompt in pending) + len(pending) * sum(len(a) - shared for a in answers)
-            if tokens >= ROW_TOKENS or number == len(records) - 1:
+            if tokens >= SEQUENCE_TOKENS or number == len(records) - 1:
                 between_batches()
-                row = [Group(prompt, [a[shared:] for a in answers], shared) for _, prompt in pending]
-                for (place, _), found in zip(pending, score_row(model, row), strict=True):
+                groups = [Group(prompt, [a[shared:] for a in answers], shared) for _, prompt in pending]
+                for (place, _), found in zip(pending, score_groups(model, groups), strict=True):
                     scores[place], shared_nats[place] = found.log_likelihood, found.shared
                 line.advance(len(pending))
                 pending = []
@@ -162,8 +125,8 @@ def _check_finite(scores: NDArray[np.float64], records: Sequence[Record], labels
         raise CheckError(
             f"{records[record].where}: the log-likelihood of {labels[label]!r} is {scores[record, label]}",
             why=f"the model's numbers left the range of its dtype, in {len(np.unique(bad[:, 0])):,} of "
-            f"{len(records):,} rows scored together",
-            fix="check the base, the adapter and these rows",
+            f"{len(records):,} records scored together",
+            fix="check the base, the adapter and these records",
         )
 
 

@@ -1,7 +1,7 @@
-"""Log-likelihood of answers after prompts, each prompt computed once: many groups of them in one row of tokens.
+"""Log-likelihoods: held-out loss of examples, and of answers after prompts, many in one packed sequence.
 
-A group is a prompt and, side by side, all answers to it, each seeing the prompt and itself only (`plan_attention`'s
-prefixes). Label scoring and the evaluation harness both stand on this.
+Answers are scored in groups: a prompt and, side by side, all answers to it, each seeing the prompt and itself only
+(`plan_attention`'s prefixes). Label scoring and the evaluation harness both use groups.
 """
 
 from __future__ import annotations
@@ -24,10 +24,111 @@ from finetune.evaluate.statistics import bootstrap_ratio_interval
 from finetune.kernels.loss_head import answer_scores, token_nll
 from finetune.model.forward import hidden_states, shift_labels
 
+BetweenBatches = Callable[[], None]
+"""Called between two forward passes; raises to stop early, such as after a signal."""
+
+# Held-out loss
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutLoss:
+    """Losses of examples, in their order.
+
+    Attributes:
+        nll: float64 [n], weight x NLL summed over each example's trained tokens, in nats.
+        weight: float64 [n], the sum of those weights.
+    """
+
+    nll: NDArray[np.float64]
+    weight: NDArray[np.float64]
+
+    @property
+    def mean(self) -> float:
+        """Nats per trained token over all examples."""
+        return float(self.nll.sum() / self.weight.sum())
+
+    def interval(self, confidence: float) -> tuple[float, float] | None:
+        """Bootstrap interval of the mean, resampling examples; None of a single one."""
+        return bootstrap_ratio_interval(self.nll, self.weight, confidence) if len(self.nll) > 1 else None
+
+
+@dataclass(frozen=True, eq=False)
+class PredictedStates:
+    """The hidden states that predict the trained tokens of some examples.
+
+    Attributes:
+        hidden: [N, D], final normed hidden states.
+        targets: int64 [N], on hidden's device.
+        weights: float64 [N], loss weights.
+        example: int64 [N], number of the example that each token belongs to.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    weights: NDArray[np.float64]
+    example: NDArray[np.int64]
+
+
+@torch.no_grad()
+def predicted_states(
+    model: GptOssForCausalLM,
+    examples: Sequence[Example],
+    row_tokens: int,
+    task: str,
+    between_batches: BetweenBatches,
+    progress: log.Progress | None = None,
+) -> Iterator[PredictedStates]:
+    """Run examples in packed sequences and yield the predicting states. Arguments as in `held_out_loss`."""
+    sequences = pack([len(example.ids) for example in examples], row_tokens, np.random.default_rng(0))
+    with nullcontext(progress) if progress else log.Progress(task, len(examples), "examples") as line:
+        for sequence in sequences:
+            between_batches()
+            batch = collate([[examples[number] for number in sequence]])
+            hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
+            where, targets, weights = shift_labels(batch.input_ids, batch.weights, batch.segments)
+            yield PredictedStates(
+                hidden[0, where.to(hidden.device)],
+                targets.to(hidden.device),
+                weights.double().numpy(),
+                np.array(sequence)[batch.segments[0, where].numpy()],
+            )
+            line.advance(len(sequence))
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: GptOssForCausalLM,
+    examples: Sequence[Example],
+    row_tokens: int,
+    *,
+    task: str = "held-out loss",
+    between_batches: BetweenBatches = lambda: None,
+    progress: log.Progress | None = None,
+) -> HeldOutLoss:
+    """Score examples with the model as it is.
+
+    Args:
+        model: in evaluation mode.
+        examples: at least one.
+        row_tokens: tokens in a packed sequence, at least the longest example.
+        task: title of the progress line.
+        between_batches: see `BetweenBatches`.
+        progress: a line to advance by the examples instead of one of its own.
+    """
+    nll, weight = np.zeros(len(examples)), np.zeros(len(examples))
+    for found in predicted_states(model, examples, row_tokens, task, between_batches, progress):
+        losses = token_nll(found.hidden, model.lm_head.weight, found.targets)
+        np.add.at(nll, found.example, losses.double().cpu().numpy() * found.weights)
+        np.add.at(weight, found.example, found.weights)
+    return HeldOutLoss(nll, weight)
+
+
+# Answers after prompts
+
 
 @dataclass(frozen=True)
 class Group:
-    """A prompt and what may follow it.
+    """A prompt and the answers that may follow it.
 
     Attributes:
         prompt: token ids, more than `num_scored`.
@@ -50,7 +151,7 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
-        """Room it takes in a row."""
+        """Tokens that it takes in a sequence."""
         return len(self.prompt) + sum(map(len, self.answers))
 
 
@@ -59,7 +160,7 @@ class GroupScores:
     """Scores of a group's answers.
 
     Attributes:
-        log_likelihood: float64 [answers], nats of all of an answer's tokens, the shared ones among them.
+        log_likelihood: float64 [answers], nats of all of an answer's tokens, including the shared ones.
         is_greedy: bool [answers], each of its tokens is the likeliest at its place.
         shared: nats of the `num_scored` tokens alone; 0 if there are none.
     """
@@ -70,20 +171,20 @@ class GroupScores:
 
 
 @torch.no_grad()
-def score_row(model: GptOssForCausalLM, groups: Sequence[Group]) -> list[GroupScores]:
-    """Score groups, everything in one row of tokens.
+def score_groups(model: GptOssForCausalLM, groups: Sequence[Group]) -> list[GroupScores]:
+    """Score groups, all in one sequence of tokens.
 
     Args:
         model: in evaluation mode.
-        groups: their tokens together are the row's length.
+        groups: together they are as long as the sequence.
     """
-    row = _Row()
-    spans = [row.add(group) for group in groups]
-    tensors = (torch.tensor([values]) for values in (row.ids, row.positions, row.segments, row.prefixes))
-    hidden = hidden_states(model, *tensors)[0]
+    sequence = _Sequence()
+    spans = [sequence.add(group) for group in groups]
+    columns = (sequence.ids, sequence.positions, sequence.segments, sequence.prefixes)
+    hidden = hidden_states(model, *(torch.tensor([values]) for values in columns))[0]
     # All answers' first tokens are predicted by the same hidden state: its 201,088 logits are needed once.
-    needed, rows = torch.tensor(row.predictors, device=hidden.device).unique(return_inverse=True)
-    targets = torch.tensor(row.targets, device=hidden.device)
+    needed, rows = torch.tensor(sequence.predictors, device=hidden.device).unique(return_inverse=True)
+    targets = torch.tensor(sequence.targets, device=hidden.device)
     likelihood, likeliest = answer_scores(hidden[needed], model.lm_head.weight, rows, targets)
     nats, greedy = likelihood.double().cpu().numpy(), likeliest.cpu().numpy()
     return [
@@ -97,7 +198,7 @@ def score_row(model: GptOssForCausalLM, groups: Sequence[Group]) -> list[GroupSc
 
 
 @dataclass
-class _Row:
+class _Sequence:
     """Tokens of groups side by side, and which hidden state predicts which scored token."""
 
     ids: list[int] = field(default_factory=list)
@@ -109,7 +210,7 @@ class _Row:
     num_segments: int = 0
 
     def add(self, group: Group) -> tuple[slice, list[slice]]:
-        """Lay out a group; where its shared and each answer's own tokens stand among the targets."""
+        """Add a group; returns where its shared tokens and each answer's own are among the targets."""
         segment = self.num_segments
         self._extend(group.prompt, 0, segment, segment)
         prompt_end = len(self.ids) - 1
@@ -122,7 +223,7 @@ class _Row:
         return shared, answers
 
     def _score(self, tokens: Sequence[int], before: int, first: int | None = None) -> slice:
-        """Note tokens as scored: the first is predicted at `before`, the others from `first` (or `before` + 1) on."""
+        """Mark tokens as scored: the first is predicted at `before`, the others from `first` (or `before` + 1) on."""
         start = len(self.targets)
         following = before + 1 if first is None else first
         self.predictors += [before, *range(following, following + len(tokens) - 1)] if tokens else []
@@ -134,102 +235,3 @@ class _Row:
         self.positions += range(first_position, first_position + len(tokens))
         self.segments += [segment] * len(tokens)
         self.prefixes += [prefix] * len(tokens)
-
-
-# Held-out loss: mean NLL per trained token, sample by sample, on packed rows.
-
-BetweenBatches = Callable[[], None]
-"""Called between two forward passes; raises to leave early (a signal came)."""
-
-
-@dataclass(frozen=True, eq=False)
-class HeldOutLoss:
-    """Losses of samples, in their order.
-
-    Attributes:
-        nll: float64 [n], weight x NLL summed over each sample's trained tokens, in nats.
-        weight: float64 [n], the sum of those weights.
-    """
-
-    nll: NDArray[np.float64]
-    weight: NDArray[np.float64]
-
-    @property
-    def mean(self) -> float:
-        """Nats per trained token over all samples."""
-        return float(self.nll.sum() / self.weight.sum())
-
-    def interval(self, confidence: float) -> tuple[float, float] | None:
-        """Bootstrap interval of the mean, resampling samples; None of one sample, which says nothing of others."""
-        return bootstrap_ratio_interval(self.nll, self.weight, confidence) if len(self.nll) > 1 else None
-
-
-@dataclass(frozen=True, eq=False)
-class PredictedStates:
-    """What predicts the trained tokens of some samples.
-
-    Attributes:
-        hidden: [N, D], final normed hidden states.
-        targets: int64 [N], on hidden's device.
-        weights: float64 [N], loss weights.
-        sample: int64 [N], number of the sample that each token is of.
-    """
-
-    hidden: Tensor
-    targets: Tensor
-    weights: NDArray[np.float64]
-    sample: NDArray[np.int64]
-
-
-@torch.no_grad()
-def predicted_states(
-    model: GptOssForCausalLM,
-    samples: Sequence[Example],
-    row_tokens: int,
-    task: str,
-    between_batches: BetweenBatches,
-    progress: log.Progress | None = None,
-) -> Iterator[PredictedStates]:
-    """Run samples in packed rows; row by row what predicts their trained tokens. Arguments as in `held_out_loss`."""
-    rows = pack([len(sample.ids) for sample in samples], row_tokens, np.random.default_rng(0))
-    with nullcontext(progress) if progress else log.Progress(task, len(samples), "samples") as line:
-        for row in rows:
-            between_batches()
-            batch = collate([[samples[number] for number in row]])
-            hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
-            where, targets, weights = shift_labels(batch.input_ids, batch.weights, batch.segments)
-            yield PredictedStates(
-                hidden[0, where.to(hidden.device)],
-                targets.to(hidden.device),
-                weights.double().numpy(),
-                np.array(row)[batch.segments[0, where].numpy()],
-            )
-            line.advance(len(row))
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: GptOssForCausalLM,
-    samples: Sequence[Example],
-    row_tokens: int,
-    *,
-    task: str = "held-out loss",
-    between_batches: BetweenBatches = lambda: None,
-    progress: log.Progress | None = None,
-) -> HeldOutLoss:
-    """Score samples with the model as it is.
-
-    Args:
-        model: in evaluation mode.
-        samples: at least one.
-        row_tokens: tokens in a packed row, at least the longest sample.
-        task: what the progress line says.
-        between_batches: see `BetweenBatches`.
-        progress: a line to advance by the samples instead of one of its own.
-    """
-    nll, weight = np.zeros(len(samples)), np.zeros(len(samples))
-    for found in predicted_states(model, samples, row_tokens, task, between_batches, progress):
-        losses = token_nll(found.hidden, model.lm_head.weight, found.targets)
-        np.add.at(nll, found.sample, losses.double().cpu().numpy() * found.weights)
-        np.add.at(weight, found.sample, found.weights)
-    return HeldOutLoss(nll, weight)

@@ -1,4 +1,8 @@
-"""Figures row by row, on disk as they come, so that an evaluation that was stopped goes on where it was."""
+"""Scores of evaluation sets example by example, by a training run and by `finetune evaluate`.
+
+A training run scores the test set with the base before training and with the adapter after it. `finetune evaluate` does
+both for several sets and generates answers; its scores go to disk as they come, so that a stopped evaluation resumes.
+"""
 
 from __future__ import annotations
 
@@ -6,40 +10,210 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers import GptOssForCausalLM
 
 from finetune import log
 from finetune.data.harmony.render import render_prompt
 from finetune.errors import CheckError, ConfigError
-from finetune.evaluate.evalset import EvalSet, Suite
+from finetune.evaluate.evalset import EvalSet
 from finetune.evaluate.generation import Sampling, generate, read_completion
 from finetune.evaluate.labels import score_labels
-from finetune.evaluate.likelihood import held_out_loss
+from finetune.evaluate.likelihood import BetweenBatches, held_out_loss
 from finetune.evaluate.opening import LoadedModel
 from finetune.files import write_text
+from finetune.results import MODELS, Model
 
-Key = tuple[str, str, str, int]
-"""What was measured (`score` or `text`), by whom (`base` or `adapter`), of which suite, on which row."""
+EXAMPLES_AT_ONCE = 128
+PROMPTS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class ExampleScore:
+    """One model's scores of one example, a line of evaluation/rows.jsonl.
+
+    Attributes:
+        nll: weight x NLL summed over the trained tokens, in nats.
+        weight: the sum of those weights.
+        labels: log-likelihood of each candidate answer, in nats; None: not scored for this example.
+        shared_nats: of these, the nats of what all answers begin with.
+    """
+
+    nll: float
+    weight: float
+    labels: list[float] | None
+    shared_nats: float | None
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """What a model wrote after an example's prompt, a line of evaluation/rows.jsonl.
+
+    Attributes:
+        tokens: how many it wrote.
+        question: the last message of the user.
+        answer: the record's own.
+        final, analysis: texts of these channels.
+        stopped: it ended with a stop token; otherwise it was cut.
+        error: what is wrong with its harmony format, or None.
+    """
+
+    tokens: int
+    question: str
+    answer: str | None
+    final: str
+    analysis: str
+    stopped: bool
+    error: str | None
+
+
+def score_set(
+    model: GptOssForCausalLM, evalset: EvalSet, name: Model, *, between_batches: BetweenBatches = lambda: None
+) -> list[ExampleScore]:
+    """Score a whole evaluation set with a model as it is; see `score_examples`."""
+    total = len(evalset.examples) + len(evalset.labelled_examples)
+    with log.Progress(f"{evalset.name}, {name}", total, "losses and labels") as progress:
+        numbers = range(len(evalset.examples))
+        return score_examples(model, evalset, name, numbers, progress, between_batches=between_batches)
+
+
+def score_examples(
+    model: GptOssForCausalLM,
+    evalset: EvalSet,
+    name: Model,
+    numbers: Sequence[int],
+    progress: log.Progress,
+    *,
+    between_batches: BetweenBatches = lambda: None,
+) -> list[ExampleScore]:
+    """Score some examples of an evaluation set, packed together.
+
+    Args:
+        model: in evaluation mode, with the adapter on or off.
+        evalset: what the examples belong to.
+        name: which model it is, for messages.
+        numbers: of the examples.
+        progress: advanced by the examples and by those whose labels are scored.
+        between_batches: see `BetweenBatches`.
+
+    Raises:
+        CheckError: a loss or a label's score is not finite.
+        InputError: a record's answer is not among the set's labels.
+    """
+    examples = [evalset.examples[n] for n in numbers]
+    row_tokens = max([evalset.data.max_length, *(len(example.ids) for example in examples)])
+    loss = held_out_loss(model, examples, row_tokens, between_batches=between_batches, progress=progress)
+    for number, value in zip(numbers, loss.nll, strict=True):
+        if not math.isfinite(value):
+            raise CheckError(
+                f"{evalset.name}: the loss of {name} on {evalset.records[number].where} is {value}",
+                why="the model's numbers left the range of its dtype",
+                fix="check the base, the adapter and this record; a lower trainer.learning_rate keeps adapters small",
+            )
+    labels: dict[int, list[float]] = {}
+    shared: dict[int, float] = {}
+    labelled = [n for n in numbers if n in evalset.labelled_examples]
+    if evalset.labels is not None and labelled:
+        records = [evalset.records[n] for n in labelled]
+        scores = score_labels(
+            model, records, evalset.labels, evalset.data, between_batches=between_batches, progress=progress
+        )
+        labels = dict(zip(labelled, scores.log_likelihood.tolist(), strict=True))
+        shared = dict(zip(labelled, scores.shared.tolist(), strict=True))
+    return [
+        ExampleScore(float(nll), float(weight), labels.get(number), shared.get(number))
+        for number, nll, weight in zip(numbers, loss.nll, loss.weight, strict=True)
+    ]
+
+
+def measure(
+    opened: LoadedModel, evalsets: Sequence[EvalSet], scores: MeasurementLog, *, num_generated: int, sampling: Sampling
+) -> None:
+    """Add to a log what is missing in it.
+
+    Args:
+        opened: base and adapter.
+        evalsets: what to score; the first one's prompts are answered too.
+        scores: examples measured already are not measured again.
+        num_generated: how many examples of the first set are answered.
+        sampling: how.
+
+    Raises:
+        CheckError, InputError: see `score_examples`.
+    """
+    for model in MODELS:
+        with nullcontext() if model == "adapter" else opened.adapter.disabled():
+            for evalset in evalsets:
+                _score(opened, evalset, model, scores)
+            if evalsets and num_generated:
+                _answer(opened, evalsets[0], model, scores, num_generated, sampling)
+
+
+def _score(opened: LoadedModel, evalset: EvalSet, model: Model, scores: MeasurementLog) -> None:
+    labelled = evalset.labelled_examples
+    missing = scores.missing("score", model, evalset.name, range(len(evalset.examples)))
+    total, left = len(evalset.examples) + len(labelled), len(missing) + len(labelled.intersection(missing))
+    with log.Progress(f"{evalset.name}, {model}", total, "losses and labels") as progress:
+        progress.start_at(total - left)
+        for chunk in _chunks(missing, EXAMPLES_AT_ONCE):
+            found = score_examples(opened.base.model, evalset, model, chunk, progress)
+            scores.append("score", model, evalset.name, zip(chunk, found, strict=True))
+
+
+def _answer(
+    opened: LoadedModel, evalset: EvalSet, model: Model, scores: MeasurementLog, count: int, sampling: Sampling
+) -> None:
+    numbers = evalset.answered_examples(count)
+    missing = scores.missing("text", model, evalset.name, numbers)
+    with log.Progress(f"answers, {model}", len(numbers), "examples") as progress:
+        progress.start_at(len(numbers) - len(missing))
+        for chunk in _chunks(missing, PROMPTS_AT_ONCE):
+            prompts = [render_prompt(evalset.records[n], evalset.data) for n in chunk]
+            written = generate(opened.base.model, prompts, sampling, numbers=chunk)
+            answers = [(n, _read_answer(evalset, n, tokens)) for n, tokens in zip(chunk, written, strict=True)]
+            scores.append("text", model, evalset.name, answers)
+            progress.advance(len(chunk))
+
+
+def _read_answer(evalset: EvalSet, number: int, tokens: list[int]) -> GeneratedAnswer:
+    record = evalset.records[number]
+    read = read_completion(tokens, record.conversation.tools.recipients)
+    question = next((message.content for message in reversed(record.messages) if message.role == "user"), "")
+    return GeneratedAnswer(len(tokens), question, record.answer, read.final, read.analysis, read.stopped, read.error)
+
+
+def _chunks(numbers: list[int], size: int) -> Iterator[list[int]]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+class Key(NamedTuple):
+    """What was measured (`score` or `text`), of which model, evaluation set and example."""
+
+    measured: str
+    who: Model
+    suite: str
+    row: int
 
 
 class MeasurementLog:
-    """A JSONL file: a first line that says what it belongs to, then one line a row.
+    """rows.jsonl: a first line with what it belongs to, then one line per measured example.
 
     Args:
         path: made if it does not exist.
-        belongs_to: plain facts; all figures in the file were measured under these.
+        belongs_to: settings under which all figures in the file were measured, as JSON data.
 
     Raises:
         ConfigError: the file belongs to something else.
     """
 
     def __init__(self, path: Path, belongs_to: Mapping[str, Any]) -> None:
-        self._path, self.rows = path, dict[Key, dict[str, Any]]()
+        self._path, self._measured = path, dict[Key, ExampleScore | GeneratedAnswer]()
         lines = list(_whole_lines(path))
         if not lines:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"belongs_to": belongs_to}) + "\n", encoding="utf-8")
+            write_text(path, json.dumps({"belongs_to": belongs_to}) + "\n")
             return
         there = lines[0].get("belongs_to", {})
         if there != belongs_to:
@@ -50,139 +224,55 @@ class MeasurementLog:
                 fix="choose another directory with --out, or remove it",
             )
         for line in lines[1:]:
-            self.rows[_key(line)] = line
+            self._add(line)
         # A line cut short by a kill would otherwise swallow the next one.
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def missing(self, measured: str, who: str, suite: str, rows: Iterable[int]) -> list[int]:
-        """Those of `rows` that are not there yet."""
-        return [row for row in rows if (measured, who, suite, row) not in self.rows]
+    def __len__(self) -> int:
+        return len(self._measured)
 
-    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Add lines with `measured`, `who`, `suite` and `row`, and put them on disk."""
+    def missing(self, measured: str, model: Model, evalset: str, numbers: Iterable[int]) -> list[int]:
+        """Those of the examples that are not measured yet."""
+        return [number for number in numbers if Key(measured, model, evalset, number) not in self._measured]
+
+    def scores(self, model: Model, evalset: str, numbers: Iterable[int]) -> list[ExampleScore]:
+        """Scores of some examples.
+
+        Raises:
+            KeyError: one is missing.
+        """
+        found = [self._measured[Key("score", model, evalset, number)] for number in numbers]
+        return [each for each in found if isinstance(each, ExampleScore)]
+
+    def answers(self, model: Model, evalset: str, numbers: Iterable[int]) -> list[GeneratedAnswer]:
+        """Generated answers to some examples.
+
+        Raises:
+            KeyError: one is missing.
+        """
+        found = [self._measured[Key("text", model, evalset, number)] for number in numbers]
+        return [each for each in found if isinstance(each, GeneratedAnswer)]
+
+    def append(
+        self, measured: str, model: Model, evalset: str, found: Iterable[tuple[int, ExampleScore | GeneratedAnswer]]
+    ) -> None:
+        """Add measurements of numbered examples, and write them to disk."""
         with self._path.open("a", encoding="utf-8") as file:
-            for line in lines:
-                self.rows[_key(line)] = dict(line)
-                file.write(json.dumps(line) + "\n")
+            for number, each in found:
+                key = Key(measured, model, evalset, number)
+                self._measured[key] = each
+                file.write(json.dumps(key._asdict() | asdict(each)) + "\n")
+
+    def _add(self, line: dict[str, Any]) -> None:
+        key = Key(*(line[name] for name in Key._fields))
+        values = {name: value for name, value in line.items() if name not in Key._fields}
+        self._measured[key] = ExampleScore(**values) if key.measured == "score" else GeneratedAnswer(**values)
 
 
-def _key(line: Mapping[str, Any]) -> Key:
-    return line["measured"], line["who"], line["suite"], line["row"]
-
-
-def _whole_lines(path: Path) -> Iterable[dict[str, Any]]:
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file up to one that a kill has cut short."""
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             yield json.loads(text)
         except ValueError:
             return
-
-
-# Base against base + adapter on the same rows: losses, label scores and generated answers, row by row.
-
-WHO = ("base", "adapter")
-ROWS_AT_ONCE = 128
-PROMPTS_AT_ONCE = 8
-
-
-def measure(
-    opened: LoadedModel, suites: Sequence[Suite], row_log: MeasurementLog, *, num_generated: int, sampling: Sampling
-) -> None:
-    """Fill a row log with what is missing in it.
-
-    Args:
-        opened: base and adapter.
-        suites: what to score; the first one's prompts are answered too.
-        row_log: rows measured already are not measured again.
-        num_generated: how many rows of the first suite are answered.
-        sampling: how.
-
-    Raises:
-        CheckError: a loss or a label's score is not finite.
-        InputError: a row's answer is not among its suite's labels.
-    """
-    for who in WHO:
-        with nullcontext() if who == "adapter" else opened.adapter.disabled():
-            for suite in suites:
-                _score(opened, suite, who, row_log)
-            if suites and num_generated:
-                _answer(opened, suites[0], who, row_log, num_generated, sampling)
-
-
-def _score(opened: LoadedModel, suite: Suite, who: str, row_log: MeasurementLog) -> None:
-    rows, labelled = suite.rows, suite.rows.labelled_examples
-    todo = row_log.missing("score", who, suite.name, range(len(rows.samples)))
-    total, left = len(rows.samples) + len(labelled), len(todo) + len(labelled.intersection(todo))
-    with log.Progress(f"{suite.name}, {who}", total, "losses and labels") as progress:
-        progress.start_at(total - left)
-        for chunk in _chunks(todo, ROWS_AT_ONCE):
-            _score_chunk(opened, suite, who, row_log, chunk, progress)
-
-
-def _score_chunk(
-    opened: LoadedModel, suite: Suite, who: str, row_log: MeasurementLog, chunk: Sequence[int], progress: log.Progress
-) -> None:
-    model, rows = opened.base.model, suite.rows
-    samples = [rows.samples[n] for n in chunk]
-    row_tokens = max(suite.data.max_length, *(len(sample.ids) for sample in samples))
-    loss = held_out_loss(model, samples, row_tokens, progress=progress)
-    for row, value in zip(chunk, loss.nll, strict=True):
-        if not math.isfinite(value):
-            raise CheckError(
-                f"{suite.name}: the loss of {who} on {rows.records[row].where} is {value}",
-                why="the model's numbers left the range of its dtype",
-                fix="check the base, the adapter and this row",
-            )
-    labels: dict[int, list[float]] = {}
-    shared: dict[int, float] = {}
-    labelled = rows.labelled_examples
-    asked = [n for n in chunk if n in labelled]
-    if rows.labels is not None and asked:
-        scores = score_labels(model, [rows.records[n] for n in asked], rows.labels, suite.data, progress=progress)
-        labels = dict(zip(asked, scores.log_likelihood.tolist(), strict=True))
-        if scores.shared is not None:
-            shared = dict(zip(asked, scores.shared.tolist(), strict=True))
-    row_log.append(
-        {
-            "measured": "score", "who": who, "suite": suite.name, "row": row,
-            "nll": float(loss.nll[place]), "weight": float(loss.weight[place]), "labels": labels.get(row),
-            "shared_nats": shared.get(row),
-        }
-        for place, row in enumerate(chunk)
-    )  # fmt: skip
-
-
-def _answer(
-    opened: LoadedModel, suite: Suite, who: str, row_log: MeasurementLog, count: int, sampling: Sampling
-) -> None:
-    rows = answered_examples(suite.rows, count)
-    todo = row_log.missing("text", who, suite.name, rows)
-    with log.Progress(f"answers, {who}", len(rows), "rows") as progress:
-        progress.start_at(len(rows) - len(todo))
-        for chunk in _chunks(todo, PROMPTS_AT_ONCE):
-            prompts = [render_prompt(suite.rows.records[n], suite.data) for n in chunk]
-            answers = generate(opened.base.model, prompts, sampling, numbers=chunk)
-            row_log.append(_text_line(who, suite, row, tokens) for row, tokens in zip(chunk, answers, strict=True))
-            progress.advance(len(chunk))
-
-
-def _text_line(who: str, suite: Suite, row: int, tokens: list[int]) -> dict[str, Any]:
-    record = suite.rows.records[row]
-    read = read_completion(tokens, record.conversation.tools.recipients)
-    question = next((message.content for message in reversed(record.messages) if message.role == "user"), "")
-    return {
-        "measured": "text", "who": who, "suite": suite.name, "row": row, "tokens": len(tokens),
-        "question": question, "answer": record.answer,
-        "final": read.final, "analysis": read.analysis, "stopped": read.stopped, "error": read.error,
-    }  # fmt: skip
-
-
-def _chunks(numbers: list[int], size: int) -> Iterator[list[int]]:
-    return (numbers[start : start + size] for start in range(0, len(numbers), size))
-
-
-def answered_examples(rows: EvalSet, count: int) -> list[int]:
-    """Numbers of the rows that are answered: conversations, each once, evenly spread and so the same for every seed."""
-    asking = [row for row in rows.first_examples if rows.records[row].conversation.text is None]
-    total = len(asking)
-    return asking if count >= total else [asking[number * total // count] for number in range(count)]

@@ -1,15 +1,22 @@
-"""Whether an answer is a refusal, by how it begins."""
+"""Measures of generated text: refusals, variety, copying from the training texts, and whose voice it has."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median
-from typing import Any
+
+import numpy as np
 
 from finetune.data.sources import Record
+from finetune.results import AuthorFigures, ProseFigures, TextFigures
+
+_WORD = re.compile(r"\w+(?:'\w+)?")
+_SEED_WORDS = 4
+
+# Refusals
 
 _UNABLE = (
     r"(?:can ?not|can't|couldn't|could not|won't|will not|"
@@ -34,8 +41,8 @@ _REFUSAL = re.compile(
 def is_refusal(text: str) -> bool:
     """Whether an answer begins as refusals do: "I'm sorry, but", "I cannot classify", "I must decline", "As an AI".
 
-    Only the beginning counts, and quoted speech does not: a story's people are sorry, too. A text may refuse in other
-    words; the count compares two models, it is no measure of either.
+    Only the beginning counts, and quoted speech does not: characters of a story are sorry, too. A text may refuse in
+    other words; the count compares two models, it is no measure of either.
 
     Args:
         text: of the final channel.
@@ -47,10 +54,7 @@ def is_refusal(text: str) -> bool:
     return _REFUSAL.match(beginning) is not None
 
 
-# Measures of generated prose: how varied it is, how much of it is copied, and whose voice it has.
-
-_WORD = re.compile(r"\w+(?:'\w+)?")
-_SEED_WORDS = 4
+# Variety, copies and voice
 
 
 def words(text: str) -> list[str]:
@@ -63,16 +67,16 @@ def words(text: str) -> list[str]:
 
 
 def distinctness(texts: Sequence[str], size: int) -> float:
-    """distinct-n: different runs of `size` words among all such runs of all texts; low means repetition.
+    """distinct-n: different sequences of `size` words among all such sequences of all texts; low means repetition.
 
-    Source: Li et al. 2016, arXiv:1510.03055. 0 where there is no run at all.
+    Source: Li et al. 2016, arXiv:1510.03055. 0 where there is no sequence at all.
     """
-    runs = [tuple(found[i : i + size]) for found in map(words, texts) for i in range(len(found) - size + 1)]
-    return len(set(runs)) / len(runs) if runs else 0.0
+    sequences = [tuple(found[i : i + size]) for found in map(words, texts) for i in range(len(found) - size + 1)]
+    return len(set(sequences)) / len(sequences) if sequences else 0.0
 
 
 class TrainingText:
-    """Training texts, indexed so that the longest copied run of words can be found.
+    """Training texts, indexed so that the longest copied sequence of words can be found.
 
     Args:
         texts: what was trained on.
@@ -86,10 +90,10 @@ class TrainingText:
                 self._places[tuple(text[start : start + _SEED_WORDS])].append((number, start))
 
     def longest_copy(self, text: str) -> int:
-        """Length in words of the longest run that stands in a training text; runs under four words count as 0."""
+        """Words in the longest sequence that a training text contains too; below four words it counts as 0."""
         found = words(text)
         longest = start = 0
-        while start + max(longest, _SEED_WORDS - 1) < len(found):  # only a longer run is of interest
+        while start + max(longest, _SEED_WORDS - 1) < len(found):  # only a longer sequence is of interest
             seed = tuple(found[start : start + _SEED_WORDS])
             for number, place in self._places.get(seed, ()):
                 longest = max(longest, _common_length(found, start, self._texts[number], place))
@@ -107,87 +111,90 @@ def _common_length(one: Sequence[str], at: int, other: Sequence[str], there: int
 class AuthorClassifier:
     """Multinomial naive Bayes over words, with add-one smoothing: whose voice does a text have?
 
-    All authors are as likely before a word is read: with the training texts' shares as prior, a text that says little
-    would go to whoever wrote most of them.
+    All authors are equally likely before a word is read: with the training texts' shares as prior, a text that says
+    little would be attributed to whoever wrote most of them.
 
     Args:
-        texts, authors: what it learns from, text by text.
+        texts, authors: of the training texts, at least one.
     """
 
     def __init__(self, texts: Sequence[str], authors: Sequence[str]) -> None:
-        self.authors = tuple(sorted(set(authors)))
-        counts: dict[str, Counter[str]] = {author: Counter() for author in self.authors}
-        for text, author in zip(texts, authors, strict=True):
-            counts[author].update(words(text))
-        self._vocabulary = set().union(*counts.values())
-        self._log_probability = {
-            author: {
-                word: math.log((found[word] + 1) / (found.total() + len(self._vocabulary))) for word in self._vocabulary
-            }
-            for author, found in counts.items()
-        }
+        from sklearn.feature_extraction.text import CountVectorizer
+        from sklearn.naive_bayes import MultinomialNB
 
-    def classify(self, text: str) -> str | None:
-        """The likeliest author; words never seen are passed over, and a text without any other word has none."""
-        known = [word for word in words(text) if word in self._vocabulary]
-        scores = {author: sum(self._log_probability[author][word] for word in known) for author in self.authors}
-        return max(self.authors, key=lambda author: scores[author]) if known else None
+        self._counter = CountVectorizer(analyzer=words)
+        self._model = MultinomialNB(alpha=1, fit_prior=False).fit(self._counter.fit_transform(texts), authors)
+
+    def classify(self, texts: Sequence[str]) -> list[str | None]:
+        """The likeliest author of each text; words never seen are passed over, a text without any other has none."""
+        counts = self._counter.transform(texts)
+        has_words = np.asarray(counts.sum(axis=1)).ravel() > 0
+        found = self._model.predict(counts)
+        return [str(author) if known else None for author, known in zip(found, has_words, strict=True)]
 
 
 def prose_figures(
     texts: Mapping[str, Sequence[str]], records: Sequence[Record], train: Sequence[Record] | None
-) -> dict[str, Any]:
+) -> ProseFigures:
     """Variety, copying and voice of texts.
 
     Args:
-        texts: by who wrote them; each has one a record.
-        records: the test records that they answer; a field `author` says whose voice is right.
-        train: training records; None if they are not known.
-
-    Returns:
-        By who wrote them `distinct_1`, `distinct_2`, `empty` texts, `refusals`; with training records
-        `longest_copy_words` and `median_copy_words`; where these have several authors `own_author`, the share of texts
-        taken for their own author's, and `own_author_balanced`, the mean of that share over authors, which always
-        naming the same one makes 1 / authors. Then `authors`: how many are `known`, the `largest_share` of rows that
-        one of them wrote, and `unknown_rows`, which the training records have no author for and which do not count.
+        texts: by who wrote them (`base`, `adapter`, `reference`); each has one per record.
+        records: the test records that they answer; a field `author` names the right voice.
+        train: training records, for copies and, where they have several authors, voices; None: not known.
     """
-    spoken = {record.where: record for record in train or ()}  # a record of several samples comes several times
-    seen = TrainingText(text for record in spoken.values() for text in trained_texts(record))
-    figures: dict[str, Any] = {}
-    for who, written in texts.items():
-        figures[who] = {
-            "distinct_1": distinctness(written, 1),
-            "distinct_2": distinctness(written, 2),
-            "empty": sum(not text.strip() for text in written),
-            "refusals": sum(map(is_refusal, written)),
-        }
-        if spoken:
-            copies = [seen.longest_copy(text) for text in written]
-            figures[who] |= {"longest_copy_words": max(copies), "median_copy_words": median(copies)}
-    signed = [record for record in spoken.values() if "author" in record.fields]
-    classifier = AuthorClassifier(
-        ["\n".join(trained_texts(record, thinking=False)) for record in signed],
-        [record.fields["author"] for record in signed],
-    )
-    own = {n: record.fields.get("author", "") for n, record in enumerate(records)}
-    own = {n: author for n, author in own.items() if author in classifier.authors}
-    if len(classifier.authors) < 2 or not own:
-        return figures
-    for who, written in texts.items():
-        figures[who] |= _voice(classifier, {n: written[n] for n in own}, own)
-    largest = max(Counter(own.values()).values()) / len(own)
-    figures["authors"] = {
-        "known": len(classifier.authors),
-        "largest_share": largest,
-        "unknown_rows": len(records) - len(own),
+    unique = list({record.where: record for record in train or ()}.values())  # one of several examples is repeated
+    seen = TrainingText(text for record in unique for text in trained_texts(record)) if unique else None
+    figures = {writer: _text_figures(written, seen) for writer, written in texts.items()}
+    signed = [record for record in unique if "author" in record.fields]
+    known = {record.fields["author"] for record in signed}
+    own = {n: record.fields["author"] for n, record in enumerate(records) if record.fields.get("author") in known}
+    voices = ["\n".join(trained_texts(record, thinking=False)) for record in signed]
+    if len(known) < 2 or not own or not any(map(words, voices)):
+        return _prose(figures)
+    classifier = AuthorClassifier(voices, [record.fields["author"] for record in signed])
+    figures = {
+        writer: _with_voice(figures[writer], classifier.classify([written[n] for n in own]), list(own.values()))
+        for writer, written in texts.items()
     }
-    return figures
+    largest = max(Counter(own.values()).values()) / len(own)
+    return _prose(figures, AuthorFigures(len(known), largest, len(records) - len(own)))
+
+
+def _prose(figures: Mapping[str, TextFigures], authors: AuthorFigures | None = None) -> ProseFigures:
+    return ProseFigures(figures.get("base"), figures.get("adapter"), figures.get("reference"), authors)
+
+
+def _text_figures(texts: Sequence[str], seen: TrainingText | None) -> TextFigures:
+    figures = TextFigures(
+        distinctness(texts, 1),
+        distinctness(texts, 2),
+        sum(not text.strip() for text in texts),
+        sum(map(is_refusal, texts)),
+    )
+    if seen is None:
+        return figures
+    copies = [seen.longest_copy(text) for text in texts]
+    return replace(figures, longest_copy_words=max(copies), median_copy_words=median(copies))
+
+
+def _with_voice(figures: TextFigures, found: Sequence[str | None], own: Sequence[str]) -> TextFigures:
+    """Add the share of texts attributed to their own author: of all, and as a mean over authors."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for author, attributed in zip(own, found, strict=True):
+        right[author].append(attributed == author)
+    shares = [sum(each) / len(each) for each in right.values()]
+    return replace(
+        figures,
+        own_author=sum(map(sum, right.values())) / len(own),
+        own_author_balanced=sum(shares) / len(shares),
+    )
 
 
 def trained_texts(record: Record, *, thinking: bool = True) -> list[str]:
-    """What a training record teaches to write: plain text, or all that its assistant says.
+    """What a training record teaches to write: plain text, or everything its assistant says.
 
-    Every turn counts, also where `data.loss` trains the last one alone: the others stand in its context.
+    Every turn counts, also where `data.loss` trains the last one alone: the others are its context.
 
     Args:
         record: of the training data.
@@ -200,14 +207,3 @@ def trained_texts(record: Record, *, thinking: bool = True) -> list[str]:
             if thinking:
                 found += [message.thinking or "", *(call.arguments for call in message.tool_calls)]
     return [text for text in found if text]
-
-
-def _voice(classifier: AuthorClassifier, texts: Mapping[int, str], own: Mapping[int, str]) -> dict[str, float]:
-    """How many texts are taken for their own author's: of all, and as a mean over authors."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for row, author in own.items():
-        right[author].append(classifier.classify(texts[row]) == author)
-    return {
-        "own_author": sum(map(sum, right.values())) / len(own),
-        "own_author_balanced": sum(sum(found) / len(found) for found in right.values()) / len(right),
-    }

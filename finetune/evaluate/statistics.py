@@ -1,21 +1,29 @@
-"""Intervals around measured figures, so that a difference can be told from luck."""
+"""Intervals, classification figures and paired tests, so that a difference can be told from chance.
+
+Shape legend: n records, C labels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import comb
 from statistics import NormalDist
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.results import McNemar
+
 NUM_RESAMPLES = 2000
+NUM_BINS = 10
 
 
 def wilson_interval(num_right: int, num_rows: int, confidence: float) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; unlike the textbook one it stays sensible near 0 and 1.
+    """Wilson's score interval of a proportion; unlike the textbook interval it stays sensible near 0 and 1.
+
+    scipy's `binomtest(...).proportion_ci(method="wilson")` equals it to 8e-15 but takes 0.9 ms instead of 1 µs, and
+    importing it takes a second that a training run would spend for one interval.
 
     Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
     """
@@ -32,39 +40,25 @@ def wilson_interval(num_right: int, num_rows: int, confidence: float) -> tuple[f
 def bootstrap_ratio_interval(
     numerators: NDArray[np.float64], denominators: NDArray[np.float64], confidence: float, *, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of sum(numerators) / sum(denominators), resampling whole samples.
+    """Percentile bootstrap interval of sum(numerators) / sum(denominators), resampling whole records.
+
+    Of a paired difference: the numerators are the differences, record by record.
+
+    `scipy.stats.bootstrap` draws the same resamples from this seed but is 1.3 to 1.9 times slower within the same
+    memory, and its percentiles differ in the last digit.
 
     Args:
-        numerators, denominators: float64 [n], such as each sample's weighted NLL and its weight.
+        numerators, denominators: float64 [n], such as each record's weighted NLL and its weight.
         confidence: level, such as 0.95.
         seed: of the resampling.
     """
     rng = np.random.default_rng(seed)
     ratios = np.empty(NUM_RESAMPLES)
-    for resample in range(NUM_RESAMPLES):  # one at a time: all at once would take gigabytes for 100,000 samples
+    for resample in range(NUM_RESAMPLES):  # one at a time: all at once would take gigabytes for 100,000 records
         drawn = rng.integers(len(numerators), size=len(numerators))
         ratios[resample] = numerators[drawn].sum() / denominators[drawn].sum()
     low, high = np.quantile(ratios, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def paired_ratio_interval(
-    before: NDArray[np.float64],
-    after: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    confidence: float,
-    *,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of (sum(after) - sum(before)) / sum(weights), resampling rows and keeping pairs.
-
-    Args:
-        before, after: float64 [n], such as each sample's NLL under two models, or 1 where an answer was right.
-        weights: float64 [n], the denominators they share.
-        confidence: level, such as 0.95.
-        seed: of the resampling.
-    """
-    return bootstrap_ratio_interval(after - before, weights, confidence, seed=seed)
 
 
 def bootstrap_intervals(
@@ -75,42 +69,49 @@ def bootstrap_intervals(
     kind: Literal["percentile", "reflected"] = "percentile",
     seed: int = 0,
 ) -> NDArray[np.float64]:
-    """Bootstrap intervals of figures that are no ratio of sums, resampling rows.
+    """Bootstrap intervals of figures that are no ratio of sums, resampling records.
 
     Args:
-        figures: from the numbers of the drawn rows, int64 [n], to float64 [K]; NaN where a draw says nothing.
+        figures: from the numbers of the drawn records, int64 [n], to float64 [K]; NaN where a resample has no value.
         num_rows: n.
         confidence: level, such as 0.95.
-        kind: `reflected` turns the percentiles about the measured value (Davison and Hinkley 1997, "basic"). It suits
-            figures that every draw makes larger on average, such as a calibration error: chance differences within
-            bins count as error, those of the rows and those of the draw on top.
+        kind: `reflected` mirrors the percentiles at the measured value (Davison and Hinkley 1997, "basic"). It suits
+            figures that every resample makes larger on average, such as a calibration error: chance differences within
+            bins count as error, those of the records and those of the resample on top.
         seed: of the resampling.
 
     Returns:
-        float64 [K, 2], lower and upper ends; NaN where no draw said anything.
+        float64 [K, 2], lower and upper ends; NaN where no resample had a value.
     """
     rng = np.random.default_rng(seed)
     drawn = np.array([figures(rng.integers(num_rows, size=num_rows)) for _ in range(NUM_RESAMPLES)])
     ends = np.full((drawn.shape[1], 2), np.nan)
-    told = ~np.isnan(drawn).all(0)
-    ends[told] = np.nanquantile(drawn[:, told], [(1 - confidence) / 2, (1 + confidence) / 2], axis=0).T
+    has_values = ~np.isnan(drawn).all(0)
+    quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
+    ends[has_values] = np.nanquantile(drawn[:, has_values], quantiles, axis=0).T
     if kind == "reflected":
         measured = figures(np.arange(num_rows))
         ends = 2 * measured[:, None] - ends[:, ::-1]
     return ends
 
 
-# What a table of label scores says: which label wins, how well each is found, and whether confidence can be believed.
-#
-# Shape legend: n records, C labels.
+def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> McNemar:
+    """Exact McNemar test: do two models answer the same records differently well?
 
-NUM_BINS = 10
-Normalisation = Literal["raw", "per_token"]
+    Args:
+        before, after: bool [n], right or not.
+    """
+    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
+    if lost + gained == 0:
+        return McNemar(0, 0, 1.0)
+    from scipy.stats import binomtest
+
+    return McNemar(lost, gained, float(binomtest(lost, lost + gained).pvalue))
 
 
 @dataclass(frozen=True, eq=False)
 class Classification:
-    """Which label each record got.
+    """The label that a model chose for each record.
 
     Attributes:
         labels: the candidates.
@@ -139,7 +140,7 @@ class Classification:
             right: int64 [n].
             per_token: float64 [n], nats of what all answers begin with, and int64 [C], each answer's tokens beyond
                 that: then likelihood per own token decides, which does not favour short answers. What is shared must
-                not be divided: an unlikely header would weigh less on longer answers. None: raw.
+                not be divided: an unlikely header would weigh less on longer answers. None: whole answers decide.
         """
         scores = log_likelihood
         if per_token is not None:
@@ -155,37 +156,31 @@ class Classification:
         return self.chosen == self.right
 
     @property
-    def accuracy(self) -> float:
-        """Share of records whose own label was chosen."""
-        return float(self.is_right.mean())
-
-    @property
     def confusion(self) -> NDArray[np.int64]:
-        """int64 [C, C]: row is the record's own label, column the chosen one."""
-        table = np.zeros((len(self.labels), len(self.labels)), dtype=np.int64)
-        np.add.at(table, (self.right, self.chosen), 1)
-        return table
+        """int64 [C, C]: rows are the records' own labels, columns the chosen ones."""
+        from sklearn.metrics import confusion_matrix
 
-    @property
-    def f1(self) -> NDArray[np.float64]:
-        """float64 [C]: each label's F1, 0 where it neither stands nor was chosen."""
-        table = self.confusion
-        sums = table.sum(0) + table.sum(1)
-        return 2 * table.diagonal() / np.maximum(sums, 1)
+        counts: NDArray[np.int64] = confusion_matrix(self.right, self.chosen, labels=range(len(self.labels)))
+        return counts
 
-    @property
-    def macro_f1(self) -> float:
-        """Mean F1 over the labels that stand or were chosen, each counting the same however rare."""
-        table = self.confusion
-        return float(self.f1[(table.sum(0) + table.sum(1)) > 0].mean())
+    def f1(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """float64 [C]: F1 on some records; NaN for labels that are neither right nor chosen there.
 
-    @property
-    def calibration_error(self) -> float:
-        """Expected calibration error: |accuracy - confidence| in NUM_BINS equal bins, weighted by their records.
+        scikit-learn's `f1_score` gives the same numbers in 4.5 ms instead of 17 µs: 18 s in two models' bootstrap.
+        """
+        count = len(self.labels)
+        right, chosen = self.right[rows], self.chosen[rows]
+        hits = np.bincount(right[right == chosen], minlength=count)
+        sums = np.bincount(right, minlength=count) + np.bincount(chosen, minlength=count)
+        return np.where(sums > 0, 2 * hits / np.maximum(sums, 1), np.nan)
+
+    def calibration_error(self, rows: NDArray[np.int64]) -> float:
+        """Expected calibration error on some records: |accuracy - confidence| in NUM_BINS equal bins, weighted by size.
 
         Source: Guo et al. 2017, arXiv:1706.04599.
         """
-        return sum(count / len(self.right) * abs(right - sure) for count, right, sure in self.reliability())
+        gaps = self.is_right[rows] - self.confidence[rows]
+        return float(np.abs(np.bincount(self.bins[rows], weights=gaps, minlength=NUM_BINS)).sum() / len(rows))
 
     @property
     def bins(self) -> NDArray[np.int64]:
@@ -201,26 +196,9 @@ class Classification:
         ]
 
     def most_confused(self, count: int) -> list[tuple[str, str, int]]:
-        """The pairs (own label, chosen label) that were mixed up most often, with how often."""
+        """The most frequent mistakes: own label, chosen label, number of records."""
         table = self.confusion.copy()
         np.fill_diagonal(table, 0)
         order = np.argsort(-table, axis=None, kind="stable")[:count]
         pairs = (divmod(int(place), len(self.labels)) for place in order)
         return [(self.labels[own], self.labels[got], int(table[own, got])) for own, got in pairs if table[own, got]]
-
-
-def mcnemar(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[int, int, float]:
-    """Exact McNemar test: do two models answer the same records differently well?
-
-    Args:
-        before, after: bool [n], right or not.
-
-    Returns:
-        Records only `before` had right, records only `after` had right, and the two-sided p-value.
-    """
-    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
-    total, fewer = lost + gained, min(lost, gained)
-    if total == 0:
-        return 0, 0, 1.0
-    tail = sum(comb(total, k) for k in range(fewer + 1))
-    return lost, gained, min(1.0, 2 * tail / 2**total)

@@ -1,306 +1,329 @@
-"""Figures with their intervals, of the base, of base + adapter and of their difference on the same rows.
+"""Figures of a whole evaluation from scores example by example: base, base + adapter, difference, and their intervals.
 
 Shape legend: n records, C labels.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune import log
 from finetune.data.sources import Record
-from finetune.evaluate.evalset import Suite
+from finetune.evaluate.evalset import EvalSet
 from finetune.evaluate.labels import own_tokens
-from finetune.evaluate.measure import MeasurementLog, answered_examples
+from finetune.evaluate.likelihood import BetweenBatches
+from finetune.evaluate.measure import ExampleScore, GeneratedAnswer, MeasurementLog, score_set
 from finetune.evaluate.prose import is_refusal, prose_figures
 from finetune.evaluate.statistics import (
-    NUM_BINS,
     Classification,
     bootstrap_intervals,
     bootstrap_ratio_interval,
     mcnemar,
-    paired_ratio_interval,
     wilson_interval,
 )
+from finetune.model.build import Base
+from finetune.results import (
+    MODELS,
+    AnswerFigures,
+    Comparison,
+    Figure,
+    FormFigures,
+    LabelFigures,
+    Model,
+    OneLabel,
+    ReliabilityBin,
+    SuiteFigures,
+    perplexity,
+)
 
-WHO = ("base", "adapter")
+_MOST_CONFUSED = 8
 
 
-def with_interval(value: float, interval: Sequence[float] | None) -> dict[str, Any]:
-    """A figure as it stands in summary.json; an interval of None: one row, so resampling it says nothing."""
-    return {"value": float(value), "interval": None if interval is None else [float(end) for end in interval]}
-
-
-def compared_shares(right: Mapping[str, NDArray[np.bool_]], confidence: float) -> dict[str, Any]:
-    """The share of rows that each model has right, and whether the two differ.
+def measure_test_set(
+    base: Base, test: EvalSet, model: Model, confidence: float, *, between_batches: BetweenBatches
+) -> SuiteFigures:
+    """Score the test set of a training run with the model as it is.
 
     Args:
-        right: by `base` and `adapter`, bool [n] on the same rows.
+        base: with the adapter off (`base`) or on (`adapter`).
+        test: what to score.
+        model: which model it is.
         confidence: level of the intervals.
+        between_batches: see `BetweenBatches`.
 
-    Returns:
-        `base` and `adapter` with Wilson's interval, their paired `difference`, and the exact `mcnemar` test.
+    Raises:
+        CheckError: a loss or a label's score is not finite.
     """
-    total = len(right["base"])
-    lost, gained, p_value = mcnemar(right["base"], right["adapter"])
-    before, after = (right[who].astype(np.float64) for who in WHO)
-    interval = paired_ratio_interval(before, after, np.ones(total), confidence) if total > 1 else None
-    return {
-        **{who: _share(int(right[who].sum()), total, confidence) for who in WHO},
-        "difference": with_interval(after.mean() - before.mean(), interval),
-        "mcnemar": {"lost": lost, "gained": gained, "p_value": p_value},
-    }
+    base.model.eval()
+    scores = score_set(base.model, test, model, between_batches=between_batches)
+    figures = summarise_set(test, {model: scores}, confidence)
+    log.info(f"{model}: {_describe(figures, model)}")
+    return figures
 
 
-def share_intervals(rows: Mapping[str, Sequence[bool]], confidence: float) -> dict[str, list[float]]:
-    """Wilson's interval of the share of rows of which each thing is true."""
-    return {name: list(wilson_interval(sum(found), len(found), confidence)) for name, found in rows.items()}
+def _describe(figures: SuiteFigures, model: Model) -> str:
+    """One model's loss and accuracy as one line."""
+    loss = figures.loss.of(model)
+    assert loss is not None
+    text = f"test loss {loss.text()}"
+    if figures.accuracy and (accuracy := figures.accuracy.of(model)):
+        text += f", accuracy {accuracy.text()} over {figures.num_labels} labels"
+    return f"{text} on {figures.rows} examples" + ("" if loss.interval else ": one record, which gives no interval")
 
 
-def label_figures(found: Mapping[str, Classification], confidence: float) -> dict[str, Any]:
-    """Macro-F1, calibration and each label's own figures.
+def summarise_set(
+    evalset: EvalSet,
+    scores: Mapping[Model, Sequence[ExampleScore]],
+    confidence: float,
+    keep: NDArray[np.bool_] | None = None,
+) -> SuiteFigures:
+    """Figures of one evaluation set, of one model or of both with their difference.
 
     Args:
-        found: what `base` and `adapter` chose on the same rows.
+        evalset: what was scored.
+        scores: by model, one for each example of the set.
         confidence: level of the intervals.
+        keep: bool [examples], which examples count, with all examples of a record or none. None: all.
 
     Returns:
-        `macro_f1` and `calibration_error` with their paired difference; `reliability`, of each bin rows, accuracy,
-        confidence and Wilson's interval of the accuracy; `labels`, `confusion` (row: own label, column: the chosen
-        one) and `per_label`, of each label how often it stands and, by model, how often it was chosen, precision,
-        recall and F1 (None: nothing to measure it on).
+        Losses, and for a label set accuracy by the likelihood of the whole answer. With both models also paired
+        differences, McNemar's test, accuracy per token, macro-F1, calibration and each label's figures. Intervals
+        resample records; with one record there is none, except for shares.
+    """
+    chosen = [n for n in range(len(evalset.examples)) if keep is None or keep[n]]
+    used = {model: [each[n] for n in chosen] for model, each in scores.items()}
+    weights = evalset.by_record(np.array([score.weight for score in next(iter(used.values()))]), chosen)
+    nll = {model: evalset.by_record(np.array([score.nll for score in each]), chosen) for model, each in used.items()}
+    loss = _losses(nll, weights, confidence)
+    figures = SuiteFigures(evalset.name, len(chosen), len(weights), loss, perplexity(loss))
+    if evalset.labels is None:
+        return figures
+    labelled = [n for n in chosen if n in evalset.labelled_examples]
+    right = np.array([evalset.labels.index(evalset.records[n].answer or "") for n in labelled])
+    return _with_labels(
+        figures,
+        evalset.labels,
+        right,
+        {model: [each[n] for n in labelled] for model, each in scores.items()},
+        confidence,
+    )
+
+
+def summarise_log(
+    evalset: EvalSet, measured: MeasurementLog, confidence: float, keep: NDArray[np.bool_] | None = None
+) -> SuiteFigures:
+    """`summarise_set` of both models' scores in a complete log."""
+    numbers = range(len(evalset.examples))
+    scores = {model: measured.scores(model, evalset.name, numbers) for model in MODELS}
+    return summarise_set(evalset, scores, confidence, keep)
+
+
+def _losses(nll: Mapping[Model, NDArray[np.float64]], weight: NDArray[np.float64], confidence: float) -> Comparison:
+    def figure(values: NDArray[np.float64]) -> Figure:
+        interval = bootstrap_ratio_interval(values, weight, confidence) if len(weight) > 1 else None
+        return Figure(float(values.sum() / weight.sum()), interval)
+
+    figures = {model: figure(values) for model, values in nll.items()}
+    difference = figure(nll["adapter"] - nll["base"]) if len(nll) == 2 else None
+    return Comparison(figures.get("base"), figures.get("adapter"), difference)
+
+
+def _with_labels(
+    figures: SuiteFigures,
+    labels: tuple[str, ...],
+    right: NDArray[np.int64],
+    scores: Mapping[Model, Sequence[ExampleScore]],
+    confidence: float,
+) -> SuiteFigures:
+    """Add the figures of labels.
+
+    Args:
+        figures: of the losses.
+        labels: the candidates.
+        right: int64 [n], index of each record's own label.
+        scores: by model, of the n records.
+        confidence: level of the intervals.
+    """
+    nats = {model: np.array([score.labels for score in each]) for model, each in scores.items()}
+    found = {model: Classification.of(labels, values, right) for model, values in nats.items()}
+    figures = replace(
+        figures,
+        num_labels=len(labels),
+        best_constant=float(np.bincount(right).max() / len(right)),
+        accuracy=compare_shares({model: each.is_right for model, each in found.items()}, confidence),
+    )
+    if len(found) < 2:
+        return figures
+    tokens = own_tokens(labels)
+    per_token = {
+        model: Classification.of(labels, nats[model], right, (np.array([s.shared_nats for s in each]), tokens))
+        for model, each in scores.items()
+    }
+    return replace(
+        with_label_figures(figures, found, confidence),
+        most_confused=found["adapter"].most_confused(_MOST_CONFUSED),
+        accuracy_per_token=compare_shares({model: each.is_right for model, each in per_token.items()}, confidence),
+    )
+
+
+def compare_shares(right: Mapping[Model, NDArray[np.bool_]], confidence: float) -> Comparison:
+    """The share of records that each model has right, with Wilson's interval; with both, whether they differ.
+
+    Args:
+        right: by model, bool [n] on the same records.
+        confidence: level of the intervals.
+    """
+    shares = {model: _share(int(hits.sum()), len(hits), confidence) for model, hits in right.items()}
+    if len(right) < 2:
+        return Comparison(shares.get("base"), shares.get("adapter"))
+    before, after = (right[model].astype(np.float64) for model in MODELS)
+    several = len(before) > 1
+    interval = bootstrap_ratio_interval(after - before, np.ones(len(before)), confidence) if several else None
+    difference = Figure(float(after.mean() - before.mean()), interval)
+    return Comparison(shares["base"], shares["adapter"], difference, mcnemar(right["base"], right["adapter"]))
+
+
+def with_label_figures(figures: SuiteFigures, found: Mapping[Model, Classification], confidence: float) -> SuiteFigures:
+    """Add macro-F1 and calibration error with their paired differences, and each label's own figures.
+
+    Args:
+        figures: of the same evaluation set.
+        found: what both models chose for the same records.
+        confidence: level of the intervals.
     """
     labels, total = found["base"].labels, len(found["base"].right)
 
     def macro_and_each_f1(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        each = [_f1(found[who], rows) for who in WHO]
+        each = [found[model].f1(rows) for model in MODELS]
         before, after = (np.nanmean(of_labels) for of_labels in each)
         return np.concatenate([[before, after, after - before], *each])
 
     def calibration_errors(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        before, after = (_calibration_error(found[who], rows) for who in WHO)
+        before, after = (found[model].calibration_error(rows) for model in MODELS)
         return np.array([before, after, after - before])
 
     everything = np.arange(total)
     f1 = bootstrap_intervals(macro_and_each_f1, total, confidence)
     calibration = bootstrap_intervals(calibration_errors, total, confidence, kind="reflected")
     calibration[:2] = calibration[:2].clip(0, 1)
-    of_labels = {"base": f1[3 : 3 + len(labels)], "adapter": f1[3 + len(labels) :]}
-    return {
-        "macro_f1": _compared(macro_and_each_f1(everything), f1, total),
-        "calibration_error": _compared(calibration_errors(everything), calibration, total),
-        "reliability": {who: _reliability(found[who], confidence) for who in WHO},
-        "labels": list(labels),
-        "confusion": {who: found[who].confusion.tolist() for who in WHO},
-        "per_label": [
-            {"label": label, "rows": int((found["base"].right == number).sum())}
-            | {who: _of_one_label(found[who], number, of_labels[who][number], confidence) for who in WHO}
-            for number, label in enumerate(labels)
-        ],
+    of_labels = {
+        "base": _each_label(found["base"], f1[3 : 3 + len(labels)], confidence),
+        "adapter": _each_label(found["adapter"], f1[3 + len(labels) :], confidence),
     }
+    rows = np.bincount(found["base"].right, minlength=len(labels)).tolist()
+    return replace(
+        figures,
+        macro_f1=_compared(macro_and_each_f1(everything), f1, total),
+        calibration_error=_compared(calibration_errors(everything), calibration, total),
+        reliability={model: _reliability(found[model], confidence) for model in MODELS},
+        labels=list(labels),
+        confusion={model: found[model].confusion.tolist() for model in MODELS},
+        per_label=[
+            LabelFigures(label, count, base, adapter)
+            for label, count, base, adapter in zip(labels, rows, of_labels["base"], of_labels["adapter"], strict=True)
+        ],
+    )
 
 
-def _f1(found: Classification, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    """float64 [C]: F1 on some rows; NaN for labels that neither stand there nor were chosen."""
-    count = len(found.labels)
-    right, chosen = found.right[rows], found.chosen[rows]
-    hits = np.bincount(right[right == chosen], minlength=count)
-    sums = np.bincount(right, minlength=count) + np.bincount(chosen, minlength=count)
-    return np.where(sums > 0, 2 * hits / np.maximum(sums, 1), np.nan)
-
-
-def _calibration_error(found: Classification, rows: NDArray[np.int64]) -> float:
-    """Expected calibration error on some rows."""
-    gaps = found.is_right[rows] - found.confidence[rows]
-    return float(np.abs(np.bincount(found.bins[rows], weights=gaps, minlength=NUM_BINS)).sum() / len(rows))
-
-
-def _reliability(found: Classification, confidence: float) -> list[list[float]]:
+def _reliability(found: Classification, confidence: float) -> list[ReliabilityBin]:
     return [
-        [rows, right, sure, *wilson_interval(round(rows * right), rows, confidence)]
+        ReliabilityBin(rows, right, sure, *wilson_interval(round(rows * right), rows, confidence))
         for rows, right, sure in found.reliability()
     ]
 
 
-def _of_one_label(
-    found: Classification, number: int, f1_interval: NDArray[np.float64], confidence: float
-) -> dict[str, Any]:
-    """How often a label was chosen, its precision, recall and F1."""
-    own, chosen = found.right == number, found.chosen == number
-    hits, stands, taken = int((own & chosen).sum()), int(own.sum()), int(chosen.sum())
-    ends = f1_interval.tolist() if len(found.right) > 1 and not np.isnan(f1_interval).any() else None
-    return {
-        "chosen": taken,
-        "precision": _share(hits, taken, confidence) if taken else None,
-        "recall": _share(hits, stands, confidence) if stands else None,
-        "f1": with_interval(2 * hits / (stands + taken), ends) if stands + taken else None,
-    }
-
-
-def _share(hits: int, total: int, confidence: float) -> dict[str, Any]:
-    return with_interval(hits / total, wilson_interval(hits, total, confidence))
-
-
-def _compared(values: NDArray[np.float64], ends: NDArray[np.float64], num_rows: int) -> dict[str, Any]:
-    """The first three of some figures as before, after and difference."""
-    return {
-        name: with_interval(values[place], ends[place].tolist() if num_rows > 1 else None)
-        for place, name in enumerate((*WHO, "difference"))
-    }
-
-
-# From figures row by row to what a person reads: before, after, the difference, and how sure one can be of it.
-
-Rows = list[dict[str, Any]]
-_MOST_CONFUSED = 8
-
-
-def summarise_suite(
-    suite: Suite, log: MeasurementLog, confidence: float, keep: NDArray[np.bool_] | None = None
-) -> dict[str, Any]:
-    """Figures of one suite.
+def _each_label(found: Classification, f1_ends: NDArray[np.float64], confidence: float) -> list[OneLabel]:
+    """How often each label was chosen, its precision, recall and F1.
 
     Args:
-        suite: what was scored.
-        log: with all its rows.
-        confidence: level of the intervals.
-        keep: bool [n], rows that count, with all rows of a record or none. None: all.
-
-    Returns:
-        `rows` and how many `records` they are of, which intervals resample; `loss` and, for a label set, `accuracy`
-        (likelihood of the whole answer) and `accuracy_per_token`, each with `base`, `adapter`, `difference` and their
-        intervals; for labels also McNemar's test and what `figures.label_figures` gives. With one record no interval,
-        but for shares.
+        found: what one model chose.
+        f1_ends: float64 [C, 2], F1's intervals.
+        confidence: level of the others.
     """
-    chosen = [n for n in range(len(suite.rows.samples)) if keep is None or keep[n]]
-    by_who = {who: [log.rows["score", who, suite.name, n] for n in chosen] for who in WHO}
-    nll = {who: np.array([row["nll"] for row in rows]) for who, rows in by_who.items()}
-    weight = np.array([row["weight"] for row in by_who["base"]])
-    sums = {who: suite.rows.by_record(nll[who], chosen) for who in WHO}
-    weights = suite.rows.by_record(weight, chosen)
-    figures: dict[str, Any] = {
-        "suite": suite.name,
-        "rows": len(chosen),
-        "records": len(weights),
-        "loss": _loss(sums, weights, confidence),
-    }
-    figures["perplexity"] = {who: _exponential(figures["loss"][who]) for who in WHO}
-    if suite.rows.labels is not None:
-        labelled = [n for n in chosen if n in suite.rows.labelled_examples]
-        scored = {who: [log.rows["score", who, suite.name, n] for n in labelled] for who in WHO}
-        figures |= _labels(suite, scored, labelled, confidence)
-    return figures
-
-
-def _labels(suite: Suite, by_who: Mapping[str, Rows], chosen: Sequence[int], confidence: float) -> dict[str, Any]:
-    labels = suite.rows.labels
-    assert labels is not None
-    right = np.array([labels.index(suite.rows.records[n].answer or "") for n in chosen])
-    scores = {who: np.array([row["labels"] for row in rows]) for who, rows in by_who.items()}
-    figures: dict[str, Any] = {
-        "num_labels": len(labels),
-        "best_constant": float(np.bincount(right).max() / len(right)),
-    }
-    shared = {who: np.array([row["shared_nats"] for row in rows]) for who, rows in by_who.items()}
-    for name, tokens in (("accuracy", None), ("accuracy_per_token", own_tokens(labels))):
-        found = {
-            who: Classification.of(labels, scores[who], right, None if tokens is None else (shared[who], tokens))
-            for who in WHO
-        }
-        figures[name] = compared_shares({who: found[who].is_right for who in WHO}, confidence)
-        if name == "accuracy":
-            figures |= label_figures(found, confidence)
-            figures["most_confused"] = found["adapter"].most_confused(_MOST_CONFUSED)
-    return figures
-
-
-def _loss(nll: Mapping[str, NDArray[np.float64]], weight: NDArray[np.float64], confidence: float) -> dict[str, Any]:
-    several = len(weight) > 1
-    difference = paired_ratio_interval(nll["base"], nll["adapter"], weight, confidence) if several else None
-    return {
-        who: with_interval(
-            nll[who].sum() / weight.sum(),
-            bootstrap_ratio_interval(nll[who], weight, confidence) if several else None,
+    table = found.confusion
+    f1 = found.f1(np.arange(len(found.right)))
+    figures = []
+    for number, ends in enumerate(f1_ends):
+        hits, own, chosen = int(table[number, number]), int(table[number].sum()), int(table[:, number].sum())
+        interval = tuple(ends.tolist()) if len(found.right) > 1 and not np.isnan(ends).any() else None
+        figures.append(
+            OneLabel(
+                chosen,
+                _share(hits, chosen, confidence) if chosen else None,
+                _share(hits, own, confidence) if own else None,
+                Figure(float(f1[number]), interval) if own + chosen else None,
+            )
         )
-        for who in WHO
-    } | {"difference": with_interval((nll["adapter"] - nll["base"]).sum() / weight.sum(), difference)}
+    return figures
+
+
+def _share(hits: int, total: int, confidence: float) -> Figure:
+    return Figure(hits / total, wilson_interval(hits, total, confidence))
+
+
+def _compared(values: NDArray[np.float64], ends: NDArray[np.float64], num_rows: int) -> Comparison:
+    """The first three of some figures as base, adapter and difference."""
+    base, adapter, difference = (
+        Figure(float(value), (float(low), float(high)) if num_rows > 1 else None)
+        for value, (low, high) in zip(values[:3], ends[:3], strict=True)
+    )
+    return Comparison(base, adapter, difference)
 
 
 def summarise_answers(
-    suite: Suite, log: MeasurementLog, count: int, train: Sequence[Record] | None, confidence: float
-) -> dict[str, Any]:
+    evalset: EvalSet, log: MeasurementLog, count: int, train: Sequence[Record] | None, confidence: float
+) -> AnswerFigures:
     """Figures of generated answers.
 
     Args:
-        suite: whose rows were answered.
+        evalset: whose examples were answered.
         log: with the answers.
         count: how many were asked for.
-        train: training records, for what was copied and for whose voice it is; None if they are not known, and then
-            these figures are left out.
+        train: training records, for copies and voice; None: not known, and these figures are left out.
         confidence: level of the intervals.
-
-    Returns:
-        By `base` and `adapter`: how many stopped, were cut, broke harmony's form or refused, with `intervals` of their
-        shares. For the `exact_rows` rows with an answer `exact`, the share that equals it, paired and tested like
-        accuracy; for the `prose_rows` without one how varied they are, what was copied, whose voice they have.
     """
-    numbers = answered_examples(suite.rows, count)
-    records = [suite.rows.records[n] for n in numbers]
-    rows = {who: [log.rows["text", who, suite.name, n] for n in numbers] for who in WHO}
-    figures: dict[str, Any] = {
-        "suite": suite.name,
-        "rows": len(numbers),
-        **{who: _form(rows[who], confidence) for who in WHO},
-    }
+    numbers = evalset.answered_examples(count)
+    records = [evalset.records[n] for n in numbers]
+    answers = {model: log.answers(model, evalset.name, numbers) for model in MODELS}
     exact = [n for n, record in enumerate(records) if record.answer is not None]
     prose = [n for n, record in enumerate(records) if record.answer is None]
-    figures |= {"exact_rows": len(exact), "prose_rows": len(prose)}
-    if exact:
-        same = {who: np.array([_is_exact(rows[who][n], records[n]) for n in exact]) for who in WHO}
-        figures["exact"] = compared_shares(same, confidence)
-    if prose:
-        texts = {who: [rows[who][n]["final"] for n in prose] for who in WHO}
-        texts["reference"] = [records[n].messages[-1].content for n in prose]
-        figures["prose"] = prose_figures(texts, [records[n] for n in prose], train)
-    return figures
+    same = {model: np.array([_is_exact(answers[model][n], records[n]) for n in exact]) for model in MODELS}
+    texts: dict[str, list[str]] = {model: [answers[model][n].final for n in prose] for model in MODELS}
+    texts["reference"] = [records[n].messages[-1].content for n in prose]
+    return AnswerFigures(
+        evalset.name,
+        len(numbers),
+        _form(answers["base"], confidence),
+        _form(answers["adapter"], confidence),
+        len(exact),
+        len(prose),
+        compare_shares(same, confidence) if exact else None,
+        prose_figures(texts, [records[n] for n in prose], train) if prose else None,
+    )
 
 
-def _form(rows: Rows, confidence: float) -> dict[str, Any]:
+def _form(answers: Sequence[GeneratedAnswer], confidence: float) -> FormFigures:
     found = {
-        "stopped": [row["stopped"] for row in rows],
-        "cut": [not row["stopped"] for row in rows],
-        "format_errors": [row["error"] is not None for row in rows],
-        "refusals": [is_refusal(row["final"]) for row in rows],
+        "stopped": sum(answer.stopped for answer in answers),
+        "cut": sum(not answer.stopped for answer in answers),
+        "format_errors": sum(answer.error is not None for answer in answers),
+        "refusals": sum(is_refusal(answer.final) for answer in answers),
     }
-    intervals = share_intervals(found, confidence)
-    lengths = np.array([row["tokens"] for row in rows], dtype=np.float64)
-    if len(rows) > 1:
-        intervals["mean_tokens"] = list(bootstrap_ratio_interval(lengths, np.ones(len(rows)), confidence))
-    return {
-        **{name: sum(each) for name, each in found.items()},
-        "mean_tokens": float(lengths.mean()),
-        "intervals": intervals,
-    }
+    intervals = {name: wilson_interval(count, len(answers), confidence) for name, count in found.items()}
+    lengths = np.array([answer.tokens for answer in answers], dtype=np.float64)
+    if len(answers) > 1:
+        intervals["mean_tokens"] = bootstrap_ratio_interval(lengths, np.ones(len(answers)), confidence)
+    return FormFigures(**found, mean_tokens=float(lengths.mean()), intervals=intervals)
 
 
-def _exponential(loss: Mapping[str, Any]) -> dict[str, Any]:
-    """Perplexity: exp of a loss, and of the ends of its interval."""
-    ends = loss["interval"]
-    return with_interval(_exp(loss["value"]), None if ends is None else [_exp(end) for end in ends])
+def _is_exact(answer: GeneratedAnswer, record: Record) -> bool:
+    """Whether a generated answer equals the record's; one with a format error does not."""
+    return answer.error is None and _normalised(answer.final) == _normalised(record.answer or "")
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
-
-
-def _is_exact(row: Mapping[str, Any], record: Record) -> bool:
-    """Whether a generated answer equals the record's; one in a broken form does not."""
-    return row["error"] is None and _plain(row["final"]) == _plain(record.answer or "")
-
-
-def _plain(text: str) -> str:
+def _normalised(text: str) -> str:
     return " ".join(text.casefold().split()).rstrip(".")

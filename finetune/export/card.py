@@ -18,6 +18,7 @@ from finetune.data.dataset import load_split
 from finetune.errors import FinetuneError
 from finetune.export.options import MERGED_TARGETS
 from finetune.model.tiny import ATTRIBUTION
+from finetune.results import Evaluation, read_evaluation
 
 NUM_EXAMPLES = 3
 
@@ -147,7 +148,7 @@ def write_card(path: Path, facts: Mapping[str, Any], run: Path | None, serving: 
         run: the run directory, for recipe, data and evaluation; None: without those parts.
         serving: of an adapter: the command that serves it, and what to know about it.
     """
-    manifest, evaluation = _read(run, "manifest.json"), _read(run, "evaluation.json")
+    manifest, evaluation = _read(run, "manifest.json"), _results(run)
     config = _config(run)
     sections = [
         _front(facts),
@@ -279,21 +280,16 @@ def _expert_rank(experts: ExpertAdapterConfig) -> str:
     return f"{experts.rank} on average, dealt out by {Path(experts.rank_by).name} (at most {highest_rank(experts)})"
 
 
-def _evaluation(evaluation: Mapping[str, Any], when: str) -> str:
-    if "after" not in evaluation:
+def _evaluation(evaluation: Evaluation | None, when: str) -> str:
+    if evaluation is None or evaluation.test is None or not evaluation.has("adapter"):
         return "## Evaluation\n\nNone recorded."
-    before, after = evaluation["before"], evaluation["after"]
+    titles = {"test loss": "test loss, nats per trained token", "accuracy": "label accuracy"}
     rows = ["| | before | after |", "|---|---|---|"]
-    for title, key in (("test loss, nats per trained token", "loss"), ("label accuracy", "accuracy")):
-        if key in after:
-            rows.append(f"| {title} | {_interval(before, key)} | {_interval(after, key)} |")
-    note = f"{after['rows']} test rows, {after['confidence']:.0%} intervals, measured with the adapter {when}."
+    for title, figures in evaluation.headlines():
+        if figures.base and figures.adapter:
+            rows.append(f"| {titles[title]} | {figures.base.headline()} | {figures.adapter.headline()} |")
+    note = f"{evaluation.test.rows} test rows, {evaluation.confidence:.0%} intervals, measured with the adapter {when}."
     return "## Evaluation\n\n" + "\n".join(rows) + f"\n\n{note}"
-
-
-def _interval(figures: Mapping[str, Any], key: str) -> str:
-    ends = figures[f"{key}_interval"]  # None: measured on one row
-    return f"{figures[key]:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else " (one row: no interval)")
 
 
 def _checks(facts: Mapping[str, Any]) -> str:
@@ -332,6 +328,14 @@ def _config(run: Path | None) -> RunConfig | None:
         return None
     try:
         return load_run_config(run / "config.yaml")
+    except FinetuneError:
+        return None
+
+
+def _results(run: Path | None) -> Evaluation | None:
+    """The run's evaluation.json; None if it is missing or damaged."""
+    try:
+        return read_evaluation(run / "evaluation.json") if run else None
     except FinetuneError:
         return None
 

@@ -20,7 +20,8 @@ from finetune.config.schema import RunConfig
 from finetune.data.dataset import load_split
 from finetune.data.harmony.render import Example
 from finetune.data.sources import Record
-from finetune.evaluate.labels import label_set, score_labels, stratified_subset
+from finetune.evaluate.evalset import label_set, stratified_subset
+from finetune.evaluate.labels import score_labels
 from finetune.evaluate.likelihood import HeldOutLoss, held_out_loss, predicted_states
 from finetune.evaluate.statistics import bootstrap_ratio_interval
 from finetune.export.variants import NAMES, Variants
@@ -133,8 +134,8 @@ def _losses(
     found_by_row = predicted_states(model, samples, row_tokens, f"loss, {name}", _nothing)
     for wanted, found in zip(reference, found_by_row, strict=True):
         losses = token_nll(found.hidden, head, found.targets).double().cpu().numpy()
-        np.add.at(nll, found.sample, losses * found.weights)
-        np.add.at(weight, found.sample, found.weights)
+        np.add.at(nll, found.example, losses * found.weights)
+        np.add.at(weight, found.example, found.weights)
         divergence += float((token_kl(wanted, found.hidden, head).double().cpu().numpy() * found.weights).sum())
         total += float(found.weights.sum())
     return HeldOutLoss(nll, weight), divergence / total

@@ -1,25 +1,53 @@
-"""Line charts as plain SVG: no library, no script, colours from the page's style sheet."""
+"""Line charts, heat maps and reliability diagrams as plain SVG: no drawing library, no script, nothing fetched.
+
+Colours of charts and diagrams come from the page's style sheet; heat maps are files of their own and carry theirs.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 34
+from finetune.report.content import TITLES
+from finetune.results import MODELS, Model, ReliabilityBin
+
 MOST_POINTS = 400
 
 
 @dataclass(frozen=True)
+class Frame:
+    """Size of a drawing and the margins around its axes."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point is drawn; x and y are shares of the axes."""
+        across = x * (self.width - self.left - self.right) + self.left
+        down = self.height - self.bottom - y * (self.height - self.top - self.bottom)
+        return round(across, 1), round(down, 1)
+
+
+CHART = Frame(640, 240, 58, 14, 14, 34)
+DIAGRAM = Frame(460, 380, 52, 14, 14, 44)
+
+# Line charts
+
+
+@dataclass(frozen=True)
 class Series:
-    """A line.
+    """A line of a chart.
 
     Attributes:
         name: for the legend.
         points: (x, y) in order of x; y that is not finite is left out.
-        style: CSS class: `raw` is thin and pale, `smooth` a line, `dots` has marks.
+        style: CSS class: `raw` is thin and pale, `smooth` a plain line, `dots` has marks.
     """
 
     name: str
@@ -45,19 +73,18 @@ def line_chart(title: str, series: Sequence[Series], x_label: str) -> str:
     y_range = (min(y_ticks[0], *ys), max(y_ticks[-1], *ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        right = (x - x_range[0]) / (x_range[1] - x_range[0]) * (WIDTH - LEFT - RIGHT) + LEFT
-        down = HEIGHT - BOTTOM - (y - y_range[0]) / (y_range[1] - y_range[0]) * (HEIGHT - TOP - BOTTOM)
-        return round(right, 1), round(down, 1)
+        share_x, share_y = (x - x_range[0]) / (x_range[1] - x_range[0]), (y - y_range[0]) / (y_range[1] - y_range[0])
+        return CHART.place(share_x, share_y)
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+        f'<svg viewBox="0 0 {CHART.width} {CHART.height}" role="img" aria-label="{escape(title)}">',
         *(_grid_line(tick, place(x_range[0], tick)[1]) for tick in y_ticks),
         *(
             _x_tick(tick, place(tick, y_range[0])[0])
             for tick in nice_ticks(*x_range)
             if x_range[0] <= tick <= x_range[1]
         ),
-        f'<text class="axis" x="{WIDTH - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{escape(x_label)}</text>',
+        _axis_text(CHART.width - CHART.right, CHART.height - 4, escape(x_label), "end"),
     ]
     for line in lines:
         places = [place(x, y) for x, y in line.points]
@@ -120,13 +147,17 @@ def _spread(low: float, high: float) -> tuple[float, float]:
 
 def _grid_line(value: float, y: float) -> str:
     return (
-        f'<line class="grid" x1="{LEFT}" y1="{y}" x2="{WIDTH - RIGHT}" y2="{y}"/>'
-        f'<text class="axis" x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{short(value)}</text>'
+        f'<line class="grid" x1="{CHART.left}" y1="{y}" x2="{CHART.width - CHART.right}" y2="{y}"/>'
+        f"{_axis_text(CHART.left - 6, y + 4, short(value), 'end')}"
     )
 
 
 def _x_tick(value: float, x: float) -> str:
-    return f'<text class="axis" x="{x}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(value)}</text>'
+    return _axis_text(x, CHART.height - CHART.bottom + 16, short(value), "middle")
+
+
+def _axis_text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text class="axis" x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
 
 
 def short(value: float) -> str:
@@ -146,3 +177,137 @@ def short(value: float) -> str:
         mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{value:.4g}"
+
+
+# Heat maps
+
+CELL, LEFT, TOP, LEGEND = 9, 44, 46, 40
+LABEL_EVERY = 8
+_BLUE, _RED, _WHITE = (8, 48, 107), (165, 15, 21), (255, 255, 255)
+
+
+def heat_map(
+    values: Sequence[Sequence[float]],
+    *,
+    title: str,
+    rows: str,
+    columns: str,
+    most: float,
+    diverging: bool = False,
+) -> str:
+    """Draw a table of numbers as coloured cells.
+
+    Args:
+        values: one sequence for each row, from the top; all equally long.
+        title: above the map.
+        rows, columns: what the axes count, such as `layer` and `expert`.
+        most: the value of the darkest colour; larger ones look the same. White is 0.
+        diverging: values go from -most (red) to most (blue) instead of from 0.
+    """
+    width, height = max(CELL * len(values[0]), _title_width(title)) + LEFT + 12, TOP + CELL * len(values) + LEGEND
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="10" role="img" aria-label="{escape(title)}">',
+        f"<title>{escape(title)}</title>",
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        _map_text(LEFT, 16, title, size=12),
+        _map_text(LEFT, 32, f"{columns} →"),
+        _map_text(4, TOP - 4, f"{rows} ↓"),
+    ]
+    for number in range(0, len(values[0]), LABEL_EVERY):
+        parts.append(_map_text(LEFT + CELL * number + CELL / 2, TOP - 4, str(number), anchor="middle"))
+    for number, row in enumerate(values):
+        y = TOP + CELL * number
+        if number % max(1, LABEL_EVERY // 2) == 0:
+            parts.append(_map_text(LEFT - 4, y + CELL - 1, str(number), anchor="end"))
+        parts += [
+            f'<rect x="{LEFT + CELL * place}" y="{y}" width="{CELL}" height="{CELL}" fill="{_colour(value, most)}"/>'
+            for place, value in enumerate(row)
+        ]
+    parts += _colour_scale(TOP + CELL * len(values) + 10, most, diverging=diverging)
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _colour_scale(y: float, most: float, *, diverging: bool) -> list[str]:
+    low = -most if diverging else 0.0
+    steps = 20
+    values = [low + (most - low) * step / steps for step in range(steps + 1)]
+    cells = [
+        f'<rect x="{LEFT + 5 * place}" y="{y}" width="5" height="8" fill="{_colour(value, most)}"/>'
+        for place, value in enumerate(values)
+    ]
+    end = LEFT + 5 * (steps + 1)
+    return [*cells, _map_text(LEFT, y + 19, f"{low:g}"), _map_text(end, y + 19, f"{most:g}", anchor="end")]
+
+
+def _title_width(title: str) -> int:
+    """Room that a title may take, in the drawing's units: maps of few experts are narrower than their title."""
+    return max(240, 7 * len(title))
+
+
+def _map_text(x: float, y: float, text: str, *, size: int = 10, anchor: str = "start") -> str:
+    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _colour(value: float, most: float) -> str:
+    """White at 0, blue above it, red below; values that are no number are grey."""
+    if value != value:
+        return "#999999"
+    share = min(1.0, abs(value) / most) if most else 0.0
+    dark = _BLUE if value >= 0 else _RED
+    return "#" + "".join(f"{round(w + (d - w) * share):02x}" for w, d in zip(_WHITE, dark, strict=True))
+
+
+# Reliability diagrams
+
+_SMALLEST, _LARGEST = 3.0, 9.0
+
+
+def reliability_diagram(title: str, bins: Mapping[Model, Sequence[ReliabilityBin]]) -> str:
+    """An SVG figure: accuracy against confidence, before and after, with the diagonal of perfect calibration.
+
+    Args:
+        title: what is drawn.
+        bins: by model. A bin's dot grows with its share of the rows, and a line spans its interval.
+    """
+    shown = [model for model in MODELS if bins.get(model)]
+    if not shown:
+        return ""
+    ticks = [number / 5 for number in range(6)]
+    (left, bottom), (right, top) = DIAGRAM.place(0, 0), DIAGRAM.place(1, 1)
+    parts = [
+        f'<svg viewBox="0 0 {DIAGRAM.width} {DIAGRAM.height}" role="img" aria-label="{escape(title)}">',
+        *(_axis_tick(tick) for tick in ticks),
+        f'<polyline class="ideal" points="{left},{bottom} {right},{top}"/>',
+        _axis_text(DIAGRAM.width - DIAGRAM.right, DIAGRAM.height - 4, "confidence", "end"),
+        _axis_text(DIAGRAM.left + 6, DIAGRAM.top + 12, "accuracy", "start"),
+        *(part for model in shown for part in _reliability_line(model, bins[model])),
+    ]
+    names = "".join(f'<span class="key {model}">{TITLES[model]}</span>' for model in shown)
+    legend = f'<p class="legend">{names}<span class="key ideal">confidence = accuracy</span></p>'
+    return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}</svg>{legend}</figure>"
+
+
+def _reliability_line(model: Model, bins: Sequence[ReliabilityBin]) -> list[str]:
+    total = sum(each.rows for each in bins)
+    places = [DIAGRAM.place(each.confidence, each.accuracy) for each in bins]
+    parts = []
+    for each, (x, _) in zip(bins, places, strict=True):
+        low, high = (DIAGRAM.place(each.confidence, end)[1] for end in (each.low, each.high))
+        parts.append(f'<line class="{model} span" x1="{x}" y1="{low}" x2="{x}" y2="{high}"/>')
+    parts.append(f'<polyline class="{model}" points="{" ".join(f"{x},{y}" for x, y in places)}"/>')
+    for each, (x, y) in zip(bins, places, strict=True):
+        radius = round(_SMALLEST + (_LARGEST - _SMALLEST) * (each.rows / total) ** 0.5, 1)
+        words = f"{TITLES[model]}: {each.rows:,} rows, confidence {each.confidence:.3f}, accuracy {each.accuracy:.3f}"
+        parts.append(f'<circle class="{model}" cx="{x}" cy="{y}" r="{radius}"><title>{words}</title></circle>')
+    return parts
+
+
+def _axis_tick(value: float) -> str:
+    """A grid line and its number, on both axes."""
+    (left, y), (x, bottom) = DIAGRAM.place(0, value), DIAGRAM.place(value, 0)
+    return (
+        f'<line class="grid" x1="{left}" y1="{y}" x2="{DIAGRAM.width - DIAGRAM.right}" y2="{y}"/>'
+        + _axis_text(left - 6, y + 4, f"{value:g}", "end")
+        + _axis_text(x, bottom + 16, f"{value:g}", "middle")
+    )

@@ -1,4 +1,4 @@
-"""The report's part on experts: heat maps of their use before and after, and figures by layer."""
+"""The section of report.md on experts: heat maps of their use before and after training, and figures by layer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from finetune.report.heatmap import heat_map
+from finetune.files import write_text
+from finetune.report.charts import heat_map
 
 USAGE_FILE = "expert_usage.parquet"
 FIGURES = "figures"
-MOST = 3.0  # times even use, at which a heat map is darkest
-FEWEST_TOKENS = 100  # of a channel or source that gets a map of its own
+MOST = 3.0
+"""Times even use at which a heat map is darkest."""
+FEWEST_TOKENS = 100
+"""A channel or source with fewer tokens gets no map of its own."""
 
 
 def experts_section(run: Path, manifest: dict[str, Any]) -> str:
-    """Write the figures into the run directory and give the section's text; empty where nothing was measured."""
+    """Write the heat maps into the run directory and return the section; empty where nothing was measured."""
     routing = manifest.get("routing")
     if not routing:
         return ""
@@ -28,11 +31,10 @@ def experts_section(run: Path, manifest: dict[str, Any]) -> str:
     except (OSError, pa.ArrowInvalid):
         return ""
     maps = _maps(table)
-    (run / FIGURES).mkdir(exist_ok=True)
     lines = []
     for name, (title, values, diverging) in maps.items():
         drawn = heat_map(values.tolist(), title=title, rows="layer", columns="expert", most=MOST, diverging=diverging)
-        (run / FIGURES / f"{name}.svg").write_text(drawn, encoding="utf-8")
+        write_text(run / FIGURES / f"{name}.svg", drawn)
         lines.append(f"![{name.replace('_', ' ')}]({FIGURES}/{name}.svg)")
     note = (
         f"Measured on {routing['samples']} {routing['split']} samples; 1 is even use of a layer's experts. Every "
@@ -42,7 +44,7 @@ def experts_section(run: Path, manifest: dict[str, Any]) -> str:
 
 
 def _maps(table: pa.Table) -> dict[str, tuple[str, NDArray[np.float64], bool]]:
-    """Name of the file -> title, values relative to even use [layers, experts], and whether they have a sign."""
+    """By file name: title, values relative to even use [layers, experts], and whether they have a sign."""
     rows = {column: table[column].to_numpy(zero_copy_only=False) for column in table.column_names}
     when = rows["when"]
     before, after = _relative(rows, when == "before"), _relative(rows, when == "after")
@@ -65,7 +67,7 @@ def _maps(table: pa.Table) -> dict[str, tuple[str, NDArray[np.float64], bool]]:
 
 
 def _relative(rows: dict[str, NDArray[Any]], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """How many times as often as even use each expert was chosen: [layers, experts]."""
+    """Use of each expert as a multiple of even use: [layers, experts]."""
     layers, experts = rows["layer"][mask], rows["expert"][mask]
     chosen = np.zeros((rows["layer"].max() + 1, rows["expert"].max() + 1))
     np.add.at(chosen, (layers, experts), rows["chosen"][mask])

@@ -1,38 +1,222 @@
-"""The summary of `finetune evaluate` in words and tables, as Markdown."""
+"""report.md, README.md of an evaluation and the lines on the terminal: results as Markdown and text.
+
+Made from a run's files alone, so it works on a run that is still going or was stopped: what is missing is left out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.files import write_text
 from finetune.report.content import (
     TITLES,
     Confusion,
     Piece,
     Reliability,
     Table,
-    check_lines,
     code,
     evaluation_parts,
     introduction,
-    summary,
-    with_interval,
+    reliability_rows,
 )
 from finetune.report.experts import experts_section
-from finetune.report.read import read_json, read_lines
-from finetune.report.reliability import reliability_rows
+from finetune.report.read import RunFiles
 from finetune.report.survival import survival_section
+from finetune.results import MODELS, Evaluation, to_json
+
+NUM_CURVE_POINTS = 12
+Manifest = Mapping[str, Any]
 
 
-def describe_evaluation(summary: dict[str, Any], *, details: bool = True) -> str:
-    """Markdown of a `summary.json`.
+def write_report(run: Path) -> Path:
+    """Write report.md.
 
     Args:
-        summary: its content, also of an older version.
+        run: a run directory; files that are missing or half-written are left out.
+
+    Returns:
+        The report's path.
+    """
+    files = RunFiles.read(run)
+    manifest, checks = files.manifest, check_lines(files.manifest)
+    overrides = ", ".join(code(text) for text in manifest.get("overrides", [])) or "none"
+    sections = [
+        f"# Run {run.name}\n\n{summary(manifest, files.trained)}",
+        _evaluation(files.trained),
+        survival_section(files.survival, run),
+        _training(files),
+        experts_section(run, manifest),
+        "## Checks\n\n" + "\n".join(checks) if checks else "",
+        _figures(manifest),
+        f"## Configuration\n\nThe whole of it is in `config.yaml`; overrides on the command line: {overrides}.",
+    ]
+    path = run / "report.md"
+    write_text(path, "\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def outcome(run: Path) -> str:
+    """What a finished run gained and where its files are, as a few lines for the terminal."""
+    files = RunFiles.read(run)
+    manifest = files.manifest
+    lines = [f"finished in {manifest.get('minutes')} minutes, at most {manifest.get('peak_memory_gib')} GiB"]
+    for title, figures in files.trained.headlines() if files.trained else []:
+        if figures.base and figures.adapter:
+            lines.append(f"  {title:<10} {figures.base.headline()} -> {figures.adapter.headline()}")
+    lines += [f"  report     {run / 'report.html'}", f"  adapter    {run / 'adapter'}"]
+    lines.append(f'  next       finetune generate {run} "..."; finetune export {run} --to peft')
+    return "\n".join(lines)
+
+
+def outcome_record(run: Path) -> dict[str, Any]:
+    """What `outcome` says, and evaluation.json, as JSON data."""
+    files = RunFiles.read(run)
+    figures = {key: files.manifest.get(key) for key in ("status", "minutes", "peak_memory_gib", "total_steps")}
+    places = {"run": str(run), "report": str(run / "report.html"), "adapter": str(run / "adapter")}
+    return {**places, **figures, "evaluation": to_json(files.trained) if files.trained else {}}
+
+
+def summary(manifest: Manifest, evaluation: Evaluation | None) -> str:
+    """What a run did, in a few sentences of Markdown."""
+    status = manifest.get("status", "unknown")
+    parts = [f"Recipe {code(manifest.get('recipe', '?'))}, status: **{status}**."]
+    if stopped := manifest.get("stopped_by"):
+        parts.append(f"It was stopped by {code(stopped)}.")
+    if "minutes" in manifest:
+        parts.append(f"Took {manifest['minutes']} minutes and at most {manifest['peak_memory_gib']} GiB.")
+    for title, figures in evaluation.headlines() if evaluation else []:
+        if figures.base and figures.adapter:
+            unit = " nats per trained token" if title == "test loss" else ""
+            parts.append(
+                f"{title.capitalize()} went from {figures.base.value:.3f} to {figures.adapter.value:.3f}{unit}."
+            )
+    return " ".join(parts)
+
+
+def check_lines(manifest: Manifest) -> list[str]:
+    """The checks of a run, as items of a Markdown list."""
+    lines = [f"- {line}" for line in manifest.get("audit") or []]
+    match manifest.get("read_back"):
+        case {"skipped": reason}:
+            lines.append(f"- **not read back** with stock PEFT: {reason}")
+        case {"conclusive": False, "effect_kl": effect, "mean_kl": found}:
+            lines.append(
+                f"- read back by stock PEFT, **inconclusive**: the adapter changes so little (KL {effect:.1e}) that "
+                f"ignoring it would hardly show (KL {found:.1e} found)"
+            )
+        case {"max_difference": difference, "effect": effect, "samples": samples}:
+            lines.append(
+                f"- read back by stock PEFT in a fresh process: logits differ by {difference:.1e} at most on {samples} "
+                f"samples (the adapter itself moves them by {effect:.1f})"
+            )
+    if "adapter_of_step" in manifest:
+        lines.append(f"- the adapter is the one of step {manifest['adapter_of_step']} (best validation loss)")
+    return lines
+
+
+def _evaluation(evaluation: Evaluation | None) -> str:
+    if evaluation is None or evaluation.test is None:
+        return ""
+    test = evaluation.test
+    shown = [model for model in MODELS if evaluation.has(model)]
+    columns = {"base": "before (base alone)", "adapter": "after"}
+    titles = {"test loss": "test loss (nats per trained token)", "accuracy": "label accuracy"}
+    table = Table(
+        ("", *(columns[model] for model in shown)),
+        [
+            (titles[title], *(figure.headline() for model in shown if (figure := figures.of(model))))
+            for title, figures in evaluation.headlines()
+        ],
+    )
+    note = f"{test.rows} test rows, {evaluation.confidence:.0%} intervals"
+    if test.num_labels is not None:
+        note += (
+            f"; labels scored by likelihood among {test.num_labels}, "
+            f"always giving the most frequent one scores {test.best_constant:.3f}"
+        )
+    return f"## Before and after\n\n{_table(table)}\n\n{note}."
+
+
+def _training(files: RunFiles) -> str:
+    steps = [line for line in files.metrics if line.get("kind") == "step"]
+    if not steps:
+        return "## Training\n\nNo step was made yet."
+    every = max(1, len(steps) // NUM_CURVE_POINTS)
+    shown = [*steps[::every], *([steps[-1]] if (len(steps) - 1) % every else [])]
+    validations = {line["step"]: line["validation_loss"] for line in files.metrics if line.get("kind") == "evaluation"}
+    head = ("step", "loss", "balance", "gradient norm", "learning rate", "tokens/s", "memory GiB")
+    rows = [
+        (
+            str(step["step"]),
+            f"{step['loss']:.4f}",
+            f"{step['balance_loss']:.3f}",
+            f"{step['gradient_norm']:.3f}",
+            f"{step['learning_rate']:.2e}",
+            f"{step['tokens_per_second']:,.0f}",
+            f"{step['memory_gib']:.2f}",
+        )
+        for step in shown
+    ]
+    text = f"## Training\n\n{_table(Table(head, rows))}"
+    if validations:
+        best = min(validations, key=lambda step: validations[step])
+        text += "\n\nValidation loss: " + ", ".join(f"{loss:.4f} (step {step})" for step, loss in validations.items())
+        text += f"; best at step {best}."
+    return text
+
+
+def _figures(manifest: Manifest) -> str:
+    """Base, data, memory, parameters and environment."""
+    if "base" not in manifest:
+        return ""
+    base, environment = manifest["base"], manifest["environment"]
+    lines = [f"- base: {code(base['name'])}, revision {base['revision'] or 'none'}, identity `{base['identity'][:16]}`"]
+    lines += [
+        f"- data, {name}: {split['rows']:,} rows, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained, "
+        f"{split['skipped_rows']:,} skipped, fingerprint `{split['fingerprint'][:16]}`"
+        for name, split in manifest["data"].items()
+    ]
+    lines += _memory(manifest)
+    counts = ", ".join(f"{kind} {count:,}" for kind, count in manifest["adapter_parameters"].items())
+    lines.append(f"- trained parameters: {counts}")
+    lines.append("- environment: " + ", ".join(f"{key} {value}" for key, value in environment.items()))
+    return "## Facts\n\n" + "\n".join(lines)
+
+
+def _memory(manifest: Manifest) -> list[str]:
+    """How the base was stored and what updated the adapter, as far as the manifest says."""
+    base = manifest["base"]
+    lines = []
+    parts = [
+        f"{line['part']} {line['num_bytes'] / 2**20:,.1f} MiB {line['format']} on {line.get('device', 'one device')}"
+        for line in base.get("storage", [])
+    ]
+    if parts:
+        lines.append("- stored in memory: " + ", ".join(parts))
+    lines += [
+        f"- **{part} were rounded to {stored['format']}**, which changed them by {stored['relative_rms']:.2%} "
+        "(relative RMS): the adapter belongs to that base, not to the checkpoint as it is"
+        for part, stored in base.get("held_as", {}).items()
+    ]
+    if "optimizer" in manifest:
+        lines.append(f"- {manifest['optimizer']}")
+    return lines
+
+
+# The README of an evaluation
+
+
+def describe_evaluation(evaluation: Evaluation, *, details: bool = True) -> str:
+    """Results as Markdown.
+
+    Args:
+        evaluation: of `finetune evaluate`.
         details: with the long tables: calibration, confusion, each label's own figures.
     """
-    blocks = [f"# {code(summary['adapter'])} against its base", introduction(summary)]
-    for part in evaluation_parts(summary):
+    blocks = [f"# {code(evaluation.adapter)} against its base", introduction(evaluation)]
+    for part in evaluation_parts(evaluation):
         blocks += [f"## {part.title}", *map(_markdown, [*part.content, *(part.details if details else ())])]
     return "\n\n".join(blocks) + "\n"
 
@@ -44,168 +228,28 @@ def _markdown(piece: Piece) -> str:
         case Table():
             return _table(piece)
         case Confusion():
-            return f"### {piece.title}\n\nA row for each own label, a column for each chosen one.\n\n" + _confusion(
-                piece
-            )
+            note = "A row for each own label, a column for each chosen one."
+            return f"### {piece.title}\n\n{note}\n\n{_table(_numbered(piece))}"
         case Reliability():
             head = ("confidence", "rows", "mean confidence", "accuracy")
             tables = (
-                f"### Calibration ({TITLES[who]})\n\n{_table(Table(head, reliability_rows(bins)))}"
-                for who, bins in piece.bins.items()
+                f"### Calibration ({TITLES[model]})\n\n{_table(Table(head, reliability_rows(bins)))}"
+                for model, bins in piece.bins.items()
             )
             return "\n\n".join(tables)
 
 
 def _table(table: Table) -> str:
     rows = [[code(row[0]), *row[1:]] for row in table.rows] if table.names else table.rows
-    lines = [table.head, ["---"] * len(table.head), *rows]
+    lines: list[Sequence[str]] = [table.head, ["---"] * len(table.head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _confusion(found: Confusion) -> str:
-    """Columns bear the numbers of their labels: names would make them far too wide."""
+def _numbered(found: Confusion) -> Table:
+    """A confusion table whose columns are headed by the labels' numbers: names would make them far too wide."""
     numbers = [str(number) for number in range(1, len(found.labels) + 1)]
     rows = [
         (f"{number}. {code(label)}", *map(str, counts))
         for number, label, counts in zip(numbers, found.labels, found.counts, strict=True)
     ]
-    return _table(Table(("", *numbers), rows))
-
-
-# report.md: what a run did and what came of it, read from its directory alone.
-#
-# Works on a run that is still going or was stopped: what is not there yet is left out and said.
-
-NUM_CURVE_POINTS = 12
-
-
-def write_report(run: Path) -> Path:
-    """Write report.md from config.yaml, manifest.json, metrics.jsonl and evaluation.json.
-
-    Args:
-        run: a run directory; files that are missing or half-written are left out.
-
-    Returns:
-        The report's path.
-    """
-    manifest, evaluation = read_json(run / "manifest.json"), read_json(run / "evaluation.json")
-    lines = read_lines(run / "metrics.jsonl")
-    sections = [
-        f"# Run {run.name}\n\n{summary(manifest, evaluation)}",
-        _evaluation(evaluation),
-        survival_section(run),
-        _training(lines),
-        experts_section(run, manifest),
-        "## Checks\n\n" + "\n".join(check_lines(manifest)) if check_lines(manifest) else "",
-        _facts(manifest),
-        "## Configuration\n\nThe whole of it is in `config.yaml`; overrides on the command line: "
-        + (", ".join(code(text) for text in manifest.get("overrides", [])) or "none")
-        + ".",
-    ]
-    path = run / "report.md"
-    path.write_text("\n\n".join(section for section in sections if section) + "\n")
-    return path
-
-
-def outcome(run: Path) -> str:
-    """What a finished run gained and where its files are, as a few lines for the terminal."""
-    manifest, evaluation = read_json(run / "manifest.json"), read_json(run / "evaluation.json")
-    lines = [f"finished in {manifest.get('minutes')} minutes, at most {manifest.get('peak_memory_gib')} GiB"]
-    if "after" in evaluation:
-        before, after = evaluation["before"], evaluation["after"]
-        for title, key in (("test loss", "loss"), ("accuracy", "accuracy")):
-            if key in after:
-                lines.append(f"  {title:<10} {with_interval(before, key)} -> {with_interval(after, key)}")
-    lines += [f"  report     {run / 'report.html'}", f"  adapter    {run / 'adapter'}"]
-    lines.append(f'  next       finetune generate {run} "..."; finetune export {run} --to peft')
-    return "\n".join(lines)
-
-
-def outcome_record(run: Path) -> dict[str, Any]:
-    """What `outcome` says, and both evaluations whole, as plain data."""
-    manifest, evaluation = read_json(run / "manifest.json"), read_json(run / "evaluation.json")
-    figures = {key: manifest.get(key) for key in ("status", "minutes", "peak_memory_gib", "total_steps")}
-    places = {"run": str(run), "report": str(run / "report.html"), "adapter": str(run / "adapter")}
-    return {**places, **figures, "evaluation": evaluation}
-
-
-def _evaluation(evaluation: dict[str, Any]) -> str:
-    if not evaluation:
-        return ""
-    shown = [when for when in ("before", "after") if when in evaluation]
-    first = evaluation[shown[0]]
-    rows = [("test loss (nats per trained token)", "loss"), ("label accuracy", "accuracy")]
-    titles = {"before": "before (base alone)", "after": "after"}
-    table = ["| | " + " | ".join(titles[when] for when in shown) + " |", "|---|" + "---|" * len(shown)]
-    for title, key in rows:
-        if key in first:
-            cells = [with_interval(evaluation[when], key) for when in shown]
-            table.append(f"| {title} | " + " | ".join(cells) + " |")
-    note = f"{first['rows']} test rows, {first['confidence']:.0%} intervals"
-    if "num_labels" in first:
-        note += (
-            f"; labels scored by likelihood among {first['num_labels']}, "
-            f"always giving the most frequent one scores {first['best_constant_accuracy']:.3f}"
-        )
-    return "## Before and after\n\n" + "\n".join(table) + f"\n\n{note}."
-
-
-def _training(lines: list[dict[str, Any]]) -> str:
-    steps = [line for line in lines if line.get("kind") == "step"]
-    if not steps:
-        return "## Training\n\nNo step was made yet."
-    every = max(1, len(steps) // NUM_CURVE_POINTS)
-    shown = [*steps[::every], *([steps[-1]] if (len(steps) - 1) % every else [])]
-    validations = {line["step"]: line["validation_loss"] for line in lines if line.get("kind") == "evaluation"}
-    table = [
-        "| step | loss | balance | gradient norm | learning rate | tokens/s | memory GiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    table += [
-        f"| {s['step']} | {s['loss']:.4f} | {s['balance_loss']:.3f} | {s['gradient_norm']:.3f} "
-        f"| {s['learning_rate']:.2e} | {s['tokens_per_second']:,.0f} | {s['memory_gib']:.2f} |"
-        for s in shown
-    ]
-    text = "## Training\n\n" + "\n".join(table)
-    if validations:
-        best = min(validations, key=lambda step: validations[step])
-        text += "\n\nValidation loss: " + ", ".join(f"{loss:.4f} (step {step})" for step, loss in validations.items())
-        text += f"; best at step {best}."
-    return text
-
-
-def _facts(manifest: dict[str, Any]) -> str:
-    if "base" not in manifest:
-        return ""
-    base, environment = manifest["base"], manifest["environment"]
-    lines = [f"- base: {code(base['name'])}, revision {base['revision'] or 'none'}, identity `{base['identity'][:16]}`"]
-    lines += [
-        f"- data, {name}: {facts['rows']:,} rows, {facts['tokens']:,} tokens, {facts['trained_tokens']:,} trained, "
-        f"{facts['skipped_rows']:,} skipped, fingerprint `{facts['fingerprint'][:16]}`"
-        for name, facts in manifest["data"].items()
-    ]
-    lines += _memory(manifest)
-    counts = ", ".join(f"{kind} {count:,}" for kind, count in manifest["adapter_parameters"].items())
-    lines.append(f"- trained parameters: {counts}")
-    lines.append("- environment: " + ", ".join(f"{key} {value}" for key, value in environment.items()))
-    return "## Facts\n\n" + "\n".join(lines)
-
-
-def _memory(manifest: dict[str, Any]) -> list[str]:
-    """How the base was held and what updated the adapter, as far as the manifest says."""
-    base = manifest["base"]
-    lines = []
-    parts = [
-        f"{line['part']} {line['num_bytes'] / 2**20:,.1f} MiB {line['format']} on {line.get('device', 'one device')}"
-        for line in base.get("storage", [])
-    ]
-    if parts:
-        lines.append("- held in memory: " + ", ".join(parts))
-    lines += [
-        f"- **{part} were rounded to {held['format']}**, which changed them by {held['relative_rms']:.2%} (relative "
-        "RMS): the adapter belongs to that base, not to the checkpoint as it is"
-        for part, held in base.get("held_as", {}).items()
-    ]
-    if "optimizer" in manifest:
-        lines.append(f"- {manifest['optimizer']}")
-    return lines
+    return Table(("", *numbers), rows)

@@ -1,4 +1,4 @@
-"""A run directory as reports see it: whatever is there, whole or not, and nothing that is not."""
+"""A run directory as reports read it: whatever is there, complete or not."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from typing import Any
 
 import yaml
 
+from finetune.errors import InputError
 from finetune.report.survival import Survival, read_survival
+from finetune.results import Evaluation, read_evaluation
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run directory holds; each part is empty when its file is missing, half-written or of another form.
+    """The files of a run directory; each is empty or None when it is missing, half-written or in another form.
 
     Attributes:
         path: the directory.
         config: config.yaml as plain data.
         manifest: manifest.json.
-        evaluation: evaluation.json, `before` and `after`.
+        trained: evaluation.json, which the training run wrote.
+        compared: evaluation/summary.json, which `finetune evaluate` wrote.
         metrics: lines of metrics.jsonl.
-        comparison: evaluation/summary.json, which `finetune evaluate` writes.
         answers: generated answers, lines of evaluation/rows.jsonl.
-        sample: sample.json, a training sample's pieces with their weights.
+        sample: sample.json, a training example's pieces with their weights.
         survival: what merges to MXFP4 kept (survival-TARGET.json).
-        unreadable: files that are there and could not be read.
+        unreadable: names of files that are there and could not be read.
     """
 
     path: Path
     config: dict[str, Any]
     manifest: dict[str, Any]
-    evaluation: dict[str, Any]
+    trained: Evaluation | None
+    compared: Evaluation | None
     metrics: list[dict[str, Any]]
-    comparison: dict[str, Any]
     answers: list[dict[str, Any]]
     sample: dict[str, Any]
     survival: list[Survival]
@@ -44,19 +46,15 @@ class RunFiles:
     def read(cls, run: Path) -> RunFiles:
         """Read a run directory."""
         unreadable: list[str] = []
-
-        def content(name: str) -> dict[str, Any]:
-            return read_json(run / name, unreadable)
-
         return cls(
             path=run,
             config=_read_config(run / "config.yaml", unreadable),
-            manifest=content("manifest.json"),
-            evaluation=content("evaluation.json"),
+            manifest=read_json(run / "manifest.json", unreadable),
+            trained=_evaluation(run / "evaluation.json", unreadable),
+            compared=_evaluation(run / "evaluation" / "summary.json", unreadable),
             metrics=read_lines(run / "metrics.jsonl"),
-            comparison=content("evaluation/summary.json"),
             answers=[line for line in read_lines(run / "evaluation/rows.jsonl") if line.get("measured") == "text"],
-            sample=content("sample.json"),
+            sample=read_json(run / "sample.json", unreadable),
             survival=read_survival(run),
             unreadable=unreadable,
         )
@@ -87,7 +85,7 @@ def read_json(path: Path, unreadable: list[str] | None = None) -> dict[str, Any]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Whole JSON objects of a JSONL file, line by line; others, such as a half-written last line, are left out."""
+    """Complete JSON objects of a JSONL file; other lines, such as a half-written last one, are left out."""
     lines = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -98,6 +96,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(content, dict):
             lines.append(content)
     return lines
+
+
+def _evaluation(path: Path, unreadable: list[str]) -> Evaluation | None:
+    try:
+        return read_evaluation(path)
+    except InputError:
+        unreadable.append(path.name)
+        return None
 
 
 def _read_config(path: Path, unreadable: list[str]) -> dict[str, Any]:

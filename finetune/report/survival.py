@@ -1,13 +1,15 @@
-"""What merges to MXFP4 kept of a fine-tune: text, table and figure for both reports; the SVG is written by hand."""
+"""Survival of a fine-tune in merges to MXFP4: text, table and SVG figure for both reports."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from finetune.files import write_text
 
 _FILES = "survival-*.json"
 _TITLES = {
@@ -26,15 +28,15 @@ _GAIN, _KL, _WRITTEN = "#2b6cb0", "#a0aec0", "#1a202c"
 
 @dataclass(frozen=True)
 class Survival:
-    """What one merge kept.
+    """How much of a fine-tune one merge keeps.
 
     Attributes:
-        target: what was exported to, such as `mxfp4`.
-        text: what came of it, in a few sentences of Markdown.
-        head, rows: the table of ways of serving; no rows if that was not measured.
+        target: of the export, such as `mxfp4`.
+        text: the outcome in a few sentences of Markdown.
+        head, rows: a table of the ways of serving; no rows if they were not measured.
         note: under the table.
         svg: the figure, or "".
-        weights: `tensors` by name and `overall`, with `update`, `survival` and `error`.
+        weights: JSON data of survival-TARGET.json: `tensors` by name and `overall`.
     """
 
     target: str
@@ -45,48 +47,58 @@ class Survival:
     svg: str
     weights: Mapping[str, Any]
 
+    def weight_rows(self) -> list[tuple[str, str, str, str]]:
+        """Of each expert tensor and overall: its name, size of the update, surviving share and error."""
+        tensors = self.weights.get("tensors") or {}
+        return [
+            (name, f"{figures['update']:.2%}", f"{figures['survival']:.1%}", f"{figures['error']:.2f}")
+            for name, figures in [*tensors.items(), ("overall", self.weights.get("overall"))]
+            if isinstance(figures, Mapping) and {"update", "survival", "error"} <= figures.keys()
+        ]
+
 
 def read_survival(run: Path) -> list[Survival]:
-    """What the merges of a run left in its `survival-TARGET.json`; half-written files are left out."""
+    """Survival in each merge of a run, from its survival-TARGET.json; half-written files are left out."""
     found = []
     for path in sorted(run.glob(_FILES)):
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            found.append(_survival(path.stem.removeprefix("survival-"), facts))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found.append(_survival(path.stem.removeprefix("survival-"), content))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # half-written, or of another version: the report says less
     return found
 
 
-def survival_section(run: Path) -> str:
-    """The report's section on merges to MXFP4, and the figures beside it; empty if there was none.
+def survival_section(merges: Sequence[Survival], run: Path) -> str:
+    """The section of report.md on merges to MXFP4; empty if there was none.
 
     Args:
-        run: a run directory; `survival-TARGET.svg` is written into it where end-to-end figures are there.
+        merges: of the run.
+        run: its directory; `survival-TARGET.svg` is written into it where survival was measured end to end.
     """
     parts = []
-    for each in read_survival(run):
-        part = [f"`{each.target}`: {each.text}"]
-        if each.rows:
-            figure = run / f"survival-{each.target}.svg"
-            figure.write_text(each.svg, encoding="utf-8")
-            lines = [each.head, ["---"] * len(each.head), *each.rows]
-            part += ["\n".join(f"| {' | '.join(cells)} |" for cells in lines), each.note]
+    for merge in merges:
+        part = [f"`{merge.target}`: {merge.text}"]
+        if merge.rows:
+            figure = run / f"survival-{merge.target}.svg"
+            write_text(figure, merge.svg)
+            lines = [merge.head, ["---"] * len(merge.head), *merge.rows]
+            part += ["\n".join(f"| {' | '.join(cells)} |" for cells in lines), merge.note]
             part.append(f"![What survives]({figure.name})")
         parts += part
     return "## Merged back to MXFP4\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def _survival(target: str, facts: Mapping[str, Any]) -> Survival:
-    overall, found = facts["overall"], facts.get("end_to_end", {})
-    text = f"{facts['rounding']} rounding. The experts' update is {overall['update']:.2%} of their weights"
+def _survival(target: str, content: Mapping[str, Any]) -> Survival:
+    overall, found = content["overall"], content.get("end_to_end", {})
+    text = f"{content['rounding']} rounding. The experts' update is {overall['update']:.2%} of their weights"
     if "outputs" in overall:
         seen = overall["outputs"]
         text += f"; {seen['projection']:.1%} of it survives in their outputs, beside an error of {seen['error']:.2f}"
     text += "."
     if "variants" not in found:
         text += f" Not measured end to end: {found.get('skipped', 'no figures')}."
-        return Survival(target, text, [], [], "", "", facts)
+        return Survival(target, text, [], [], "", "", content)
     verdict = found.get("verdict", {"kept": True, "reasons": [], "notes": []})
     outcome = "**Kept**." if verdict["kept"] else "**Lost**: " + "; ".join(verdict["reasons"]) + "."
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in verdict["notes"])
@@ -95,8 +107,8 @@ def _survival(target: str, facts: Mapping[str, Any]) -> Survival:
         f"{found['rows']} {found['split']} rows, {found['confidence']:.0%} intervals by bootstrap over rows; "
         f"gain {found['gain']:.4f} nats per trained token."
     )
-    svg = survival_svg(found, facts["rounding"])
-    return Survival(target, f"{text} {outcome}{notes}", head, rows, note, svg, facts)
+    svg = survival_svg(found, content["rounding"])
+    return Survival(target, f"{text} {outcome}{notes}", head, rows, note, svg, content)
 
 
 def _table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -119,11 +131,11 @@ def _table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def survival_svg(found: Mapping[str, Any], written: str) -> str:
-    """Two bars for each way of serving: share of the gain kept, and of KL(adapter || base) removed.
+    """An SVG figure with two bars per way of serving: share of the gain kept, and of KL(adapter || base) removed.
 
     Args:
         found: the end-to-end figures of an export.
-        written: the variant that was written, drawn in bold.
+        written: the variant that the export wrote, set in bold.
     """
     rows = [(name, each) for name, each in found["variants"].items() if name not in ("base", "adapter")]
     height = _TOP + _ROW * len(rows) + 30
@@ -157,7 +169,7 @@ def _legend() -> str:
 
 
 def _bar(y: int, share: float, colour: str) -> str:
-    """A bar from 0; what lies outside of the axis is cut there and its number says so."""
+    """A bar from 0 with its number; it ends at the edge of the axis where its value is beyond."""
     start, end = _place(0.0), _place(share)
     width = abs(end - start)
     label_x = max(start, end) + 5

@@ -19,12 +19,14 @@ from finetune.config.schema import AdapterConfig, RunConfig
 from finetune.config.validate import dump_yaml, to_plain
 from finetune.data.preview import as_json
 from finetune.errors import ConfigError, InputError, Interrupted
+from finetune.evaluate.evalset import evenly_spread
 from finetune.evaluate.likelihood import held_out_loss
+from finetune.evaluate.summary import measure_test_set
 from finetune.files import write_json
 from finetune.model.build import check_unchanged
+from finetune.results import BaseName, Evaluation, Model, read_evaluation
 from finetune.train.checkpoint import checkpoint_path, load_checkpoint, load_newest, remove_after
 from finetune.train.engines.base import Engine, open_engine
-from finetune.train.evaluation import evaluate_test_set, validation_subset
 from finetune.train.finalize import Result, read_back_samples, why_not_read_back, write_result
 from finetune.train.metrics import Tracker, memory_gib
 from finetune.train.routing_watch import RoutingWatch
@@ -220,29 +222,33 @@ def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, s
     The adapter is written after all of it: a run that was stopped has none that could be taken for its result.
     """
     config, base, test, processes = session.config, session.base, session.test, session.processes
-    evaluation: dict[str, Any] = processes.broadcast(run.read_json(run.evaluation))
+    names = BaseName(str(base.checkpoint.directory), base.identity)
+    notes = list(test.notes) if test else []
+    new = Evaluation("adapter", names, config.evaluate.confidence, notes, {}, [], None, None)
+    evaluation: Evaluation = processes.broadcast(read_evaluation(run.evaluation)) or new
 
-    def evaluate(when: str, save: Callable[[], None] | None) -> None:
-        if test is None or when in evaluation:
+    def evaluate(model: Model, save: Callable[[], None] | None) -> None:
+        nonlocal evaluation
+        if test is None:
             return
 
         def between() -> None:
-            trainer.hangs.beat(f"evaluating {when} training")
+            trainer.hangs.beat(f"evaluating the {model}")
             _leave_if_asked(stop, run, save, processes)
 
-        figures = evaluate_test_set(base, test, config, when=when, between_batches=between)
-        evaluation[when] = processes.broadcast(figures)
+        figures = measure_test_set(base, test, model, config.evaluate.confidence, between_batches=between)
+        evaluation = evaluation.updated(model, processes.broadcast(figures))
         run.write_evaluation(evaluation)
 
-    with session.adapter.disabled():
-        evaluate("before", trainer.save)
+    if not evaluation.has("base"):
+        with session.adapter.disabled():
+            evaluate("base", trainer.save)
     trainer.train(stop)
     _choose_best(session, trainer, run)
     trainer.hangs.beat("checking the base")
     check_unchanged(base)
-    evaluation.pop("after", None)
     # The last step is saved already; saving now could store the best step's adapter under its name.
-    evaluate("after", None)
+    evaluate("adapter", None)
     if trainer.watch is not None:
         best = trainer.state.best_step if config.save.best_metric != "none" else None
         usage = trainer.step.router_loss.usage
@@ -290,7 +296,7 @@ def _trainer(
         _leave_if_asked(stop, run, trainer.save, session.processes)
 
     if "validation" in session.splits:
-        samples = validation_subset(session.splits["validation"].examples, config.evaluate.validation_examples)
+        samples = evenly_spread(session.splits["validation"].examples, config.evaluate.validation_examples)
 
         def validation() -> float:
             return held_out_loss(

@@ -18,6 +18,7 @@ from finetune.config.suggest import suggest_run
 from finetune.config.validate import dump_yaml, load_run_config
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.files import write_json, write_text
+from finetune.results import Evaluation, to_json
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,10 @@ class RunDirectory:
         if self.writes:
             write_json(self.manifest, self.read_json(self.manifest) | facts)
 
-    def write_evaluation(self, figures: dict[str, Any]) -> None:
+    def write_evaluation(self, evaluation: Evaluation) -> None:
         """Replace evaluation.json."""
         if self.writes:
-            write_json(self.evaluation, figures)
+            write_json(self.evaluation, to_json(evaluation))
 
     @contextmanager
     def discarded_if_unused(self) -> Iterator[None]:

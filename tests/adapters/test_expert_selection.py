@@ -203,7 +203,7 @@ class TestScore:
         assert choose(scores, rule(0.7)) == {0: (0, 2), 1: (0, 1, 2)}
         assert choose(scores, rule(1.0)) == {0: (0, 1, 2, 3), 1: (0, 1, 2, 3)}
         assert choose(scores, SelectRule("top_k", top_k=1)) == {0: (0,), 1: (0,)}
-        with pytest.raises(ConfigError, match="asks for 5 experts a layer, the base has 4"):
+        with pytest.raises(ConfigError, match="asks for 5 experts per layer, the base has 4"):
             refuse_too_many(SelectRule("top_k", top_k=5), 4)
 
     def test_a_file_comes_back_and_belongs_to_its_base(self, tiny_base: Path, tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             return 6
         run = Path(given["output_dir"]) / given["name"].strip("'")
         run.mkdir(parents=True)
-        (run / "evaluation.json").write_text(json.dumps({"after": {"loss": 1 + rate, "accuracy": 0.5}}))
+        loss, accuracy = ({"adapter": {"value": value, "interval": None}} for value in (1 + rate, 0.5))
+        test = {"suite": "test", "rows": 1, "records": 1, "loss": loss, "perplexity": {}, "accuracy": accuracy}
+        rest = {"adapter": "adapter", "base": None, "notes": [], "left_out": {}, "contamination": None, "answers": None}
+        evaluation = {"confidence": 0.95, "suites": [test], **rest}
+        (run / "evaluation.json").write_text(json.dumps(evaluation))
         (run / "manifest.json").write_text(json.dumps({"minutes": 2.0, "loop": {"best_loss": None}}))
         return 0
 

@@ -217,9 +217,9 @@ def test_a_killed_builder_leaves_no_lock_and_no_half_entry(rows: Path) -> None:
     builder.stdout.readline()
     os.kill(builder.pid, signal.SIGKILL)
     builder.wait()
-    assert not [path for path in (rows.parent / "cache").glob("train-*") if path.is_dir() and path.suffix != ".part"]
+    assert not [path for path in (rows.parent / "cache").glob("train-*") if path.is_dir() and path.suffix != ".partial"]
     assert len(load_split(config_for(rows), "train").examples) == 20
-    assert not list((rows.parent / "cache").glob("*.part"))
+    assert not list((rows.parent / "cache").glob("*.partial"))
 
 
 def test_a_source_that_changes_while_it_is_read_is_no_source(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:

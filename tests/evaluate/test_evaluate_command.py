@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 from finetune.cli.main import main
 from finetune.config.validate import load_run_config
 from finetune.data.dataset import load_split
+from finetune.evaluate import measure
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
@@ -34,18 +35,18 @@ def suites(out: Path) -> dict[str, dict]:  # type: ignore[type-arg]
 
 
 def test_figures_equal_the_runs_own(finished: tuple[Path, str], evaluated: Path) -> None:
-    own = json.loads((finished[0] / "evaluation.json").read_text())
+    own = json.loads((finished[0] / "evaluation.json").read_text())["suites"][0]
     test = suites(evaluated)["test"]
-    assert test["rows"] == own["before"]["rows"]
-    for who, when in (("base", "before"), ("adapter", "after")):
-        assert test["loss"][who]["value"] == pytest.approx(own[when]["loss"], abs=1e-5)
-        assert test["accuracy"][who]["value"] == own[when]["accuracy"]
+    assert test["rows"] == own["rows"] and test["accuracy"]["base"] == own["accuracy"]["base"]
     for who in ("base", "adapter"):
+        assert test["loss"][who]["value"] == pytest.approx(own["loss"][who]["value"], abs=1e-5)
+        assert test["accuracy"][who] == own["accuracy"][who]
         perplexity, loss = test["perplexity"][who], test["loss"][who]
         assert np.log([perplexity["value"], *perplexity["interval"]]) == pytest.approx(
             [loss["value"], *loss["interval"]]
         )
-    assert test["loss"]["difference"]["value"] == pytest.approx(own["after"]["loss"] - own["before"]["loss"], abs=1e-5)
+    difference = own["loss"]["adapter"]["value"] - own["loss"]["base"]["value"]
+    assert test["loss"]["difference"]["value"] == pytest.approx(difference, abs=1e-5)
 
 
 def test_before_figures_equal_the_base_without_any_adapter(
@@ -124,16 +125,14 @@ def test_a_stopped_evaluation_goes_on(
     lines = (evaluated / "rows.jsonl").read_text().splitlines(keepends=True)
     half = tmp_path / "rows.jsonl"
     half.write_text("".join(lines[: len(lines) // 2]) + lines[-1][:20])
-    from finetune.evaluate import measure as compare
-
     scored: list[int] = []
-    real = compare.held_out_loss
+    real = measure.held_out_loss
 
     def counting(model, samples, *rest, **named):  # type: ignore[no-untyped-def]
         scored.append(len(samples))
         return real(model, samples, *rest, **named)
 
-    monkeypatch.setattr(compare, "held_out_loss", counting)
+    monkeypatch.setattr(measure, "held_out_loss", counting)
     arguments = ["evaluate", str(finished[0]), "--out", str(tmp_path), "--retention", "4", "--generate", "3"]
     assert main([*arguments, "--max-tokens", "4"]) == 0
     in_all = sum('"measured": "score"' in line for line in lines)

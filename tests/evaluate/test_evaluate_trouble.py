@@ -13,10 +13,8 @@ import pytest
 
 from finetune import log
 from finetune.cli.main import main
-from finetune.evaluate import evalset as testset
-from finetune.evaluate import labels
-from finetune.evaluate import measure as compare
-from finetune.evaluate import run as evaluation
+from finetune.evaluate import evalset, labels, measure
+from finetune.evaluate import run as run_module
 from finetune.evaluate.statistics import wilson_interval
 
 Json = dict[str, Any]
@@ -90,8 +88,8 @@ def test_another_recipe_with_odd_rows(
     odd_rows(workplace, here)
     monkeypatch.chdir(here)
     monkeypatch.setattr(log, "PLAIN_LINE_SECONDS", -1.0)
-    monkeypatch.setattr(compare, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(testset, "SHIPPED", {"legal": testset.SHIPPED["legal"]})
+    monkeypatch.setattr(measure, "EXAMPLES_AT_ONCE", 2)
+    monkeypatch.setattr(evalset, "SHIPPED", {"legal": evalset.SHIPPED["legal"]})
     assert main(["evaluate", str(run), "--recipe", "odd.yaml", "--retention", "1"]) == 0
     assert Path.cwd() == here and not (run / "evaluation").exists()
     found = summary(run / "evaluation-odd")
@@ -104,11 +102,11 @@ def test_another_recipe_with_odd_rows(
     assert found["left_out"] == {"skipped": 1, "dropped": 0, "truncated": 1}
     notes = "\n".join(found["notes"])
     for expected in (
-        "1 rows of data.test were skipped and are in no figure (1 ",
-        "1 rows of data.test lost context to fit data.max_length (700 tokens)",
-        "the 8 test rows are of 6 records",
-        "1 of 6 test rows have an `answer` that is not what their last message says (the first: odd.jsonl:2)",
-        "1 of 6 test answers stand in no training row",
+        "1 records of data.test were skipped and are in no figure (1 ",
+        "1 records of data.test lost context to fit data.max_length (700 tokens)",
+        "the 8 test examples are of 6 records",
+        "1 of 6 test records have an `answer` that differs from their last message (the first: odd.jsonl:2)",
+        "1 of 6 test answers occur in no training record",
         "another recipe than the run's is scored; what was trained on is the run's own data",
     ):
         assert expected in notes and expected in readme
@@ -137,7 +135,7 @@ def test_an_adapter_alone_with_rows_of_two_kinds(
     assert main(arguments) == 0
     found = summary(tmp_path / "alone-evaluation")
     notes = "\n".join(found["notes"])
-    assert "labels are not scored: 1 of 3 test rows have no `answer`" in notes
+    assert "labels are not scored: 1 of 3 test records have no `answer`" in notes
     assert "the adapter belongs to no run: what it was trained on is taken from the recipe" in notes
     assert "contamination and copying are not checked: the training data cannot be read (" in notes
     assert found["contamination"] is None and "accuracy" not in found["suites"][0]
@@ -160,7 +158,7 @@ def test_what_cannot_be_answered_is_told_before_anything_is_measured(
     def not_yet(*_: object, **__: object) -> None:
         raise AssertionError("measured already")
 
-    monkeypatch.setattr(evaluation, "measure", not_yet)
+    monkeypatch.setattr(run_module, "measure", not_yet)
     assert main(["evaluate", str(run), "--retention", "0", "--generate", "2", "--max-tokens", "200000"]) == 2
     assert re.search(r"--max-tokens 200,000: the longest prompt has \d+ tokens", capsys.readouterr().err)
     write(tmp_path / "text.jsonl", {"text": "Once upon a time."}, {"text": "There was a clause."})
@@ -174,7 +172,7 @@ def test_numbers_that_are_not_finite_are_named(
     run: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["evaluate", str(run), "--retention", "0", "--examples", "2"]
-    real = labels.score_row
+    real = labels.score_groups
 
     def broken(model: Any, row: Any) -> Any:
         found = real(model, row)
@@ -182,17 +180,17 @@ def test_numbers_that_are_not_finite_are_named(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(labels, "score_row", broken)
+        patch.setattr(labels, "score_groups", broken)
         assert main(arguments) == 6
     second = r"test\.jsonl:\d+"
     assert re.search(second + r": the log-likelihood of '\w+ \w+' is nan", capsys.readouterr().err)
-    real_loss = compare.held_out_loss
+    real_loss = measure.held_out_loss
 
     def infinite(*rest: Any, **named: Any) -> Any:
         found = real_loss(*rest, **named)
         found.nll[1] = np.inf
         return found
 
-    monkeypatch.setattr(compare, "held_out_loss", infinite)
+    monkeypatch.setattr(measure, "held_out_loss", infinite)
     assert main(arguments) == 6
     assert re.search(r"the loss of base on .*" + second + " is inf", capsys.readouterr().err)

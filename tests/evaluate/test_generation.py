@@ -160,8 +160,8 @@ TOLD = [*header_ids("functions.look to=assistant", "commentary"), *encode_text("
         ([*HEADER, RETURN_ID], "without a final"),
         ([*BODY, CALL_ID], "without a call"),
         (CALL, "does not declare"),
-        ([*BODY, END_ID, START_ID, *encode_text("assistant"), *YES], "goes on after its final"),
-        ([*BODY, END_ID, *header_ids("assistant", "final"), *encode_text("N")], "goes on after its final"),
+        ([*BODY, END_ID, START_ID, *encode_text("assistant"), *YES], "a message after the final"),
+        ([*BODY, END_ID, *header_ids("assistant", "final"), *encode_text("N")], "a message after the final"),
         ([*header_ids("assistant", "notes")[2:], *encode_text("Yes"), RETURN_ID], "unknown channel 'notes'"),
         ([MESSAGE_ID, *encode_text("Yes"), RETURN_ID], "without a channel"),
         (

@@ -1,4 +1,4 @@
-"""Held-out loss and label scores against a plain loop over transformers' own model; intervals against known ones."""
+"""Held-out loss and label scores against a plain loop over transformers' own model, and the test set's figures."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
-from finetune.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
+from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
 from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import InputError
-from finetune.evaluate.evalset import EvalSet as Rows
-from finetune.evaluate.labels import LabelScores, label_set, score_labels, stratified_subset
+from finetune.evaluate.evalset import EvalSet, label_set, stratified_subset
+from finetune.evaluate.labels import LabelScores, score_labels
 from finetune.evaluate.likelihood import Group, held_out_loss
-from finetune.evaluate.statistics import bootstrap_ratio_interval, wilson_interval
+from finetune.evaluate.statistics import wilson_interval
+from finetune.evaluate.summary import measure_test_set
 from finetune.model.build import Base, build_base
 from finetune.model.checkpoint import Checkpoint
-from finetune.train.evaluation import evaluate_test_set
 
 CONFIG = DataConfig(
     train={},
@@ -57,57 +57,6 @@ def reference_log_probabilities(reference: GptOssForCausalLM, ids: list[int]) ->
     """log p(ids[t] | ids[:t]) for t from 1, float64 [T - 1], from one plain unpacked forward pass."""
     logits = reference(input_ids=torch.tensor([ids])).logits[0].double()
     return logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-
-
-# ---- intervals ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("right", "rows", "confidence", "low", "high"),
-    [
-        # By hand, n = 1: the interval of 0 of n is [0, z^2 / (n + z^2)] and z = 1.959964, z^2 = 3.841459.
-        (0, 1, 0.95, 0.0, 3.841459 / 4.841459),
-        (0, 10, 0.95, 0.0, 3.841459 / 13.841459),
-        (10, 10, 0.95, 10 / 13.841459, 1.0),
-        # Half of n: 1/2 -+ z / (2 sqrt(n + z^2)); z = 1.644854 at 90 %.
-        (50, 100, 0.95, 0.5 - 1.959964 / (2 * 103.841459**0.5), 0.5 + 1.959964 / (2 * 103.841459**0.5)),
-        (5, 10, 0.90, 0.5 - 1.644854 / (2 * 12.705543**0.5), 0.5 + 1.644854 / (2 * 12.705543**0.5)),
-        # Newcombe 1998, Statistics in Medicine 17, table I: 81 of 263 and 15 of 148 by the score method.
-        (81, 263, 0.95, 0.2553, 0.3662),
-        (15, 148, 0.95, 0.0624, 0.1605),
-    ],
-)
-def test_wilson_interval_has_known_values(right: int, rows: int, confidence: float, low: float, high: float) -> None:
-    assert wilson_interval(right, rows, confidence) == pytest.approx((low, high), abs=6e-5)
-
-
-def test_wilson_bounds_solve_the_score_equation() -> None:
-    """Its bounds are the proportions p at which the observed share lies exactly z standard errors away."""
-    for right, rows in ((1, 7), (30, 300), (299, 300)):
-        for p in wilson_interval(right, rows, 0.95):
-            assert abs(right / rows - p) == pytest.approx(1.959964 * (p * (1 - p) / rows) ** 0.5, rel=1e-5)
-
-
-def test_no_rows_say_nothing() -> None:
-    assert wilson_interval(0, 0, 0.95) == (0.0, 1.0)
-
-
-def test_bootstrap_interval_is_the_same_each_time_and_as_wide_as_theory_says() -> None:
-    rng = np.random.default_rng(7)
-    values, ones = rng.normal(5.0, 2.0, 400), np.ones(400)
-    low, high = bootstrap_ratio_interval(values, ones, 0.95)
-    assert (low, high) == bootstrap_ratio_interval(values, ones, 0.95)
-    assert (low, high) != bootstrap_ratio_interval(values, ones, 0.95, seed=1)
-    standard_error = values.std() / 20
-    assert low == pytest.approx(values.mean() - 1.96 * standard_error, abs=0.02)
-    assert high == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.02)
-
-
-def test_bootstrap_keeps_numerator_and_denominator_of_a_sample_together() -> None:
-    weights = np.random.default_rng(0).integers(1, 50, 200).astype(float)
-    assert bootstrap_ratio_interval(3.0 * weights, weights, 0.95) == pytest.approx((3.0, 3.0))
-    low, high = bootstrap_ratio_interval(3.0 * weights[::-1], weights, 0.95)
-    assert high - low > 0.3
 
 
 # ---- held-out loss --------------------------------------------------------------------------------------------------
@@ -165,7 +114,6 @@ def test_label_scores_equal_one_answer_at_a_time(
             answer = render_answer(scored.labels[column])
             log_probability = reference_log_probabilities(reference, prompt + answer)[-len(answer) :]
             assert scored.log_likelihood[number, column] == pytest.approx(log_probability.sum().item(), abs=1e-4)
-            assert scored.shared is not None
             assert scored.shared[number] == pytest.approx(log_probability[:3].sum().item(), abs=1e-4)  # the header
 
 
@@ -218,8 +166,8 @@ def test_answers_that_begin_alike(base: Base, reference: GptOssForCausalLM, spli
 
 def test_accuracy_counts_the_likeliest_answer() -> None:
     table = np.array([[-1.0, -2.0, -3.0], [-5.0, -4.0, -6.0], [-9.0, -8.0, -7.0], [-1.0, -2.0, -3.0]])
-    scores = LabelScores(("a", "b", "c"), table, np.array([0, 1, 0, 0]))
-    assert (scores.num_right, scores.accuracy, scores.best_constant) == (3, 0.75, 0.75)
+    scores = LabelScores(("a", "b", "c"), table, np.array([0, 1, 0, 0]), np.zeros(4))
+    assert (scores.num_right, scores.accuracy) == (3, 0.75)
     assert scores.interval(0.95) == wilson_interval(3, 4, 0.95)
 
 
@@ -274,18 +222,20 @@ def test_stratified_subset_rounds_by_largest_remainder() -> None:
     assert kinds == {"a": 2, "b": 1, None: 1}  # 2.0, 1.2 and 0.8
 
 
-def test_figures_of_a_run_count_a_record_of_several_turns_once(base: Base, split: Split) -> None:
-    """Two records, one of them with three rows: one label each, and records are what chance draws."""
+def test_a_record_of_several_turns_counts_once_in_the_figures_of_a_run(base: Base, split: Split) -> None:
+    """Two records, one of them with three examples: one label each, and intervals resample records."""
     one, other = split.records[0], next(r for r in split.records if r.answer != split.records[0].answer)
     samples = split.examples[:4]
-    test = Rows((one, other, other, other), samples, (str(one.answer), str(other.answer)))
-    config = RunConfig(model=ModelConfig(path="x"), data=CONFIG)
-    figures = evaluate_test_set(base, test, config, when="before", between_batches=lambda: None)
-    right = round(2 * figures["accuracy"])
-    assert figures["accuracy_interval"] == wilson_interval(right, 2, 0.95)
-    assert figures["best_constant_accuracy"] == 0.5  # 0.75 were the copies counted
+    labels = (str(one.answer), str(other.answer))
+    test = EvalSet("test", CONFIG, (one, other, other, other), samples, labels)
+    figures = measure_test_set(base, test, "base", 0.95, between_batches=lambda: None)
+    assert figures.accuracy and figures.accuracy.base and figures.loss.base and figures.loss.base.interval
+    assert figures.accuracy.adapter is figures.accuracy.mcnemar is figures.loss.difference is None
+    right = round(2 * figures.accuracy.base.value)
+    assert figures.accuracy.base.interval == wilson_interval(right, 2, 0.95)
+    assert figures.best_constant == 0.5  # 0.75 were the copies counted
     loss = held_out_loss(base.model, samples, CONFIG.max_length)
     nll, weight = ([values[0], values[1:].sum()] for values in (loss.nll, loss.weight))
     # Of two records a resample is the one, the other or both: the interval ends at their own losses.
-    assert figures["loss_interval"] == pytest.approx(sorted(n / w for n, w in zip(nll, weight, strict=True)))
-    assert figures["loss_interval"] != pytest.approx(loss.interval(0.95))
+    assert figures.loss.base.interval == pytest.approx(sorted(n / w for n, w in zip(nll, weight, strict=True)))
+    assert figures.loss.base.interval != pytest.approx(loss.interval(0.95))

@@ -1,10 +1,11 @@
-"""`finetune evaluate`'s summary in README.md and report.html: every figure, whatever version wrote it."""
+"""Results of `finetune evaluate` in README.md and report.html: every figure, escaped, drawn where it belongs."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,57 +15,75 @@ import pytest
 from sklearn.metrics import confusion_matrix
 from test_report_html import ATTACK, checked
 
-from finetune.evaluate.statistics import Classification
-from finetune.evaluate.summary import compared_shares, label_figures, share_intervals, with_interval
-from finetune.report.content import figure
-from finetune.report.content import with_interval as in_words
-from finetune.report.html import evaluation_html, write_html
+from finetune.evaluate.statistics import Classification, wilson_interval
+from finetune.evaluate.summary import compare_shares, with_label_figures
+from finetune.report.charts import DIAGRAM, reliability_diagram
+from finetune.report.content import reliability_rows
+from finetune.report.html import write_html
 from finetune.report.markdown import describe_evaluation
-from finetune.report.reliability import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, reliability_diagram, reliability_rows
+from finetune.results import (
+    AnswerFigures,
+    AuthorFigures,
+    BaseName,
+    Comparison,
+    ContaminationFigures,
+    Evaluation,
+    Figure,
+    FormFigures,
+    Model,
+    ProseFigures,
+    ReliabilityBin,
+    SuiteFigures,
+    TextFigures,
+    to_json,
+)
 
-OLDER = Path(__file__).parents[1] / "fixtures" / "evaluation_summary_older.json"
 LABELS = (ATTACK, "a|b", *(f"Clause of kind {number}" for number in range(22)))
-WHO = ("base", "adapter")
 
 
 @pytest.fixture(scope="module")
-def models() -> dict[str, Classification]:
+def models() -> dict[Model, Classification]:
     rng = np.random.default_rng(0)
     right = rng.integers(24, size=90)
-    found = {}
-    for who, strength in (("base", 0.5), ("adapter", 3.0)):
+    found: dict[Model, Classification] = {}
+    strengths: dict[Model, float] = {"base": 0.5, "adapter": 3.0}
+    for model, strength in strengths.items():
         scores = rng.normal(size=(90, 24))
         scores[np.arange(90), right] += strength
-        found[who] = Classification.of(LABELS, scores, right)
+        found[model] = Classification.of(LABELS, scores, right)
     return found
 
 
 @pytest.fixture(scope="module")
-def summary(models: dict[str, Classification]) -> dict[str, Any]:
-    """Of this version, with a figure under every key and all figures different."""
-    shares = compared_shares({who: each.is_right for who, each in models.items()}, 0.9)
-    loss = {who: with_interval(n + 1.25, (n + 1.125, n + 1.5)) for n, who in enumerate((*WHO, "difference"))}
-    test = {"suite": "test", "rows": 90, "loss": loss, "num_labels": 24, "best_constant": 0.0777, "accuracy": shares}
-    test["perplexity"] = {who: with_interval(n + 33.5, (n + 31.5, n + 36.5)) for n, who in enumerate(WHO)}
-    test |= {"accuracy_per_token": shares, **label_figures(models, 0.9), "most_confused": [(ATTACK, "a|b", 7)]}
-    forms = {key: [True] * n + [False] * 8 for n, key in enumerate(("stopped", "cut", "format_errors", "refusals"), 1)}
-    form = {key: sum(rows) for key, rows in forms.items()} | {"mean_tokens": 17.0}
-    form["intervals"] = share_intervals(forms, 0.9) | {"mean_tokens": [11.0, 23.0]}
-    prose = {"distinct_1": 0.4321, "longest_copy_words": 13, "a_newer_figure": 0.8642}
-    plain_text = {"suite": "plain text", "rows": 5, "loss": loss, "perplexity": test["perplexity"]}
-    return {
-        "adapter": ATTACK, "base": {"name": "tiny", "identity": "0123456789abcdef00"}, "confidence": 0.9,
-        "suites": [test, test | {"suite": "legal"}, plain_text],
-        "contamination": {"rows": 90, "seen": 11, "touched": 12, "too_short": 13, "without_seen": test | {"rows": 79}},
-        "answers": {"rows": 12, "base": form, "adapter": form | {"refusals": 0}, "exact": shares,
-                    "prose": {who: prose for who in (*WHO, "reference")}
-                    | {"authors": {"known": 4, "largest_share": 0.6125, "unknown_rows": 3}}},
-    }  # fmt: skip
+def results(models: dict[Model, Classification]) -> Evaluation:
+    """An evaluation with every figure, and all figures different."""
+    shares = compare_shares({model: each.is_right for model, each in models.items()}, 0.9)
+    loss = Comparison(*(Figure(n + 1.25, (n + 1.125, n + 1.5)) for n in range(3)))
+    perplexity = Comparison(*(Figure(n + 33.5, (n + 31.5, n + 36.5)) for n in range(2)))
+    test = SuiteFigures("test", 90, 90, loss, perplexity, num_labels=24, best_constant=0.0777, accuracy=shares)
+    test = replace(with_label_figures(test, models, 0.9), accuracy_per_token=shares, most_confused=[(ATTACK, "a|b", 7)])
+    counts = {key: n for n, key in enumerate(("stopped", "cut", "format_errors", "refusals"), 1)}
+    intervals = {key: wilson_interval(n, n + 8, 0.9) for key, n in counts.items()} | {"mean_tokens": (11.0, 23.0)}
+    form = FormFigures(**counts, mean_tokens=17.0, intervals=intervals)
+    text = TextFigures(0.4321, 0.8642, 0, 0, longest_copy_words=13)
+    return Evaluation(
+        adapter=ATTACK,
+        base=BaseName("tiny", "0123456789abcdef00"),
+        confidence=0.9,
+        notes=[],
+        left_out={},
+        suites=[test, replace(test, suite="legal"), SuiteFigures("plain text", 5, 5, loss, perplexity)],
+        contamination=ContaminationFigures(90, 11, 12, 2, 13, [], without_seen=replace(test, rows=79)),
+        answers=AnswerFigures(
+            "test", 12, form, replace(form, refusals=0), 12, 4, exact=shares,
+            prose=ProseFigures(text, text, text, AuthorFigures(known=4, largest_share=0.6125, unknown_rows=3)),
+        ),
+    )  # fmt: skip
 
 
-def page_of(summary: dict[str, Any], run: Path) -> Any:
+def page_of(results: Evaluation, run: Path) -> Any:
     (run / "evaluation").mkdir(parents=True, exist_ok=True)
-    (run / "evaluation" / "summary.json").write_text(json.dumps(summary))
+    (run / "evaluation" / "summary.json").write_text(json.dumps(to_json(results)))
     return checked(write_html(run))
 
 
@@ -77,14 +96,13 @@ def figures_in(content: Any) -> Iterator[dict[str, Any]]:
             yield from figures_in(each)
 
 
-def test_every_figure_with_its_interval_is_on_the_page_and_in_the_readme(
-    summary: dict[str, Any], tmp_path: Path
-) -> None:
-    page, readme = page_of(summary, tmp_path).text, describe_evaluation(summary)
+def test_every_figure_with_its_interval_is_on_the_page_and_in_the_readme(results: Evaluation, tmp_path: Path) -> None:
+    page, readme = page_of(results, tmp_path).text, describe_evaluation(results)
     assert "cannot be made" not in page
-    assert len(list(figures_in(summary))) > 200
-    for found in figures_in(summary):
-        shown = {figure(found, form) for form in (".3f", "+.3f", ".2f", ".4g")}
+    assert len(list(figures_in(to_json(results)))) > 200
+    for found in figures_in(to_json(results)):
+        figure = Figure(found["value"], tuple(found["interval"]))
+        shown = {figure.text(form) for form in (".3f", "+.3f", ".2f", ".4g")}
         for text in (page, readme):
             assert any(each in text for each in shown), found
     for text in (page, readme):
@@ -92,7 +110,6 @@ def test_every_figure_with_its_interval_is_on_the_page_and_in_the_readme(
             "2 of 12 [",
             "17 [11, 23]",
             "0.8642",
-            "a newer figure",
             "11 of 90",
             "on 79 rows",
             "0.078 of the",
@@ -102,11 +119,11 @@ def test_every_figure_with_its_interval_is_on_the_page_and_in_the_readme(
         assert "taken for" in text and "7 times" in text and text.count("exact McNemar") == 3
 
 
-def test_hostile_labels_stay_text(summary: dict[str, Any], tmp_path: Path) -> None:
-    page = page_of(summary, tmp_path)
+def test_hostile_labels_stay_text(results: Evaluation, tmp_path: Path) -> None:
+    page = page_of(results, tmp_path)
     assert {tag for tag, _ in page.tags} & {"script", "img"} == set()
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    rows = [line for line in describe_evaluation(summary).splitlines() if "`a|b`" in line.replace("\\|", "|")]
+    rows = [line for line in describe_evaluation(results).splitlines() if "`a|b`" in line.replace("\\|", "|")]
     in_tables = [line for line in rows if line.startswith("| ")]
     assert in_tables and all("a\\|b" in line for line in in_tables)
 
@@ -127,13 +144,18 @@ class HeatTable(HTMLParser):
         self.style = (dict(attrs).get("style") or "") if tag == "td" else None
         self.scopes += [str(value) for name, value in attrs if name == "scope"]
 
+    def handle_endtag(self, tag: str) -> None:
+        self.style = None
+
     def handle_data(self, data: str) -> None:
         if self.style is not None:
             self.cells[-1].append((data, self.style))
 
 
-def test_the_heat_table_holds_the_confusion_table(summary: dict[str, Any], models: dict[str, Classification]) -> None:
-    table = HeatTable(evaluation_html(summary))
+def test_the_heat_table_holds_the_confusion_table(
+    results: Evaluation, models: dict[Model, Classification], tmp_path: Path
+) -> None:
+    table = HeatTable(page_of(results, tmp_path).source)
     after = models["adapter"]
     expected = confusion_matrix(after.right, after.chosen, labels=range(24))
     assert [[int(text) for text, _ in row] for row in table.cells[1:]] == expected.tolist()
@@ -147,52 +169,56 @@ def test_the_heat_table_holds_the_confusion_table(summary: dict[str, Any], model
                 assert style == ""
 
 
-def test_the_readmes_confusion_table_is_the_same(summary: dict[str, Any], models: dict[str, Classification]) -> None:
-    text = describe_evaluation(summary).partition("### Confusion table before (base)")[2].partition("Label by")[0]
+def test_the_readmes_confusion_table_is_the_same(results: Evaluation, models: dict[Model, Classification]) -> None:
+    text = describe_evaluation(results).partition("### Confusion table before (base)")[2].partition("Label by")[0]
     rows = [line.split(" | ")[1:] for line in text.splitlines() if re.match(r"\| \d+\. `", line)]
     expected = confusion_matrix(models["base"].right, models["base"].chosen, labels=range(24))
     assert [[int(cell.strip(" |")) for cell in row] for row in rows] == expected.tolist()
 
 
 def test_the_reliability_diagram_puts_dots_where_they_belong() -> None:
-    bins = {"base": [(25, 0.0, 0.0), (75, 1.0, 1.0)], "adapter": [(100, 0.25, 0.5, 0.125, 0.5)]}
-    svg = reliability_diagram("<b>", bins)
+    base = [ReliabilityBin(25, 0.0, 0.0, 0.0, 0.25), ReliabilityBin(75, 1.0, 1.0, 0.75, 1.0)]
+    adapter = [ReliabilityBin(100, 0.25, 0.5, 0.125, 0.5)]
+    svg = reliability_diagram("<b>", {"base": base, "adapter": adapter})
     dots = re.findall(r'<circle class="(\w+)" cx="([\d.]+)" cy="([\d.]+)" r="([\d.]+)"', svg)
-    places = [(who, float(x), float(y)) for who, x, y, _ in dots]
-    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    places = [(model, float(x), float(y)) for model, x, y, _ in dots]
+    left, top = DIAGRAM.left, DIAGRAM.top
+    width, height = DIAGRAM.width - left - DIAGRAM.right, DIAGRAM.height - top - DIAGRAM.bottom
     assert places == [
-        ("base", LEFT, TOP + height), ("base", LEFT + width, TOP), ("adapter", LEFT + width / 2, TOP + height * 0.75),
+        ("base", left, top + height), ("base", left + width, top), ("adapter", left + width / 2, top + height * 0.75),
     ]  # fmt: skip
     assert [float(r) for *_, r in dots] == sorted(float(r) for *_, r in dots)  # more rows, larger dots
     (span,) = re.findall(r'class="adapter span" x1="[\d.]+" y1="([\d.]+)" x2="[\d.]+" y2="([\d.]+)"', svg)
-    assert [float(end) for end in span] == pytest.approx([TOP + height * 0.875, TOP + height * 0.5], abs=0.06)
+    assert [float(end) for end in span] == pytest.approx([top + height * 0.875, top + height * 0.5], abs=0.06)
     assert "<b>" not in svg and reliability_diagram("t", {"base": []}) == ""
-    assert reliability_rows(bins["base"])[1] == ("0.9 to 1.0", "75", "1.000", "1.000")
-    assert reliability_rows(bins["adapter"])[0] == ("0.5 to 0.6", "100", "0.500", "0.250 [0.125, 0.500]")
+    assert reliability_rows(base)[1] == ("0.9 to 1.0", "75", "1.000", "1.000 [0.750, 1.000]")
+    assert reliability_rows(adapter)[0] == ("0.5 to 0.6", "100", "0.500", "0.250 [0.125, 0.500]")
 
 
-def test_a_summary_of_an_older_version_is_shown_without_what_it_lacks(tmp_path: Path) -> None:
-    older = json.loads(OLDER.read_text())
-    page, readme = page_of(older, tmp_path).text, describe_evaluation(older)
-    for text in (page, readme):
-        for words in ("-2.138 [-2.208, -2.071]", "237.5", "0.277", "-0.170", "no taken for yes 169 times", "0.875"):
-            assert words in text.replace("`", "")
-        assert "0.000 [" in text and "nan" not in text
-    assert "cannot be made" not in page and "Confusion table after" in page and "Confusion table before" not in page
-    yes = next(line for line in readme.splitlines() if line.startswith("| `yes`"))
-    assert yes == "| `yes` | 276 | – | 500 | 0.71 | 0.71 | – | 0.55 | – | 1.00 |"
-
-
-def test_one_row_is_said_to_have_no_interval(summary: dict[str, Any]) -> None:
-    alone = {who: with_interval(2.5, None) for who in (*WHO, "difference")}
-    suite = {"suite": "test", "rows": 1, "loss": alone, "perplexity": {who: alone[who] for who in WHO}}
-    text = describe_evaluation(summary | {"suites": [suite], "contamination": None, "answers": None})
+def test_one_record_is_reported_without_intervals(results: Evaluation) -> None:
+    alone = Figure(2.5, None)
+    suite = SuiteFigures("test", 1, 1, Comparison(alone, alone, alone), Comparison(alone, alone))
+    text = describe_evaluation(replace(results, suites=[suite], contamination=None, answers=None))
     assert "| test (1) | 2.500 | 2.500 | +2.500 | 2.5 | 2.5 |" in text and "alone has no interval" in text
-    assert "alone has no" not in describe_evaluation(summary)
-    assert in_words({"loss": 2.5, "loss_interval": None}, "loss") == "2.500 (one row: no interval)"
+    assert "alone has no" not in describe_evaluation(results)
+    assert alone.headline() == "2.500 (one record: no interval)"
 
 
-def test_the_terminal_is_spared_the_long_tables(summary: dict[str, Any]) -> None:
-    short = describe_evaluation(summary, details=False)
+def test_the_evaluation_of_a_training_run_is_on_the_page(results: Evaluation, tmp_path: Path) -> None:
+    """It has one set, and nothing that compares both models: those columns are left out."""
+    test = results.suites[0]
+    loss = Comparison(test.loss.base, test.loss.adapter)
+    assert test.accuracy is not None
+    accuracy = Comparison(test.accuracy.base, test.accuracy.adapter)
+    own = SuiteFigures("test", 90, 90, loss, test.perplexity, num_labels=24, best_constant=0.0777, accuracy=accuracy)
+    trained = replace(results, suites=[own], contamination=None, answers=None)
+    (tmp_path / "evaluation.json").write_text(json.dumps(to_json(trained)))
+    page = checked(write_html(tmp_path)).text
+    assert loss.base and loss.base.text() in page and accuracy.adapter and accuracy.adapter.text() in page
+    assert "difference" not in page and "McNemar" not in page and "cannot be made" not in page
+
+
+def test_long_tables_are_left_out_on_the_terminal(results: Evaluation) -> None:
+    short = describe_evaluation(results, details=False)
     assert "exact McNemar" in short and "Confusion table" not in short and "Label by label" not in short
-    assert len(short) < len(describe_evaluation(summary)) / 3
+    assert len(short) < len(describe_evaluation(results)) / 3

@@ -14,9 +14,8 @@ import pytest
 from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.validate import dump_yaml
-from finetune.report.charts import Series, line_chart, nice_ticks, short, smoothed, thinned
-from finetune.report.heatmap import heat_map
-from finetune.report.html import rows_table, write_html
+from finetune.report.charts import Series, heat_map, line_chart, nice_ticks, short, smoothed, thinned
+from finetune.report.html import write_html
 
 ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>"
 EMPTY_TAGS = {"meta", "line", "polyline", "br", "img"}
@@ -30,6 +29,7 @@ class Checker(HTMLParser):
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.source = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -48,7 +48,8 @@ class Checker(HTMLParser):
 
 def checked(path: Path) -> Checker:
     checker = Checker()
-    checker.feed(path.read_text(encoding="utf-8"))
+    checker.source = path.read_text(encoding="utf-8")
+    checker.feed(checker.source)
     assert checker.open == []
     return checker
 
@@ -181,11 +182,12 @@ def test_numbers_are_short() -> None:
     assert nice_ticks(5, 5)[0] < 5 < nice_ticks(5, 5)[-1]
 
 
-def test_columns_of_numbers_stand_on_the_right_with_their_title() -> None:
-    table = rows_table(("name", "rows", "mixed"), [("a", "1,200", "5"), ("b", "-3.5%", "none")])
-    assert table.count('class="number"') == 3  # a title and two cells
-    assert '<th class="number">rows</th>' in table and "<td>5</td>" in table
-    assert rows_table(("a",), []) == ""
+def test_columns_of_numbers_are_right_aligned_with_their_title(tmp_path: Path) -> None:
+    splits = {"a": {"rows": 1200, "tokens": 5}, "b": {"rows": 3, "tokens": 7}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"data": splits, "environment": {"c": "1", "d": "none"}}))
+    page = checked(write_html(tmp_path)).source
+    assert '<th>split</th><th class="number">rows</th>' in page and '<td>a</td><td class="number">1,200</td>' in page
+    assert "<td>1</td>" in page  # its column has a word too
 
 
 @pytest.mark.parametrize(("experts", "title"), [(8, "use of experts after training, channel context"), (128, "short")])

@@ -1,4 +1,4 @@
-"""report.md says what a run's files say: finished, still going, stopped, or dead in the middle of a line."""
+"""report.md of a run that is finished, still going, stopped, or died in the middle of a line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from finetune.report.markdown import outcome, write_report
+from finetune.results import BaseName, Comparison, Evaluation, Figure, SuiteFigures, perplexity, to_json
 
 MANIFEST: dict[str, Any] = {
     "recipe": "quickstart",
@@ -30,9 +31,22 @@ ENDING: dict[str, Any] = {
     "adapter_of_step": 30,
     "read_back": {"max_difference": 1.2e-5, "mean_kl": 0.0, "base_difference": 1e-6, "effect": 3.25, "samples": 4},
 }
+LOSS = Comparison(Figure(2.5, (2.25, 2.75)), Figure(0.5, (0.4, 0.6)))
+ACCURACY = Comparison(Figure(0.1, (0.05, 0.2)), Figure(0.7, (0.65, 0.75)))
+
+
+def evaluation(loss: Comparison = LOSS, accuracy: Comparison | None = ACCURACY) -> str:
+    """Content of evaluation.json."""
+    labels = {"num_labels": 24, "best_constant": 0.099, "accuracy": accuracy} if accuracy else {}
+    test = SuiteFigures("test", 300, 300, loss, perplexity(loss), **labels)
+    return json.dumps(to_json(Evaluation("adapter", BaseName("b", "f" * 64), 0.95, [], {}, [test], None, None)))
+
+
+# The same in the form of version 0.1.
 FIGURES = {"rows": 300, "loss": 2.5, "loss_interval": [2.25, 2.75], "confidence": 0.95}
-ACCURACY = {"accuracy": 0.1, "accuracy_interval": [0.05, 0.2], "num_labels": 24, "best_constant_accuracy": 0.099}
-BEFORE = FIGURES | ACCURACY
+BEFORE = FIGURES | {
+    "accuracy": 0.1, "accuracy_interval": [0.05, 0.2], "num_labels": 24, "best_constant_accuracy": 0.099,
+}  # fmt: skip
 AFTER = BEFORE | {"loss": 0.5, "loss_interval": [0.4, 0.6], "accuracy": 0.7, "accuracy_interval": [0.65, 0.75]}
 
 
@@ -52,7 +66,7 @@ def run(tmp_path: Path) -> Path:
     directory = tmp_path / "quickstart-1"
     directory.mkdir()
     (directory / "manifest.json").write_text(json.dumps(MANIFEST | ENDING))
-    (directory / "evaluation.json").write_text(json.dumps({"before": BEFORE, "after": AFTER}))
+    (directory / "evaluation.json").write_text(evaluation())
     validations = evaluation_line(30, 0.75) + evaluation_line(40, 0.875)
     (directory / "metrics.jsonl").write_text("".join(map(metrics_line, range(1, 41))) + validations)
     return directory
@@ -89,13 +103,21 @@ def test_a_finished_run(run: Path) -> None:
     assert "stopped" not in text
 
 
+def test_an_evaluation_of_version_0_1_is_reported_alike(run: Path) -> None:
+    now, terminal = report_of(run), outcome(run)
+    (run / "evaluation.json").write_text(json.dumps({"before": BEFORE, "after": AFTER}))
+    assert report_of(run) == now and outcome(run) == terminal
+    (run / "evaluation.json").write_text(json.dumps({"before": FIGURES | {"loss_interval": None}}))
+    assert "| 2.500 (one record: no interval) |" in report_of(run)
+
+
 def test_the_curve_is_thinned_and_ends_with_the_last_step(run: Path) -> None:
     rows = [line for line in report_of(run).splitlines() if line.startswith("| ") and line[2].isdigit()]
     steps = [int(row.split("|")[1]) for row in rows]
     assert steps[0] == 1 and steps[-1] == 40 and steps == sorted(set(steps)) and len(steps) <= 16
 
 
-def test_what_the_terminal_shows_at_the_end(run: Path) -> None:
+def test_the_last_lines_on_the_terminal(run: Path) -> None:
     assert outcome(run).splitlines() == [
         "finished in 4.25 minutes, at most 1.5 GiB",
         "  test loss  2.500 [2.250, 2.750] -> 0.500 [0.400, 0.600]",
@@ -107,7 +129,7 @@ def test_what_the_terminal_shows_at_the_end(run: Path) -> None:
 
 
 def test_without_labels_and_without_a_test_set(run: Path) -> None:
-    (run / "evaluation.json").write_text(json.dumps({"before": FIGURES, "after": FIGURES}))
+    (run / "evaluation.json").write_text(evaluation(accuracy=None))
     assert "accuracy" not in report_of(run).lower() and "accuracy" not in outcome(run)
     (run / "evaluation.json").unlink()
     assert "Before and after" not in report_of(run)
@@ -116,7 +138,7 @@ def test_without_labels_and_without_a_test_set(run: Path) -> None:
 
 def test_a_running_run(run: Path) -> None:
     (run / "manifest.json").write_text(json.dumps(MANIFEST | {"stopped_by": None}))
-    (run / "evaluation.json").write_text(json.dumps({"before": BEFORE}))
+    (run / "evaluation.json").write_text(evaluation(Comparison(LOSS.base), Comparison(ACCURACY.base)))
     (run / "metrics.jsonl").write_text(metrics_line(1))
     text = report_of(run)
     assert "status: **running**" in text and "stopped" not in text and "Took" not in text
@@ -139,7 +161,7 @@ def test_a_run_that_died_in_the_middle_of_a_line(run: Path) -> None:
     assert "| 3 | 2.8500 |" in report_of(run)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "fin', "null"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"status": "fin', "null", "{}", '{"suites": [1]}'])
 def test_half_written_json_is_left_out(run: Path, content: str) -> None:
     for name in ("manifest.json", "evaluation.json"):
         (run / name).write_text(content)
@@ -151,12 +173,12 @@ def test_an_empty_run_directory(tmp_path: Path) -> None:
     assert "status: **unknown**" in text and "No step was made yet." in text
 
 
-def test_not_read_back_is_said_loudly(run: Path) -> None:
+def test_a_missing_read_back_is_emphasised(run: Path) -> None:
     (run / "manifest.json").write_text(json.dumps(MANIFEST | ENDING | {"read_back": {"skipped": "no memory"}}))
     assert "**not read back** with stock PEFT: no memory" in report_of(run)
 
 
-def test_text_of_a_person_stays_text(run: Path) -> None:
+def test_text_of_the_user_stays_text(run: Path) -> None:
     hostile = MANIFEST | {"overrides": ["name=`x`|<b>", "a=**b**"], "recipe": "``odd\nname", "stopped_by": "E: a*b*c"}
     (run / "manifest.json").write_text(json.dumps(hostile))
     text = report_of(run)

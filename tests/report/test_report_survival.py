@@ -13,7 +13,7 @@ import pytest
 
 from finetune.report.html import write_html
 from finetune.report.markdown import write_report
-from finetune.report.survival import survival_section, survival_svg
+from finetune.report.survival import read_survival, survival_section, survival_svg
 
 
 def figures(gain_kept: float, kl_removed: float) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def test_the_page_has_both_merges_with_table_figure_and_weights(tmp_path: Path) 
 
 
 def test_what_is_not_there_or_broken_is_left_out(tmp_path: Path) -> None:
-    assert survival_section(tmp_path) == ""
+    assert survival_section(read_survival(tmp_path), tmp_path) == ""
     (tmp_path / "survival-mxfp4.json").write_text('{"rounding": "near')
-    assert survival_section(tmp_path) == ""
+    assert survival_section(read_survival(tmp_path), tmp_path) == ""
     skipped = facts() | {"end_to_end": {"skipped": "no rows"}}
     (tmp_path / "survival-mxfp4.json").write_text(json.dumps(skipped))
-    assert "Not measured end to end: no rows." in survival_section(tmp_path)
+    assert "Not measured end to end: no rows." in survival_section(read_survival(tmp_path), tmp_path)
     assert not (tmp_path / "survival-mxfp4.svg").exists()
 
 

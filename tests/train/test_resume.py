@@ -136,7 +136,7 @@ def test_a_signal_while_evaluating_before_training(
     assert code == 143 and "while evaluating" in capsys.readouterr().err
     assert not (run / "evaluation.json").exists()
     assert main(["train", "--resume", str(run)]) == 0
-    assert json.loads((run / "evaluation.json").read_text())["before"]["rows"] == 10
+    assert json.loads((run / "evaluation.json").read_text())["suites"][0]["rows"] == 10
 
 
 def test_a_signal_while_evaluating_after_training(
@@ -145,15 +145,15 @@ def test_a_signal_while_evaluating_after_training(
     """The last step's checkpoint stays what it was, and no adapter lies there to be taken for the result."""
     from finetune.train import run as run_module
 
-    evaluate = run_module.evaluate_test_set
+    evaluate = run_module.measure_test_set
 
-    def evaluate_and_signal(*args: Any, when: str, **kwargs: Any) -> Any:
-        if when == "after":
+    def evaluate_and_signal(base: Any, test: Any, model: str, *args: Any, **kwargs: Any) -> Any:
+        if model == "adapter":
             signal.raise_signal(signal.SIGINT)
-        return evaluate(*args, when=when, **kwargs)
+        return evaluate(base, test, model, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "evaluate_test_set", evaluate_and_signal)
+        patch.setattr(run_module, "measure_test_set", evaluate_and_signal)
         code, run = train("save.every_steps=3")
     assert code == 130 and not (run / "adapter").exists()
     assert main(["train", "--resume", str(run)]) == 0

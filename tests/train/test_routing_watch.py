@@ -24,7 +24,7 @@ from finetune.evaluate.usage import group_names, token_groups, usage_figures, us
 from finetune.model.build import Base
 from finetune.model.forward import logits, record_router
 from finetune.model.usage import changed_share, count_usage
-from finetune.report.heatmap import heat_map
+from finetune.report.charts import heat_map
 
 
 def channelled(count: int = 5) -> list[Example]:

@@ -19,6 +19,7 @@ from small_run import ADAPTER_FILES, Train, flip_bit, manifest_of
 
 from finetune.cli.main import main
 from finetune.errors import ConfigError
+from finetune.results import read_evaluation
 from finetune.train.checkpoint import list_checkpoints, load_newest
 from finetune.train.run_directory import RunDirectory
 
@@ -75,12 +76,14 @@ def test_its_metrics_are_a_line_a_step_and_a_line_a_validation(finished: tuple[P
 
 def test_its_evaluation_shows_that_it_learnt(finished: tuple[Path, str]) -> None:
     run, printed = finished
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    before, after = evaluation["before"], evaluation["after"]
-    assert before["rows"] == after["rows"] == 10 and before["num_labels"] == 3
-    assert after["loss"] < before["loss"]
-    assert after["loss_interval"][0] < after["loss"] < after["loss_interval"][1]
-    assert f"{before['loss']:.3f}" in printed and f"{after['loss']:.3f}" in printed
+    evaluation = read_evaluation(run / "evaluation.json")
+    assert evaluation is not None and evaluation.test is not None
+    before, after = evaluation.test.loss.base, evaluation.test.loss.adapter
+    assert evaluation.test.rows == 10 and evaluation.test.num_labels == 3
+    assert before and after and after.interval
+    assert after.value < before.value
+    assert after.interval[0] < after.value < after.interval[1]
+    assert f"{before.value:.3f}" in printed and f"{after.value:.3f}" in printed
     assert f"adapter    {run / 'adapter'}" in printed
     assert "status: **finished**" in (run / "report.md").read_text()
 
@@ -155,10 +158,10 @@ def test_training_on_from_an_adapter(train: Train, finished: tuple[Path, str]) -
         f"adapter.init_from={finished[0] / 'adapter'}", "trainer.max_steps=1", "trainer.learning_rate=1e-12"
     )
     assert code == 0
-    first, second = (json.loads((r / "evaluation.json").read_text()) for r in (finished[0], run))
-    assert second["before"]["loss"] == pytest.approx(first["before"]["loss"], abs=1e-6)
-    assert second["after"]["loss"] == pytest.approx(first["after"]["loss"], abs=1e-4)
-    assert abs(first["after"]["loss"] - first["before"]["loss"]) > 0.1
+    first, second = (json.loads((r / "evaluation.json").read_text())["suites"][0]["loss"] for r in (finished[0], run))
+    assert second["base"]["value"] == pytest.approx(first["base"]["value"], abs=1e-6)
+    assert second["adapter"]["value"] == pytest.approx(first["adapter"]["value"], abs=1e-4)
+    assert abs(first["adapter"]["value"] - first["base"]["value"]) > 0.1
 
 
 # ---- what must not happen -------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ from finetune.config.compose import compose
 from finetune.config.schema import RunConfig
 from finetune.evaluate.evalset import evenly_spread
 from finetune.evaluate.likelihood import held_out_loss
-from finetune.model.tiny import write_tiny_base
 from finetune.train.engines.base import alone
 from finetune.train.optim import learning_rate, make_optimizer
 from finetune.train.session import open_session
@@ -37,6 +36,9 @@ from finetune.train.step import OptimiserStep
 from finetune.train.trainer import seed_step
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+from constructed_base import write_constructed_base  # noqa: E402
+
 BFLOAT16 = ("adapter.dtype=bfloat16",)
 VARIANTS: dict[str, tuple[str, ...]] = {
     "float32": (),
@@ -126,7 +128,7 @@ def main() -> None:
     held_out: dict[str, list[float]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "tiny"
-        write_tiny_base(base, seed=0, kind="constructed")
+        write_constructed_base(base, seed=0)
         with log.Progress("variants", len(VARIANTS) * len(args.seeds), "runs") as progress:
             for seed in args.seeds:
                 for name, overrides in VARIANTS.items():

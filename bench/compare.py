@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from measure import machine, publish
 from finetune.arch import Arch
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.hub import locate_base
-from finetune.model.tiny import write_tiny_base
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from constructed_base import write_constructed_base
 
 LARGE_NAMES = {"20b": "openai/gpt-oss-20b", "120b": "openai/gpt-oss-120b"}
 
@@ -47,7 +50,7 @@ def main() -> None:
     if setting.constructed_base:
         constructed = work / "constructed"
         if not constructed.exists():
-            write_tiny_base(constructed, kind="constructed")
+            write_constructed_base(constructed)
         bases["constructed"] = (str(constructed), digest_of(constructed))
     deadline = time.monotonic() + 60 * arguments.minutes
     runner = Runner(setting, bases, work, lambda: time.monotonic() < deadline)

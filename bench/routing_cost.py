@@ -26,7 +26,7 @@ from finetune.data.batches import Batch, collate
 from finetune.data.harmony.render import Example
 from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
-from finetune.model.forward import Routing, checkpoint_activations
+from finetune.model.forward import RouterOutput, checkpoint_activations
 from finetune.model.hub import locate_base
 from finetune.model.open import choose_device, choose_dtype
 from finetune.model.tiny import write_tiny_base
@@ -112,7 +112,7 @@ def _alone(num_layers: int, num_experts: int, tokens: int) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     counter = UsageCounter(num_layers, num_experts, 1, device)
     top = torch.randn(tokens, num_experts, device=device).topk(4)
-    layers = [Routing(top.values, top.indices, top.values.softmax(-1))] * num_layers
+    layers = [RouterOutput(top.values, top.indices, top.values.softmax(-1))] * num_layers
     rows, seconds = torch.arange(tokens, device=device), []
     for _ in range(10):
         started = _now()

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from constructed_base import write_constructed_base
 from pretraining.corpus import FILES, Conversations, documents, read_texts
 from pretraining.vocabulary import Vocabulary
 
@@ -54,7 +55,9 @@ def _bases(folder: Path) -> list[Path]:
     for kind in KINDS:
         if not (folder / kind).exists():
             write_tiny_base(folder / kind, kind=kind)
-    return [folder / kind for kind in KINDS]
+    if not (folder / "constructed").exists():
+        write_constructed_base(folder / "constructed")
+    return [folder / kind for kind in ("pretrained", "constructed", "random")]
 
 
 def measure_loss(bases: list[Path]) -> None:

@@ -28,7 +28,7 @@ from finetune.config.schema import (
     TrainerConfig,
 )
 from finetune.data.batches import Batch
-from finetune.estimate.changes import with_overrides
+from finetune.estimate.advice import with_overrides
 from finetune.model.build import DTYPES, Base, build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations, hidden_states, record_router

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.config.suggest import suggest_run
 from finetune.errors import InputError
-from finetune.model.headers import read_json
+from finetune.files import read_json
 
 CONFIG = "adapter_config.json"
 _MOST_PATTERN = 500  # characters

@@ -19,10 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     tiny.add_argument(
         "--kind",
-        choices=("pretrained", "constructed", "random"),
+        choices=("pretrained", "random"),
         default="pretrained",
-        help="pretrained: the shipped weights, trained on the shipped texts (default); constructed: embeddings from "
-        "which words of the shipped clauses occur together, the rest random; random: random throughout",
+        help="pretrained: the shipped weights, trained on the shipped texts (default); random: drawn from the seed",
     )
     add_examples(parser, "finetune base tiny base/tiny", "finetune base tiny base/random --kind random --seed 1")
     # The older way to say `--kind random`.

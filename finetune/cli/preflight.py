@@ -20,13 +20,12 @@ from finetune.config.validate import to_plain
 from finetune.data.dataset import describe, load_split
 from finetune.data.sources import split_names
 from finetune.errors import CapacityError, ConfigError, InputError, is_out_of_memory
-from finetune.estimate.changes import cheapest_changes
+from finetune.estimate.advice import cheapest_changes
 from finetune.estimate.fit import Budget, fit
-from finetune.estimate.report import make_estimate
-from finetune.estimate.shapes import BaseFacts, find_base
-from finetune.estimate.text import change_lines, memory_lines, verdict
+from finetune.estimate.inputs import BaseInfo, find_base
+from finetune.estimate.report import change_lines, make_estimate, memory_lines, verdict
+from finetune.files import read_json
 from finetune.machine import free_memory
-from finetune.model.headers import read_json
 
 
 def check_memory(config: RunConfig) -> None:
@@ -36,12 +35,12 @@ def check_memory(config: RunConfig) -> None:
         CapacityError: it does not, every process holds the whole base, and the recipe does not say to go on all the
             same.
     """
-    facts = find_base(config.model.path)
-    if facts is None:
+    base = find_base(config.model.path)
+    if base is None:
         log.info(f"memory: not estimated, since config.json of {config.model.path} is not here yet")
         return
     budget = device_budget(config)
-    result = fit(config, facts.shape, budget)
+    result = fit(config, base.arch, budget)
     if result.fits:
         log.info(f"memory, estimated: {verdict(result)}")
     elif config.trainer.ignore_memory_estimate:
@@ -52,7 +51,7 @@ def check_memory(config: RunConfig) -> None:
             f"{config.distributed.kind} has not been held against a GPU yet"
         )
     else:
-        estimate = make_estimate(config, "", facts, budget)
+        estimate = make_estimate(config, "", base, budget)
         raise CapacityError(
             f"memory, estimated: {verdict(result)}",
             why=_indented(memory_lines(result.memory)),
@@ -88,10 +87,10 @@ def explained_out_of_memory(config: RunConfig | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        facts = find_base(config.model.path) if config is not None and is_out_of_memory(error) else None
-        if config is None or facts is None:
+        base = find_base(config.model.path) if config is not None and is_out_of_memory(error) else None
+        if config is None or base is None:
             raise
-        raise _explanation(config, facts, error) from error
+        raise _explanation(config, base, error) from error
 
 
 def config_of_run(run: Path) -> RunConfig | None:
@@ -101,11 +100,11 @@ def config_of_run(run: Path) -> RunConfig | None:
     return load_run_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
 
 
-def _explanation(config: RunConfig, facts: BaseFacts, error: Exception) -> CapacityError:
+def _explanation(config: RunConfig, base: BaseInfo, error: Exception) -> CapacityError:
     # Whatever the estimate said, it did not fit; so no change is claimed to be enough.
     nothing = Budget(0.0, "", device_budget(config).on_gpu)
-    result = fit(config, facts.shape, nothing)
-    changes = cheapest_changes(config, facts.shape, nothing)
+    result = fit(config, base.arch, nothing)
+    changes = cheapest_changes(config, base.arch, nothing)
     first = (str(error).splitlines() or ["no memory left"])[0]
     return CapacityError(
         f"out of memory: {first}",
@@ -153,11 +152,11 @@ def dry_run(recipe: str, composed: ComposedConfig) -> None:
 
 
 def _memory(config: RunConfig) -> str:
-    facts = find_base(config.model.path)
-    if facts is None:
+    base = find_base(config.model.path)
+    if base is None:
         return "memory: known once the base is here"
     budget = Budget.of_host(free_memory()) if config.model.device == "cpu" else Budget.of_card(80)
-    return f"memory, estimated: {verdict(fit(config, facts.shape, budget))}"
+    return f"memory, estimated: {verdict(fit(config, base.arch, budget))}"
 
 
 def _adapter(config: RunConfig) -> str:

@@ -33,9 +33,8 @@ from finetune.export.peft import adapts_every_layer, peft_contents, served_rank,
 from finetune.export.plan import check_fits
 from finetune.export.sglang import sglang_config, sglang_lines, sglang_tensors
 from finetune.export.verify import verify_adapter
-from finetune.files import sha256_of
+from finetune.files import read_json, sha256_of
 from finetune.model.checkpoint import CONFIG_FILE, Checkpoint
-from finetune.model.headers import read_json
 from finetune.staging import refuse_existing
 
 _PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")

@@ -116,10 +116,10 @@ def build_base(
         for name in names:
             stored = checkpoint.read(name)
             digests[name] = tensor_digest(stored)
-            is_sharded = shards is not None and shards.takes(name)
-            converted = (on_host if is_sharded else converter).hold(name, stored)
+            is_sharded = shards is not None and shards.is_layer_tensor(name)
+            converted = (on_host if is_sharded else converter).convert(name, stored)
             if shards is not None and is_sharded:
-                shards.take(converted)
+                shards.add(converted)
             else:
                 state |= converted
             if converted.keys() != {name}:
@@ -137,7 +137,7 @@ def build_base(
     errors = converter.rounding_errors()
     for part, error in errors.items():
         log.info(
-            f"{part}: held in NF4, which changed them by {error:.2%} (relative RMS); "
+            f"{part}: stored in NF4, which changed them by {error:.2%} (relative RMS); "
             "the adapter is trained over the rounded weights and records it"
         )
     state_digests = {name: digest for name, digest in digests.items() if name in state} | converted_digests
@@ -203,7 +203,7 @@ def check_unchanged(base: Base) -> str:
     with log.Progress("checking frozen base", len(names), "tensors") as progress:
         for name in names:
             if base.shards is not None:
-                base.shards.hold_layer_of(name)
+                base.shards.gather_layer_of(name)
             tensor = state[name]
             is_converted = tensor.dtype == torch.uint8 or name not in base.checkpoint.entries
             stored = tensor if is_converted else tensor.to(_STORED_DTYPES[base.checkpoint.dtype(name)])

@@ -1,4 +1,4 @@
-"""One token after another: prompts go in packed, then each step costs one token a sequence.
+"""Decoding with a key-value cache: prompts are read packed, then each step computes one token per sequence.
 
 Shape legend: B sequences, N tokens of all prompts joined, D hidden.
 """
@@ -16,12 +16,12 @@ from finetune.kernels.cache import CachedAttention, KeyValueCache
 
 
 class Decoder:
-    """Reads prompts and then tokens, keeping keys and values of what it read.
+    """Reads prompts and then tokens, and keeps their keys and values.
 
     Args:
         model: a loaded base in evaluation mode, with or without an adapter.
-        prompts: token ids of each, at least one token.
-        num_new: tokens that may follow each prompt.
+        prompts: token ids of each; at least one token.
+        num_new: tokens that may follow each prompt at most.
     """
 
     def __init__(self, model: GptOssForCausalLM, prompts: Sequence[Sequence[int]], num_new: int) -> None:
@@ -51,7 +51,7 @@ class Decoder:
 
     @torch.no_grad()
     def read_prompts(self) -> Tensor:
-        """Read all prompts; the final normed hidden state of each one's last token, [B, D]."""
+        """Read all prompts and return the final normed hidden state of each one's last token, [B, D]."""
         lengths = torch.tensor([len(prompt) for prompt in self._prompts])
         sequences = torch.repeat_interleave(lengths)
         positions = torch.cat([torch.arange(length) for length in lengths.tolist()])
@@ -66,14 +66,14 @@ class Decoder:
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> Tensor:
-        """Read the next token of each sequence, int64 [B]; its final normed hidden state, [B, D]."""
+        """Read the next token of each sequence, int64 [B], and return its final normed hidden state, [B, D]."""
         sequences = torch.arange(len(tokens), device=self._device)
         hidden = self._forward(tokens.to(self._device), sequences, self._positions, None)
         self._positions = self._positions + 1
         return hidden[:, 0]
 
     def keep(self, sequences: Sequence[int]) -> None:
-        """Go on with these sequences only, in this order."""
+        """Drop all sequences but these, in this order."""
         wanted = torch.tensor(sequences, device=self._device)
         self._positions = self._positions[wanted]
         for cache in self._caches.values():
@@ -82,8 +82,8 @@ class Decoder:
     def _forward(
         self, ids: Tensor, sequences: Tensor, positions: Tensor, plans: dict[str, AttentionPlan] | None
     ) -> Tensor:
-        """[1, N, D] for prompts joined in one row, [B, 1, D] for one token a sequence."""
-        as_rows = (1, -1) if plans else (-1, 1)
+        """[1, N, D] for prompts joined in one packed sequence, [B, 1, D] for one token per sequence."""
+        shape = (1, -1) if plans else (-1, 1)
         steps = {
             kind: CachedAttention(
                 cache, sequences, positions, cache.note(sequences, positions), plans[kind] if plans else None
@@ -91,8 +91,8 @@ class Decoder:
             for kind, cache in self._caches.items()
         }
         output = self._model.model(
-            input_ids=ids.view(as_rows),
-            position_ids=positions.view(as_rows),
+            input_ids=ids.view(shape),
+            position_ids=positions.view(shape),
             attention_mask=steps,
             use_cache=False,
         )

@@ -1,4 +1,4 @@
-"""Read JSON files and safetensors headers from files that may be broken, and say what is wrong with them.
+"""Headers of safetensors files, checked against the files: a broken file is named with what is wrong with it.
 
 A safetensors file is 8 bytes with the header's length (little-endian), the header in JSON, and the data to the end.
 Source: the format description in the safetensors README.
@@ -12,11 +12,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from finetune.arch import DTYPE_BYTES
 from finetune.errors import InputError
 
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "I8": 1}
 _LENGTH_BYTES = 8
 _LARGEST_HEADER = 100_000_000  # the safetensors library refuses longer ones
 _FETCH_AGAIN = "download or copy the file again"
@@ -24,14 +23,14 @@ _FETCH_AGAIN = "download or copy the file again"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies and what it is.
+    """A tensor in a safetensors file.
 
     Attributes:
         file: name of its shard.
         dtype: as safetensors writes it, such as `BF16`.
         shape: its sizes.
         num_bytes: bytes in the file.
-        offset: where they begin, counted from the file's first byte.
+        offset: of these bytes from the file's start.
     """
 
     file: str
@@ -41,27 +40,8 @@ class TensorEntry:
     offset: int
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        InputError: the file is missing, unreadable, not JSON or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path.parent} has no {path.name}", fix="give a checkpoint directory, complete") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}", fix=_FETCH_AGAIN) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a JSON {type(content).__name__}, not an object", fix=_FETCH_AGAIN)
-    return content
-
-
 def plain_file_name(name: object, where: Path) -> str:
-    """Require a file name without folders, so that no list of files reaches outside its directory.
+    """Require a file name without folders, so that no list of files names a path outside its directory.
 
     Raises:
         InputError: it is not one.
@@ -89,7 +69,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             start = file.read(_LENGTH_BYTES)
             length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else -1
             if not 0 < length <= _LARGEST_HEADER:
-                raise InputError(f"{path} is not a safetensors file", why=_what_it_is(start, size), fix=_FETCH_AGAIN)
+                raise InputError(
+                    f"{path} is not a safetensors file", why=_describe_start(start, size), fix=_FETCH_AGAIN
+                )
             header = file.read(length)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
@@ -128,7 +110,7 @@ def _entries(path: Path, header: bytes, data_bytes: int) -> dict[str, TensorEntr
     return entries
 
 
-def _what_it_is(start: bytes, size: int) -> str:
+def _describe_start(start: bytes, size: int) -> str:
     if start.startswith(b"version "):
         return "it looks like a Git LFS pointer: the weights were not downloaded (`git lfs pull`)"
     return f"its first bytes are not a header's length ({size:,} bytes in all)"

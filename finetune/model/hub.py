@@ -1,7 +1,7 @@
-"""Find the base's directory: a path as it is, a hub name downloaded once into the hub's own cache.
+"""Directory of a base: a path as it is, a hub name downloaded once into the hub's own cache.
 
-huggingface_hub does the transfer: whole files are kept, so an interrupted download goes on with the file it stopped in,
-and it reads HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT from the environment when it is first imported.
+huggingface_hub does the transfer: finished files are kept, so an interrupted download resumes with the file it stopped
+in. It reads HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT from the environment when it is first imported.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ UNWANTED_FILES = ("*/*",)
 
 @dataclass(frozen=True)
 class BaseLocation:
-    """Where a base lies.
+    """A base on this machine.
 
     Attributes:
-        directory: its files.
-        name: the path or hub name it was asked for by.
+        directory: of its files.
+        name: the path or hub name that was asked for.
         revision: the commit that a hub name resolved to; None for a directory.
     """
 
@@ -35,12 +35,12 @@ class BaseLocation:
 
 
 def locate_base(path: str, revision: str | None = None) -> BaseLocation:
-    """Turn `model.path` into a directory, downloading a hub name if it is not in the cache yet.
+    """Directory of `model.path`; a hub name is downloaded if it is not in the cache yet.
 
-    Only the top-level safetensors, JSON, template and licence files are asked for.
+    Only the top-level safetensors, JSON, template and licence files are downloaded.
 
     Args:
-        path: a directory, or a hub name such as `openai/gpt-oss-20b`. A directory of that name wins.
+        path: a directory, or a hub name such as `openai/gpt-oss-20b`. A directory of that name takes precedence.
         revision: branch, tag or commit of a hub name. None: its default branch.
 
     Raises:
@@ -64,7 +64,7 @@ def locate_base(path: str, revision: str | None = None) -> BaseLocation:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The snapshot's directory, which the hub's cache names after its commit."""
+    """Directory of the snapshot, which the hub's cache names after its commit."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -93,7 +93,7 @@ def _download(name: str, revision: str | None) -> Path:
     except OSError as error:
         raise _transfer_failed(name, error) from error
     except Exception as error:
-        # The hub's HTTP library is its own affair and has changed before (requests, httpx, httpx2): go by the name.
+        # The hub's HTTP library has changed before (requests, httpx, httpx2), so errors are recognised by its name.
         if type(error).__module__.split(".")[0] in ("requests", "httpx", "httpx2", "httpcore", "hf_xet"):
             raise _transfer_failed(name, error) from error
         raise
@@ -102,7 +102,7 @@ def _download(name: str, revision: str | None) -> Path:
 def _not_found(name: str, status: int | None) -> FinetuneError:
     close = difflib.get_close_matches(name, PUBLISHED_BASES, n=1)
     meant = f"did you mean {close[0]}? " if close and close[0] != name else ""
-    if status == 401:  # the hub answers 401 to strangers both for a private repository and for one that is not there
+    if status == 401:  # the hub's answer for a private repository and for a missing one alike
         return InputError(
             f"the hub does not show {name} without a valid token (HTTP 401)",
             why="it does not exist, or it is private",
@@ -115,7 +115,7 @@ def _not_found(name: str, status: int | None) -> FinetuneError:
 
 
 def _unreachable(name: str, error: Exception) -> FinetuneError:
-    """The library found nothing complete in its cache and could not ask the hub."""
+    """The error where the cache is incomplete and the hub could not be asked."""
     from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE:

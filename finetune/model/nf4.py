@@ -1,4 +1,14 @@
-"""bitsandbytes, which most runs do not need: imported when an option asks for it."""
+"""NF4 as bitsandbytes defines it, through its own functions: 16 levels, one float32 scale for 64 weights.
+
+gpt-oss publishes its experts in MXFP4, so NF4 experts are rounded twice and larger (4.5 bits a weight, not 4.25). NF4
+pays where the checkpoint is in bfloat16: the attention projections.
+
+A block is 64 consecutive weights of one matrix [out, in], row after row. bitsandbytes is always given blocks as rows
+[blocks, 64]: its CPU kernel (0.50.2) reads wrong scales when a row is no whole number of blocks (docs/log.md).
+bitsandbytes is imported when an option asks for it; most runs do not need it.
+
+Shape legend: B blocks of 64.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +24,15 @@ from torch.autograd.function import once_differentiable
 
 from finetune.errors import MachineError
 
+NF4_BLOCK = 64
+
 
 def import_bitsandbytes(wanted_by: str, instead: str) -> ModuleType:
-    """Import it, or say what wants it.
+    """Import bitsandbytes, or name the option that needs it.
 
     Args:
         wanted_by: the recipe's key and value, for the message.
-        instead: what to set to do without.
+        instead: the setting that does without it.
 
     Raises:
         MachineError: it is not installed.
@@ -38,29 +50,16 @@ def import_bitsandbytes(wanted_by: str, instead: str) -> ModuleType:
 
 
 def without_kernel_advice() -> None:
-    """Drop one line that bitsandbytes logs when it is imported on a CPU with AVX512-BF16; call before importing it.
+    """Suppress one line that bitsandbytes logs when imported on a CPU with AVX512-BF16; call before importing it.
 
-    It advises to install a package that downloads a matrix product from the hub; nothing here calls that product, and
-    on the way to a result the line reads like a failure. Every other line of bitsandbytes' stays.
+    It advises to install a package that downloads a matrix product from the hub. Nothing here calls that product, and
+    the line reads like a failure. Every other line of bitsandbytes is kept.
     """
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_no_kernel_advice)
 
 
 def _is_no_kernel_advice(record: logging.LogRecord) -> bool:
     return "from kernels-community" not in str(record.msg)
-
-
-# Weights in NF4 as bitsandbytes defines it, through its own functions: 16 levels, one float32 scale for 64 weights.
-#
-# gpt-oss publishes its experts in MXFP4, so NF4 experts are rounded twice and larger (4.5 bits a weight, not 4.25). NF4
-# pays where the checkpoint holds bfloat16: the attention projections.
-#
-# A block is 64 consecutive weights of one matrix [out, in], row after row. bitsandbytes is always shown blocks as rows
-# [blocks, 64]: its CPU kernel (0.50.2) reads wrong scales when a row is no whole number of blocks (docs/log.md).
-#
-# Shape legend: B blocks of 64.
-
-NF4_BLOCK = 64
 
 
 def _functional() -> Any:
@@ -75,7 +74,7 @@ def quantise_nf4(weights: Tensor) -> tuple[Tensor, Tensor]:
         weights: [out, in], float32 or bfloat16; out x in a multiple of 64.
 
     Returns:
-        codes: uint8 [out, in / 2], the high nibble first. scales: float32 [B], the largest magnitude of each block.
+        Codes uint8 [out, in / 2], the high nibble first, and scales float32 [B], the largest magnitude of each block.
 
     Raises:
         ValueError: the matrix is no whole number of blocks.
@@ -89,10 +88,11 @@ def quantise_nf4(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantise_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights that codes stand for, as bitsandbytes gives them for a bfloat16 weight.
+    """Weights from their codes, as bitsandbytes gives them for a bfloat16 weight.
 
     Args:
-        codes: uint8 [..., in / 2]. scales: float32, one for each 64 weights, in the order of the weights.
+        codes: uint8 [..., in / 2].
+        scales: float32, one for each 64 weights, in the order of the weights.
         dtype: of the result; bfloat16 values in any case.
 
     Returns:
@@ -109,7 +109,7 @@ def dequantise_nf4(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class Nf4Experts:
-    """E frozen linear maps in NF4; stands where `finetune.kernels.experts.Mxfp4Experts` does.
+    """E frozen linear maps in NF4, a `finetune.kernels.experts.FrozenExperts`.
 
     Attributes:
         codes: uint8 [E, out, in / 2].
@@ -127,10 +127,10 @@ class Nf4Experts:
 
 
 class Nf4Linear(nn.Linear):
-    """A frozen linear map whose `weight` holds NF4 codes, with `weight_scales` beside it.
+    """A frozen linear map whose `weight` is NF4 codes, with their scales in `weight_scales`.
 
     Args:
-        base: the map it replaces; its sizes count, its weight may be on the meta device.
+        base: the map it replaces, which gives the sizes; its weight may be on the meta device.
     """
 
     weight_scales: Tensor
@@ -156,10 +156,10 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None, scales: Tensor
         x: [..., in].
         weight: [out, in] in x's dtype, or NF4 codes uint8 [out, in / 2].
         bias: [out] or None.
-        scales: of the codes; None: `weight` is no codes.
+        scales: of the codes. None: `weight` is not NF4.
 
     Returns:
-        [..., out]. Of NF4, nothing dequantised is kept for the backward pass: it is dequantised again there.
+        [..., out]. NF4 weights are dequantised again in the backward pass: nothing dequantised is saved for it.
     """
     if scales is None:
         return F.linear(x, weight, bias)

@@ -1,8 +1,8 @@
-"""Keep what activation checkpointing saves in the CPU's memory, copied there and back beside the computation.
+"""Offload of activation checkpoints to host memory, copied there and back while the GPU computes.
 
 With checkpointing a layer saves its input alone, [B, T, D]: 94 MB for 16k tokens of the large models in bfloat16, times
-36 layers. On a GPU each is copied out while its layer runs, and fetched again while the layer above it is worked
-through backward, by a stream of its own. The host never waits.
+36 layers. On a GPU each is copied out while its layer runs, and fetched again during the backward pass of the layer
+above it, on a separate stream. The host never waits.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from torch import Tensor
 
 
 @dataclass(eq=False)
-class _Parked:
-    """A tensor kept on the host.
+class _Offloaded:
+    """A tensor offloaded to the host.
 
     Attributes:
         host: its copy.
-        below: what was parked before it, wanted next in the backward pass.
-        back: the tensor on the device again, once asked for, and the event after which it is whole.
+        below: the tensor offloaded before it, needed next in the backward pass.
+        back: once fetched, the tensor on the device and the event after which its copy is complete.
     """
 
     host: Tensor
-    below: _Parked | None
+    below: _Offloaded | None
     back: tuple[Tensor, torch.cuda.Event | None] | None = None
 
 
 class _SideStream:
-    """Copies beside the computation on a GPU; on a CPU, where tests run, at once."""
+    """Copies concurrently with the computation on a GPU; on a CPU, where tests run, synchronously."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, source: Tensor, target: Tensor) -> torch.cuda.Event | None:
-        """Copy once all work queued so far is done; returns what to `join` before the tensors are touched again."""
+        """Copy once all work queued so far is done; returns the event to `join` before the tensors are used again."""
         if self._stream is None:
             target.copy_(source)
             return None
@@ -48,28 +48,28 @@ class _SideStream:
             return self._stream.record_event()
 
     def join(self, event: torch.cuda.Event | None) -> None:
-        """Let the computation, not the host, wait for a copy."""
+        """Make the computation, not the host, wait for a copy."""
         if event is not None:
             torch.cuda.current_stream(self.device).wait_event(event)
 
 
 class CheckpointOffload:
-    """Context in which layer inputs that the forward pass saves for the backward pass are kept on the host.
+    """Context in which layer inputs that the forward pass saves for the backward pass are offloaded to the host.
 
-    A tensor leaves the device when the next one is parked: by then its copy has had a layer's time. The computation is
-    made to wait for the copy before the memory is given back, so the device holds two checkpoints at most, however far
-    the host runs ahead; marking the memory as used by the other stream would leave that to chance.
+    A tensor is freed on the device when the next one is offloaded: by then its copy has had a layer's time. The
+    computation waits for the copy before the memory is freed, so the device has two checkpoints at most, however far
+    the host runs ahead; `record_stream` would leave that to chance.
 
     Args:
-        device: where the model lives.
-        hidden: D; only tensors [B, T, D] of `dtype` are moved.
+        device: of the model.
+        hidden: D; only tensors [B, T, D] of `dtype` are offloaded.
         dtype: of activations.
     """
 
     def __init__(self, device: torch.device, hidden: int, dtype: torch.dtype) -> None:
         self.hidden, self.dtype = hidden, dtype
         self._side = _SideStream(device)
-        self._newest: _Parked | None = None
+        self._newest: _Offloaded | None = None
         self._leaving: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
 
@@ -83,26 +83,26 @@ class CheckpointOffload:
     ) -> None:
         assert self._hooks is not None
         self._hooks.__exit__(kind, error, trace)
-        self._let_go()
-        self._newest = None  # the graph holds what was parked, and frees it
+        self._free_leaving()
+        self._newest = None  # the graph owns the offloaded tensors, and frees them
 
     def _pack(self, tensor: Tensor) -> Any:
         if tensor.ndim != 3 or tensor.shape[-1] != self.hidden or tensor.dtype != self.dtype:
             return tensor
-        self._let_go()
+        self._free_leaving()
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self._leaving = tensor, self._side.copy(tensor, host)
-        self._newest = _Parked(host, self._newest)
+        self._newest = _Offloaded(host, self._newest)
         return self._newest
 
-    def _let_go(self) -> None:
-        """Drop the tensor whose copy was begun last."""
+    def _free_leaving(self) -> None:
+        """Free the tensor whose copy was begun last."""
         if self._leaving is not None:
             self._side.join(self._leaving[1])
             self._leaving = None
 
     def _unpack(self, packed: Any) -> Tensor:
-        if not isinstance(packed, _Parked):
+        if not isinstance(packed, _Offloaded):
             return packed
         self._fetch(packed)
         assert packed.back is not None
@@ -114,7 +114,7 @@ class CheckpointOffload:
             packed.below = None
         return tensor
 
-    def _fetch(self, parked: _Parked) -> None:
-        if parked.back is None:
-            tensor = torch.empty(parked.host.shape, dtype=parked.host.dtype, device=self._side.device)
-            parked.back = tensor, self._side.copy(parked.host, tensor)
+    def _fetch(self, offloaded: _Offloaded) -> None:
+        if offloaded.back is None:
+            tensor = torch.empty(offloaded.host.shape, dtype=offloaded.host.dtype, device=self._side.device)
+            offloaded.back = tensor, self._side.copy(offloaded.host, tensor)

@@ -1,14 +1,14 @@
-"""The frozen layers of a base as bytes, dealt over processes; each gathers the layer that it is about to need.
+"""Frozen layers of a base sharded over ranks as bytes; each rank gathers the layer that it is about to compute.
 
-A layer's frozen tensors, of whatever dtype (packed experts are uint8), lie behind one another in one run of bytes, of
-which process r of N keeps the r-th part. Two buffers, made once, take whole layers in turn: while one layer computes,
-the next one arrives. The model's tensors are views into these buffers, so a kernel reads them as it would read its own.
-Every byte that arrives is the checkpoint's; gathering packed experts moves 4.25 bits a weight.
+The frozen tensors of a layer, of whatever dtype (packed experts are uint8), are concatenated to one array of bytes, of
+which rank r of N stores the r-th part. Two buffers, allocated once, receive whole layers in turn: while one layer
+computes, the next one is gathered. The model's tensors are views into these buffers, so kernels read them like any
+other. Gathering packed experts moves 4.25 bits a weight.
 
-Why not let the engines deal out the base: docs/guide/distributed.md.
+Why the engines do not shard the base: docs/guide/distributed.md.
 
-All processes must ask for the same layers in the same order, or they would wait for each other for ever; they do, since
-each runs the same model forward and backward as often as the others.
+All ranks must gather the same layers in the same order, or they would wait for each other for ever; they do, since each
+runs the same model forward and backward as often as the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in its layer's bytes."""
+    """Place of a tensor in its layer's bytes."""
 
     start: int
     shape: torch.Size
@@ -46,36 +46,36 @@ class _Place:
 
     def view(self, layer_bytes: Tensor) -> Tensor:
         """The tensor, as a view of uint8 [bytes]."""
-        # `.data`: a buffer that is filled anew is no in-place change that autograd should object to. What a backward
-        # pass reads is what `hold` has brought back before it.
+        # `.data`: refilling a buffer is no in-place change that autograd should object to. `gather` has restored the
+        # bytes that a backward pass reads before it.
         return layer_bytes[self.start : self.start + self.num_bytes].data.view(self.dtype).view(self.shape)
 
 
 class ShardedLayers:
-    """Takes a base's tensors while it is read, keeps this process's share, and gathers layers when they are needed.
+    """Receives a base's tensors while it is read, stores this rank's shards, and gathers layers when they are needed.
 
     Args:
-        rank, count: this process, and how many there are.
-        device: where shares and buffers live.
+        rank, world_size: of this process.
+        device: of shards and buffers.
     """
 
-    def __init__(self, rank: int, count: int, device: torch.device) -> None:
-        self.rank, self.count, self.device = rank, count, device
-        self.shares: list[Tensor] = []
+    def __init__(self, rank: int, world_size: int, device: torch.device) -> None:
+        self.rank, self.world_size, self.device = rank, world_size, device
+        self.stored: list[Tensor] = []
         self._places: list[dict[str, _Place]] = []
         self._open: dict[str, Tensor] = {}
         self._buffers: list[Tensor] = []
-        self._held: list[int | None] = [None] * NUM_BUFFERS
-        self._arriving: list[Any] = [None] * NUM_BUFFERS
+        self._gathered: list[int | None] = [None] * NUM_BUFFERS
+        self._pending: list[Any] = [None] * NUM_BUFFERS
         self._last, self._direction = 0, 1
         self._order: list[int] = []
 
-    def takes(self, name: str) -> bool:
+    def is_layer_tensor(self, name: str) -> bool:
         """Whether a tensor belongs to a layer."""
         return _LAYER.match(name) is not None
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors of a layer; those of one layer come one after the other.
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Add tensors of a layer; those of one layer come one after another.
 
         Args:
             tensors: by name, such as `model.layers.3.mlp.experts.down_proj_blocks`, on the CPU, in the dtype in which
@@ -87,30 +87,30 @@ class ShardedLayers:
             self._open[name] = tensor
 
     def finish(self) -> dict[str, Tensor]:
-        """After the last tensor: make the buffers.
+        """Allocate the buffers, after the last tensor.
 
         Returns:
-            By name, what the model is to hold: views that are right while their layer is held.
+            Tensors of the model by name: views that are valid while their layer is gathered.
         """
         self._seal()
-        size = max(share.numel() for share in self.shares) * self.count
+        size = max(shard.numel() for shard in self.stored) * self.world_size
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(NUM_BUFFERS)]
         views = {}
-        for layer, share, places in zip(self._order, self.shares, self._places, strict=True):
-            whole = self._whole(layer, share)
+        for layer, shard, places in zip(self._order, self.stored, self._places, strict=True):
+            whole = self._whole(layer, shard)
             views.update({name: place.view(whole) for name, place in places.items()})
         in_order = sorted(range(len(self._order)), key=self._order.__getitem__)
-        self.shares = [self.shares[number] for number in in_order]
+        self.stored = [self.stored[number] for number in in_order]
         return views
 
     def attach(self, model: GptOssForCausalLM) -> None:
-        """Hold each layer before its forward pass, its recomputation and its backward pass."""
+        """Gather each layer before its forward pass, its recomputation and its backward pass."""
         for number, layer in enumerate(model.model.layers):
             self._attach_to(layer, number)
 
     def _attach_to(self, layer: nn.Module, number: int) -> None:
         def before_forward(_module: nn.Module, _inputs: Any) -> None:
-            self.hold(number)
+            self.gather(number)
 
         def after_forward(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
@@ -118,67 +118,67 @@ class ShardedLayers:
                 hidden.register_hook(before_backward)
 
         def before_backward(_grad: Tensor) -> None:
-            self.hold(number)
+            self.gather(number)
 
         layer.register_forward_pre_hook(before_forward, prepend=True)
         layer.register_forward_hook(after_forward)
 
-    def hold(self, layer: int) -> None:
-        """Make a layer's views right, and send for its neighbour in the direction of travel. Every process calls it."""
+    def gather(self, layer: int) -> None:
+        """Gather a layer, and start gathering the next one in the current direction. Every rank must call it."""
         if layer != self._last:
             self._direction = 1 if layer > self._last else -1
         self._last = layer
-        self._send_for(layer)
-        self._await(layer % NUM_BUFFERS)
-        if 0 <= layer + self._direction < len(self.shares):
-            self._send_for(layer + self._direction)
+        self._start_gather(layer)
+        self._wait_for(layer % NUM_BUFFERS)
+        if 0 <= layer + self._direction < len(self.stored):
+            self._start_gather(layer + self._direction)
 
-    def hold_layer_of(self, name: str) -> None:
-        """Hold the layer that a tensor belongs to, if it belongs to one."""
-        if self.takes(name):
-            self.hold(_layer_of(name))
+    def gather_layer_of(self, name: str) -> None:
+        """Gather the layer that a tensor belongs to, if it belongs to one."""
+        if self.is_layer_tensor(name):
+            self.gather(_layer_of(name))
 
     def describe(self) -> str:
-        """What this process holds, in words."""
-        here, gathered = sum(map(len, self.shares)), sum(map(len, self._buffers))
+        """One line for the log: the bytes on this rank."""
+        here, gathered = sum(map(len, self.stored)) / 2**20, sum(map(len, self._buffers)) / 2**20
         return (
-            f"base layers: dealt over {self.count} processes as bytes, {here / 2**20:,.1f} MiB here of "
-            f"{here * self.count / 2**20:,.1f} MiB, and {gathered / 2**20:,.1f} MiB for {NUM_BUFFERS} gathered layers"
+            f"base layers: sharded over {self.world_size} ranks as bytes, {here:,.1f} MiB on this one of "
+            f"{here * self.world_size:,.1f} MiB, and {gathered:,.1f} MiB for {NUM_BUFFERS} gathered layers"
         )
 
     def _seal(self) -> None:
-        """Lay the open layer's tensors behind one another and keep this process's part."""
+        """Concatenate the open layer's tensors and store this rank's part."""
         places: dict[str, _Place] = {}
         end = 0
         for name, tensor in sorted(self._open.items()):
             places[name] = _Place(end, tensor.shape, tensor.dtype)
             end += math.ceil(places[name].num_bytes / ALIGNMENT) * ALIGNMENT
-        part = math.ceil(end / self.count / ALIGNMENT) * ALIGNMENT
-        whole = torch.zeros(part * self.count, dtype=torch.uint8)
+        part = math.ceil(end / self.world_size / ALIGNMENT) * ALIGNMENT
+        whole = torch.zeros(part * self.world_size, dtype=torch.uint8)
         for name, place in places.items():
             place.view(whole).copy_(self._open[name])
-        self.shares.append(whole[self.rank * part : (self.rank + 1) * part].clone().to(self.device))
+        self.stored.append(whole[self.rank * part : (self.rank + 1) * part].clone().to(self.device))
         self._places.append(places)
         self._order.append(_layer_of(next(iter(self._open))))
         self._open = {}
 
-    def _whole(self, layer: int, share: Tensor) -> Tensor:
-        return self._buffers[layer % NUM_BUFFERS][: share.numel() * self.count]
+    def _whole(self, layer: int, shard: Tensor) -> Tensor:
+        return self._buffers[layer % NUM_BUFFERS][: shard.numel() * self.world_size]
 
-    def _send_for(self, layer: int) -> None:
+    def _start_gather(self, layer: int) -> None:
         buffer = layer % NUM_BUFFERS
-        if self._held[buffer] == layer:
+        if self._gathered[buffer] == layer:
             return
-        self._await(buffer)
-        share = self.shares[layer]
-        # Begins after everything that the device was given to do so far, so nobody still reads the buffer.
-        self._arriving[buffer] = _all_gather(self._whole(layer, share), share, async_op=True)
-        self._held[buffer] = layer
+        self._wait_for(buffer)
+        shard = self.stored[layer]
+        # Begins after everything queued on the device so far, so nothing still reads the buffer.
+        self._pending[buffer] = _all_gather(self._whole(layer, shard), shard, async_op=True)
+        self._gathered[buffer] = layer
 
-    def _await(self, buffer: int) -> None:
-        if self._arriving[buffer] is not None:
-            self._arriving[buffer].wait()
-            self._arriving[buffer] = None
+    def _wait_for(self, buffer: int) -> None:
+        if self._pending[buffer] is not None:
+            self._pending[buffer].wait()
+            self._pending[buffer] = None
 
 
 def _layer_of(name: str) -> int:

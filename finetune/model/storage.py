@@ -1,7 +1,11 @@
-"""How many bytes each part of the base takes, and in which format: printed, and checked against the recipe.
+"""Storage formats of a base: conversion while it is read, and a table of the bytes of each part, checked afterwards.
 
-bitsandbytes' `load_in_4bit` leaves gpt-oss experts in bfloat16 without a word (facts: traps 3); this table is where
-such a thing would show.
+Tensors are converted one at a time: none exists whole in a third format between the checkpoint's and its own. Experts
+are converted one by one, on the device that will store them.
+
+bitsandbytes' `load_in_4bit` leaves gpt-oss experts in bfloat16 without a warning; the table is where that would show.
+
+Shape suffixes: E experts.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finetune.arch import ATTENTION_PROJECTIONS, EMBEDDING
 from finetune.config.schema import ModelConfig
 from finetune.errors import CheckError
 from finetune.model.nf4 import NF4_BLOCK, dequantise_nf4, quantise_nf4
@@ -21,11 +26,12 @@ from finetune.mxfp4.format import BLOCK, dequantise
 
 ExpertStorage = Literal["mxfp4", "nf4", "bfloat16"]
 AttentionStorage = Literal["compute", "nf4"]
+_ATTENTION = tuple(f".self_attn.{name}.weight" for name in ATTENTION_PROJECTIONS)
 
 
 @dataclass(frozen=True)
 class BaseStorage:
-    """How a base is to be held; the defaults hold what the checkpoint does.
+    """Storage formats of a base; the defaults are the checkpoint's own.
 
     Attributes:
         experts, attention: format of the weights, see `finetune.config.schema.ModelConfig`.
@@ -38,19 +44,116 @@ class BaseStorage:
 
     @classmethod
     def of(cls, config: ModelConfig) -> BaseStorage:
-        """What a recipe asks for."""
+        """The formats that a recipe asks for."""
         return cls(config.expert_storage, config.attention_storage, config.embedding_on_cpu)
 
     @property
     def rounded(self) -> dict[str, str]:
-        """Parts whose values are not the checkpoint's, and their format."""
-        held = {"experts": self.experts, "attention": self.attention}
-        return {part: form for part, form in held.items() if form == "nf4"}
+        """Parts whose values differ from the checkpoint's, and their format."""
+        formats = {"experts": self.experts, "attention": self.attention}
+        return {part: form for part, form in formats.items() if form == "nf4"}
+
+
+class StorageConverter:
+    """Converts tensors of a checkpoint to a storage format.
+
+    Args:
+        device: of the model.
+        dtype: of everything that is not packed.
+        storage: the recipe's formats.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, storage: BaseStorage) -> None:
+        self.device, self.dtype, self.storage = device, dtype, storage
+        self._blocks: dict[str, Tensor] = {}
+        self._errors: dict[str, tuple[float, float]] = {}
+
+    def convert(self, name: str, stored: Tensor) -> dict[str, Tensor]:
+        """Convert one tensor of the native layout.
+
+        Args:
+            name: of the tensor; an expert projection's `_blocks` come before its `_scales`.
+            stored: as in the checkpoint, on the CPU. Not written to.
+
+        Returns:
+            Tensors by their name in the model's state; none for blocks, which wait for their scales.
+        """
+        if name == EMBEDDING and self.storage.embedding_on_cpu:
+            return {name: stored.clone()}  # memory of its own: mapped pages could be dropped while training
+        if self.storage.attention == "nf4" and name.endswith(_ATTENTION):
+            weights = stored.to(self.device)
+            codes, scales = quantise_nf4(weights)
+            self._add_error("attention", weights, dequantise_nf4(codes, scales, torch.float32))
+            return {name: codes, f"{name}_scales": scales}
+        if stored.dtype != torch.uint8:
+            return {name: stored.to(self.device, self.dtype)}
+        if self.storage.experts == "mxfp4":
+            return {name: stored.to(self.device)}
+        if name.endswith("_blocks"):
+            self._blocks[name] = stored
+            return {}
+        projection = name.removesuffix("_scales")
+        blocks = self._blocks.pop(f"{projection}_blocks").to(self.device)
+        return self._convert_experts(projection, blocks, stored.to(self.device))
+
+    def rounding_errors(self) -> dict[str, float]:
+        """Relative RMS, by part, of the change that NF4 made in the values; empty if nothing is in NF4."""
+        return {part: (lost / total) ** 0.5 if total else 0.0 for part, (lost, total) in self._errors.items()}
+
+    def _convert_experts(self, projection: str, blocks: Tensor, scales: Tensor) -> dict[str, Tensor]:
+        """A projection's experts in the format asked for, one expert after another."""
+        num_experts, out, inputs = (*blocks.shape[:2], blocks.shape[2] * BLOCK)
+        if self.storage.experts == "bfloat16":
+            dense = torch.empty(num_experts, out, inputs, dtype=torch.bfloat16, device=self.device)
+            for expert in range(num_experts):
+                dequantise(blocks[expert], scales[expert], out=dense[expert])
+            return {f"{projection}_dense": dense}
+        codes = torch.empty(num_experts, out, inputs // 2, dtype=torch.uint8, device=self.device)
+        factors = torch.empty(num_experts, out * inputs // NF4_BLOCK, device=self.device)
+        for expert in range(num_experts):
+            weights = dequantise(blocks[expert], scales[expert])
+            codes[expert], factors[expert] = quantise_nf4(weights)
+            self._add_error("experts", weights, dequantise_nf4(codes[expert], factors[expert], torch.float32))
+        return {f"{projection}_nf4_codes": codes, f"{projection}_nf4_scales": factors}
+
+    def _add_error(self, part: str, weights: Tensor, rounded: Tensor) -> None:
+        lost, total = self._errors.get(part, (0.0, 0.0))
+        weights = weights.float()
+        self._errors[part] = (
+            lost + float((weights - rounded).square().sum()),
+            total + float(weights.square().sum()),
+        )
+
+
+class CpuEmbedding(nn.Embedding):
+    """The input embedding in host memory, in the checkpoint's dtype; a micro-batch's vectors are copied at once.
+
+    Args:
+        base: the embedding it replaces, which gives the sizes.
+        device: of the result.
+        dtype: of the result; widening after the look-up gives the same bits as before it.
+    """
+
+    def __init__(self, base: nn.Embedding, device: torch.device, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        self.padding_idx, self.weight = base.padding_idx, base.weight
+        self.device, self.dtype = device, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., D] on the device. Ids that are on the host already spare a wait for the device."""
+        vectors = F.embedding(ids.cpu(), self.weight)
+        if self.device.type == "cuda":  # from pinned memory the copy does not block the host
+            vectors = vectors.pin_memory()
+        return vectors.to(self.device, non_blocking=True).to(self.dtype)
+
+
+# The table of what is stored
 
 
 @dataclass(frozen=True)
 class StorageLine:
-    """One part in one format on one device: how many bytes it takes."""
+    """Bytes of one part of the model in one format on one device."""
 
     part: str
     format: str
@@ -67,7 +170,7 @@ def storage_table(model: nn.Module) -> list[StorageLine]:
 
 
 def describe_storage(lines: list[StorageLine]) -> str:
-    """The table as text, one line a part; devices are named if there are several."""
+    """The table as text, one line per part; devices are named if there are several."""
     several = len({line.device for line in lines}) > 1
     return "\n".join(
         f"  {_readable(line.num_bytes):>11}  {line.part:<24} {line.format}{f' on {line.device}' if several else ''}"
@@ -76,7 +179,7 @@ def describe_storage(lines: list[StorageLine]) -> str:
 
 
 def check_storage(lines: list[StorageLine], wanted: BaseStorage) -> None:
-    """Refuse a base that is not held as the recipe says.
+    """Refuse a base that is not stored as the recipe says.
 
     Raises:
         CheckError: names the formats or devices found.
@@ -85,7 +188,7 @@ def check_storage(lines: list[StorageLine], wanted: BaseStorage) -> None:
     attention = {line.format for line in lines if line.part == "attention weights"}
     if (attention == {"nf4"}) != (wanted.attention == "nf4"):
         raise CheckError(
-            f"attention weights are held as {', '.join(sorted(attention))}, the recipe says {wanted.attention}"
+            f"attention weights are stored as {', '.join(sorted(attention))}, the recipe says {wanted.attention}"
         )
     embedding = {line.device for line in lines if line.part == "input embedding"}
     if wanted.embedding_on_cpu and embedding != {"cpu"}:
@@ -93,7 +196,7 @@ def check_storage(lines: list[StorageLine], wanted: BaseStorage) -> None:
 
 
 def check_expert_storage(lines: list[StorageLine], wanted: str) -> None:
-    """Refuse a base whose expert weights are not all held as the recipe says.
+    """Refuse a base whose expert weights are not all stored as the recipe says.
 
     Raises:
         CheckError: names the formats found.
@@ -101,7 +204,7 @@ def check_expert_storage(lines: list[StorageLine], wanted: str) -> None:
     formats = {line.format for line in lines if line.part == "expert weights"}
     if formats != {wanted}:
         raise CheckError(
-            f"expert weights are held as {', '.join(sorted(formats)) or 'nothing'}, the recipe says {wanted}",
+            f"expert weights are stored as {', '.join(sorted(formats)) or 'nothing'}, the recipe says {wanted}",
             why="a dense copy of the experts takes 38 GB (20b) or 229 GB (120b)",
         )
 
@@ -142,108 +245,3 @@ def _format(name: str, tensor: Tensor) -> str:
     if codes or (name.endswith(("_nf4_scales", "_proj.weight_scales")) and tensor.dtype == torch.float32):
         return "nf4"
     return str(tensor.dtype).removeprefix("torch.")
-
-
-# From a tensor as the checkpoint has it to the tensors that the base holds of it.
-#
-# One tensor at a time: what is converted never exists whole in another format than the one it comes from and the one it
-# goes to. Experts are converted one by one, on the device that will hold them.
-#
-# Shape suffixes: E experts.
-
-EMBEDDING = "model.embed_tokens.weight"
-_ATTENTION = tuple(f".self_attn.{name}_proj.weight" for name in "qkvo")
-
-
-class StorageConverter:
-    """Turns stored tensors into held ones.
-
-    Args:
-        device: of the model.
-        dtype: of everything that is not packed.
-        storage: what the recipe asks for.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, storage: BaseStorage) -> None:
-        self.device, self.dtype, self.storage = device, dtype, storage
-        self._blocks: dict[str, Tensor] = {}
-        self._errors: dict[str, tuple[float, float]] = {}
-
-    def hold(self, name: str, stored: Tensor) -> dict[str, Tensor]:
-        """What the model holds of one tensor of the native layout.
-
-        Args:
-            name: of the tensor; an expert projection's `_blocks` come before its `_scales`.
-            stored: as the checkpoint has it, on the CPU. Not written to.
-
-        Returns:
-            Held tensors by their name in the model's state; none for blocks that wait for their scales.
-        """
-        if name == EMBEDDING and self.storage.embedding_on_cpu:
-            return {name: stored.clone()}  # memory of its own: mapped pages could be dropped while training
-        if self.storage.attention == "nf4" and name.endswith(_ATTENTION):
-            weights = stored.to(self.device)
-            codes, scales = quantise_nf4(weights)
-            self._count("attention", weights, dequantise_nf4(codes, scales, torch.float32))
-            return {name: codes, f"{name}_scales": scales}
-        if stored.dtype != torch.uint8:
-            return {name: stored.to(self.device, self.dtype)}
-        if self.storage.experts == "mxfp4":
-            return {name: stored.to(self.device)}
-        if name.endswith("_blocks"):
-            self._blocks[name] = stored
-            return {}
-        projection = name.removesuffix("_scales")
-        blocks = self._blocks.pop(f"{projection}_blocks").to(self.device)
-        return self._experts(projection, blocks, stored.to(self.device))
-
-    def rounding_errors(self) -> dict[str, float]:
-        """Relative RMS, by part, of what NF4 changed in the values that were read; empty if nothing is NF4."""
-        return {part: (lost / total) ** 0.5 if total else 0.0 for part, (lost, total) in self._errors.items()}
-
-    def _experts(self, projection: str, blocks: Tensor, scales: Tensor) -> dict[str, Tensor]:
-        """A projection's experts in the storage asked for, one expert after the other."""
-        num_experts, out, inputs = (*blocks.shape[:2], blocks.shape[2] * BLOCK)
-        if self.storage.experts == "bfloat16":
-            dense = torch.empty(num_experts, out, inputs, dtype=torch.bfloat16, device=self.device)
-            for expert in range(num_experts):
-                dequantise(blocks[expert], scales[expert], out=dense[expert])
-            return {f"{projection}_dense": dense}
-        codes = torch.empty(num_experts, out, inputs // 2, dtype=torch.uint8, device=self.device)
-        factors = torch.empty(num_experts, out * inputs // NF4_BLOCK, device=self.device)
-        for expert in range(num_experts):
-            weights = dequantise(blocks[expert], scales[expert])
-            codes[expert], factors[expert] = quantise_nf4(weights)
-            self._count("experts", weights, dequantise_nf4(codes[expert], factors[expert], torch.float32))
-        return {f"{projection}_nf4_codes": codes, f"{projection}_nf4_scales": factors}
-
-    def _count(self, part: str, weights: Tensor, rounded: Tensor) -> None:
-        lost, total = self._errors.get(part, (0.0, 0.0))
-        weights = weights.float()
-        self._errors[part] = (
-            lost + float((weights - rounded).square().sum()),
-            total + float(weights.square().sum()),
-        )
-
-
-class CpuEmbedding(nn.Embedding):
-    """The input embedding in host memory, in the checkpoint's dtype; rows of a micro-step go over in one transfer.
-
-    Args:
-        base: the embedding it replaces; its sizes count.
-        device: where rows are wanted.
-        dtype: of the rows; widening after the look-up gives the same bits as before it.
-    """
-
-    def __init__(self, base: nn.Embedding, device: torch.device, dtype: torch.dtype) -> None:
-        nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
-        self.padding_idx, self.weight = base.padding_idx, base.weight
-        self.device, self.dtype = device, dtype
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """int64 [...] -> [..., D] on the device. Ids that are on the host already spare a wait for the device."""
-        rows = F.embedding(ids.cpu(), self.weight)
-        if self.device.type == "cuda":  # from pinned memory the copy does not hold up the host
-            rows = rows.pin_memory()
-        return rows.to(self.device, non_blocking=True).to(self.dtype)

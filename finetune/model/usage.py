@@ -18,7 +18,7 @@ from finetune.data.batches import PADDING_SEGMENT, collate
 from finetune.data.harmony.render import Example
 from finetune.data.packing import pack
 from finetune.model.build import Base
-from finetune.model.forward import Routing, hidden_states, record_router
+from finetune.model.forward import RouterOutput, hidden_states, record_router
 
 GroupsOf = Callable[[int], NDArray[np.int64]]
 """Number of an example -> the group of each of its tokens, int64 [tokens]."""
@@ -39,7 +39,7 @@ class UsageCounter:
         self.gates = torch.zeros(shape, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(num_groups, dtype=torch.float64, device=device)
 
-    def add(self, layers: Sequence[Routing], tokens: Tensor, groups: Tensor | None = None) -> None:
+    def add(self, layers: Sequence[RouterOutput], tokens: Tensor, groups: Tensor | None = None) -> None:
         """Count some tokens.
 
         Args:

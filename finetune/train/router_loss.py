@@ -20,7 +20,7 @@ from finetune.config.schema import TrainerConfig
 from finetune.data.batches import PADDING_SEGMENT, Batch
 from finetune.kernels.loss_head import token_nll
 from finetune.model.build import Base
-from finetune.model.forward import Routing, hidden_states, record_router
+from finetune.model.forward import RouterOutput, hidden_states, record_router
 from finetune.model.usage import UsageCounter
 
 
@@ -38,7 +38,7 @@ def language_loss(hidden: Tensor, head: Tensor, where: Tensor, targets: Tensor, 
     return (token_nll(hidden.flatten(0, 1)[where], head, targets) * weights).sum()
 
 
-def choice_counts(layers: Sequence[Routing], rows: Tensor) -> Tensor:
+def choice_counts(layers: Sequence[RouterOutput], rows: Tensor) -> Tensor:
     """How often each expert was chosen: float64 [layers, E], without gradient.
 
     Args:
@@ -68,7 +68,7 @@ def balance_weights(chosen: Tensor, base_chosen: Tensor | None = None) -> Tensor
     return chosen.shape[-1] * chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
 
 
-def balance_sum(layers: Sequence[Routing], rows: Tensor, weights: Tensor) -> Tensor:
+def balance_sum(layers: Sequence[RouterOutput], rows: Tensor, weights: Tensor) -> Tensor:
     """Sum over tokens of sum_e weight_e · p_e, mean over layers: a micro-step's share of the loss times all its tokens.
 
     Args:
@@ -83,12 +83,12 @@ def balance_sum(layers: Sequence[Routing], rows: Tensor, weights: Tensor) -> Ten
     return torch.stack(per_layer).mean()
 
 
-def z_sum(layers: Sequence[Routing], rows: Tensor) -> Tensor:
+def z_sum(layers: Sequence[RouterOutput], rows: Tensor) -> Tensor:
     """Sum over tokens of the squared log-sum-exp of the router's logits, mean over layers (Zoph et al. 2022)."""
     return torch.stack([_exact(routing.logits[rows]).logsumexp(-1).square().sum() for routing in layers]).mean()
 
 
-def balance_loss(layers: Sequence[Routing], real_tokens: Tensor) -> Tensor:
+def balance_loss(layers: Sequence[RouterOutput], real_tokens: Tensor) -> Tensor:
     """Router load balance of one micro-step by itself, mean over layers: E · sum_e f_e · P_e.
 
     P_e is the mean over real tokens of the float32 softmax over all E logits; f_e is the share of their T·K choices
@@ -173,7 +173,9 @@ class RouterLoss:
         of_base = None if base_chosen is None else self.accelerator.reduce(torch.stack(base_chosen).sum(0), "sum")
         return StepRouting(tokens, balance_weights(total, of_base))
 
-    def shares(self, layers: Sequence[Routing], batch: Batch, step: StepRouting, number: int) -> tuple[Tensor, Tensor]:
+    def shares(
+        self, layers: Sequence[RouterOutput], batch: Batch, step: StepRouting, number: int
+    ) -> tuple[Tensor, Tensor]:
         """A micro-step's shares of the step's balance loss and z-loss; over all micro-steps they add up to them.
 
         Without a coefficient a share has no gradient: it is computed to be seen.

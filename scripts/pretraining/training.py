@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from pretraining.corpus import Conversations, Text, documents
 from pretraining.network import build, corpus_nll
+from pretraining.semantics import semantic_embeddings
 from pretraining.vocabulary import Vocabulary
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -29,7 +30,6 @@ from finetune.data.batches import PADDING_SEGMENT, Batch, collate
 from finetune.data.harmony.render import Example
 from finetune.data.packing import pack
 from finetune.model.forward import hidden_states, record_router, shift_labels
-from finetune.model.semantics import semantic_embeddings
 from finetune.model.tiny import HEAD_NOISE, CompactBase
 from finetune.mxfp4.format import quantise
 from finetune.train.router_loss import balance_loss

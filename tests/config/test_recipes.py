@@ -16,8 +16,8 @@ from finetune.data.dataset import load_split
 from finetune.data.harmony.tokenizer import harmony_encoding
 from finetune.data.packing import pack
 from finetune.estimate.fit import Budget
+from finetune.estimate.inputs import find_base
 from finetune.estimate.report import make_estimate
-from finetune.estimate.shapes import find_base
 
 LARGE = [name for name in list_recipes() if name.endswith("20b")]
 

@@ -140,7 +140,7 @@ class TestImport:
             ("pickle", "a format that can run code"),
             ("dora", "use_dora is True"),
             ("modules", "modules_to_save"),
-            ("no config", "has no adapter_config.json"),
+            ("no config", "adapter_config.json cannot be read"),
             ("no rank", "r is None, not a number"),
             ("other key", "is not a key of PEFT's gpt-oss layout"),
             ("not finite", "not finite"),

@@ -118,7 +118,7 @@ class TestNf4:
         held_as = nf4_base.held_as["attention"]
         assert held_as["format"] == "nf4" and 0.05 < float(held_as["relative_rms"]) < 0.12
         held(tiny_base, NF4)
-        assert f"experts: held in NF4, which changed them by {(lost / total) ** 0.5:.2%}" in capfd.readouterr().err
+        assert f"experts: stored in NF4, which changed them by {(lost / total) ** 0.5:.2%}" in capfd.readouterr().err
 
     def test_identity_is_the_checkpoints_and_a_changed_code_is_named(self, nf4_base: Base, native_base: Base) -> None:
         assert nf4_base.identity == native_base.identity == check_unchanged(nf4_base)
@@ -145,7 +145,7 @@ class TestNf4:
         attention = shape.num_layers * 2 * shape.hidden * (shape.query_size + shape.kv_size)
         assert sizes == {"expert weights": experts * 9 // 16, "attention weights": attention * 9 // 16}  # 4.5 bits
         for lines, wanted in ((nf4, BaseStorage()), (native, NF4), (nf4, BaseStorage(experts="nf4"))):
-            with pytest.raises(CheckError, match=r"held as"):
+            with pytest.raises(CheckError, match=r"stored as"):
                 check_storage(lines, wanted)
         assert "nf4" in describe_storage(nf4)
 
@@ -266,9 +266,9 @@ def test_converting_takes_one_expert_of_scratch() -> None:
     expert_bytes = 128 * 256 * 4
     for storage, bits in (("nf4", 4.5), ("bfloat16", 16)):
         holder = StorageConverter(CPU, torch.float32, BaseStorage(experts=storage))  # type: ignore[arg-type]
-        holder.hold("layer.experts.down_proj_blocks", blocks)
+        holder.convert("layer.experts.down_proj_blocks", blocks)
         with AllocationTracker() as tracker:
-            made = holder.hold("layer.experts.down_proj_scales", scales)
+            made = holder.convert("layer.experts.down_proj_scales", scales)
         assert sum(t.numel() * t.element_size() for t in made.values()) == 32 * 128 * 256 * bits / 8
         assert tracker.peak_bytes < 32 * 128 * 256 * bits / 8 + 9 * expert_bytes < 32 * expert_bytes * 1.1
 

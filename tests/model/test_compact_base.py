@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.arch import EMBEDDING, OUTPUT_HEAD
 from finetune.config.paths import shipped_dir
 from finetune.config.schema import DataConfig
 from finetune.data.forms import parse_conversation
@@ -19,10 +20,10 @@ from finetune.data.harmony.render import Example, render_example
 from finetune.data.sources import Record
 from finetune.errors import MachineError
 from finetune.evaluate.likelihood import held_out_loss
-from finetune.model import tiny as compact
+from finetune.model import tiny
 from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
-from finetune.model.tiny import COMPACT_FILE, EMBEDDING, HEAD, CompactBase, shipped_compact_base, write_tiny_base
+from finetune.model.tiny import COMPACT_FILE, CompactBase, shipped_compact_base, write_tiny_base
 
 CARD = (shipped_dir("data") / "base" / "README.md").read_text()
 
@@ -63,22 +64,22 @@ def test_compact_form_keeps_everything_to_eight_bits() -> None:
 def test_expanding_gives_every_other_token_a_row_of_its_own() -> None:
     base = small()
     tensors = base.expand(4000, seed=0)
-    embedding, head = tensors[EMBEDDING].float(), tensors[HEAD].float()
+    embedding, head = tensors[EMBEDDING].float(), tensors[OUTPUT_HEAD].float()
     torch.testing.assert_close(embedding[base.tokens], base.embedding, atol=0.02, rtol=0.01)
     torch.testing.assert_close(head[base.tokens], base.embedding * 0.25, atol=0.01, rtol=0.01)
     others = torch.tensor([token for token in range(4000) if token not in base.tokens.tolist()])
     assert len(head[others].unique(dim=0)) == len(others)
     noise = head[others] - base.rest * 0.25
-    assert abs(noise.mean()) < 0.01 and abs(noise.std() / (compact.HEAD_NOISE / 32) - 1) < 0.02
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() / (tiny.HEAD_NOISE / 32) - 1) < 0.02
     again, other = base.expand(4000, seed=0), base.expand(4000, seed=1)
-    assert torch.equal(again[HEAD], tensors[HEAD])
-    changed = (other[HEAD] != tensors[HEAD]).any(1).nonzero()[:, 0]
+    assert torch.equal(again[OUTPUT_HEAD], tensors[OUTPUT_HEAD])
+    changed = (other[OUTPUT_HEAD] != tensors[OUTPUT_HEAD]).any(1).nonzero()[:, 0]
     assert not set(changed.tolist()) & set(base.tokens.tolist()) and len(changed) == len(others)
 
 
 @pytest.mark.parametrize("content", [b"", b"not gzip", small().to_bytes()[:-50], None])
 def test_a_damaged_file_is_named(content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compact, "shipped_dir", lambda _: tmp_path)
+    monkeypatch.setattr(tiny, "shipped_dir", lambda _: tmp_path)
     (tmp_path / "base").mkdir()
     if content is not None:
         (tmp_path / COMPACT_FILE).write_bytes(content)

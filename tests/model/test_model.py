@@ -22,7 +22,7 @@ from finetune.model.forward import (
     checkpoint_activations,
     hidden_states,
     logits,
-    packing_leak,
+    packing_leakage,
     record_router,
 )
 from finetune.model.noise import rounding_noise
@@ -118,9 +118,9 @@ def test_gradient_through_the_whole_model_equals_transformers(
     assert (ours_grad - theirs_grad).mean().abs() < 1e-7 * theirs_grad.abs().max()
 
 
-def test_packed_samples_are_separate_and_the_check_can_fail(base: Base, kernel: str) -> None:
+def test_packed_examples_are_separate_and_the_check_can_fail(base: Base, kernel: str) -> None:
     assert check_packing(base.model) < 1e-5
-    assert packing_leak(base.model, leak=True) > 0.1
+    assert packing_leakage(base.model, join=True) > 0.1
 
 
 @torch.no_grad()
@@ -141,8 +141,8 @@ def test_answers_that_share_a_prompt_see_it_through_either_kernel(base: Base, ke
 
 def test_start_up_refuses_a_leaking_model(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
 
-    monkeypatch.setattr("finetune.model.forward.packing_leak", lambda _model, **_how: 0.5)
-    with pytest.raises(CheckError, match="packed samples are not separate"):
+    monkeypatch.setattr("finetune.model.forward.packing_leakage", lambda _model, **_how: 0.5)
+    with pytest.raises(CheckError, match="packed examples are not separate"):
         check_packing(base.model)
 
 

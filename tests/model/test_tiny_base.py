@@ -13,10 +13,9 @@ import torch
 from safetensors import safe_open
 
 from finetune.config.paths import shipped_dir
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, MachineError
 from finetune.model import tiny
 from finetune.model.checkpoint import Checkpoint
-from finetune.model.semantics import semantic_embeddings
 from finetune.model.tiny import write_tiny_base
 from finetune.mxfp4.format import dequantise
 
@@ -34,13 +33,6 @@ def tokenizer_built_once(tiny_base: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finetune.data.harmony.tokenizer.write_tokenizer", copy_tokenizer)
         yield
-
-
-@pytest.fixture(scope="module")
-def constructed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bases") / "constructed"
-    write_tiny_base(directory, seed=0, kind="constructed")
-    return directory
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -98,53 +90,17 @@ def test_several_shards_with_an_index_and_blocks_right_before_their_scales(tiny_
                 assert names[place + 1] == name.removesuffix("_blocks") + "_scales"
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
-    constructed: Path, tiny_base: Path, tmp_path: Path
-) -> None:
-    write_tiny_base(tmp_path / "again", seed=0, kind="constructed")
-    assert digests(tmp_path / "again") == digests(constructed)
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tiny_base: Path, tmp_path: Path) -> None:
+    write_tiny_base(tmp_path / "again", seed=0, kind="random")
+    assert digests(tmp_path / "again") == digests(tiny_base)
     write_tiny_base(tmp_path / "other", seed=1, kind="random")
     other, same = digests(tmp_path / "other"), digests(tiny_base)
     changed = {name for name in same if other[name] != same[name]}
     assert changed == {*(name for name in same if name.endswith(".safetensors")), "checksums.json", "README.md"}
 
 
-def test_it_says_what_it_is(constructed: Path, tiny_base: Path) -> None:
-    assert "Constructed, not pretrained" in (constructed / "README.md").read_text()
+def test_the_readme_names_the_kind(tiny_base: Path) -> None:
     assert "Random, not pretrained" in (tiny_base / "README.md").read_text()
-
-
-def test_constructed_embeddings_put_like_words_together_and_random_ones_do_not(
-    constructed: Path, tiny_base: Path
-) -> None:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(constructed / "tokenizer.json"))
-    words = [" insurance", " royalty", " terminate", " audit"]
-    alike = list(zip(words, [" coverage", " royalties", " termination", " records"], strict=True))
-    apart = list(zip(words, [" laws", " audit", " royalty", " renew"], strict=True))
-
-    def similarity(directory: Path, pairs: list[tuple[str, str]]) -> float:
-        rows = Checkpoint.open(directory).read("model.embed_tokens.weight").float()
-        ids = torch.tensor([[tokenizer.encode(word).ids for word in pair] for pair in pairs])[..., 0]
-        return float(torch.cosine_similarity(rows[ids[:, 0]], rows[ids[:, 1]]).mean())
-
-    assert similarity(constructed, alike) > similarity(constructed, apart) + 0.3
-    assert abs(similarity(tiny_base, alike)) < 0.3
-
-
-def test_semantic_embeddings_on_two_topics() -> None:
-    generator = torch.Generator().manual_seed(0)
-    texts = [
-        (torch.randint(0, 40, (50,), generator=generator) + topic * 40).tolist() for topic in (0, 1) for _ in range(40)
-    ]
-    tokens, embeddings = semantic_embeddings(texts, 8, seed=0)
-    assert tokens.tolist() == list(range(80))
-    first, second = embeddings[:40], embeddings[40:]
-    within = torch.cosine_similarity(first[:, None], first[None], dim=-1).mean()
-    across = torch.cosine_similarity(first[:, None], second[None], dim=-1).mean()
-    assert within > across + 0.3
-    assert torch.allclose(embeddings.square().mean(1), torch.ones(80, dtype=torch.float64))
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -163,7 +119,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
         assert list(directory.glob("*.safetensors"))
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tiny, "_write_checksums", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(tiny, "write_checksums", full_disk)
+    with pytest.raises(MachineError, match="No space"):
         write_tiny_base(tmp_path / "base", kind="random")
     assert not list(tmp_path.iterdir())

@@ -19,23 +19,25 @@ from torch import Tensor
 
 from finetune.config.schema import RouterAdapterConfig
 from finetune.data.batches import collate, padding_batch
-from finetune.model.forward import Routing, record_router
+from finetune.model.forward import RouterOutput, record_router
 from finetune.train.router_loss import balance_sum, balance_weights, choice_counts, z_sum
 
 T, E, K, LAYERS = 60, 6, 2, 3
 
 
-def layers_of(seed: int, *, grad: bool = False) -> list[Routing]:
+def layers_of(seed: int, *, grad: bool = False) -> list[RouterOutput]:
     g = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(LAYERS):
         logits = (torch.randn(T, E, generator=g, dtype=torch.float64) * 2).requires_grad_(grad)
         top = logits.topk(K)
-        made.append(Routing(logits, top.indices, top.values.softmax(-1)))
+        made.append(RouterOutput(logits, top.indices, top.values.softmax(-1)))
     return made
 
 
-def oracle(layers: list[Routing], base: list[Routing] | None, rows: np.ndarray) -> tuple[float, list[np.ndarray]]:
+def oracle(
+    layers: list[RouterOutput], base: list[RouterOutput] | None, rows: np.ndarray
+) -> tuple[float, list[np.ndarray]]:
     """The balance loss over `rows` and its gradient by the logits, from the definition: numpy, float64, no autograd."""
     values, gradients = [], []
     for number, layer in enumerate(layers):
@@ -96,7 +98,7 @@ class TestWhatMinimisesIt:
     def test_uniform_use_is_1_and_stationary(self) -> None:
         logits = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
         ids = torch.arange(24).reshape(12, 2) % 4  # used evenly, whatever the probabilities
-        layers, rows = [Routing(logits, ids, logits[:, :2])], torch.arange(12)
+        layers, rows = [RouterOutput(logits, ids, logits[:, :2])], torch.arange(12)
         loss = balance_sum(layers, rows, balance_weights(choice_counts(layers, rows))) / 12
         assert loss.item() == pytest.approx(1.0)
         assert torch.autograd.grad(loss, logits)[0].abs().max() < 1e-15

@@ -191,10 +191,10 @@ def facts_of(base: Base, engine: Engine, processes: World) -> dict[str, object]:
     except CheckError as error:
         facts["agree"] = error.what
     if base.shards is not None:
-        held = sum(len(share) for share in base.shards.shares)
+        held = sum(len(share) for share in base.shards.stored)
         facts["held"], facts["all"] = held, sum(processes.gather(held))
         if processes.rank == 1:
-            base.shards.shares[2][7] ^= 1  # the high byte of a float32: check_unchanged rounds to bfloat16
+            base.shards.stored[2][7] ^= 1  # the high byte of a float32: check_unchanged rounds to bfloat16
         try:
             check_unchanged(base)
             facts["flip"] = "not seen"

@@ -48,7 +48,7 @@ def test_a_run_with_all_of_them_resumes_bit_for_bit_and_says_what_it_used(
     assert formats["expert weights"] == formats["attention weights"] == "nf4"
     assert formats["input embedding"] == "bfloat16"
     assert manifest["base"]["held_as"].keys() == {"experts", "attention"}
-    assert "**experts were rounded to nf4**" in report and "held in NF4" in printed
+    assert "**experts were rounded to nf4**" in report and "stored in NF4" in printed
     _, checkpoint = load_newest(whole / "checkpoints")
     assert {tensor.dtype for tensor in checkpoint.adapter.values()} == {torch.bfloat16}
     moment = checkpoint.optimizer["model.layers.1.mlp.experts.gate_up_b/state1"]

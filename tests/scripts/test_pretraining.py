@@ -20,7 +20,7 @@ from finetune.config.paths import shipped_dir
 from finetune.data.harmony.tokenizer import harmony_encoding
 from finetune.mxfp4.format import dequantise, quantise
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from pretraining.corpus import FILES, Conversations, Text, documents, pieces, read_texts, text_of
 from pretraining.network import TrainableExperts, corpus_nll
 

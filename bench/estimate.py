@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "estimate")]
 from test_estimate_step import CASES, reference_step  # noqa: E402
 from tracked_step import busiest_chunks, full_batch, measure, recipe, write_base  # noqa: E402
 
-from finetune.adapters.lora import attach_adapter  # noqa: E402
+from finetune.adapters.attach import attach_adapter  # noqa: E402
 from finetune.arch import Arch  # noqa: E402
 from finetune.config.compose import compose  # noqa: E402
 from finetune.config.paths import shipped_dir  # noqa: E402

@@ -28,7 +28,7 @@ from measure import machine, publish
 from mxfp4_merge import CPU, SEEDS, SETTINGS, Work
 from torch import Tensor, nn
 
-from finetune.adapters.store import AdapterFile, open_adapter
+from finetune.adapters.store import AdapterFile
 from finetune.config.compose import compose
 from finetune.data.batches import Batch, collate
 from finetune.data.dataset import load_split
@@ -155,7 +155,7 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
     if method.tail < 1:
         fewer = work.steps - steps
         plain = Work(work.directory / f"plain-{fewer}", work.base, fewer, work.rows, work.rates)
-        source = open_adapter(plain.adapter("experts", size, seed))
+        source = AdapterFile.open(plain.adapter("experts", size, seed))
         rounded = plain.round(source, f"rounded-{size}-{seed}".replace(" ", ""), SETTINGS["compensated"], seed)[1]
     base = build_base(work.checkpoint, CPU, torch.float32, experts_per_chunk=8)
     for number, layer in enumerate(base.model.model.layers):
@@ -193,7 +193,7 @@ def compare(work: Work, sizes: list[str], names: list[str]) -> None:
         for size in sizes:
             key = f"{size} after, seed {seed}"
             if key not in work.results:
-                source = open_adapter(work.adapter("experts", size, seed))
+                source = AdapterFile.open(work.adapter("experts", size, seed))
                 plan, rounded = work.round(
                     source, f"rounded-{size}-{seed}".replace(" ", ""), SETTINGS["compensated"], seed
                 )

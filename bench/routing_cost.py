@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from finetune import log
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.config.schema import AdapterConfig, ModelConfig, TrainerConfig
 from finetune.data.batches import Batch, collate
 from finetune.data.harmony.render import Example

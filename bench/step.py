@@ -28,7 +28,7 @@ from random_base import SHAPES, config_of, dense_bytes, dequantised, random_base
 from torch import nn
 
 from finetune import log
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.arch import Arch
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import Batch

@@ -15,7 +15,7 @@ import torch
 from allocation import AllocationTracker
 from safetensors.torch import save_file
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.arch import Arch
 from finetune.config.paths import shipped_dir
 from finetune.config.schema import (

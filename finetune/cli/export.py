@@ -69,9 +69,9 @@ def _run(args: argparse.Namespace) -> None:
         fix = suggest_word(target, list(SUMMARIES)) or f"one of {', '.join(SUMMARIES)}"
         raise ConfigError(f"cannot export to {target!r}", fix=fix)
     directory, run_directory = resolve_run(args.run)
-    from finetune.adapters.store import open_adapter
+    from finetune.adapters.store import AdapterFile
 
-    source = open_adapter(directory)
+    source = AdapterFile.open(directory)
     out = args.out or _default_out(directory, run_directory, target)
     options = ExportOptions(
         base=args.base,
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     match target:
         case _ if target in MERGED_TARGETS:
-            from finetune.export.merged import export_merged
+            from finetune.export.targets.merged import export_merged
 
             try:
                 export_merged(source, target, out, options, run_directory)

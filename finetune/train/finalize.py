@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finetune import log
 from finetune.adapters.compact import is_smaller, write_compact
 from finetune.adapters.lora import Adapter, lora_parameters, update_norms
+from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.read_back import fits_in_memory, memory_needed_bytes, read_back
 from finetune.adapters.store import write_adapter
 from finetune.data.harmony.render import Example
@@ -62,20 +63,16 @@ def write_result(session: Session, run: RunDirectory, result: Result) -> None:
     if run.adapter.exists():  # its read-back failed or was killed, and the run was resumed
         run.remove_adapter()
     location, config = session.location, session.config.adapter
-    base: dict[str, Any] = {
-        "base_name": location.name if location.revision else str(location.directory.resolve()),
-        "base_revision": location.revision,
-        "base_identity": session.base.identity,
-        "base_held_as": session.base.held_as,
-    }
-    write_adapter(run.adapter, session.adapter, config, **base)
+    name = location.name if location.revision else str(location.directory.resolve())
+    base = BaseRecord(name, location.revision, session.base.identity, session.base.held_as)
+    write_adapter(run.adapter, session.adapter, config, base)
     run.update_manifest(adapter_norms=update_norms(session.adapter))
     log.info(f"adapter: {run.adapter}")
     if is_smaller(session.adapter):
         compact = run.path / "adapter_compact"
         shutil.rmtree(compact, ignore_errors=True)
         num_experts = session.base.checkpoint.arch.num_experts
-        write_compact(compact, session.adapter, num_experts, rslora=config.rslora, facts=base)
+        write_compact(compact, session.adapter, num_experts, rslora=config.rslora, base=base)
         log.info(f"adapter, compact form: {compact}")
     run.update_manifest(read_back=_read_back(session, run, result))
 

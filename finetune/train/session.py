@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from finetune import __version__, log
-from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.lora import Adapter
 from finetune.adapters.sites import describe_sites, ranks_by_expert
 from finetune.adapters.store import read_adapter_into
 from finetune.config.derive import check_inputs, router_notes

@@ -13,11 +13,12 @@ from peft import LoraConfig, get_peft_model
 from test_adapters import new_base, randomised, sample, write
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from finetune.adapters.layout import Strength, lora_config_fields, peft_config_fields
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.config_file import CONFIG
+from finetune.adapters.layout import Strength, lora_config_fields
 from finetune.adapters.read_back import read_back
 from finetune.adapters.sites import describe_sites, plan_sites
-from finetune.adapters.store import CONFIG, WEIGHTS, read_adapter_into
+from finetune.adapters.store import WEIGHTS, adapter_config_fields, read_adapter_into
 from finetune.config.compose import compose
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import collate
@@ -130,7 +131,7 @@ def test_equal_adapters_give_equal_bytes(tiny_base: Path, tmp_path: Path) -> Non
     assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in other.iterdir()}
     stored = json.loads((one / CONFIG).read_text())
     assert stored["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    assert peft_config_fields(BOTH).items() <= stored.items()
+    assert adapter_config_fields(adapter, BOTH).items() <= stored.items()
 
 
 class TestDropout:

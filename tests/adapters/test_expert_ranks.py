@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from small_run import Train, signal_after
 from test_expert_selection import DATA, SELECTION, write
 
+from finetune.adapters.attach import attach_adapter
 from finetune.adapters.audit import audit_gradients
-from finetune.adapters.lora import Adapter, attach_adapter, update_norms
+from finetune.adapters.lora import Adapter, update_norms
 from finetune.adapters.read_back import read_back
 from finetune.adapters.sites import ExpertRanks, describe_sites, ranks_by_use
 from finetune.adapters.store import WEIGHTS, read_adapter_into

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from router_runs import new_base
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.adapters.sites import Selection, plan_sites, ranks_of
 from finetune.config.compose import compose
 from finetune.config.expert_selection import ExpertScores, write_expert_scores

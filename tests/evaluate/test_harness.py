@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.store import write_adapter
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, DataConfig, ExpertAdapterConfig
 from finetune.data.conversation import Conversation, Message
@@ -48,10 +49,7 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in attached.parameters().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 20)
     directory = tmp_path_factory.mktemp("harness") / "adapter"
-    write_adapter(
-        directory, attached, ADAPTER, base_name=str(tiny_base), base_revision=None, base_identity=base.identity,
-        base_held_as=base.held_as,
-    )  # fmt: skip
+    write_adapter(directory, attached, ADAPTER, BaseRecord(str(tiny_base), None, base.identity, base.held_as))
     return directory
 
 

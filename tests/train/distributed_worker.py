@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.lora import Adapter
 from finetune.config.rules import SHARDED_BASE
 from finetune.config.schema import (
     AdapterConfig,

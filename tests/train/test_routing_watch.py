@@ -15,7 +15,7 @@ import torch
 from router_runs import SMALL, Run, new_base, samples, shake
 from small_run import Train, manifest_of, metrics_of
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.config.schema import RouterAdapterConfig
 from finetune.data.batches import collate, padding_batch
 from finetune.data.harmony.encode import HEADER, Channel

@@ -12,7 +12,7 @@ from allocation import AllocationTracker
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import Batch, collate
 from finetune.data.harmony.render import Example

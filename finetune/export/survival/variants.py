@@ -1,4 +1,4 @@
-"""One live model turned into everything an adapter could be served as: base, base + adapter, merges of all kinds."""
+"""One live model turned into each way of serving an adapter: base, base + adapter, merges of all kinds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.attach import attach_source
+from finetune.adapters.attach import attach_for_merge
+from finetune.adapters.layout import ATTENTION, EXPERTS, ROUTER
 from finetune.adapters.lora import LoraLinear
-from finetune.adapters.store import ATTENTION, EXPERTS, ROUTER, Factors
 from finetune.export.plan import MergePlan, Operation
-from finetune.kernels.experts import clamped_swiglu
+from finetune.kernels.experts import LoraFactors, clamped_swiglu
 from finetune.model.build import Base
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN, PackedExperts
 from finetune.mxfp4.format import dequantise
@@ -42,7 +42,7 @@ class MergedExperts(nn.Module):
         factors: updates by projection.
     """
 
-    def __init__(self, packed: PackedExperts, factors: dict[str, Factors]) -> None:
+    def __init__(self, packed: PackedExperts, factors: dict[str, LoraFactors]) -> None:
         super().__init__()
         self.packed, self.factors = packed, factors
 
@@ -67,7 +67,7 @@ class MergedExperts(nn.Module):
 
 
 class Variants:
-    """A base that can be made any of `NAMES`.
+    """A live base that can become any of `NAMES`.
 
     Args:
         base: without an adapter.
@@ -94,7 +94,7 @@ class Variants:
         if name == "base":
             return
         if name == "adapter":
-            attach_source(self.base, self.plan.source)
+            attach_for_merge(self.base, self.plan.adapter)
             return
         self._merge_dense()
         if name == "bf16":
@@ -124,28 +124,28 @@ class Variants:
     def _merge_dense(self) -> None:
         """Attention and router as every merged checkpoint has them: added in float32, one cast to bfloat16."""
         for number, layer in enumerate(self.base.model.model.layers):
-            for name, found in self.plan.source.layer(number).items():
+            for name, found in self.plan.adapter.layer(number).items():
                 module = layer.mlp.router if name == ROUTER else self._plain[number].get(name)
                 if module is not None and not isinstance(module, LoraLinear):
-                    on_device = Factors(found.a.to(self.base.device), found.b.to(self.base.device), found.scale)
+                    on_device = LoraFactors(found.a.to(self.base.device), found.b.to(self.base.device), found.scale)
                     merged = merge_weight(module.weight.data, on_device)[0].to(module.weight.dtype)
                     module.weight.data = merged
-            change = self.plan.source.router_bias.get(f"model.layers.{number}.mlp.router.bias")
+            change = self.plan.adapter.router_bias.get(f"model.layers.{number}.mlp.router.bias")
             if change is not None:
                 bias = layer.mlp.router.bias
                 merged_bias = bias.float() + change.to(self.base.device)
                 bias.data = merged_bias.to(torch.bfloat16).to(bias.dtype)
 
-    def _expert_factors(self, number: int) -> dict[str, Factors]:
+    def _expert_factors(self, number: int) -> dict[str, LoraFactors]:
         device = self.base.device
-        found = {name: part for name, part in self.plan.source.layer(number).items() if name in EXPERTS}
-        return {name: Factors(part.a.to(device), part.b.to(device), part.scale) for name, part in found.items()}
+        found = {name: part for name, part in self.plan.adapter.layer(number).items() if name in EXPERTS}
+        return {name: LoraFactors(part.a.to(device), part.b.to(device), part.scale) for name, part in found.items()}
 
-    def _install(self, operation: Operation, make: Callable[[Operation, Tensor, Tensor, Factors], Packed]) -> None:
+    def _install(self, operation: Operation, make: Callable[[Operation, Tensor, Tensor, LoraFactors], Packed]) -> None:
         assert operation.site is not None
         stem = operation.base.removesuffix("_blocks")
         blocks, scales = (self.plan.checkpoint.read(stem + end) for end in ("_blocks", "_scales"))
-        self._write(operation, make(operation, blocks, scales, self.plan.source.read(operation.site)))
+        self._write(operation, make(operation, blocks, scales, self.plan.adapter.read(operation.site)))
 
     def _write(self, operation: Operation, parts: Packed) -> None:
         assert operation.site is not None
@@ -156,20 +156,20 @@ class Variants:
                 held = experts.get_buffer(name)
                 setattr(experts, name, part.to(held.device, held.dtype))
 
-    def _rounding(self, name: str) -> Callable[[Operation, Tensor, Tensor, Factors], Packed]:
+    def _rounding(self, name: str) -> Callable[[Operation, Tensor, Tensor, LoraFactors], Packed]:
         def compensated(operation: Operation, *_: object) -> Packed:
             assert self.rounded is not None
             stem = operation.base.removesuffix("_blocks")
             blocks, scales, bias = (self.rounded.read(stem + end) for end in ("_blocks", "_scales", "_bias"))
             return blocks, scales, bias
 
-        def nearest(_operation: Operation, blocks: Tensor, scales: Tensor, factors: Factors) -> Packed:
+        def nearest(_operation: Operation, blocks: Tensor, scales: Tensor, factors: LoraFactors) -> Packed:
             return *round_experts(blocks, scales, factors)[:2], None
 
-        def stochastic(operation: Operation, blocks: Tensor, scales: Tensor, factors: Factors) -> Packed:
+        def stochastic(operation: Operation, blocks: Tensor, scales: Tensor, factors: LoraFactors) -> Packed:
             return *round_experts(blocks, scales, factors, seeded_noise(self.plan, operation, 0))[:2], None
 
-        def by_rule(_operation: Operation, blocks: Tensor, scales: Tensor, factors: Factors) -> Packed:
+        def by_rule(_operation: Operation, blocks: Tensor, scales: Tensor, factors: LoraFactors) -> Packed:
             return *nearest_by_rule(blocks, scales, factors, "floor" if "floor" in name else "ceil"), None
 
         if name == "compensated":

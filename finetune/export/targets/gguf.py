@@ -1,8 +1,8 @@
 """A merged model as one GGUF file for llama.cpp, written with the public `gguf` package.
 
-Names, splits and metadata are what llama.cpp's own converter writes for gpt-oss (facts: serving.md, "llama.cpp"): gate
-and up stand apart (even and odd rows), experts keep the checkpoint's [E, out, in], norms, sinks, biases and the router
-are float32. A block of MXFP4 is its scale byte and 16 bytes that hold element j in the low and j + 16 in the high half
+Names, splits and metadata are what llama.cpp's own converter writes for gpt-oss (llama.cpp of autumn 2026): gate
+and up are separate (even and odd rows), experts keep the checkpoint's [E, out, in], norms, sinks, biases and the router
+are float32. A block of MXFP4 is its scale byte and 16 bytes that store element j in the low and j + 16 in the high half
 (the checkpoint: 2 j and 2 j + 1).
 """
 
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from finetune import log
-from finetune.adapters.store import Factors
 from finetune.arch import Arch
 from finetune.errors import InputError, MachineError
 from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
+from finetune.export.factors import part_of
 from finetune.export.plan import MergePlan, Operation
 from finetune.files import sha256_of
 from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK
@@ -293,7 +293,7 @@ def _from_rounded(rounded: RoundedExperts, tensor: GgufTensor) -> Tensor:
 def _make(plan: MergePlan, tensor: GgufTensor, pool: ThreadPoolExecutor, tally: Tally) -> Tensor:
     """The whole tensor: float32, or bytes."""
     checkpoint, operation = plan.checkpoint, tensor.operation
-    factors = plan.source.read(operation.site) if operation.site else None
+    factors = plan.adapter.read(operation.site) if operation.site else None
     if operation.kind == "bias":
         return merge_bias(plan, operation).float()
     if tensor.type != "MXFP4" and operation.kind in ("copy", "merge"):
@@ -311,9 +311,7 @@ def _make(plan: MergePlan, tensor: GgufTensor, pool: ThreadPoolExecutor, tally: 
         blocks = checkpoint.read_rows(operation.base, first, last)[:, tensor.rows].contiguous()
         scales_name = operation.base.removesuffix("_blocks") + "_scales"
         scales = checkpoint.read_rows(scales_name, first, last)[:, tensor.rows].contiguous()
-        part = None
-        if factors is not None:
-            part = Factors(factors.a[first:last], factors.b[first:last, tensor.rows].contiguous(), factors.scale)
+        part = None if factors is None else part_of(factors, slice(first, last), tensor.rows)
         if tensor.type == "BF16":
             dense, made = add_to_experts(blocks, scales, part)
             result[first:last] = dense.view(torch.uint8)

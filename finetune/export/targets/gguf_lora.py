@@ -1,7 +1,7 @@
 """A llama.cpp adapter in GGUF, experts included: the public converter stops at them, the runtime reads them.
 
-Source: llama.cpp of autumn 2026 (facts: serving.md). The scale at run time is alpha / r: each tensor's own rank, and
-one alpha for the file.
+Source: llama.cpp of autumn 2026. The scale at run time is alpha / r: each tensor's own rank, and one alpha for the
+file.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.adapters.store import AdapterFile, Factors
-from finetune.export.factors import gate_and_up, layers_of, rescaled
-from finetune.export.gguf_file import gguf_package
-from finetune.export.peft import ordered
+from finetune.adapters.store import AdapterFile
+from finetune.export.factors import ordered, rescaled, split_gate_up
+from finetune.export.targets.gguf import gguf_package
+from finetune.kernels.experts import LoraFactors
 
 FILE = "adapter.gguf"
 _NAMES = {
@@ -27,20 +27,20 @@ _NAMES = {
 }
 
 
-def gguf_lora_tensors(source: AdapterFile) -> tuple[dict[str, Tensor], float]:
-    """Everything the file holds.
+def gguf_lora_tensors(adapter: AdapterFile) -> tuple[dict[str, Tensor], float]:
+    """The contents of the file.
 
     Returns:
-        Tensors under llama.cpp's names, float32 (attention [r, in] and [out, r], experts with E in front), and the
-        alpha that gives every one of them its scale.
+        Tensors by llama.cpp's names, float32 (attention [r, in] and [out, r], experts with E in front), and the alpha
+        that gives every one of them its scale.
     """
-    strengths = {site.scale * site.rank for site in source.sites}
-    alpha = strengths.pop() if len(strengths) == 1 else float(source.sites[0].rank)
+    strengths = {site.scale * site.rank for site in adapter.sites}
+    alpha = strengths.pop() if len(strengths) == 1 else float(adapter.sites[0].rank)
     tensors: dict[str, Tensor] = {}
-    for number in layers_of(source):
-        for name, factors in ordered(source.layer(number)):
+    for number in adapter.layers:
+        for name, factors in ordered(adapter.layer(number)):
             for tensor, part in _parts(name, factors):
-                ready = rescaled(part, alpha / part.a.shape[-2]) if not _exact(part, alpha) else part
+                ready = part if _has_alpha(part, alpha) else rescaled(part, alpha / part.a.shape[-2])
                 path = f"blk.{number}.{tensor}.weight"
                 tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = ready.a, ready.b
     return tensors, alpha
@@ -65,8 +65,8 @@ def write_gguf_lora(path: Path, tensors: dict[str, Tensor], alpha: float) -> Non
     writer.close()
 
 
-def gguf_lora_lines(out: Path) -> list[str]:
-    """The command that runs the file with llama.cpp."""
+def gguf_lora_commands(out: Path) -> list[str]:
+    """The command that runs the file with llama.cpp, and a note on it."""
     return [
         f"llama-cli -m BASE.gguf --lora {(out / FILE).resolve()}",
         "BASE.gguf: the same base converted by llama.cpp's convert_hf_to_gguf.py; Ollama takes no adapters: merge "
@@ -74,13 +74,13 @@ def gguf_lora_lines(out: Path) -> list[str]:
     ]
 
 
-def _exact(part: Factors, alpha: float) -> bool:
-    """Whether alpha / r is the scale but for rounding, so that b need not be touched."""
+def _has_alpha(part: LoraFactors, alpha: float) -> bool:
+    """Whether alpha / r is the scale up to rounding, so that b need not change."""
     return abs(part.scale * part.a.shape[-2] / alpha - 1) < 1e-12
 
 
-def _parts(name: str, factors: Factors) -> list[tuple[str, Factors]]:
+def _parts(name: str, factors: LoraFactors) -> list[tuple[str, LoraFactors]]:
     if name != "gate_up_proj":
         return [(_NAMES[name], factors)]
-    gate, up = gate_and_up(factors)
+    gate, up = split_gate_up(factors)
     return [("ffn_gate_exps", gate), ("ffn_up_exps", up)]

@@ -33,7 +33,7 @@ from finetune.estimate.inputs import find_base, step_profile  # noqa: E402
 from finetune.estimate.memory import CONTEXT, PROCESS, SLACK, estimate_memory  # noqa: E402
 from finetune.model.build import build_base  # noqa: E402
 from finetune.model.forward import checkpoint_activations  # noqa: E402
-from finetune.train.engines.base import alone  # noqa: E402
+from finetune.train.engines.base import single_engine  # noqa: E402
 from finetune.train.optim import make_optimizer  # noqa: E402
 from finetune.train.step import OptimiserStep  # noqa: E402
 
@@ -81,7 +81,9 @@ def on_gpu(name: str, overrides: list[str]) -> dict[str, Any]:
         checkpoint_activations(base.model)
     parameters = adapter.parameters()
     step = OptimiserStep(
-        config.trainer, base, alone(parameters, make_optimizer(parameters, config.trainer), config.trainer)
+        config.trainer,
+        base,
+        single_engine(parameters, make_optimizer(parameters, config.trainer), config.trainer),
     )
     batches = [full_batch(config, base.model.config.vocab_size, 1.0)] * config.trainer.gradient_accumulation_steps
     busiest = max(busiest_chunks(base, batches[0]))

@@ -37,12 +37,12 @@ from finetune.evaluate.likelihood import held_out_loss
 from finetune.kernels.experts import clamped_swiglu
 from finetune.model.build import build_base
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN, PackedExperts
-from finetune.model.forward import hidden_states, shift_labels
+from finetune.model.forward import hidden_states
 from finetune.mxfp4.constants import BLOCK
+from finetune.objectives.sft import weighted_nll
 from finetune.rounding import grid
 from finetune.rounding.run import RoundedExperts
 from finetune.train.optim import learning_rate
-from finetune.train.router_loss import language_loss
 
 RANK, SCALE = 8, 2.0  # as in the plain runs: alpha 16
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -169,8 +169,7 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
     for step, batch in zip(range(steps), batches(work, seed), strict=False):
         optimiser.param_groups[0]["lr"] = learning_rate(step, steps, config)
         hidden = hidden_states(base.model, batch.input_ids, batch.positions, batch.segments)
-        where = shift_labels(batch.input_ids, batch.weights, batch.segments)
-        loss = language_loss(hidden, base.model.lm_head.weight, *where) / batch.weight_sum
+        loss = weighted_nll(hidden, base.model.lm_head.weight, batch) / batch.weight_sum
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)

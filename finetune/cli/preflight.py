@@ -66,11 +66,13 @@ def check_memory(config: RunConfig) -> None:
 
 def device_budget(config: RunConfig) -> Budget:
     """Memory of the device that a recipe would use on this machine. Imports torch."""
-    from finetune.train.world import gpu_memory
+    from finetune.machine import gpu_memory
+    from finetune.model.open import choose_device
 
-    gpu = gpu_memory(config.model)
-    if gpu is None:
+    device = choose_device(config.model)
+    if device.type != "cuda":
         return Budget.of_host(free_memory())
+    gpu = gpu_memory(device)
     return Budget.of_gpu(gpu.name, gpu.total_bytes, gpu.free_bytes)
 
 
@@ -91,13 +93,6 @@ def explained_out_of_memory(config: RunConfig | None) -> Iterator[None]:
         if config is None or base is None:
             raise
         raise _explanation(config, base, error) from error
-
-
-def config_of_run(run: Path) -> RunConfig | None:
-    """The configuration of a run directory, None if there is none to read (resuming then says what is wrong)."""
-    from finetune.config.validate import load_run_config
-
-    return load_run_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
 
 
 def _explanation(config: RunConfig, base: BaseInfo, error: Exception) -> CapacityError:

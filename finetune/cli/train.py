@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from finetune import log
@@ -13,7 +14,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.validate import resumed_config
 from finetune.errors import ConfigError
 from finetune.train.launch import launch, watch_parent
-from finetune.train.run_directory import RunDirectory, prepare_run
+from finetune.train.run_directory import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,12 +63,13 @@ def _run(args: argparse.Namespace) -> None:
         _resume(args)
         return
     if args.worker is not None:
-        from finetune.cli.preflight import config_of_run, explained_out_of_memory
+        from finetune.cli.preflight import explained_out_of_memory
         from finetune.report.html import write_reports
-        from finetune.train.run import train_prepared
+        from finetune.train.run import train
 
-        with explained_out_of_memory(config_of_run(args.worker)):
-            run_directory = train_prepared(args.worker, write_reports)
+        run = Run.open(args.worker)
+        with explained_out_of_memory(run.config):
+            run_directory = train(run, write_reports)
         _print_outcome(run_directory, as_json=args.json)
         return
     recipe, overrides = recipe_and_overrides(args)
@@ -92,10 +94,10 @@ def _run(args: argparse.Namespace) -> None:
     check_inputs(composed.config)
     check_memory(composed.config)
     if starts_processes(composed.config):
-        prepared = prepare_run(composed.config, composed.recipe_name, composed.overrides)
-        with prepared.discarded_if_unused():
+        run = Run.create(composed.config, composed.recipe_name, composed.overrides)
+        with run.discarded_if_unused():
             count = composed.config.distributed.num_processes
-            launch(["train", "--worker", str(prepared.path), *_json(args)], count, prepared.path)
+            launch(["train", "--worker", str(run.path), *_json(args)], count, run)
         return
     log.info(log.LOADING)
     from finetune.report.html import write_reports
@@ -115,19 +117,19 @@ def _resume(args: argparse.Namespace) -> None:
         )
         fix = f"finetune train --resume {args.resume}"
         raise ConfigError(f"--resume does not go with {given}", why=why, fix=fix)
-    path = args.resume.resolve()
-    config = resumed_config(RunDirectory.open(path)[1], args.words)
-    if starts_processes(config):
-        words = ["train", "--resume", str(path), *args.words, *_json(args)]
-        launch(words, config.distributed.num_processes, path)
+    stored = Run.open(args.resume.resolve())
+    run = replace(stored, config=resumed_config(stored.config, args.words))
+    if starts_processes(run.config):
+        words = ["train", "--resume", str(run.path), *args.words, *_json(args)]
+        launch(words, run.config.distributed.num_processes, run)
         return
     log.info(log.LOADING)
     from finetune.cli.preflight import explained_out_of_memory
     from finetune.report.html import write_reports
-    from finetune.train.run import resume
+    from finetune.train.run import train
 
-    with explained_out_of_memory(config):
-        run_directory = resume(path, write_reports, config)
+    with explained_out_of_memory(run.config):
+        run_directory = train(run, write_reports)
     _print_outcome(run_directory, as_json=args.json)
 
 

@@ -47,6 +47,8 @@ class Batch:
         segments: int64 [B, L], index of the example within its sequence; -1 on padding. Tokens attend within their
             segment only.
         example_ids: the records' ids, per sequence.
+        group_sizes: how many sequences each group has, in order, where groups (such as the pairs of a preference loss)
+            must stay in one micro-batch. None: every sequence is a group.
     """
 
     input_ids: torch.Tensor
@@ -54,6 +56,12 @@ class Batch:
     positions: torch.Tensor
     segments: torch.Tensor
     example_ids: tuple[tuple[str, ...], ...]
+    group_sizes: tuple[int, ...] | None = None
+
+    @property
+    def num_groups(self) -> int:
+        """How many parts the batch can be split into."""
+        return len(self.example_ids) if self.group_sizes is None else len(self.group_sizes)
 
     @property
     def num_tokens(self) -> int:
@@ -66,14 +74,26 @@ class Batch:
         return float(self.weights.sum(dtype=torch.float64))
 
     def parts(self, count: int) -> list[Batch]:
-        """The same sequences in `count` batches, as evenly as possible; fewer batches if there are fewer sequences."""
-        columns = (self.input_ids, self.weights, self.positions, self.segments)
-        pieces = zip(*(column.tensor_split(min(count, len(self.example_ids))) for column in columns), strict=True)
-        batches, start = [], 0
-        for ids, weights, positions, segments in pieces:
-            batches.append(Batch(ids, weights, positions, segments, self.example_ids[start : start + len(ids)]))
-            start += len(ids)
-        return batches
+        """The same sequences in `count` batches, as evenly as whole groups go; fewer if there are fewer groups."""
+        count, sizes = min(count, self.num_groups), self.group_sizes
+        made, group, start = [], 0, 0
+        for number in range(count):
+            next_group = group + self.num_groups // count + (number < self.num_groups % count)
+            of_part = None if sizes is None else sizes[group:next_group]
+            end = start + (next_group - group if of_part is None else sum(of_part))
+            part = slice(start, end)
+            made.append(
+                Batch(
+                    self.input_ids[part],
+                    self.weights[part],
+                    self.positions[part],
+                    self.segments[part],
+                    self.example_ids[part],
+                    of_part,
+                )
+            )
+            group, start = next_group, end
+        return made
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -83,6 +103,7 @@ class Batch:
             self.positions.to(device),
             self.segments.to(device),
             self.example_ids,
+            self.group_sizes,
         )
 
 

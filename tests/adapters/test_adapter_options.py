@@ -24,7 +24,7 @@ from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, Expert
 from finetune.data.batches import collate
 from finetune.errors import ConfigError, InputError
 from finetune.model.forward import checkpoint_activations, logits
-from finetune.train.engines.base import alone
+from finetune.train.engines.base import single_engine
 from finetune.train.optim import make_optimizer
 from finetune.train.step import OptimiserStep
 from finetune.train.trainer import seed_step
@@ -146,7 +146,7 @@ class TestDropout:
         checkpoint_activations(base.model)  # a layer computed again must draw the same again
         parameters = adapter.parameters()
         config = TrainerConfig()
-        step = OptimiserStep(config, base, alone(parameters, make_optimizer(parameters, config), config))
+        step = OptimiserStep(config, base, single_engine(parameters, make_optimizer(parameters, config), config))
         for number in numbers:
             torch.rand(draws)  # what an evaluation in between might draw
             if seeded:
@@ -184,7 +184,8 @@ def test_a_stopped_run_with_dropout_resumes_bit_for_bit(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole job: four steps at once, and two, a checkpoint, then two more."""
-    from finetune.train.run import resume, train
+    from finetune.train.run import train
+    from finetune.train.run_directory import Run
 
     lines = [
         {"messages": [{"role": "user", "content": f"word {n} " * 20}, {"role": "assistant", "content": f"answer {n}"}]}
@@ -201,9 +202,9 @@ def test_a_stopped_run_with_dropout_resumes_bit_for_bit(
     whole = train(compose("quickstart", [*settings, "name=whole"]), lambda path: None)
     resumed, unseeded = (stopped_after_two_steps(whole, tmp_path / name) for name in ("resumed", "unseeded"))
     torch.rand(100)  # another process has drawn other numbers
-    resume(resumed, lambda path: None)
+    train(Run.open(resumed), lambda path: None)
     monkeypatch.setattr("finetune.train.trainer.seed_step", lambda *_: None)
-    resume(unseeded, lambda path: None)
+    train(Run.open(unseeded), lambda path: None)
     weights = [(run / "adapter" / WEIGHTS).read_bytes() for run in (whole, resumed, unseeded)]
     assert weights[0] == weights[1] != weights[2], "without seeding by step the comparison fails"
     losses = [[line["loss"] for line in metrics(run) if line["kind"] == "step"] for run in (whole, resumed)]

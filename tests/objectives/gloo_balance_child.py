@@ -22,11 +22,11 @@ def main(base: str, out: str) -> None:
     settings = {"router_balance_coefficient": 5.0, "router_balance_scope": "step", "router_balance_target": "base"}
     run = Run(Path(base), accelerator=accelerator, router_z_loss_coefficient=0.1, **settings)
     shares = [[collate([[sample]]) for sample in data[:3]], [collate([data[3:]]), padding_batch(), padding_batch()]]
-    figures = run(shares[accelerator.process_index])
+    stats = run(shares[accelerator.process_index])
     gradients = {name: accelerator.reduce(gradient, "mean") for name, gradient in run.gradients.items()}
     if accelerator.is_main_process:
         save_file(gradients, out)
-        Path(out).with_suffix(".json").write_text(json.dumps({"balance": figures.balance, "z": figures.router_z}))
+        Path(out).with_suffix(".json").write_text(json.dumps(stats.terms))
 
 
 if __name__ == "__main__":

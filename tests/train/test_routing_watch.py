@@ -97,7 +97,7 @@ def test_training_tokens_are_counted_once_and_padding_never(tiny_base: Path) -> 
     data = samples(4)
     run = Run(tiny_base, checkpointed=True, router_balance_scope="step", router_balance_coefficient=0.01)
     run([collate([data[:2], data[2:]]), padding_batch()])
-    usage = run.step.router_loss.usage
+    usage = run.step.usage
     total = sum(len(sample.ids) for sample in data)
     assert usage.tokens.tolist() == [total]
     assert usage.chosen.sum((1, 2)).tolist() == [4 * total] * 2

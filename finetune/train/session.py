@@ -104,7 +104,7 @@ def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: b
     for split in splits.values():
         log.info(describe(split))
     train = splits["train"]
-    test = choose_test_set(splits["test"], config, train.answers) if "test" in splits else None
+    test = choose_test_set(splits["test"], config, train.stats.answers) if "test" in splits else None
     plan = BatchPlan(
         train.examples,
         config.data,

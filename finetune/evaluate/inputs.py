@@ -23,14 +23,14 @@ class EvaluationOptions:
     Attributes:
         recipe: whose data to score; None: the run's.
         recipe_name: names the directory of the results.
-        rows, retention, generate: number of examples of each kind; `rows` None: as the recipe says.
+        examples, retention, generate: number of examples of each kind; `examples` None: as the recipe says.
         max_tokens, temperature, top_p, seed: of generated answers.
         base, revision, device: see `open_model`.
     """
 
     recipe: RunConfig | None = None
     recipe_name: str | None = None
-    rows: int | None = None
+    examples: int | None = None
     retention: int = 100
     generate: int = 0
     max_tokens: int = 256

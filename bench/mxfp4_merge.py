@@ -27,13 +27,14 @@ from mxfp4_synthetic import print_synthetic
 from mxfp4_table import say_and_save
 from safetensors.torch import load_file, save_file
 
-from finetune.adapters.store import PROVENANCE, WEIGHTS, AdapterFile, open_adapter
+from finetune.adapters.provenance import PROVENANCE
+from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.cli.main import main as finetune
 from finetune.config.compose import compose
-from finetune.export.effect import HeldOutRows, held_out_rows, measure_variants
 from finetune.export.plan import MergePlan, plan_merge
-from finetune.export.survival import survival_figures
-from finetune.export.variants import Variants
+from finetune.export.survival.effect import HeldOutExamples, held_out_examples, measure_variants
+from finetune.export.survival.variants import Variants
+from finetune.export.survival.weights import weight_survival
 from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.rounding.calibration import choose_rows
@@ -106,12 +107,12 @@ class Work:
         staging = rounding_staging(self.directory / name, f"{name} {settings} {calibration.fingerprint}")
         return plan, round_experts_by_layer(plan, calibration, staging, CPU, torch.float32, settings)
 
-    def held_out(self, split: str) -> HeldOutRows:
+    def held_out(self, split: str) -> HeldOutExamples:
         config = compose(str(self.recipe("experts"))).config
         if split == "validation":
             old_domain = replace(config.export, old_domain={})
             config = replace(config, data=replace(config.data, test={}), export=old_domain)
-        found = held_out_rows(replace(config, evaluate=replace(config.evaluate, labels="auto")), self.rows)
+        found = held_out_examples(replace(config, evaluate=replace(config.evaluate, labels="auto")), self.rows)
         assert found is not None and found.split == split
         return found
 
@@ -128,11 +129,11 @@ class Work:
         rows = self.held_out(split)
         if labels:
             few = slice(ACCURACY_ROWS)
-            rows = replace(rows, records=rows.records[few], samples=rows.samples[few], old_domain=())
+            rows = replace(rows, records=rows.records[few], examples=rows.examples[few], old_domain=())
         else:
             rows = replace(rows, labels=None)
         base = build_base(self.checkpoint, CPU, torch.float32, experts_per_chunk=8)
-        return measure_variants(Variants(base, plan, rounded), rows, names)
+        return measure_variants(Variants(base, plan, rounded), rows, names).as_json()
 
 
 def stage_train(work: Work) -> None:
@@ -152,7 +153,7 @@ def stage_round(work: Work) -> None:
             started = time.process_time()
             plan, rounded = _rounded(work, size, seed, "compensated")
             found = work.measure(plan, rounded, "test", None)
-            found["weights"] = survival_figures(plan, rounded.tallies, rounded.experts)["overall"]
+            found["weights"] = weight_survival(plan, rounded.tallies, rounded.experts).overall.as_json()
             work.keep(key, found | {"cpu_seconds": time.process_time() - started})
             print(f"{key}: {time.process_time() - started:.0f} CPU seconds", flush=True)
 
@@ -174,7 +175,7 @@ def stage_settings(work: Work) -> None:
 
 def _rounded(work: Work, size: str, seed: int, setting: str) -> tuple[MergePlan, RoundedExperts]:
     name = f"rounded-{size}-{seed}-{setting}".replace(" ", "")
-    return work.round(open_adapter(work.adapter("experts", size, seed)), name, SETTINGS[setting], seed)
+    return work.round(AdapterFile.open(work.adapter("experts", size, seed)), name, SETTINGS[setting], seed)
 
 
 def stage_controls(work: Work) -> None:
@@ -186,12 +187,12 @@ def stage_controls(work: Work) -> None:
             if key in work.results:
                 continue
             changed = _changed(adapter, work.directory / key.replace(" ", ""), control)
-            _, rounded = work.round(open_adapter(changed), f"rounded-{key}".replace(" ", ""), Settings(), 0)
-            plan = plan_merge(work.checkpoint, open_adapter(adapter), "mxfp4", "compensated")
+            _, rounded = work.round(AdapterFile.open(changed), f"rounded-{key}".replace(" ", ""), Settings(), 0)
+            plan = plan_merge(work.checkpoint, AdapterFile.open(adapter), "mxfp4", "compensated")
             work.keep(key, work.measure(plan, rounded, "test", ["compensated"]))
         key = f"{size} attention alone"
         if key not in work.results:
-            source = open_adapter(work.adapter("attention", size, 0))
+            source = AdapterFile.open(work.adapter("attention", size, 0))
             plan = plan_merge(work.checkpoint, source, "mxfp4", "nearest")
             work.keep(key, work.measure(plan, None, "test", ["bf16"]))
 

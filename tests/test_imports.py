@@ -96,7 +96,7 @@ def test_the_table_has_no_cycle():
 @pytest.mark.parametrize(
     ("source", "relative"),
     [
-        ("from finetune.train.router_loss import x", "model/made_up.py"),
+        ("from finetune.objectives.router import x", "model/made_up.py"),
         ("def f():\n    import finetune.cli.main", "train/made_up.py"),
         ("from ..evaluate import labels", "adapters/made_up.py"),
         ("from finetune import train", "report/made_up.py"),

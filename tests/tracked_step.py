@@ -15,7 +15,7 @@ import torch
 from allocation import AllocationTracker
 from safetensors.torch import save_file
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.arch import Arch
 from finetune.config.paths import shipped_dir
 from finetune.config.schema import (
@@ -28,12 +28,12 @@ from finetune.config.schema import (
     TrainerConfig,
 )
 from finetune.data.batches import Batch
-from finetune.estimate.changes import with_overrides
+from finetune.estimate.advice import with_overrides
 from finetune.model.build import DTYPES, Base, build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations, hidden_states, record_router
 from finetune.model.storage import BaseStorage
-from finetune.train.engines.base import alone
+from finetune.train.engines.base import single_engine
 from finetune.train.optim import PerParameterOptimizer, make_optimizer
 from finetune.train.step import OptimiserStep
 
@@ -157,7 +157,7 @@ def measure(directory: Path, config: RunConfig, trained_share: float = 1.0) -> M
         checkpoint_activations(base.model)
     parameters = adapter.parameters()
     optimizer = make_optimizer(parameters, config.trainer)
-    step = OptimiserStep(config.trainer, base, alone(parameters, optimizer, config.trainer))
+    step = OptimiserStep(config.trainer, base, single_engine(parameters, optimizer, config.trainer))
     batches = [
         full_batch(config, base.model.config.vocab_size, trained_share)
     ] * config.trainer.gradient_accumulation_steps

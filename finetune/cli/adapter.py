@@ -59,23 +59,23 @@ def run(args: argparse.Namespace) -> None:
             import_adapter(args.directory, args.out, ExportOptions(base=args.base, revision=args.revision))
             log.result(str(args.out))
         case "combine":
-            from finetune.export.combine import describe_costs, merge_adapters, parse_weighted
+            from finetune.export.combine import combine_adapters, describe_reductions, parse_weighted
 
-            costs = merge_adapters([parse_weighted(part) for part in args.parts], args.out, args.rank)
-            for line in describe_costs(costs):
+            costs = combine_adapters([parse_weighted(part) for part in args.parts], args.out, args.rank)
+            for line in describe_reductions(costs):
                 log.info(line)
             log.result(str(args.out))
 
 
 def _show(directory: Path, *, as_json: bool) -> None:
     adapter, _ = resolve_run(directory)
-    from finetune.adapters.store import open_adapter
+    from finetune.adapters.store import AdapterFile
     from finetune.export import show
-    from finetune.export.adapters import known_shape
+    from finetune.export.base import known_arch
     from finetune.export.factors import SWAPPING_RELEASE, is_swapped
 
-    source = open_adapter(adapter)
-    if is_swapped(source, known_shape(source)):
+    source = AdapterFile.open(adapter)
+    if is_swapped(source, known_arch(source)):
         log.warning(
             f"expert factors are the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them: finetune adapter import"
         )

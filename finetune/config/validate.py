@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from finetune.config.derive import absolute_paths
 from finetune.config.layers import COMMAND_LINE, Layer, read_yaml
 from finetune.config.lint import Problem, raise_problems, unknown_key, unknown_keys
 from finetune.config.old_keys import with_current_keys
@@ -82,6 +83,8 @@ def dump_yaml(config: RunConfig) -> str:
 def load_run_config(path: Path) -> RunConfig:
     """Read the `config.yaml` of a run directory, of version 0.1 too.
 
+    Relative paths, which runs before 0.2 stored, start where the run was started (manifest.json beside the file).
+
     Raises:
         InputError: there is no such file.
         ConfigError: it is not what `dump_yaml` writes.
@@ -89,7 +92,18 @@ def load_run_config(path: Path) -> RunConfig:
     if not path.is_file():
         raise InputError(f"{path} is missing", why="a run directory holds the configuration it was started with")
     layer = with_current_keys(read_yaml(path), stored=True)
-    return validate(layer.data, [layer])
+    config = validate(layer.data, [layer])
+    start = _started_in(path.with_name("manifest.json"))
+    return config if start is None else absolute_paths(config, start)
+
+
+def _started_in(manifest: Path) -> Path | None:
+    """The working directory in which a run was started; None if it is not recorded or does not exist."""
+    try:
+        start = Path(json.loads(manifest.read_text())["working_directory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return start if start.is_dir() else None
 
 
 def resumed_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from finetune import log
-from finetune.adapters.config_file import resolve_run
-from finetune.adapters.store import CONFIG, ROUTER_BIAS, WEIGHTS
+from finetune.adapters.config_file import CONFIG, resolve_run
+from finetune.adapters.provenance import ROUTER_BIAS
+from finetune.adapters.store import WEIGHTS
 from finetune.config.schema import RunConfig
 from finetune.config.validate import load_run_config
 from finetune.data.harmony.render import render_prompt
@@ -84,7 +85,7 @@ def _config(directory: Path, own: RunConfig | None, options: EvaluationOptions) 
         )
     if not config.data.test:
         raise ConfigError("the recipe has no data.test", fix="add test sources, or name another recipe with --recipe")
-    count = options.rows if options.rows is not None else config.evaluate.test_examples
+    count = options.examples if options.examples is not None else config.evaluate.test_examples
     return replace(config, evaluate=replace(config.evaluate, test_examples=count))
 
 

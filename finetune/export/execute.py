@@ -1,6 +1,6 @@
-"""Write the shards of a plan, one after the other, each tensor in pieces: memory does not grow with the model.
+"""Writes the shards of a plan one after the other, each tensor in pieces: memory does not grow with the model.
 
-Experts are computed a few at a time by worker threads (torch lets go of the interpreter lock) while this thread hashes
+Experts are computed a few at a time by worker threads (torch releases the interpreter lock) while this thread hashes
 and writes what is ready, in order.
 """
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from finetune import log
-from finetune.adapters.store import Factors
+from finetune.export.factors import part_of
 from finetune.export.plan import MergePlan, Operation, Shard
+from finetune.kernels.experts import LoraFactors
 from finetune.machine import num_cores
 from finetune.model.checkpoint import Checkpoint
 from finetune.rounding.merge import Tally, add_to_experts, merge_weight, round_experts
@@ -45,7 +46,7 @@ def write_shards(plan: MergePlan, staging: Staging, rounded: RoundedExperts | No
         rounded: experts that were rounded before. None: they are rounded here.
 
     Returns:
-        What became of each update, by the name of the tensor written (blocks, for rounded experts).
+        Sums of each update, by the name of the tensor written (blocks, for rounded experts).
     """
     done = sum(shard.num_bytes for shard in plan.shards if shard.file in staging.shards)
     with log.Progress("merging", plan.num_bytes >> 20, "MiB") as progress, worker_pool() as pool:
@@ -89,13 +90,12 @@ def expert_ranges(operation: Operation) -> list[tuple[int, int]]:
 
 
 def read_experts(
-    checkpoint: Checkpoint, operation: Operation, factors: Factors | None, first: int, last: int
-) -> tuple[Tensor, Tensor, Factors | None]:
+    checkpoint: Checkpoint, operation: Operation, factors: LoraFactors | None, first: int, last: int
+) -> tuple[Tensor, Tensor, LoraFactors | None]:
     """Blocks, scales and factors of a range of experts."""
     blocks = checkpoint.read_rows(operation.base, first, last)
     scales = checkpoint.read_rows(operation.base.removesuffix("_blocks") + "_scales", first, last)
-    part = None if factors is None else Factors(factors.a[first:last], factors.b[first:last], factors.scale)
-    return blocks, scales, part
+    return blocks, scales, None if factors is None else part_of(factors, slice(first, last))
 
 
 def _write_shard(
@@ -107,7 +107,7 @@ def _write_shard(
     done: int,
     rounded: RoundedExperts | None,
 ) -> tuple[str, dict[str, Tally]]:
-    """Write one file; its sha256 and what became of the updates in it."""
+    """Write one file; its SHA-256, and the sums of the updates in it."""
     digest = hashlib.sha256()
     tallies: dict[str, Tally] = {}
     scales: dict[str, Tensor] = {}  # of rounded experts, until their turn comes
@@ -149,7 +149,7 @@ def _pieces(
             tally.add(rounded.tallies[operation.name])
         yield from (rounded.read_rows(operation.name, *span) for span in expert_ranges(operation))
         return
-    factors = plan.source.read(operation.site) if operation.site and operation.kind != "scales" else None
+    factors = plan.adapter.read(operation.site) if operation.site and operation.kind != "scales" else None
     match operation.kind:
         case "copy":
             yield from _copied(checkpoint, operation)
@@ -177,13 +177,13 @@ def _pieces(
 def merge_bias(plan: MergePlan, operation: Operation) -> Tensor:
     """A router's bias with its change, bfloat16 [E], rounded once."""
     bias = plan.checkpoint.read_rows(operation.base, 0, operation.shape[0])
-    return (bias.float() + plan.source.router_bias[operation.name]).to(bias.dtype)
+    return (bias.float() + plan.adapter.router_bias[operation.name]).to(bias.dtype)
 
 
 def _rounded(
     plan: MergePlan,
     operation: Operation,
-    factors: Factors | None,
+    factors: LoraFactors | None,
     pool: ThreadPoolExecutor,
     tally: Tally,
     scales: dict[str, Tensor],

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune.adapters.store import Factors
-from finetune.export.factors import squared_norm
+from finetune.adapters.lora import dense_update, squared_norm
+from finetune.kernels.experts import LoraFactors
 from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK, SCALE_BIAS
 from finetune.mxfp4.format import dequantise, pack, quantise, unpack
 from finetune.rounding import grid
@@ -94,7 +94,7 @@ def checksum(values: Tensor, first_expert: int, rows: Tensor | None = None) -> i
     return total % CHECKSUM_RANGE
 
 
-def merge_weight(weight: Tensor, factors: Factors) -> tuple[Tensor, Tally]:
+def merge_weight(weight: Tensor, factors: LoraFactors) -> tuple[Tensor, Tally]:
     """Add an update to a bfloat16 weight.
 
     Args:
@@ -106,11 +106,11 @@ def merge_weight(weight: Tensor, factors: Factors) -> tuple[Tensor, Tally]:
     """
     before = weight.float()
     merged = torch.addmm(before, factors.b, factors.a, alpha=factors.scale).to(torch.bfloat16)
-    return merged, _tally(before, merged.float(), factors.delta())
+    return merged, _tally(before, merged.float(), dense_update(factors))
 
 
 def add_to_experts(
-    blocks: Tensor, scales: Tensor, factors: Factors | None, *, transposed: bool = False
+    blocks: Tensor, scales: Tensor, factors: LoraFactors | None, *, transposed: bool = False
 ) -> tuple[Tensor, Tally]:
     """Dequantise experts and add their update.
 
@@ -145,7 +145,7 @@ def add_to_experts(
 def round_experts(
     blocks: Tensor,
     scales: Tensor,
-    factors: Factors,
+    factors: LoraFactors,
     noise: Callable[[int], Tensor] | None = None,
     *,
     first_expert: int = 0,

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from finetune.adapters.store import Factors
 from finetune.export.plan import MergePlan, Operation
 from finetune.files import seeded_generator
+from finetune.kernels.experts import LoraFactors
 from finetune.mxfp4.constants import BLOCK, SCALE_BIAS
 from finetune.mxfp4.format import dequantise, quantise
 
@@ -41,7 +41,7 @@ def seeded_noise(
 
 
 def nearest_by_rule(
-    blocks: Tensor, scales: Tensor, factors: Factors, rule: Literal["floor", "ceil"]
+    blocks: Tensor, scales: Tensor, factors: LoraFactors, rule: Literal["floor", "ceil"]
 ) -> tuple[Tensor, Tensor]:
     """Add an update and round to nearest, every block under a new scale.
 

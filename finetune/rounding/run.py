@@ -19,13 +19,12 @@ from torch import Tensor, nn
 
 from finetune import log
 from finetune.adapters.attach import attach_layer
-from finetune.adapters.store import EXPERTS, AdapterFile, Factors
+from finetune.adapters.layout import EXPERTS
 from finetune.config.schema import ModelConfig
-from finetune.errors import ConfigError
-from finetune.export.options import DEFAULT_ROUNDING, ExportOptions, MergedTarget, Rounding
+from finetune.export.options import ExportOptions
 from finetune.export.plan import MergePlan
 from finetune.files import sha256_of
-from finetune.kernels.experts import clamped_swiglu
+from finetune.kernels.experts import LoraFactors, clamped_swiglu
 from finetune.model.build import LayerStream
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN
@@ -86,7 +85,7 @@ class _Chunk:
 def round_layer(
     checkpoint: Checkpoint,
     number: int,
-    factors: dict[str, Factors],
+    factors: dict[str, LoraFactors],
     inputs: LayerInputs,
     settings: Settings,
     experts_at_once: int,
@@ -131,7 +130,7 @@ def round_layer(
 
 
 def _read_chunk(
-    checkpoint: Checkpoint, name: str, factors: Factors | None, first: int, last: int, rows: list[ExpertRows]
+    checkpoint: Checkpoint, name: str, factors: LoraFactors | None, first: int, last: int, rows: list[ExpertRows]
 ) -> _Chunk:
     device = rows[0].x.device
     blocks, scales, bias = (
@@ -279,7 +278,7 @@ def round_experts_by_layer(
     Raises:
         CheckError: inputs of an expert are not finite.
     """
-    checkpoint, source = plan.checkpoint, plan.source
+    checkpoint, source = plan.checkpoint, plan.adapter
     wanted = sorted({site.layer for site in source.sites if site.name in EXPERTS})
     missing = [number for number in wanted if _file_name(number) not in staging.shards]
     if missing:
@@ -308,7 +307,7 @@ def _through_layer(
 ) -> LayerInputs:
     """Move all rows through one layer with its adapter; what its experts received."""
     layer = stream.read(number)
-    attach_layer(layer, plan.source, number, stream.device)
+    attach_layer(layer, plan.adapter, number, stream.device)
     received: list[tuple[Tensor, ...]] = []
 
     def remember(_module: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -350,29 +349,6 @@ def _announcement(plan: MergePlan, calibration: Calibration, layers: int, second
 
 
 # From what the command line asks for to rounded experts: which rounding, which rows, on which device.
-
-
-def choose_rounding(layout: MergedTarget, source: AdapterFile, options: ExportOptions) -> Rounding:
-    """The rounding of an export; `nearest`, which then means nothing, where no expert is rounded.
-
-    Args:
-        layout: how experts are stored: `bf16` or `mxfp4`.
-        source: the adapter.
-        options: what the command line asked for.
-
-    Raises:
-        ConfigError: it asks for a rounding or a calibration that would do nothing.
-    """
-    rounds = layout == "mxfp4" and any(site.name in EXPERTS for site in source.sites)
-    rounding = options.rounding or (DEFAULT_ROUNDING if rounds else "nearest")
-    if options.rounding and not rounds:
-        why = "experts stay in bfloat16" if layout != "mxfp4" else "the adapter changes no expert"
-        raise ConfigError(f"--rounding {options.rounding} does nothing here: {why}", fix="leave it out")
-    if options.calibration and rounding != "compensated":
-        raise ConfigError(
-            "--calibration is for compensated rounding alone", fix="leave it out, or ask for --rounding compensated"
-        )
-    return rounding
 
 
 def round_ahead(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +21,16 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from finetune.adapters.store import WEIGHTS, open_adapter
+from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.arch import Arch
 from finetune.cli.main import main
 from finetune.config.schema import ExportConfig
 from finetune.config.validate import load_run_config
 from finetune.data.dataset import load_split
 from finetune.errors import CheckError, InputError
-from finetune.export.judge import judge, require_kept
 from finetune.export.plan import plan_merge
-from finetune.export.variants import Variants
+from finetune.export.survival.effect import Effect, VariantFigures, compare_with_thresholds, require_kept
+from finetune.export.survival.variants import Variants
 from finetune.export.verify import compare_weights
 from finetune.model.build import LayerStream, build_base
 from finetune.model.checkpoint import Checkpoint
@@ -102,7 +103,7 @@ def test_the_same_command_writes_the_same_bytes(merged: tuple[Path, dict[str, An
 @pytest.mark.slow
 def test_a_kill_between_layers_costs_one_layer(merged: tuple[Path, dict[str, Any]], run: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from finetune.export.rounding import run; from finetune.cli.main import main\n"
+        "import os, signal, sys; from finetune.rounding import run; from finetune.cli.main import main\n"
         "keep = run._keep\n"
         "def killed(staging, number, *rest):\n"
         "    if number == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -178,7 +179,7 @@ def test_the_verification_finds_a_byte_that_is_not_what_was_rounded(
     tensors[f"{stem}_blocks"][3, 5] ^= 0x77  # one row of one expert, every code another
     tensors[f"{stem}_bias"][2] += 0.5
     save_file(tensors, shard, metadata={"format": "pt"})
-    plan = plan_merge(base_of(run), open_adapter(run / "adapter"), "mxfp4", "compensated")
+    plan = plan_merge(base_of(run), AdapterFile.open(run / "adapter"), "mxfp4", "compensated")
     sums = {name: Tally(wanted=norm**2) for name, norm in facts["updates"].items()}
     for name, figures in facts["survival"]["tensors"].items():
         tally = sums[f"{name}_blocks"]
@@ -207,14 +208,14 @@ def test_the_verification_finds_one_wrong_code(merged: tuple[Path, dict[str, Any
     tensors = load_file(shard)
     tensors[f"{stem}_blocks"][2, 5, 0, 3] ^= 1
     save_file(tensors, shard, metadata={"format": "pt"})
-    plan = plan_merge(base_of(run), open_adapter(run / "adapter"), "mxfp4", "compensated")
+    plan = plan_merge(base_of(run), AdapterFile.open(run / "adapter"), "mxfp4", "compensated")
     assert compare_weights(plan, "mxfp4", out, sums)["problems"] == {}
     assert "not those" in compare_weights(plan, "mxfp4", bad, sums)["problems"][stem]
 
 
 def test_running_layer_by_layer_is_running_the_model(run: Path) -> None:
     checkpoint = base_of(run)
-    batch = pick(load_split(load_run_config(run / "config.yaml").data, "train").samples, 600, 700, 0, 201_088).batches[
+    batch = pick(load_split(load_run_config(run / "config.yaml").data, "train").examples, 600, 700, 0, 201_088).batches[
         0
     ]
     base = build_base(checkpoint, CPU, torch.float32, experts_per_chunk=4)
@@ -232,7 +233,7 @@ def test_a_model_that_was_every_variant_is_the_base_again(merged: tuple[Path, di
     """And its bf16 variant is the bf16 export: the same weights, so the same logits."""
     checkpoint = base_of(run)
     base = build_base(checkpoint, CPU, torch.float32, experts_per_chunk=4)
-    plan = plan_merge(checkpoint, open_adapter(run / "adapter"), "mxfp4", "nearest")
+    plan = plan_merge(checkpoint, AdapterFile.open(run / "adapter"), "mxfp4", "nearest")
     ids = torch.arange(1000, 1040)[None]
     places, segments = torch.arange(40)[None], torch.zeros(1, 40, dtype=torch.long)
 
@@ -259,35 +260,33 @@ def test_a_model_that_was_every_variant_is_the_base_again(merged: tuple[Path, di
 # --- judging
 
 
-def effect(gain_kept: float, kl_removed: float, gain: float = 1.0) -> dict[str, Any]:
-    figures = {"loss": 1.0, "kl": 1 - kl_removed, "gain_kept": gain_kept, "kl_removed": kl_removed}
-    perfect = {"loss": 1.0, "kl": 0.0, "gain_kept": 1.0, "kl_removed": 1.0}
-    return {
-        "gain": gain,
-        "gain_interval": [gain - 0.5, gain + 0.5],
-        "variants": {"compensated": figures, "adapter": perfect, "bf16": perfect},
-    }
+def effect(gain_kept: float, kl_removed: float, gain: float = 1.0) -> Effect:
+    perfect = VariantFigures(1.0, 0.0, None, None, 1.0, (1.0, 1.0), 1.0)
+    written = replace(perfect, kl=1 - kl_removed, gain_kept=gain_kept, kl_removed=kl_removed)
+    variants = {"compensated": written, "adapter": perfect, "bf16": perfect}
+    return Effect(9, "test", 0, 0.95, gain, (gain - 0.5, gain + 0.5), variants)
 
 
 @pytest.mark.parametrize(
     ("kept", "removed", "reasons"), [(0.97, 0.8, 0), (0.89, 0.8, 1), (1.06, 0.8, 1), (1.5, -0.56, 2), (0.97, 0.4, 1)]
 )
 def test_a_merge_is_judged_by_gain_and_by_kl(kept: float, removed: float, reasons: int) -> None:
-    facts = effect(kept, removed)
-    verdict = judge(facts, "compensated", ExportConfig())
-    assert len(verdict["reasons"]) == reasons and verdict["kept"] == (reasons == 0)
+    measured = effect(kept, removed)
+    verdict = compare_with_thresholds(measured, "compensated", ExportConfig())
+    assert len(verdict.reasons) == reasons and verdict.kept == (reasons == 0)
+    measured = replace(measured, verdict=verdict)
     if reasons:
         with pytest.raises(CheckError, match="lost the fine-tune") as caught:
-            require_kept(facts, "compensated", verdict)
+            require_kept(measured, "compensated")
         assert caught.value.exit_code == 6 and "merged, bf16 (100% of the gain" in str(caught.value)
     else:
-        require_kept(facts, "compensated", verdict)
+        require_kept(measured, "compensated")
 
 
 def test_a_gain_that_may_be_none_is_not_judged_but_kl_is() -> None:
-    verdict = judge(effect(0.2, 0.8, gain=0.1), "compensated", ExportConfig())
-    assert verdict["kept"] and "cannot be told from none" in verdict["notes"][0]
-    assert not judge(effect(0.2, 0.1, gain=0.1), "compensated", ExportConfig())["kept"]
+    verdict = compare_with_thresholds(effect(0.2, 0.8, gain=0.1), "compensated", ExportConfig())
+    assert verdict.kept and "cannot be told from none" in verdict.notes[0]
+    assert not compare_with_thresholds(effect(0.2, 0.1, gain=0.1), "compensated", ExportConfig()).kept
 
 
 def test_an_export_that_loses_the_fine_tune_exits_6_and_keeps_its_unfinished_name(
@@ -335,7 +334,7 @@ def test_calibration_rows_of_another_tokenizer_base_or_training_set_are_refused(
         require_tokenizer(small_base)
     require_tokenizer(base_of(run).directory)
     config = load_run_config(run / "config.yaml")
-    samples = load_split(config.data, "train").samples
+    samples = load_split(config.data, "train").examples
     with pytest.raises(InputError, match="the base has 512 tokens"):
         pick(samples, 600, 700, 0, 512)
     manifest = json.loads((run / "manifest.json").read_text())

@@ -10,7 +10,8 @@ import torch
 from allocation import AllocationTracker
 from torch import Tensor
 
-from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.lora import Adapter
 from finetune.config.schema import AdapterConfig
 from finetune.kernels import experts
 from finetune.kernels.dispatch import Dispatch

@@ -15,8 +15,9 @@ from test_adapters import BOTH, randomised, sample
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.read_back import read_back
-from finetune.adapters.store import open_adapter, write_adapter
+from finetune.adapters.store import AdapterFile, write_adapter
 from finetune.cli.main import main
 from finetune.errors import CheckError
 from finetune.evaluate.opening import open_model
@@ -278,14 +279,13 @@ def test_an_adapter_over_nf4_records_it_and_is_read_back_over_nf4(
 ) -> None:
     base = loaded(tiny_base, NF4)
     adapter = randomised(base, BOTH)
-    names = {"base_name": "tiny", "base_revision": None, "base_identity": base.identity}
-    write_adapter(tmp_path / "adapter", adapter, BOTH, **names, base_held_as=base.storage_changes)  # type: ignore[arg-type]
+    write_adapter(tmp_path / "adapter", adapter, BOTH, BaseRecord("tiny", None, base.identity, base.storage_changes))
     result = read_back(base, adapter, tmp_path / "adapter", [sample()])
     assert result.conclusive and result.base_difference <= result.base_limit < 1e-2
     facts = json.loads((tmp_path / "adapter" / "finetune.json").read_text())
     assert facts["base_identity"] == base.identity and facts["base_held_as"] == base.storage_changes
     capfd.readouterr()
-    source = open_adapter(tmp_path / "adapter")
+    source = AdapterFile.open(tmp_path / "adapter")
     opened = open_model(tmp_path / "adapter", base=str(tiny_base), device="cpu")
     assert "another function" not in capfd.readouterr().err, "looked at, and opened over the same values"
     assert opened.base.storage_changes == base.storage_changes

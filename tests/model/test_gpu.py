@@ -15,7 +15,7 @@ from test_lora_experts import SOME, SomeCase
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.config.schema import AdapterConfig
 from finetune.kernels import flash
 from finetune.kernels.attention import plan_attention, sink_attention

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ class Watched(CheckpointOffload):
 def step_with(offload: CheckpointOffload | None, tiny_base: Path) -> Run:
     run = Run(tiny_base, checkpointed=True)
     if offload is not None:
-        run.step.offload = offload
+        run.step.policy = replace(run.step.policy, offload=offload)
     run([collate([samples(3)])])
     return run
 

@@ -160,10 +160,10 @@ def _trained_base(base: Base, scratch: Path) -> Path:
 
     Written anew where they were rounded while reading: experts of a bfloat16 checkpoint, and all that is stored in NF4.
     """
-    if not base.held_as and not isinstance(base.checkpoint, DenseCheckpoint):
+    if not base.storage_changes and not isinstance(base.checkpoint, DenseCheckpoint):
         return base.checkpoint.directory
     scratch.mkdir()
-    if base.held_as:
+    if base.storage_changes:
         write_dense(base, scratch)
     elif isinstance(base.checkpoint, DenseCheckpoint):
         write_native(base.checkpoint, scratch)

@@ -156,7 +156,7 @@ def _prompts(run: Path | None) -> tuple[list[Example], str | None]:
     except FinetuneError as error:
         log.warning(f"the run's data cannot be read: {error.what}")
         return [], f"the run's data cannot be read: {error.what}"
-    return list(split.samples[:NUM_EXAMPLES]), None
+    return list(split.examples[:NUM_EXAMPLES]), None
 
 
 def compare_logits(plan: MergePlan, directory: Path, examples: Sequence[Example]) -> LogitsCheck | Skipped:

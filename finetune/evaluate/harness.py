@@ -22,11 +22,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from finetune import log
-from finetune.data.forms import Conversation
+from finetune.data.conversation import Conversation, Message
 from finetune.data.harmony.encode import encode_text, header_ids
 from finetune.data.harmony.render import render_prompt
 from finetune.data.harmony.tokenizer import END_OF_TEXT_ID, FIRST_CONTROL_ID, harmony_encoding
-from finetune.data.message import Message
 from finetune.data.sources import Record
 from finetune.errors import ConfigError, InputError
 from finetune.evaluate.generation import STOP_IDS, Sampling, generate

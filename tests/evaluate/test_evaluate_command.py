@@ -55,7 +55,7 @@ def test_before_figures_equal_the_base_without_any_adapter(
     """The base loaded by itself, nothing attached: an adapter that is only switched off must not show."""
     config = load_run_config(finished[0] / "config.yaml")
     base = build_base(Checkpoint.open(tiny_base), torch.device("cpu"), torch.float32, experts_per_chunk=16)
-    samples = load_split(config.data, "test").samples
+    samples = load_split(config.data, "test").examples
     loss = held_out_loss(base.model, samples, config.data.max_length).mean
     test = suites(evaluated)["test"]
     assert test["loss"]["base"]["value"] == pytest.approx(loss, abs=1e-5)

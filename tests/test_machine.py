@@ -16,7 +16,7 @@ from finetune.arch import Arch
 from finetune.cli.preflight import device_budget
 from finetune.config.compose import compose
 from finetune.config.paths import shipped_dir
-from finetune.doctor.checks import check_machine
+from finetune.doctor import check_machine
 from finetune.export.survival.effect import fits_in_memory as packed_base_fits
 from finetune.machine import free_memory, num_cores, total_memory
 from finetune.rounding.probe import experts_at_once

@@ -12,7 +12,11 @@ from finetune.config.suggest import keys_named, suggest_word
 from finetune.errors import ConfigError
 
 # Words of 0.1 that 0.2 still understands, by command; an action counts only right after its command.
-OLD_WORDS = {"adapter": {"merge": "combine"}, "evaluate": {"--rows": "--examples"}}
+OLD_WORDS = {
+    "adapter": {"merge": "combine"},
+    "evaluate": {"--rows": "--examples"},
+    "experts": {"--samples": "--examples"},
+}
 
 
 def with_current_words(arguments: list[str], command: str | None) -> list[str]:

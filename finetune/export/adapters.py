@@ -30,7 +30,7 @@ from finetune.model.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Contents:
-    """What an exported directory will hold.
+    """Contents of an exported directory.
 
     Attributes:
         file: name of the file with the tensors.

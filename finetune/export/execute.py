@@ -31,7 +31,7 @@ from finetune.rounding.merge import Tally, add_to_experts, merge_weight
 from finetune.rounding.nearest import round_experts, seeded_noise
 from finetune.rounding.results import RoundedExperts
 
-PIECE_BYTES = 48 << 20  # of the result; every worker holds one, and one waits
+PIECE_BYTES = 48 << 20  # of the result; every worker has one in memory, and one waits
 _MAX_WORKERS = 8
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -65,8 +65,8 @@ def write_shards(
                 raise
             staging.finish(shard.file, {"sha256": digest, "tallies": _plain(tallies)})
             done += shard.num_bytes
-    facts = [staging.files[shard.file]["tallies"] for shard in plan.shards]
-    return {name: Tally(**values) for tallies in facts for name, values in tallies.items()}
+    stored = [staging.files[shard.file]["tallies"] for shard in plan.shards]
+    return {name: Tally(**values) for tallies in stored for name, values in tallies.items()}
 
 
 def worker_pool() -> ThreadPoolExecutor:

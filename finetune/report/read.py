@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from finetune.config.old_keys import current_data
 from finetune.errors import InputError
 from finetune.report.survival import Survival, read_survival
 from finetune.results import Evaluation, read_evaluation
@@ -114,6 +115,6 @@ def _read_config(path: Path, unreadable: list[str]) -> dict[str, Any]:
     except yaml.YAMLError:
         content = None
     if isinstance(content, dict):
-        return content
+        return current_data(content)
     unreadable.append(path.name)
     return {}

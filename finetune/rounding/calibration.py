@@ -134,8 +134,8 @@ def choose_calibration(config: RunConfig, checkpoint: Checkpoint, num_tokens: in
     require_tokenizer(checkpoint.directory)
     split = load_split(config.data, "train")
     wanted = num_tokens or tokens_wanted(checkpoint.arch)
-    chosen = draw_examples(split.samples, wanted, config.data.max_length, config.seed, checkpoint.arch.vocab_size)
-    return chosen, split.fingerprint
+    chosen = draw_examples(split.examples, wanted, config.data.max_length, config.seed, checkpoint.arch.vocab_size)
+    return chosen, split.stats.fingerprint
 
 
 def draw_examples(

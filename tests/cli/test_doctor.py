@@ -10,9 +10,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from packaging.requirements import Requirement
 
+from finetune import doctor as checks
 from finetune.cli.main import main
-from finetune.doctor import checks
-from finetune.doctor.checks import Finding, check_hub, package_finding
+from finetune.doctor import Finding, check_hub, package_finding
 
 NAMES = {"python", "torch", "transformers", "expert kernel", "attention", "memory", "disk, runs", "hub", "tokenizer"}
 

@@ -216,8 +216,8 @@ def held_out_examples(config: RunConfig, count: int) -> HeldOutExamples | None:
     old: tuple[Example, ...] = ()
     if config.export.old_domain:
         other = load_split(replace(data, test=config.export.old_domain), "test")
-        old = tuple(other.samples[number] for number in stratified_subset(other.records, count))
-    return HeldOutExamples(name, records, tuple(split.samples[number] for number in chosen), labels, old, config)
+        old = tuple(other.examples[number] for number in stratified_subset(other.records, count))
+    return HeldOutExamples(name, records, tuple(split.examples[number] for number in chosen), labels, old, config)
 
 
 def measure_variants(variants: Variants, held_out: HeldOutExamples, names: Sequence[str] | None = None) -> Effect:
@@ -277,8 +277,8 @@ def _losses(
     found_by_sequence = predicted_states(model, examples, length, f"loss, {name}", _nothing)
     for wanted, found in zip(reference, found_by_sequence, strict=True):
         losses = token_nll(found.hidden, head, found.targets).double().cpu().numpy()
-        np.add.at(nll, found.sample, losses * found.weights)
-        np.add.at(weight, found.sample, found.weights)
+        np.add.at(nll, found.example, losses * found.weights)
+        np.add.at(weight, found.example, found.weights)
         divergence += float((token_kl(wanted, found.hidden, head).double().cpu().numpy() * found.weights).sum())
         total += float(found.weights.sum())
     return HeldOutLoss(nll, weight), divergence / total

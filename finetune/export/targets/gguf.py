@@ -131,8 +131,8 @@ def write_gguf(plan: MergePlan, staging: ResumableDirectory, rounded: RoundedExp
     except BaseException:
         staging.remove_unfinished()
         raise
-    facts = {key: asdict(tally) for key, tally in tallies.items()}
-    staging.finish(name, {"sha256": sha256_of(staging.unfinished(name)), "tallies": facts})
+    stored = {key: asdict(tally) for key, tally in tallies.items()}
+    staging.finish(name, {"sha256": sha256_of(staging.unfinished(name)), "tallies": stored})
     return tallies
 
 

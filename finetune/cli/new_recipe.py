@@ -1,4 +1,4 @@
-"""What `finetune recipes new` says of a file, and of what its recipe will and will not do with it."""
+"""`finetune recipes new PATH`: inspect a data file, report on it, and write a commented recipe that composes."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from finetune.errors import ConfigError
 if TYPE_CHECKING:
     from finetune.data.inspect_file import FileFacts
 
-LONGEST_ROW = 16_384
-_BAD_ROWS_SHOWN = 3
+LONGEST_EXAMPLE = 16_384
+_BAD_RECORDS_SHOWN = 3
+DEFAULT_MODEL = "gpt_oss_20b"
 
 
 def is_skippable(facts: FileFacts) -> bool:
-    """Whether a run that skips the rows that cannot be used goes on without them."""
+    """Whether a run may skip the records that cannot be used."""
     return len(facts.bad_records) <= DataConfig.max_skipped_ratio * facts.rows
 
 
 def report_file(facts: FileFacts, path: str) -> None:
-    """Say what is in a file, what of it the recipe leaves out, and what it lacks."""
+    """Log what is in a file, what the recipe leaves out, and what is missing."""
     more = " at least" if facts.has_more else ""
     log.info(
         f"{path}:{more} {facts.rows:,} records, form {facts.form}, longest {facts.longest:,} tokens, "
@@ -38,7 +39,7 @@ def report_file(facts: FileFacts, path: str) -> None:
     _report_left_out(facts)
     _report_labels(facts)
     if facts.repeated:
-        both_sides = "" if facts.id_share is None else ": some may stand in training and in validation"
+        both_sides = "" if facts.id_share is None else ": some may be in training and in validation"
         log.warning(
             f"{facts.repeated:,} of {facts.records:,} records repeat an earlier one, question and answer{both_sides}; "
             "`finetune data stats` names them"
@@ -65,21 +66,21 @@ def _report_split(facts: FileFacts) -> None:
         log.info(f"split by {split.name}: {named}")
         if split.others:
             log.warning(
-                f"`{split.name}` has {_counted(split.others)}, which names no split: the recipe leaves these rows out"
+                f"`{split.name}` has {_counted(split.others)}, which names no split: the recipe leaves these out"
             )
         if split.missing:
-            log.warning(f"{split.missing:,} rows have no `{split.name}`: the recipe leaves them out")
+            log.warning(f"{split.missing:,} records have no `{split.name}`: the recipe leaves them out")
     elif split:
         log.warning(
-            f"`{split.name}` has {_counted(split.others)}, which does not tell training from other rows: all are "
-            f"trained; if some must not be, write `where: {{{split.name}: ...}}` beside the path"
+            f"`{split.name}` has {_counted(split.others)}, which does not separate training from other records: all "
+            f"are trained; if some must not be, write `where: {{{split.name}: ...}}` beside the path"
         )
     if not facts.validates:
-        log.info(f"no validation rows ({facts.why_no_id_split}): nothing will show when training begins to overfit")
+        log.info(f"no validation records ({facts.why_no_id_split}): overfitting will not be noticed")
     elif facts.id_share is not None:
-        log.info(f"validation rows: {facts.id_share:.0%} of the `id`s, about")
+        log.info(f"validation records: about {facts.id_share:.0%} of the `id`s")
     if not facts.tests:
-        log.info("no test rows: there will be no figures before and after; name a file under `test:`")
+        log.info("no test records, so no figures before and after: name a file under `test:`")
 
 
 def _report_left_out(facts: FileFacts) -> None:
@@ -89,21 +90,21 @@ def _report_left_out(facts: FileFacts) -> None:
             f"{facts.with_turns:,} of {facts.records:,} records have several turns: the last is trained, the others "
             f"are context; {every} trains every one"
         )
-    if facts.longest > LONGEST_ROW:
-        dropped = sum(length > LONGEST_ROW for length in facts.lengths)
+    if facts.longest > LONGEST_EXAMPLE:
+        dropped = sum(length > LONGEST_EXAMPLE for length in facts.lengths)
         log.info(
-            f"{dropped:,} of {len(facts.lengths):,} looked at have more than {LONGEST_ROW:,} tokens: the recipe drops "
-            "such (data.too_long)"
+            f"{dropped:,} of {len(facts.lengths):,} inspected ones have more than {LONGEST_EXAMPLE:,} tokens: the recipe "
+            "drops them (data.too_long)"
         )
     if not facts.bad_records:
         return
-    bad = f"{len(facts.bad_records):,} of {facts.rows:,} rows cannot be used"
+    bad = f"{len(facts.bad_records):,} of {facts.rows:,} records cannot be used"
     if is_skippable(facts):
         log.warning(f"{bad}: the recipe skips them (data.on_bad_record)")
     else:
         log.warning(f"{bad}: a run will stop until they are corrected")
-    for row in facts.bad_records[:_BAD_ROWS_SHOWN]:
-        log.warning(f"{row.where}: {row.reason}")
+    for record in facts.bad_records[:_BAD_RECORDS_SHOWN]:
+        log.warning(f"{record.where}: {record.reason}")
 
 
 def _report_labels(facts: FileFacts) -> None:
@@ -114,7 +115,7 @@ def _report_labels(facts: FileFacts) -> None:
             f"{facts.records - facts.labelled:,} of {facts.records:,} records have no `answer`: labels are not scored"
         )
     elif 2 <= facts.answers <= 64:
-        log.info(f"{facts.answers:,} different answers: scored as labels, given test rows")
+        log.info(f"{facts.answers:,} different answers: scored as labels if there are test records")
     else:
         log.info(f"{facts.answers:,} different answers: not scored as labels, which takes 2 to 64")
 
@@ -123,19 +124,13 @@ def _counted(values: Mapping[str, int]) -> str:
     return ", ".join(f"{value} ({count:,})" for value, count in values.items())
 
 
-# `finetune recipes new PATH`: a commented recipe for one's own file, made by looking at it, and checked.
-
-if TYPE_CHECKING:
-    from finetune.data.inspect_file import FileFacts
-
-DEFAULT_MODEL = "gpt_oss_20b"
 _ADAPTER_AND_TRAINER = """
 adapter:
   attention: {rank: 16, alpha: 32.0} # higher rank: more capacity, memory and overfitting
-  experts: {rank: 4, alpha: 8.0} # of every expert, so it costs most of the memory; 0 leaves the experts alone
+  experts: {rank: 4, alpha: 8.0} # of every expert, so it costs most of the memory; 0 leaves the experts frozen
 
 trainer:
-  epochs: 2 # more fits the training rows closer; watch the validation loss turn
+  epochs: 2 # more fits the training examples closer; watch the validation loss turn
   learning_rate: 2.0e-4 # higher learns faster until it becomes unstable
   micro_batch_size: 1 # more: faster while memory lasts; lower gradient_accumulation_steps to keep the step
   gradient_accumulation_steps: 4 # more: steadier gradients, fewer updates
@@ -147,8 +142,8 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str |
 
     Args:
         path: the new YAML file.
-        source: a shipped recipe to begin from. None: a plain one.
-        data: a file of training records to look at. None: the source's data, or a place to fill in.
+        source: a shipped recipe to copy. None: a plain one.
+        data: a file of training records to inspect. None: the data of `source`.
         model: an option of configs/model/ for a recipe on `data`; None: gpt_oss_20b.
 
     Raises:
@@ -179,19 +174,19 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str |
         report_file(facts, data)
         text = recipe_text(path.stem, data, facts, model or DEFAULT_MODEL)
     else:
-        raise ConfigError("say what to begin with", fix="--data FILE looks at a file; --from NAME copies a recipe")
+        raise ConfigError("give --data or --from", fix="--data FILE inspects a file; --from NAME copies a recipe")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     compose(str(path))
     log.result(str(path))
     recipe = shlex.quote(str(path))
     log.info(
-        f"look at it, then: finetune data preview {recipe}; finetune train {recipe} --dry-run; finetune train {recipe}"
+        f"read it, then: finetune data preview {recipe}; finetune train {recipe} --dry-run; finetune train {recipe}"
     )
 
 
 def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:
-    """YAML of a recipe for a file."""
+    """Write the YAML of a recipe for a file."""
     lines = [
         "# @package _global_",
         f"# {name}: {model} on {Path(data).name} (written by `finetune recipes new`)",
@@ -207,21 +202,21 @@ def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:
         *_length(facts),
     ]
     if not facts.with_thinking:
-        lines.append("  reasoning_effort: low # no record shows any thinking, so low is the effort that they show")
+        lines.append("  reasoning_effort: low # no record has any thinking, which fits low effort")
     if facts.bad_records and is_skippable(facts):
-        lines.append(f"  on_bad_record: skip # {len(facts.bad_records):,} of {facts.rows:,} rows cannot be used")
+        lines.append(f"  on_bad_record: skip # {len(facts.bad_records):,} of {facts.rows:,} records cannot be used")
     text = "\n".join(lines) + "\n" + _ADAPTER_AND_TRAINER
     if facts.validates:
-        text += "\nevaluate:\n  every_steps: 50 # optimiser steps between two looks at the validation loss\n"
+        text += "\nevaluate:\n  every_steps: 50 # optimiser steps between two measurements of the validation loss\n"
         if facts.tests:
             text += "  test_examples: 500 # scored before and after; fewer: faster, wider intervals\n"
-        text += "\nsave:\n  every_steps: 50 # optimiser steps that a crash can cost at most\n"
+        text += "\nsave:\n  every_steps: 50 # a crash costs at most so many optimiser steps\n"
         text += "  best_metric: validation_loss # exports the best adapter; `none` exports the last\n"
     return text
 
 
 def _sources(facts: FileFacts) -> list[str]:
-    """The splits, each with a source for every value that names it: `where` compares with one."""
+    """Write the splits, each with one source per value that names it, since `where` compares with one value."""
     keys = [f"path: {_quoted(facts.source.path)}"]
     if facts.source.columns:
         keys.append(f"columns: {_mapping(facts.source.columns)}")
@@ -238,25 +233,25 @@ def _sources(facts: FileFacts) -> list[str]:
         if facts.id_share is not None:
             lines.append(
                 f"  validation_split: {{key: id, share: {facts.id_share:g}}} # name a field here whose values must not "
-                "stand on both sides, such as a document's"
+                "be on both sides, such as a document's"
             )
         else:
             lines.append(f"  # no validation: {facts.why_no_id_split}; name other sources in `validation:`")
     if "test" not in named:
-        lines.append("  # no test rows: add `test:` sources for figures before and after")
+        lines.append("  # no test records: add `test:` sources for figures before and after")
     return lines
 
 
 def _length(facts: FileFacts) -> list[str]:
     seen = (
-        f"the longest of {len(facts.lengths):,} looked at has {facts.longest:,} tokens, "
+        f"the longest of {len(facts.lengths):,} inspected has {facts.longest:,} tokens, "
         f"99 % at most {facts.length_of_most:,}"
     )
-    if facts.longest > LONGEST_ROW:
-        return [f"  max_length: {LONGEST_ROW} # {seen}", "  too_long: drop # or `truncate` context; `error` stops"]
-    # Room for several records in a row, so that packing fills it.
+    if facts.longest > LONGEST_EXAMPLE:
+        return [f"  max_length: {LONGEST_EXAMPLE} # {seen}", "  too_long: drop # or `truncate` context; `error` stops"]
+    # Room for several records per sequence, so that packing fills it.
     wanted = max(2048, 2 ** math.ceil(math.log2(facts.longest)))
-    return [f"  max_length: {wanted} # tokens in a packed row; {seen}"]
+    return [f"  max_length: {wanted} # tokens of a packed sequence; {seen}"]
 
 
 def _mapping(pairs: Mapping[str, str]) -> str:
@@ -264,5 +259,5 @@ def _mapping(pairs: Mapping[str, str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A YAML scalar that reads as this text whatever it holds."""
+    """Quote any text as a YAML scalar."""
     return json.dumps(text, ensure_ascii=False)

@@ -180,7 +180,7 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
 def batches(work: Work, seed: int) -> Iterator[Batch]:
     """Packed training rows in an order of the seed's."""
     data = compose(str(work.recipe("experts"))).config.data
-    samples = load_split(data, "train").samples
+    samples = load_split(data, "train").examples
     rows = pack([len(sample.ids) for sample in samples], 1024, np.random.default_rng([seed, 11]))
     for row in rows:
         yield collate([[samples[number] for number in row]])

@@ -1,4 +1,7 @@
-"""adapter_config.json as someone else may have written it: each setting used here has the type that PEFT gives it."""
+"""Reads adapter_config.json and checks its types, and finds the adapter that a path on the command line means.
+
+Free of torch, so that a misspelt path is reported at once.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from finetune.errors import InputError
 from finetune.files import read_json
 
 CONFIG = "adapter_config.json"
-_MOST_PATTERN = 500  # characters
-_MOST_REPEATS = 3  # of `*`, `+` and `{` in a pattern: more of them, or nested ones, can keep a search busy for ever
+_MAX_PATTERN = 500  # characters
+_MAX_REPEATS = 3  # of `*`, `+` and `{` in a pattern: more of them, or nested ones, can make a search endless
 _FIX = "use the adapter_config.json that was written with the tensors"
 
 
@@ -25,8 +28,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
         InputError: it is missing, not a JSON object, or a setting that is used here has another type than PEFT's.
     """
     config = read_json(path)
-    for key, (holds, words) in _SETTINGS.items():
-        if config.get(key) is not None and not holds(config[key]):
+    for key, (is_right, words) in _SETTINGS.items():
+        if config.get(key) is not None and not is_right(config[key]):
             raise InputError(f"{path}: {key} is {str(config[key])[:80]!r}, not {words}", fix=_FIX)
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in config.get(key) or {}:
@@ -36,8 +39,8 @@ def read_adapter_config(path: Path) -> dict[str, Any]:
 
 def _check_pattern(path: Path, key: str, pattern: str) -> None:
     repeats = sum(map(pattern.count, "*+{"))
-    if len(pattern) > _MOST_PATTERN or repeats > _MOST_REPEATS or re.search(r"\)[*+{]", pattern):
-        raise InputError(f"{path}: {key} has the pattern {pattern[:80]!r}, which may take for ever to search", fix=_FIX)
+    if len(pattern) > _MAX_PATTERN or repeats > _MAX_REPEATS or re.search(r"\)[*+{]", pattern):
+        raise InputError(f"{path}: {key} has the pattern {pattern[:80]!r}, whose search may never end", fix=_FIX)
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
@@ -60,8 +63,8 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
-def _maps_to(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(holds, value.values()))
+def _maps_to(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
 
 
 _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -76,11 +79,8 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-# Which adapter, and which run, a path on the command line means. No torch: a misspelt one is told at once.
-
-
 def resolve_run(path: Path) -> tuple[Path, Path | None]:
-    """Find the adapter a command means.
+    """Find the adapter that a path means.
 
     Args:
         path: a run directory, or an adapter directory (in a run or alone).

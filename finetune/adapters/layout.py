@@ -221,18 +221,18 @@ def parse_sites(
         match = _KEY.fullmatch(key)
         if match is None:
             raise InputError(
-                f"{where} holds {key}, which is not a key of PEFT's gpt-oss layout",
+                f"{where} has {key}, which is not a key of PEFT's gpt-oss layout",
                 fix="`finetune adapter import` reads other layouts",
             )
         name = _name(int(match["layer"]), match["module"], config)
         pairs.setdefault((int(match["layer"]), name), {})[match["factor"]] = key
     if not pairs:
-        raise InputError(f"{where} holds no tensor")
+        raise InputError(f"{where} has no tensor")
     order = (*ATTENTION, ROUTER, *EXPERTS)
     sites = []
     for (layer, name), keys in sorted(pairs.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
         if keys.keys() != {"A", "B"}:
-            raise InputError(f"{where} holds {next(iter(keys.values()))} without its other factor")
+            raise InputError(f"{where} has {next(iter(keys.values()))} without its other factor")
         sites.append(_site(layer, name, keys["A"], keys["B"], shapes, config, where))
     return tuple(sites)
 

@@ -157,7 +157,7 @@ def read_router_bias(directory: Path) -> dict[str, Tensor]:
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
-            raise ValueError("it holds no names")
+            raise ValueError("it has no names")
         changes = {str(name): torch.tensor(values, dtype=torch.float32) for name, values in content.items()}
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from error

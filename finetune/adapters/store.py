@@ -119,7 +119,7 @@ class AdapterFile:
             raise InputError(f"{self.directory / WEIGHTS} is damaged", why=str(error)) from error
         for key, factor in ((site.key_a, a), (site.key_b, b)):
             if not factor.isfinite().all():
-                raise InputError(f"{self.directory / WEIGHTS}: {key} holds values that are not finite")
+                raise InputError(f"{self.directory / WEIGHTS}: {key} has values that are not finite")
         return LoraFactors(*unflatten(a, b, site.num_experts, site.rank), site.scale)
 
     def layer(self, number: int) -> dict[str, LoraFactors]:
@@ -206,7 +206,7 @@ def _check_tensors(file: AdapterFile, adapter: Adapter) -> None:
     missing, unexpected = sorted(wanted - stored), sorted(stored - wanted)
     if missing or unexpected:
         raise InputError(
-            f"{file.directory} does not hold the tensors of this recipe's adapter",
+            f"{file.directory} does not have the tensors of this recipe's adapter",
             why=f"missing: {missing[:3] or 'none'}; unexpected: {unexpected[:3] or 'none'}",
             fix=_RECIPE_FIX,
         )
@@ -310,7 +310,7 @@ def _peft_config(fields: Mapping[str, Any], base: BaseRecord) -> dict[str, Any]:
         inference_mode=True,
         **fields,
     ).to_dict()
-    # PEFT holds targets as a set, whose order changes from process to process.
+    # PEFT stores targets as a set, whose order changes from process to process.
     config |= {key: value for key, value in fields.items() if isinstance(value, list)}
     return dict(sorted(config.items()))
 

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     options = EvaluationOptions(
         recipe=_recipe(args.recipe) if args.recipe else None,
         recipe_name=Path(args.recipe).stem if args.recipe else None,
-        rows=args.examples,
+        examples=args.examples,
         retention=args.retention,
         generate=args.generate,
         max_tokens=args.max_tokens,

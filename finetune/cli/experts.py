@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     split = load_split(config.data, "train")
     log.info(describe(split))
     base = open_base(config.model)
-    scores = score_experts(base, config.model.path, split.samples, config.data, select, args.by, args.examples)
+    scores = score_experts(base, config.model.path, split.examples, config.data, select, args.by, args.examples)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_expert_scores(out, scores)
     for line in scores.describe():

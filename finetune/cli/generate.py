@@ -121,8 +121,8 @@ def prompt_ids(opened: LoadedModel, messages: list[dict[str, str]], args: argpar
     Raises:
         ConfigError: a message cannot be used, or prompt and answer do not fit the model's positions.
     """
+    from finetune.data.checks import BadRecordError
     from finetune.data.harmony.render import render_prompt
-    from finetune.data.message import BadRecordError
     from finetune.data.sources import parse_record, raw_record
 
     if args.developer:

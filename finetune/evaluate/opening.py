@@ -76,7 +76,7 @@ def open_model(
     loaded = open_base(replace(settings, identity=None), verify_files=False)
     check_packing(loaded.model)
     refuse_other_base(file.base, loaded.identity, directory)
-    warn_other_storage(file.base, loaded.held_as, directory)
+    warn_other_storage(file.base, loaded.storage_changes, directory)
     adapter = attach_file(loaded, file, DTYPES[config.adapter.dtype] if config else torch.float32)
     log.info(f"adapter: {directory}")
     loaded.model.eval()

@@ -85,7 +85,7 @@ def _config(directory: Path, own: RunConfig | None, options: EvaluationOptions) 
         )
     if not config.data.test:
         raise ConfigError("the recipe has no data.test", fix="add test sources, or name another recipe with --recipe")
-    count = options.rows if options.rows is not None else config.evaluate.test_examples
+    count = options.examples if options.examples is not None else config.evaluate.test_examples
     return replace(config, evaluate=replace(config.evaluate, test_examples=count))
 
 

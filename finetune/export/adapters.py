@@ -31,7 +31,7 @@ from finetune.staging import refuse_existing
 
 @dataclass(frozen=True)
 class Contents:
-    """What an exported directory will hold.
+    """Contents of an exported directory.
 
     Attributes:
         file: name of the file with the tensors.

@@ -31,7 +31,7 @@ from finetune.rounding.nearest import seeded_noise
 from finetune.rounding.run import RoundedExperts
 from finetune.staging import Staging
 
-PIECE_BYTES = 48 << 20  # of the result; every worker holds one, and one waits
+PIECE_BYTES = 48 << 20  # of the result; every worker has one in memory, and one waits
 _MAX_WORKERS = 8
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -61,8 +61,8 @@ def write_shards(plan: MergePlan, staging: Staging, rounded: RoundedExperts | No
                 raise
             staging.finish_shard(shard.file, {"sha256": digest, "tallies": _plain(tallies)})
             done += shard.num_bytes
-    facts = [staging.shards[shard.file]["tallies"] for shard in plan.shards]
-    return {name: Tally(**values) for tallies in facts for name, values in tallies.items()}
+    stored = [staging.shards[shard.file]["tallies"] for shard in plan.shards]
+    return {name: Tally(**values) for tallies in stored for name, values in tallies.items()}
 
 
 def worker_pool() -> ThreadPoolExecutor:

@@ -48,7 +48,7 @@ def verify_adapter(adapter: AdapterFile, target: AdapterTarget, directory: Path)
 
     Args:
         adapter: the one it was made from.
-        target: whose layout it has.
+        target: of the export.
         directory: of the export, with its finetune.json.
 
     Raises:
@@ -87,7 +87,7 @@ def verify_merged(
         tallies: sums that the exporter counted.
 
     Raises:
-        CheckError: names the tensor that is wrong, or says how far logits are apart.
+        CheckError: names the tensor that is wrong, or gives the distance of the logits.
     """
     weights = _check_weights(plan, target, directory, tallies)
     examples, reason = _prompts(run)
@@ -156,7 +156,7 @@ def _prompts(run: Path | None) -> tuple[list[Example], str | None]:
     except FinetuneError as error:
         log.warning(f"the run's data cannot be read: {error.what}")
         return [], f"the run's data cannot be read: {error.what}"
-    return list(split.samples[:NUM_EXAMPLES]), None
+    return list(split.examples[:NUM_EXAMPLES]), None
 
 
 def compare_logits(plan: MergePlan, directory: Path, examples: Sequence[Example]) -> LogitsCheck | Skipped:

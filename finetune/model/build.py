@@ -66,7 +66,7 @@ class Base:
         return self.model.lm_head.weight.dtype
 
     @property
-    def held_as(self) -> dict[str, dict[str, str | float]]:
+    def storage_changes(self) -> dict[str, dict[str, str | float]]:
         """Parts whose storage format changed their values: `{"experts": {"format": "nf4", "relative_rms": 0.1}}`.
 
         Empty: the base computes what its checkpoint does.

@@ -37,7 +37,7 @@ def experts_section(run: Path, manifest: dict[str, Any]) -> str:
         write_text(run / FIGURES / f"{name}.svg", drawn)
         lines.append(f"![{name.replace('_', ' ')}]({FIGURES}/{name}.svg)")
     note = (
-        f"Measured on {routing['samples']} {routing['split']} samples; 1 is even use of a layer's experts. Every "
+        f"Measured on {routing['samples']} {routing['split']} examples; 1 is even use of a layer's experts. Every "
         f"number is in `{USAGE_FILE}`, by channel and source."
     )
     return "\n\n".join(["## Experts", note, *lines, _by_layer(routing)])

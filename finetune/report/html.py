@@ -122,7 +122,7 @@ def _bin_rows(bins: Bins) -> list[tuple[str, ...]]:
 
 
 def _calibration(bins: Bins) -> Markup:
-    return Markup(reliability_diagram("Calibration: accuracy of the rows given a confidence", bins))
+    return Markup(reliability_diagram("Calibration: accuracy of the examples at each confidence", bins))
 
 
 _TEMPLATES = _environment_of_templates()

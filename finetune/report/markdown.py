@@ -109,7 +109,7 @@ def check_lines(manifest: Manifest) -> list[str]:
         case {"max_difference": difference, "effect": effect, "samples": samples}:
             lines.append(
                 f"- read back by stock PEFT in a fresh process: logits differ by {difference:.1e} at most on {samples} "
-                f"samples (the adapter itself moves them by {effect:.1f})"
+                f"examples (the adapter itself moves them by {effect:.1f})"
             )
     if "adapter_of_step" in manifest:
         lines.append(f"- the adapter is the one of step {manifest['adapter_of_step']} (best validation loss)")
@@ -130,7 +130,7 @@ def _evaluation(evaluation: Evaluation | None) -> str:
             for title, figures in evaluation.headlines()
         ],
     )
-    note = f"{test.rows} test rows, {evaluation.confidence:.0%} intervals"
+    note = f"{test.rows} test examples, {evaluation.confidence:.0%} intervals"
     if test.num_labels is not None:
         note += (
             f"; labels scored by likelihood among {test.num_labels}, "
@@ -174,7 +174,7 @@ def _figures(manifest: Manifest) -> str:
     base, environment = manifest["base"], manifest["environment"]
     lines = [f"- base: {code(base['name'])}, revision {base['revision'] or 'none'}, identity `{base['identity'][:16]}`"]
     lines += [
-        f"- data, {name}: {split['rows']:,} rows, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained, "
+        f"- data, {name}: {split['rows']:,} examples, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained, "
         f"{split['skipped_rows']:,} skipped, fingerprint `{split['fingerprint'][:16]}`"
         for name, split in manifest["data"].items()
     ]
@@ -231,7 +231,7 @@ def _markdown(piece: Piece) -> str:
             note = "A row for each own label, a column for each chosen one."
             return f"### {piece.title}\n\n{note}\n\n{_table(_numbered(piece))}"
         case Reliability():
-            head = ("confidence", "rows", "mean confidence", "accuracy")
+            head = ("confidence", "examples", "mean confidence", "accuracy")
             tables = (
                 f"### Calibration ({TITLES[model]})\n\n{_table(Table(head, reliability_rows(bins)))}"
                 for model, bins in piece.bins.items()

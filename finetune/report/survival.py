@@ -104,7 +104,7 @@ def _survival(target: str, content: Mapping[str, Any]) -> Survival:
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in verdict["notes"])
     head, rows = _table(found)
     note = (
-        f"{found['rows']} {found['split']} rows, {found['confidence']:.0%} intervals by bootstrap over rows; "
+        f"{found['rows']} {found['split']} examples, {found['confidence']:.0%} intervals by bootstrap over them; "
         f"gain {found['gain']:.4f} nats per trained token."
     )
     svg = survival_svg(found, content["rounding"])

@@ -125,8 +125,8 @@ def choose_rows(config: RunConfig, checkpoint: Checkpoint, num_tokens: int | Non
     require_tokenizer(checkpoint.directory)
     split = load_split(config.data, "train")
     wanted = num_tokens or tokens_wanted(checkpoint.arch)
-    return pick(split.samples, wanted, config.data.max_length, config.seed, checkpoint.arch.vocab_size), (
-        split.fingerprint
+    return pick(split.examples, wanted, config.data.max_length, config.seed, checkpoint.arch.vocab_size), (
+        split.stats.fingerprint
     )
 
 

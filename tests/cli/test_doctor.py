@@ -14,7 +14,17 @@ from finetune import doctor as checks
 from finetune.cli.main import main
 from finetune.doctor import Finding, check_hub, package_finding
 
-NAMES = {"python", "torch", "transformers", "expert kernel", "attention", "memory", "disk, runs", "hub", "tokenizer"}
+NAMES = {
+    "python",
+    "torch",
+    "transformers",
+    "expert kernel",
+    "attention kernel",
+    "memory",
+    "disk, runs",
+    "hub",
+    "tokenizer",
+}
 
 
 def test_every_part_of_the_machine_is_checked(capsys: pytest.CaptureFixture[str]) -> None:

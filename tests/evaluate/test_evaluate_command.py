@@ -55,7 +55,7 @@ def test_before_figures_equal_the_base_without_any_adapter(
     """The base loaded by itself, nothing attached: an adapter that is only switched off must not show."""
     config = load_run_config(finished[0] / "config.yaml")
     base = build_base(Checkpoint.open(tiny_base), torch.device("cpu"), torch.float32, experts_per_chunk=16)
-    samples = load_split(config.data, "test").samples
+    samples = load_split(config.data, "test").examples
     loss = held_out_loss(base.model, samples, config.data.max_length).mean
     test = suites(evaluated)["test"]
     assert test["loss"]["base"]["value"] == pytest.approx(loss, abs=1e-5)
@@ -76,7 +76,7 @@ def test_answers_and_readme_are_there(evaluated: Path) -> None:
     assert summary["answers"]["rows"] == 3 and summary["answers"]["base"]["cut"] == 3
     assert [summary["answers"]["exact"][who]["value"] for who in ("base", "adapter")] == [0, 0]  # all are cut
     text = (evaluated / "README.md").read_text()
-    assert "McNemar" in text and "retention: legal" in text and "Generated answers (3 rows)" in text
+    assert "McNemar" in text and "retention: legal" in text and "Generated answers (3 examples)" in text
 
 
 def test_the_runs_page_and_the_figures_of_answers(
@@ -104,7 +104,7 @@ def test_the_runs_page_and_the_figures_of_answers(
     assert exact["difference"]["value"] == pytest.approx(2 / 3)
     assert str(run / "report.html") in capsys.readouterr().err
     page = (run / "report.html").read_text()
-    assert "Equal to the answer: 2 rows became right and 0 wrong" in page and 'class="heat"' in page
+    assert "Equal to the answer: 2 examples became right and 0 wrong" in page and 'class="heat"' in page
     assert "McNemar" not in (finished[0] / "report.html").read_text()  # figures went elsewhere: --out
 
 

@@ -17,11 +17,10 @@ from finetune.adapters.attach import attach_adapter
 from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.store import write_adapter
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, DataConfig, ExpertAdapterConfig
-from finetune.data.forms import Conversation
+from finetune.data.conversation import Conversation, Message
 from finetune.data.harmony.encode import encode_text
 from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID
-from finetune.data.message import Message
 from finetune.data.sources import Record
 from finetune.errors import ConfigError, InputError
 from finetune.evaluate.generation import Sampling, generate
@@ -50,7 +49,7 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in attached.parameters().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 20)
     directory = tmp_path_factory.mktemp("harness") / "adapter"
-    write_adapter(directory, attached, ADAPTER, BaseRecord(str(tiny_base), None, base.identity, base.held_as))
+    write_adapter(directory, attached, ADAPTER, BaseRecord(str(tiny_base), None, base.identity, base.storage_changes))
     return directory
 
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
 from finetune.config.schema import DataConfig, SourceConfig
+from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
-from finetune.data.forms import Conversation
 from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import InputError
@@ -63,7 +63,7 @@ def reference_log_probabilities(reference: GptOssForCausalLM, ids: list[int]) ->
 
 
 def test_held_out_loss_equals_one_sample_at_a_time(base: Base, reference: GptOssForCausalLM, split: Split) -> None:
-    samples = split.samples[:5]
+    samples = split.examples[:5]
     scored = held_out_loss(base.model, samples, 1024)  # packs several into a row
     assert min(len(sample.ids) for sample in samples) > 128  # beyond the sliding window
     for number, sample in enumerate(samples):
@@ -77,7 +77,7 @@ def test_held_out_loss_equals_one_sample_at_a_time(base: Base, reference: GptOss
 
 
 def test_held_out_loss_counts_weights(base: Base, split: Split) -> None:
-    sample = split.samples[0]
+    sample = split.examples[0]
     doubled = dataclasses.replace(sample, weights=sample.weights * 2)
     alone, both = (held_out_loss(base.model, [s], 1024) for s in (sample, doubled))
     assert both.nll[0] == pytest.approx(2 * alone.nll[0]) and both.mean == pytest.approx(alone.mean)
@@ -88,7 +88,7 @@ def test_held_out_loss_is_left_between_batches(base: Base, split: Split) -> None
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        held_out_loss(base.model, split.samples[:2], 1024, between_batches=leave)
+        held_out_loss(base.model, split.examples[:2], 1024, between_batches=leave)
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_records_scored_together_equal_records_scored_alone(base: Base, split: S
 
 
 def test_losses_of_samples_packed_together_equal_those_of_samples_alone(base: Base, split: Split) -> None:
-    samples = split.samples[:3]
+    samples = split.examples[:3]
     together = held_out_loss(base.model, samples, 2048).nll
     alone = [held_out_loss(base.model, [sample], 1024).nll[0] for sample in samples]
     assert together == pytest.approx(alone, abs=1e-4)
@@ -225,7 +225,7 @@ def test_stratified_subset_rounds_by_largest_remainder() -> None:
 def test_a_record_of_several_turns_counts_once_in_the_figures_of_a_run(base: Base, split: Split) -> None:
     """Two records, one of them with three examples: one label each, and intervals resample records."""
     one, other = split.records[0], next(r for r in split.records if r.answer != split.records[0].answer)
-    samples = split.samples[:4]
+    samples = split.examples[:4]
     labels = (str(one.answer), str(other.answer))
     test = EvalSet("test", CONFIG, (one, other, other, other), samples, labels)
     figures = measure_test_set(base, test, "base", 0.95, between_batches=lambda: None)

@@ -215,7 +215,7 @@ def test_the_verification_finds_one_wrong_code(merged: tuple[Path, dict[str, Any
 
 def test_running_layer_by_layer_is_running_the_model(run: Path) -> None:
     checkpoint = base_of(run)
-    batch = pick(load_split(load_run_config(run / "config.yaml").data, "train").samples, 600, 700, 0, 201_088).batches[
+    batch = pick(load_split(load_run_config(run / "config.yaml").data, "train").examples, 600, 700, 0, 201_088).batches[
         0
     ]
     base = build_base(checkpoint, CPU, torch.float32, experts_per_chunk=4)
@@ -334,7 +334,7 @@ def test_calibration_rows_of_another_tokenizer_base_or_training_set_are_refused(
         require_tokenizer(small_base)
     require_tokenizer(base_of(run).directory)
     config = load_run_config(run / "config.yaml")
-    samples = load_split(config.data, "train").samples
+    samples = load_split(config.data, "train").examples
     with pytest.raises(InputError, match="the base has 512 tokens"):
         pick(samples, 600, 700, 0, 512)
     manifest = json.loads((run / "manifest.json").read_text())

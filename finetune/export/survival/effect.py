@@ -216,8 +216,8 @@ def held_out_examples(config: RunConfig, count: int) -> HeldOutExamples | None:
     old: tuple[Example, ...] = ()
     if config.export.old_domain:
         other = load_split(replace(data, test=config.export.old_domain), "test")
-        old = tuple(other.samples[number] for number in stratified_subset(other.records, count))
-    return HeldOutExamples(name, records, tuple(split.samples[number] for number in chosen), labels, old, config)
+        old = tuple(other.examples[number] for number in stratified_subset(other.records, count))
+    return HeldOutExamples(name, records, tuple(split.examples[number] for number in chosen), labels, old, config)
 
 
 def measure_variants(variants: Variants, held_out: HeldOutExamples, names: Sequence[str] | None = None) -> Effect:

@@ -71,7 +71,7 @@ class Variants:
 
     Args:
         base: without an adapter.
-        plan: whose adapter and base; a native plan.
+        plan: a native plan, for its adapter and base.
         rounded: experts that were rounded with compensation; None: that variant is missing.
     """
 
@@ -153,8 +153,8 @@ class Variants:
         for end, part in zip(("blocks", "scales", "bias"), parts, strict=True):
             if part is not None:  # never written into: on a CPU a buffer may be the mapped file itself
                 name = f"{operation.site.name}_{end}"
-                held = experts.get_buffer(name)
-                setattr(experts, name, part.to(held.device, held.dtype))
+                buffer = experts.get_buffer(name)
+                setattr(experts, name, part.to(buffer.device, buffer.dtype))
 
     def _rounding(self, name: str) -> Callable[[Operation, Tensor, Tensor, LoraFactors], Packed]:
         def compensated(operation: Operation, *_: object) -> Packed:

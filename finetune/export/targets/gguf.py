@@ -132,8 +132,8 @@ def write_gguf(plan: MergePlan, staging: Staging, rounded: RoundedExperts | None
     except BaseException:
         staging.drop_halves()
         raise
-    facts = {key: asdict(tally) for key, tally in tallies.items()}
-    staging.finish_shard(name, {"sha256": sha256_of(staging.half(name)), "tallies": facts})
+    stored = {key: asdict(tally) for key, tally in tallies.items()}
+    staging.finish_shard(name, {"sha256": sha256_of(staging.half(name)), "tallies": stored})
     return tallies
 
 

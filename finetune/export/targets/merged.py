@@ -72,7 +72,7 @@ def export_merged(
 
 @dataclass(frozen=True)
 class _Merge:
-    """One merge: what is written, from what, and where."""
+    """One merge: its plan, its destination, and the options and files it comes from."""
 
     plan: MergePlan
     target: MergedTarget

@@ -255,12 +255,12 @@ def _pairs(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], whe
     for key in shapes:
         match = _KEY.fullmatch(key)
         if match is None:
-            raise InputError(f"{where} holds {key}, which is no LoRA factor of gpt-oss that can be imported")
+            raise InputError(f"{where} has {key}, which is no LoRA factor of gpt-oss that can be imported")
         keys.setdefault(match["path"], {})[match["factor"]] = match
     pairs = []
     for path, factors in sorted(keys.items()):
         if factors.keys() != {"A", "B"}:
-            raise InputError(f"{where} holds {next(iter(factors.values()))[0]} without its other factor")
+            raise InputError(f"{where} has {next(iter(factors.values()))[0]} without its other factor")
         a, b = factors["A"][0], factors["B"][0]
         rank = configured_rank(config, path)
         flat = len(shapes[a]) == len(shapes[b]) == 2
@@ -276,5 +276,5 @@ def _pairs(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], whe
 def _read(file: Any, key: str, path: Path) -> Tensor:
     factor: Tensor = file.get_tensor(key).float()
     if not factor.isfinite().all():
-        raise InputError(f"{path}: {key} holds values that are not finite")
+        raise InputError(f"{path}: {key} has values that are not finite")
     return factor

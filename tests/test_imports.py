@@ -38,7 +38,7 @@ RESERVED = {
     "hydra": {"config/compose.py"},
     "omegaconf": {"config/compose.py"},
 }
-WITHOUT_TORCH = ("config", "cli", "estimate", "report", "errors", "log", "arch")
+WITHOUT_TORCH = ("config", "cli", "estimate", "report", "errors", "log", "arch", "results")
 HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed"}
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from merging import GATE_UP, without_provenance
 
-from finetune import staging
+from finetune import files
 from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.cli.main import main
 from finetune.errors import InputError
@@ -130,7 +130,7 @@ def test_too_small_a_disk_is_seen_before_writing(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**7, 10**7)  # type: ignore[attr-defined]
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     assert main(["export", str(adapter), "--to", "bf16", "--out", str(tmp_path / "out")]) == 5
     assert "more bytes" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from finetune.mxfp4.constants import BLOCK, SCALE_BIAS
+from finetune.mxfp4.format import BLOCK, SCALE_BIAS
 from finetune.rounding import grid
 from finetune.rounding.grid import nearest
 

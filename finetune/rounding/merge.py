@@ -13,8 +13,7 @@ from torch import Tensor
 
 from finetune.adapters.lora import dense_update, squared_norm
 from finetune.kernels.experts import LoraFactors
-from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK, SCALE_BIAS
-from finetune.mxfp4.format import dequantise, pack, quantise, unpack
+from finetune.mxfp4.format import BLOCK, BYTES_PER_BLOCK, SCALE_BIAS, dequantise, pack, quantise, unpack
 from finetune.rounding import grid
 
 # Scratch is a few float32 copies of this many values, so that it stays in cache. One core made 1.3 GB of bf16 experts

@@ -11,8 +11,7 @@ from torch import Tensor
 from finetune.export.plan import MergePlan, Operation
 from finetune.files import seeded_generator
 from finetune.kernels.experts import LoraFactors
-from finetune.mxfp4.constants import BLOCK, SCALE_BIAS
-from finetune.mxfp4.format import dequantise, quantise
+from finetune.mxfp4.format import BLOCK, SCALE_BIAS, dequantise, quantise
 
 _SEED = "stochastic rounding 0"
 

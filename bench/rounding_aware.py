@@ -41,7 +41,7 @@ from finetune.model.forward import hidden_states
 from finetune.mxfp4.format import BLOCK
 from finetune.objectives.sft import weighted_nll
 from finetune.rounding import grid
-from finetune.rounding.run import RoundedExperts
+from finetune.rounding.results import RoundedExperts
 from finetune.train.optim import learning_rate
 
 RANK, SCALE = 8, 2.0  # as in the plain runs: alpha 16

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from finetune import log
 from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
-from finetune.cli.generate import add_sampling, answer, check_sampling, prompt_ids, sampling_of
+from finetune.cli.generate import add_conversation, add_sampling, answer, check_sampling, prompt_ids, sampling_of
 
 _HELP = "/base and /adapter choose the model, /reset clears the conversation, /quit (or Ctrl-D) ends"
 
@@ -18,6 +17,7 @@ _HELP = "/base and /adapter choose the model, /reset clears the conversation, /q
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
+    add_conversation(parser)
     add_sampling(parser)
     parser.epilog = f"during the chat: {_HELP}"
     add_examples(
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 
     opened = open_model(args.run, base=args.base, revision=args.revision, device=args.device)
     log.info(_HELP)
-    messages: list[dict[str, Any]] = []
+    messages: list[dict[str, str]] = []
     with_adapter = True
     while (line := _read_line("adapter" if with_adapter else "base")) is not None:
         match line.strip():

@@ -1,4 +1,4 @@
-"""An adapter over its base, opened for use: what evaluation, generation and chat begin with."""
+"""Opening an adapter over its base, for evaluation, generation and chat."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LoadedModel:
 
     @property
     def data(self) -> DataConfig:
-        """How prompts are rendered: as in the run, or by the defaults."""
+        """How prompts are rendered: as in the run, or with the defaults."""
         return self.config.data if self.config else DataConfig(train={})
 
 
@@ -57,14 +57,14 @@ def open_model(
         device: `auto`, `cpu` or `cuda`; None: as in the run, or `auto`.
 
     Raises:
-        InputError: no adapter there, it is damaged, or it belongs to another base; the base is not known.
+        InputError: there is no adapter, it is damaged, or it belongs to another base; or the base is unknown.
     """
     directory, run = resolve_run(path)
     config = load_run_config(run / "config.yaml") if run else None
     file = AdapterFile.open(directory)
     name = base or file.base.name
     if not name:
-        raise InputError(f"{directory} does not say which base it belongs to", fix="name it with --base")
+        raise InputError(f"{directory} does not name the base it belongs to", fix="name it with --base")
     if base is None and revision is None:
         revision = file.base.revision
     settings = replace(config.model if config else ModelConfig(path=name), path=name, revision=revision)

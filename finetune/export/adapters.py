@@ -24,9 +24,8 @@ from finetune.export.targets.mlx import MLX_WEIGHTS, mlx_commands, mlx_config, m
 from finetune.export.targets.peft import adapts_every_layer, peft_contents, served_rank, vllm_command
 from finetune.export.targets.sglang import sglang_commands, sglang_config, sglang_tensors
 from finetune.export.verify import verify_adapter
-from finetune.files import sha256_of, staged_directory, write_json
+from finetune.files import refuse_existing, sha256_of, staged_directory, write_json
 from finetune.model.checkpoint import Checkpoint
-from finetune.staging import refuse_existing
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ from finetune.export.factors import SWAPPING_RELEASE, is_swapped, swapped_back
 from finetune.export.options import ExportOptions
 from finetune.export.targets.peft import adapts_every_layer, peft_contents
 from finetune.export.targets.sglang import PerExpertFile, has_per_expert_keys
-from finetune.files import sha256_of
+from finetune.files import refuse_existing, sha256_of
 from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.headers import join, read_header
 from finetune.model.hub import BaseLocation
-from finetune.staging import refuse_existing
 
 _NOT_SAFETENSORS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template)\..*")

@@ -28,7 +28,7 @@ from finetune.model.checkpoint import Checkpoint
 from finetune.model.identity import verify_checksums
 from finetune.model.noise import rounding_noise
 from finetune.mxfp4.format import dequantise
-from finetune.rounding.merge import round_experts
+from finetune.rounding.nearest import round_experts
 
 NEAREST = ("--rounding", "nearest")
 

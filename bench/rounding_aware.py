@@ -38,7 +38,7 @@ from finetune.kernels.experts import clamped_swiglu
 from finetune.model.build import build_base
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN, PackedExperts
 from finetune.model.forward import hidden_states
-from finetune.mxfp4.constants import BLOCK
+from finetune.mxfp4.format import BLOCK
 from finetune.objectives.sft import weighted_nll
 from finetune.rounding import grid
 from finetune.rounding.results import RoundedExperts

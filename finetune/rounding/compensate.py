@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from finetune.mxfp4.constants import BLOCK, SCALE_BIAS
+from finetune.mxfp4.format import BLOCK, SCALE_BIAS
 from finetune.rounding import grid
 
 _FITS_STEPS = 7.0  # up to here nearest rounding would choose a block's own scale as well

@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune.mxfp4.constants import BLOCK, SCALE_BIAS
-from finetune.mxfp4.format import MAGNITUDES, dequantise, pack, unpack
+from finetune.mxfp4.format import BLOCK, MAGNITUDES, SCALE_BIAS, dequantise, pack, unpack
 
 LARGEST = 6.0
 _SMALLEST_STEP = 2.0**-126  # below, float32 has no reciprocal; such a block has nothing but zeros in practice

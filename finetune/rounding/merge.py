@@ -13,8 +13,7 @@ from torch import Tensor
 
 from finetune.adapters.lora import dense_update, squared_norm
 from finetune.kernels.experts import LoraFactors
-from finetune.mxfp4.constants import BLOCK
-from finetune.mxfp4.format import dequantise
+from finetune.mxfp4.format import BLOCK, dequantise
 
 # Scratch is a few float32 copies of this many values, so that it stays in cache. One core made 1.3 GB of bf16 experts
 # a second from slices of 2^20 (2026-11-22, AMD EPYC, [5760, 2880] rank 16).

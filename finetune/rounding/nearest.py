@@ -14,8 +14,7 @@ from torch import Tensor
 from finetune.files import seeded_generator
 from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
-from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK, SCALE_BIAS
-from finetune.mxfp4.format import dequantise, pack, quantise, unpack
+from finetune.mxfp4.format import BLOCK, BYTES_PER_BLOCK, SCALE_BIAS, dequantise, pack, quantise, unpack
 from finetune.rounding import grid
 from finetune.rounding.merge import Tally, checksum, row_slices, tally_of
 

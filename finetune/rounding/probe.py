@@ -8,7 +8,7 @@ import torch
 
 from finetune.arch import Arch
 from finetune.machine import free_memory
-from finetune.mxfp4.constants import BLOCK
+from finetune.mxfp4.format import BLOCK
 from finetune.rounding.compensate import Settings, descend, error_factor, gptq
 
 _MEMORY_SHARE = 0.4  # of what is free

@@ -170,7 +170,7 @@ def measure_hops(questions: tuple[Question, ...] = QUESTIONS) -> list[Hops]:
             "save.background=false",
             "data.max_length=256",
         ]
-        small += ["data.train.legal.limit=200", "data.validation.legal.limit=40", "data.test.legal.limit=40"]
+        small += ["data.train.cuad.limit=200", "data.validation.cuad.limit=40", "data.test.cuad.limit=40"]
         small += ["data.too_long=drop", f"data.cache_dir={place / 'cache'}", "export.read_back=never"]
         commands = (
             ["base", "tiny", str(place / "base"), "--kind", "random"],

@@ -55,7 +55,7 @@ QUESTIONS = (
     Question("LoRA on an expert", "train", "kernels/experts.py", "_lora_linear", 4),
     Question("the learning rate", "train", "train/optim.py", "learning_rate", 3),
     Question("a checkpoint", "train", "train/checkpoint.py", "save_checkpoint", 3),
-    Question("a record becomes tokens", "train", "data/harmony/render.py", "render_examples", 3),
+    Question("a record becomes tokens", "train", "data/harmony/encode.py", "encode_text", 3),
     Question("a merge rounds", "export", "rounding/compensate.py", "compensate", 3),
 )
 

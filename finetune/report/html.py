@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
 from finetune.config.differences import as_typed, defaults, differences
+from finetune.config.fields import Plain
 from finetune.files import write_text
 from finetune.report.charts import Series, line_chart, reliability_diagram, smoothed
 from finetune.report.content import TITLES, evaluation_parts, introduction, plain, reliability_rows
@@ -262,7 +263,7 @@ def _configuration(run: RunFiles) -> Arguments | None:
     }
 
 
-def _changed(config: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+def _changed(config: Plain) -> Sequence[tuple[str, str, str]]:
     try:
         found = differences(defaults(config), config)
     except (KeyError, TypeError, AttributeError):  # a run of another version: its keys may be others

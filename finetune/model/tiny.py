@@ -55,7 +55,7 @@ ATTRIBUTION = "## Attribution"
 """Heading in a base's README.md of what has to go with every model made from it (finetune/export/card.py)."""
 COMPACT_FILE = Path("base") / "tiny.safetensors.gz"
 HEAD_NOISE = 20.0
-"""Of the rest's head rows, times 1 / D. A final hidden state has norm sqrt(D): this lets it lift any one by 20 nats."""
+"""Of the rest's head rows, times 1 / D. A final hidden state has norm sqrt(D): this lets it raise any logit by 20."""
 EMBEDDING_NOISE = 0.5
 """Of the rest's embedding rows, as a share of the RMS of all trained ones."""
 _TOKENS, _ROWS, _SCALES, _REST = "tokens", "embedding.rows", "embedding.scales", "embedding.rest"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from finetune import log
 from finetune.adapters.config_file import resolve_run
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     opened = open_model(args.run, base=args.base, revision=args.revision, device=args.device)
     log.info(_HELP)
-    messages: list[dict[str, Any]] = []
+    messages: list[dict[str, str]] = []
     with_adapter = True
     while (line := _read_line("adapter" if with_adapter else "base")) is not None:
         match line.strip():

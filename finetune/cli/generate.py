@@ -115,7 +115,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     return Sampling(args.max_tokens, args.temperature, args.top_p, args.seed)
 
 
-def prompt_ids(opened: LoadedModel, messages: list[dict[str, Any]], args: argparse.Namespace) -> list[int]:
+def prompt_ids(opened: LoadedModel, messages: list[dict[str, str]], args: argparse.Namespace) -> list[int]:
     """Render a conversation up to the model's turn.
 
     Raises:

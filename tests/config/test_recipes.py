@@ -1,4 +1,4 @@
-"""The recipes do what their comments say: they fit, they train the channels they name, and the debug ones debug."""
+"""The shipped recipes fit their GPU, train the channels that they name, and the debug recipes run."""
 
 from __future__ import annotations
 

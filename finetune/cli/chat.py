@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune import log
 from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
-from finetune.cli.generate import add_sampling, answer, check_sampling, prompt_ids, sampling_of
+from finetune.cli.generate import add_conversation, add_sampling, answer, check_sampling, prompt_ids, sampling_of
 
 _HELP = "/base and /adapter choose the model, /reset clears the conversation, /quit (or Ctrl-D) ends"
 
@@ -17,6 +17,7 @@ _HELP = "/base and /adapter choose the model, /reset clears the conversation, /q
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
+    add_conversation(parser)
     add_sampling(parser)
     parser.epilog = f"during the chat: {_HELP}"
     add_examples(

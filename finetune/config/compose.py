@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from finetune.config.fields import Plain
 from finetune.config.layers import COMMAND_LINE, Layer, place_of, read_yaml
 from finetune.config.lint import lost_mappings, raise_problems, refuse_code, unknown_keys
 from finetune.config.old_keys import current_key, current_text, with_current_keys
@@ -93,7 +94,7 @@ def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
     parser = OverridesParser.create()
     texts: dict[KeyPath, str] = {}
     choices: dict[str, str] = {}
-    data: dict[str, Any] = {}
+    data: Plain = {}
     lines: dict[KeyPath, int | None] = {}
     for text in map(_with_quotes, overrides):
         try:
@@ -148,8 +149,8 @@ def _chosen_option(override: Override, text: str) -> str:
 
 
 def _run_hydra(
-    recipe: Mapping[str, Any], choices: Mapping[str, str], texts: Mapping[KeyPath, str], layers: Sequence[Layer]
-) -> dict[str, Any]:
+    recipe: Plain, choices: Mapping[str, str], texts: Mapping[KeyPath, str], layers: Sequence[Layer]
+) -> Plain:
     """Let Hydra merge the chosen files, the recipe and the overrides, and resolve references to other keys.
 
     Args:

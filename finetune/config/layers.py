@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from finetune.config.fields import Plain
 from finetune.config.schema_paths import KeyPath
 from finetune.errors import ConfigError
 
@@ -51,7 +51,7 @@ class Layer:
     """
 
     label: str
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Plain = field(default_factory=dict)
     lines: Mapping[KeyPath, int | None] = field(default_factory=dict)
 
     @property

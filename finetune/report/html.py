@@ -16,7 +16,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
-from finetune.config.differences import as_typed, defaults, differences
+from finetune.config.differences import ABSENT, as_typed, defaults, differences
+from finetune.config.fields import Plain
 from finetune.files import write_text
 from finetune.report.charts import Series, line_chart, reliability_diagram, smoothed
 from finetune.report.content import TITLES, evaluation_parts, introduction, plain, reliability_rows
@@ -250,12 +251,13 @@ def _configuration(run: RunFiles) -> Arguments | None:
     }
 
 
-def _changed(config: Json) -> Sequence[tuple[str, str, str]]:
+def _changed(config: Plain) -> Sequence[tuple[str, str, str]]:
     try:
         found = differences(defaults(config), config)
     except (KeyError, TypeError, AttributeError):  # a run of another version: its keys may be others
         return ()
-    return [(difference.key, as_typed(difference.before), as_typed(difference.after)) for difference in found]
+    present = [each for each in found if each.after != ABSENT]  # an older version's config.yaml lacks newer keys
+    return [(each.key, as_typed(each.before), as_typed(each.after)) for each in present]
 
 
 def _environment(run: RunFiles) -> Arguments:

@@ -15,9 +15,9 @@ from finetune.kernels.experts import LoraFactors, clamped_swiglu
 from finetune.model.build import Base
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN, PackedExperts
 from finetune.mxfp4.format import dequantise
-from finetune.rounding.merge import merge_weight, round_experts
-from finetune.rounding.nearest import nearest_by_rule, seeded_noise
-from finetune.rounding.run import RoundedExperts
+from finetune.rounding.merge import merge_weight
+from finetune.rounding.nearest import nearest_by_rule, round_experts, seeded_noise
+from finetune.rounding.results import RoundedExperts
 
 NAMES = {
     "base": "base",
@@ -167,7 +167,8 @@ class Variants:
             return *round_experts(blocks, scales, factors)[:2], None
 
         def stochastic(operation: Operation, blocks: Tensor, scales: Tensor, factors: LoraFactors) -> Packed:
-            return *round_experts(blocks, scales, factors, seeded_noise(self.plan, operation, 0))[:2], None
+            noise = seeded_noise(self.plan.checkpoint, operation.base, 0)
+            return *round_experts(blocks, scales, factors, noise)[:2], None
 
         def by_rule(_operation: Operation, blocks: Tensor, scales: Tensor, factors: LoraFactors) -> Packed:
             return *nearest_by_rule(blocks, scales, factors, "floor" if "floor" in name else "ceil"), None

@@ -117,7 +117,7 @@ def _contents(
         case "peft":
             tensors, fields = peft_contents(
                 ((number, adapter.layer(number)) for number in adapter.layers),
-                rslora=bool(adapter.config.get("use_rslora")),
+                rslora=adapter.config.use_rslora,
                 every_layer=adapts_every_layer(adapter, arch),
                 rank=served_rank(adapter.max_rank) if options.pad_rank else None,
             )

@@ -38,10 +38,10 @@ from finetune.kernels.experts import clamped_swiglu
 from finetune.model.build import build_base
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN, PackedExperts
 from finetune.model.forward import hidden_states
-from finetune.mxfp4.constants import BLOCK
+from finetune.mxfp4.format import BLOCK
 from finetune.objectives.sft import weighted_nll
 from finetune.rounding import grid
-from finetune.rounding.run import RoundedExperts
+from finetune.rounding.results import RoundedExperts
 from finetune.train.optim import learning_rate
 
 RANK, SCALE = 8, 2.0  # as in the plain runs: alpha 16

@@ -7,7 +7,7 @@ them (`finetune.adapters.provenance`). Equal adapters give equal files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune import log
-from finetune.adapters.config_file import CONFIG, read_adapter_config
+from finetune.adapters.config_file import CONFIG, PeftConfig, read_adapter_config
 from finetune.adapters.layout import (
     StoredSite,
     factor_keys,
@@ -25,7 +25,6 @@ from finetune.adapters.layout import (
     flatten_b,
     lora_config_fields,
     parse_sites,
-    refuse_unsupported,
     site_strengths,
     unflatten,
 )
@@ -67,7 +66,7 @@ class AdapterFile:
     """
 
     directory: Path
-    config: dict[str, Any]
+    config: PeftConfig
     base: BaseRecord
     sites: tuple[StoredSite, ...]
     router_bias: Mapping[str, Tensor] = field(default_factory=dict)
@@ -127,7 +126,7 @@ class AdapterFile:
         return {site.name: self.read(site) for site in self.sites if site.layer == number}
 
 
-def read_description(directory: Path) -> tuple[dict[str, Any], BaseRecord]:
+def read_description(directory: Path) -> tuple[PeftConfig, BaseRecord]:
     """adapter_config.json and the base it and finetune.json name; tensors are not looked at.
 
     Raises:
@@ -136,11 +135,9 @@ def read_description(directory: Path) -> tuple[dict[str, Any], BaseRecord]:
     provenance = read_provenance(directory)
     if provenance is None:
         log.warning(f"{directory} has no {PROVENANCE}: whether it belongs to a base can be checked by shapes only")
-    config = read_adapter_config(directory / CONFIG)
-    refuse_unsupported(config, directory)
+    config = read_adapter_config(directory)
     base = provenance.base if provenance else BaseRecord()
-    name, revision = base.name or config.get("base_model_name_or_path"), base.revision or config.get("revision")
-    return config, BaseRecord(name, revision, base.identity, base.storage)
+    return config, replace(base, name=base.name or config.base_name, revision=base.revision or config.base_revision)
 
 
 def read_adapter_into(
@@ -192,7 +189,7 @@ def _check_config(file: AdapterFile, fields: Mapping[str, Any]) -> None:
     # What a recipe does not set must not be set there either.
     unset: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
     for name, wanted in {**unset, **fields}.items():
-        found = file.config.get(name) or type(wanted)()
+        found = file.config.settings.get(name) or type(wanted)()
         same = set(found) == set(wanted) if isinstance(wanted, list) else found == wanted
         if not same:
             raise InputError(

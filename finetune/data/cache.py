@@ -7,15 +7,15 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from finetune import log
 from finetune.config.paths import HUB_PREFIX, cache_dir
 from finetune.config.schema import DataConfig, SourceConfig
+from finetune.data.checks import JsonObject
 from finetune.data.example_table import EXAMPLES_FILE, RECORDS_FILE, Tables, TableWriter, open_tables
 from finetune.data.files import broken_file, find_files
 from finetune.data.harmony.tokenizer import RANK_FILE_SHA256
@@ -49,7 +49,7 @@ class CacheEntry:
         self.directory = root / f"{split}-{_sha256_of(self._key)[:24]}"
         self._staging = self.directory
 
-    def read(self) -> tuple[Tables, dict[str, Any]] | None:
+    def read(self) -> tuple[Tables, JsonObject] | None:
         """Open a whole entry: its tables and statistics. None if there is none, or (with a warning) if it is damaged.
 
         Files are compared with their SHA-256 before they are used.
@@ -63,7 +63,7 @@ class CacheEntry:
                     raise ValueError(f"the contents of {name} have changed")
             if _sha256_of(document["stats"]) != document["sha256"][STATS_FILE]:
                 raise ValueError(f"the contents of {STATS_FILE} have changed")
-            stats: dict[str, Any] = document["stats"]
+            stats: JsonObject = document["stats"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning(f"the cached tokens in {self.directory} are damaged ({error}); they are made again")
             return None
@@ -85,7 +85,7 @@ class CacheEntry:
             finally:
                 writer.abandon()
 
-    def complete(self, writer: TableWriter, stats: dict[str, Any]) -> None:
+    def complete(self, writer: TableWriter, stats: JsonObject) -> None:
         """Close the tables and store the statistics and all hashes.
 
         Raises:
@@ -132,7 +132,7 @@ def locked_entry(config: DataConfig, split: SplitName) -> Iterator[CacheEntry]:
         ) from error
 
 
-def cache_key(config: DataConfig, split: SplitName) -> dict[str, Any]:
+def cache_key(config: DataConfig, split: SplitName) -> JsonObject:
     """Everything that a split's tokens depend on: contents of sources, settings, code and vocabulary."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IN_KEY}
     sources = [  # a list, since their order is the examples'
@@ -187,5 +187,5 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _sha256_of(document: Mapping[str, Any]) -> str:
+def _sha256_of(document: JsonObject) -> str:
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()

@@ -7,13 +7,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from finetune import log
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.config.suggest import suggest_word
 from finetune.data.cache import locked_entry
-from finetune.data.checks import BadRecordError
+from finetune.data.checks import BadRecordError, JsonObject
 from finetune.data.example_table import ExampleTable, RecordTable, TableWriter
 from finetune.data.forms import unused_keys
 from finetune.data.harmony.render import Example, render_examples
@@ -69,7 +68,7 @@ class SplitStats:
     fingerprint: str = ""
 
     @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> SplitStats:
+    def from_json(cls, document: JsonObject) -> SplitStats:
         """Read what `dataclasses.asdict` gave."""
         stats = cls(**document)
         stats.bad_records = [BadRecord(**entry) for entry in document["bad_records"]]

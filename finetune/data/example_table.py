@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, overload
@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from finetune.config.schema import DataForm
+from finetune.data.checks import JsonObject
 from finetune.data.harmony.render import Example
 from finetune.data.sources import RawRecord, Record, parse_record, raw_record
 
@@ -201,7 +202,7 @@ class _TextColumn:
         return cast(str, self._chunks[chunk][number - int(self._starts[chunk])].as_py())
 
 
-def _as_json(raw: Mapping[str, Any]) -> str:
+def _as_json(raw: JsonObject) -> str:
     """JSON without escapes, which triple the size of most scripts, unless half a character needs one."""
     text = json.dumps(raw, ensure_ascii=False, default=str)
     try:

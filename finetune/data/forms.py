@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from finetune.config.schema import DataForm, ReasoningEffortName
 from finetune.config.suggest import suggest_word
-from finetune.data.checks import BadRecordError, checked_text, parse_json, shown, unknown
+from finetune.data.checks import BadRecordError, JsonObject, checked_text, parse_json, shown, unknown
 from finetune.data.conversation import Conversation
 from finetune.data.parse_messages import parse_messages, parse_tools
 
@@ -57,7 +57,7 @@ _CONTROL_SPELLING = re.compile(
 _LONG_WORD = re.compile(r"[^\W\d_]{20001}")  # encoding takes time quadratic in its length: 3 s for 100,000 letters
 
 
-def parse_conversation(raw: Mapping[str, Any], form: DataForm = "auto") -> Conversation:
+def parse_conversation(raw: JsonObject, form: DataForm = "auto") -> Conversation:
     """Check a record and read its conversation.
 
     Args:
@@ -80,12 +80,12 @@ def parse_conversation(raw: Mapping[str, Any], form: DataForm = "auto") -> Conve
     return replace(conversation, num_control_spellings=num_spellings) if num_spellings else conversation
 
 
-def fitting_forms(raw: Mapping[str, Any]) -> list[DataForm]:
+def fitting_forms(raw: JsonObject) -> list[DataForm]:
     """The forms whose keys a record has; a key whose value is null counts as absent."""
     return [form for form, keys in KEYS_OF_FORM.items() if all(raw.get(key) is not None for key in keys)]
 
 
-def detect_form(raw: Mapping[str, Any]) -> DataForm:
+def detect_form(raw: JsonObject) -> DataForm:
     """Recognise a record's form by its keys; a key whose value is null counts as absent.
 
     Raises:
@@ -110,7 +110,7 @@ def detect_form(raw: Mapping[str, Any]) -> DataForm:
     )
 
 
-def propose_columns(raw: Mapping[str, Any]) -> dict[str, str]:
+def propose_columns(raw: JsonObject) -> dict[str, str]:
     """Guess which columns of a record that fits no form hold its conversation: a proposal for the user to confirm.
 
     Args:
@@ -131,14 +131,12 @@ def propose_columns(raw: Mapping[str, Any]) -> dict[str, str]:
     return {"text": text} if text else {}
 
 
-def _find_column(
-    raw: Mapping[str, Any], ours: str, kind: type | tuple[type, ...], taken: str | None = None
-) -> str | None:
+def _find_column(raw: JsonObject, ours: str, kind: type | tuple[type, ...], taken: str | None = None) -> str | None:
     lowered = {str(key).strip().lower(): key for key, value in raw.items() if isinstance(value, kind) and key != taken}
     return next((lowered[name] for name in (ours, *_COLUMN_NAMES[ours]) if name in lowered), None)
 
 
-def unused_keys(raw: Mapping[str, Any], form: DataForm) -> list[str]:
+def unused_keys(raw: JsonObject, form: DataForm) -> list[str]:
     """Keys of a record that nothing is read from, such as `thinking` beside `prompt`; empty ones do not count.
 
     Args:
@@ -149,7 +147,7 @@ def unused_keys(raw: Mapping[str, Any], form: DataForm) -> list[str]:
     return [str(key) for key, value in raw.items() if key not in read and value not in (None, "")]
 
 
-def to_messages(raw: Mapping[str, Any], form: DataForm) -> object:
+def to_messages(raw: JsonObject, form: DataForm) -> object:
     """Convert a record to the input of `parse_messages`.
 
     Args:
@@ -176,14 +174,14 @@ def to_messages(raw: Mapping[str, Any], form: DataForm) -> object:
     return _with_system(raw, prompt + _as_messages("completion", raw["completion"], "assistant"))
 
 
-def _from_sharegpt(raw: Mapping[str, Any]) -> object:
+def _from_sharegpt(raw: JsonObject) -> object:
     turns = _decoded_list("conversations", raw)
     if not isinstance(turns, list):
         raise BadRecordError("no messages", f"`conversations` must be a list, not {shown(turns)}")
     return _with_system(raw, [_sharegpt_turn(number, turn) for number, turn in enumerate(turns, start=1)])
 
 
-def _sharegpt_turn(number: int, turn: object) -> dict[str, Any]:
+def _sharegpt_turn(number: int, turn: object) -> JsonObject:
     place = f"turn {number}"
     if not isinstance(turn, Mapping):
         raise BadRecordError("not a message", f"{place} must be an object with `from` and `value`, not {shown(turn)}")
@@ -205,7 +203,7 @@ def _sharegpt_turn(number: int, turn: object) -> dict[str, Any]:
     return {"role": role, "content": turn.get("value")}
 
 
-def _from_alpaca(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _from_alpaca(raw: JsonObject) -> list[JsonObject]:
     messages = _system_message(raw)
     history = raw.get("history")
     if history is not None and not isinstance(history, list):
@@ -230,13 +228,13 @@ def _as_messages(key: str, value: object, role: str) -> list[Any]:
     raise BadRecordError(f"{key} is not text", f"`{key}` must be text or a list of messages, not {shown(value)}")
 
 
-def _decoded_list(key: str, raw: Mapping[str, Any]) -> object:
+def _decoded_list(key: str, raw: JsonObject) -> object:
     """A value, decoded if it is a list as JSON text, which is how tables without nested types store it."""
     value = raw[key]
     return parse_json(value, f"`{key}`", inside=True) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
 
-def _with_system(raw: Mapping[str, Any], messages: object) -> object:
+def _with_system(raw: JsonObject, messages: object) -> object:
     """The messages after the record's `system` text, unless they begin with the same one."""
     system = _system_message(raw)
     if not isinstance(messages, list) or messages[:1] == system:
@@ -244,14 +242,14 @@ def _with_system(raw: Mapping[str, Any], messages: object) -> object:
     return system + messages
 
 
-def _system_message(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _system_message(raw: JsonObject) -> list[JsonObject]:
     """The record's `system` text as a message; none for empty text, which converters write."""
     if not isinstance(raw.get("system"), str | None):
         raise BadRecordError("system is not text", f"`system` must be text, not {shown(raw['system'])}")
     return [{"role": "system", "content": raw["system"]}] if raw.get("system") not in (None, "") else []
 
 
-def _plain_text(raw: Mapping[str, Any]) -> Conversation:
+def _plain_text(raw: JsonObject) -> Conversation:
     for key in (*KEYS_OF_FORM["text"], "tools", "builtin_tools", *_OVERRIDES):
         if key != "text" and raw.get(key) is not None:
             raise BadRecordError("key of another form", f"plain text has no place for `{key}`")
@@ -261,7 +259,7 @@ def _plain_text(raw: Mapping[str, Any]) -> Conversation:
     return Conversation((), text=text, form="text")
 
 
-def _parse_overrides(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_overrides(raw: JsonObject) -> JsonObject:
     given = {key: raw[key] for key in _OVERRIDES if raw.get(key) is not None}
     efforts = get_args(ReasoningEffortName)
     if "reasoning_effort" in given and given["reasoning_effort"] not in efforts:

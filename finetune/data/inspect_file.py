@@ -7,11 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 from finetune import log
 from finetune.config.schema import DataConfig, DataForm, SourceConfig, ValidationSplitConfig
-from finetune.data.checks import BadRecordError
+from finetune.data.checks import BadRecordError, JsonObject
 from finetune.data.conversation import Message
 from finetune.data.dataset import count_kinds
 from finetune.data.forms import KEYS_OF_FORM, fitting_forms, propose_columns, unused_keys
@@ -155,7 +154,7 @@ def inspect_file(path: str) -> FileSummary:
     return summary
 
 
-def _propose_source(raw: Mapping[str, Any], path: str) -> SourceConfig | None:
+def _propose_source(raw: JsonObject, path: str) -> SourceConfig | None:
     """Settings for a file whose records fit several forms or none; the recipe writes them beside the path."""
     fitting = fitting_forms(raw)
     if len(fitting) > 1:
@@ -164,10 +163,10 @@ def _propose_source(raw: Mapping[str, Any], path: str) -> SourceConfig | None:
     return SourceConfig(path=path, columns=columns) if columns else None
 
 
-def _read(source: SourceConfig) -> tuple[FileSummary, Mapping[str, Any] | None]:
+def _read(source: SourceConfig) -> tuple[FileSummary, JsonObject | None]:
     """Read the first records. Returns their summary, and the first record as it was read, usable or not."""
     summary, config = FileSummary(source), DataConfig(train={}, max_length=2**20)
-    first: Mapping[str, Any] | None = None
+    first: JsonObject | None = None
     all_names: list[Mapping[str, str]] = []
     usable_names: list[Mapping[str, str]] = []
     with log.Progress(f"reading {source.path}", None, "records") as progress:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 from finetune.config.suggest import suggest_word
-from finetune.data.checks import BadRecordError, checked_text, json_text, parse_json, shown, unknown
+from finetune.data.checks import BadRecordError, JsonObject, checked_text, json_text, parse_json, shown, unknown
 from finetune.data.conversation import (
     FUNCTIONS,
     NO_TOOLS,
@@ -109,7 +109,7 @@ class _MessageParser:
         if role == "user" and (commentary or self._thinking is not None):
             raise BadRecordError("no answer", f"{place} is from the user, but the turn before it has no answer")
 
-    def _add_assistant(self, place: str, keys: Mapping[str, Any]) -> None:
+    def _add_assistant(self, place: str, keys: JsonObject) -> None:
         channel = keys.get("channel")
         calls = parse_tool_calls(place, keys.get("tool_calls"), self._tools)
         if channel is not None and channel not in CHANNELS:
@@ -131,7 +131,7 @@ class _MessageParser:
         self._messages.append(Message("assistant", content, thinking, content_channel, calls))
         self._open_calls, self._thinking = list(calls), None
 
-    def _result(self, place: str, keys: Mapping[str, Any]) -> Message:
+    def _result(self, place: str, keys: JsonObject) -> Message:
         call = self._answered_call(place, keys.get("tool_call_id"), keys.get("name"))
         self._open_calls.remove(call)
         content = keys.get("content")
@@ -160,7 +160,7 @@ class _MessageParser:
         return fitting[0]
 
 
-def _given_keys(place: str, raw: object) -> dict[str, Any]:
+def _given_keys(place: str, raw: object) -> JsonObject:
     if not isinstance(raw, Mapping):
         raise BadRecordError("not a message", f"{place} must be an object with a role, not {shown(raw)}")
     given = {key: value for key, value in raw.items() if value is not None}
@@ -170,7 +170,7 @@ def _given_keys(place: str, raw: object) -> dict[str, Any]:
     return given
 
 
-def _check_keys_of_role(place: str, role: str, keys: Mapping[str, Any]) -> None:
+def _check_keys_of_role(place: str, role: str, keys: JsonObject) -> None:
     allowed = _KEYS_OF_ROLE.get(role, {"content"}) | {"role"}
     for key in keys:
         if key not in allowed:
@@ -178,14 +178,14 @@ def _check_keys_of_role(place: str, role: str, keys: Mapping[str, Any]) -> None:
             raise BadRecordError(kind, f"{place} is from the {role} and has `{key}`")
 
 
-def _thinking(place: str, keys: Mapping[str, Any]) -> str | None:
+def _thinking(place: str, keys: JsonObject) -> str | None:
     names = [key for key in THINKING_KEYS if key in keys]
     if len(names) > 1:
         raise BadRecordError("two thinkings", f"{place} has {' and '.join(f'`{name}`' for name in names)}: keep one")
     return checked_text(place, "thinking", keys[names[0]]) if names else None
 
 
-def parse_tools(raw: Mapping[str, Any]) -> DeclaredTools:
+def parse_tools(raw: JsonObject) -> DeclaredTools:
     """Read a record's `tools` or `functions` (OpenAI's JSON form, or JSON text of it) and `builtin_tools`.
 
     Raises:

@@ -10,9 +10,8 @@ import html
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
 
-from finetune.data.checks import printable
+from finetune.data.checks import JsonObject, printable
 from finetune.data.harmony.encode import HEADER, Channel
 from finetune.data.harmony.render import Example
 from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID, harmony_encoding
@@ -79,7 +78,7 @@ def as_text(example: Example, *, colour: bool) -> str:
     return f"{_title(example)}\n{body}"
 
 
-def as_json(example: Example) -> dict[str, Any]:
+def as_json(example: Example) -> JsonObject:
     """Convert an example to plain data; the texts are those of the terminal."""
     return {
         "id": printable(example.id),

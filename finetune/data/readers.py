@@ -17,7 +17,7 @@ from typing import Any
 from finetune.config.paths import HUB_PREFIX
 from finetune.config.schema import SourceConfig
 from finetune.config.suggest import suggest_word
-from finetune.data.checks import BadRecordError, parse_json
+from finetune.data.checks import BadRecordError, JsonObject, parse_json
 from finetune.data.files import (
     broken_file,
     find_files,
@@ -30,7 +30,7 @@ from finetune.data.files import (
 )
 from finetune.errors import ConfigError, InputError, MachineError
 
-PlacedRecord = tuple[str, dict[str, Any] | BadRecordError]
+PlacedRecord = tuple[str, JsonObject | BadRecordError]
 """The place (`file:line` for text, `file#n` for the n-th record of other formats) and the record, or its fault."""
 
 MAX_LINE_BYTES = 2**28
@@ -125,7 +125,7 @@ def _lines(place: str, path: Path) -> Iterator[tuple[int, bytes | BadRecordError
                 yield number, line
 
 
-def _parse_object(line: bytes | BadRecordError) -> dict[str, Any]:
+def _parse_object(line: bytes | BadRecordError) -> JsonObject:
     if isinstance(line, BadRecordError):
         raise line
     try:
@@ -206,7 +206,7 @@ def _check_header(place: str, header: Sequence[str]) -> None:
         raise InputError(f"{place}: its first line {problem}", fix="name every column once in the first line")
 
 
-def _csv_record(header: Sequence[str], cells: Sequence[str]) -> dict[str, Any] | BadRecordError:
+def _csv_record(header: Sequence[str], cells: Sequence[str]) -> JsonObject | BadRecordError:
     if len(cells) != len(header):
         return BadRecordError("wrong number of cells", f"the row has {len(cells)} cells, the header {len(header)}")
     if _not_utf8(cells):
@@ -329,7 +329,7 @@ def _read_dataset(place: str, label: str, dataset: Any, source: SourceConfig) ->
         raise InputError(f"{place} has no record")
 
 
-def _plain_object(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_object(raw: JsonObject) -> JsonObject:
     """A table's row as JSON would have it: columns give every row every key, so null means no key."""
     return {str(key): _plain(value) for key, value in raw.items() if not _is_missing(value)}
 

@@ -7,11 +7,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from finetune.config.schema import DataConfig, DataForm, SourceConfig
 from finetune.config.suggest import suggest_word
-from finetune.data.checks import BadRecordError, printable
+from finetune.data.checks import BadRecordError, JsonObject, printable
 from finetune.data.conversation import Conversation, Message
 from finetune.data.forms import parse_conversation
 from finetune.data.readers import read_source
@@ -60,7 +60,7 @@ class RawRecord:
     """
 
     where: str
-    raw: Mapping[str, Any]
+    raw: JsonObject
     fields: Mapping[str, str]
 
 
@@ -176,7 +176,7 @@ def read_records(name: str, source: SourceConfig) -> Iterator[Record | BadRecord
             yield bad_record(raw.where, error)
 
 
-def raw_record(where: str, raw: Mapping[str, Any]) -> RawRecord:
+def raw_record(where: str, raw: JsonObject) -> RawRecord:
     """A record whose columns are renamed already, as the cache keeps it."""
     return RawRecord(where, raw, _fields(raw))
 
@@ -204,7 +204,7 @@ class _Columns:
         self._missing = dict(source.columns)
         self._seen: set[str] = set()
 
-    def rename(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+    def rename(self, raw: JsonObject) -> JsonObject:
         columns = self._source.columns
         if self._missing:
             self._seen.update(raw)
@@ -267,7 +267,7 @@ def _listed(values: Counter[str], most: int = 8) -> str:
     return f"{text} and {len(values) - most:,} others" if len(values) > most else text
 
 
-def _fields(raw: Mapping[str, Any]) -> dict[str, str]:
+def _fields(raw: JsonObject) -> dict[str, str]:
     """The record's scalar values as text; booleans as JSON writes them, since recipes say `true`."""
     return {
         key: value if isinstance(value, str) else json.dumps(value)
@@ -276,7 +276,7 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _id(raw: Mapping[str, Any], where: str) -> str:
+def _id(raw: JsonObject, where: str) -> str:
     value = raw.get("id")
     if value is None:
         return where
@@ -290,7 +290,7 @@ def _is_encodable(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _answer(raw: Mapping[str, Any]) -> str | None:
+def _answer(raw: JsonObject) -> str | None:
     value = raw.get("answer")
     if value is not None and (not isinstance(value, str) or not value.strip()):
         raise BadRecordError(

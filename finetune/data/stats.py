@@ -6,12 +6,12 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config.schema import RunConfig
+from finetune.data.checks import JsonObject
 from finetune.data.dataset import Split, load_split
 from finetune.data.duplicates import Overlap, Text, find_duplicates, text_of
 from finetune.data.example_table import RecordTable, example_lengths
@@ -40,7 +40,7 @@ class LengthStats:
     longest: int
     histogram: tuple[tuple[int, int, int], ...]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """As plain data."""
         bins = [{"from": low, "to": high, "samples": count} for low, high, count in self.histogram]
         return {
@@ -71,7 +71,7 @@ class PackingStats:
     sequences: int
     efficiency: float
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """As plain data."""
         return {
             "max_length": self.max_length,
@@ -103,7 +103,7 @@ class SplitFigures:
     num_spelling_control_tokens: int
     num_without_thinking: int
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """As plain data."""
         stats = self.split.stats
         return {
@@ -138,12 +138,12 @@ class DataFigures:
     splits: dict[str, SplitFigures]
     duplicates: dict[str, Overlap] | None
 
-    def as_json(self) -> dict[str, Any]:
-        """As plain data."""
-        result: dict[str, Any] = {"splits": {name: figures.as_json() for name, figures in self.splits.items()}}
-        if self.duplicates is not None:
-            result["duplicates"] = {name: _overlap_json(overlap) for name, overlap in self.duplicates.items()}
-        return result
+    def as_json(self) -> JsonObject:
+        """As plain data; `duplicates` only if they were looked for."""
+        splits = {name: figures.as_json() for name, figures in self.splits.items()}
+        if self.duplicates is None:
+            return {"splits": splits}
+        return {"splits": splits, "duplicates": {name: _overlap_json(found) for name, found in self.duplicates.items()}}
 
 
 def collect(config: RunConfig, *, duplicates: bool = True) -> DataFigures:
@@ -244,12 +244,12 @@ def _places(bad_records: Sequence[BadRecord]) -> dict[str, list[str]]:
     return {kind: [f"{bad.where}: {bad.reason}" for bad in bad_records if bad.kind == kind] for kind, _ in kinds}
 
 
-def _left_out_json(bad_records: Sequence[BadRecord]) -> dict[str, Any]:
+def _left_out_json(bad_records: Sequence[BadRecord]) -> JsonObject:
     places = _places(bad_records)
     return {"rows": len(bad_records), "kinds": {kind: len(found) for kind, found in places.items()}, "places": places}
 
 
-def _overlap_json(overlap: Overlap) -> dict[str, Any]:
+def _overlap_json(overlap: Overlap) -> JsonObject:
     counts = dataclasses.asdict(overlap)
     return {"rows": counts.pop("num_records"), **counts}
 

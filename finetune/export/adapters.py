@@ -24,9 +24,8 @@ from finetune.export.targets.mlx import MLX_WEIGHTS, mlx_commands, mlx_config, m
 from finetune.export.targets.peft import adapts_every_layer, peft_contents, served_rank, vllm_command
 from finetune.export.targets.sglang import sglang_commands, sglang_config, sglang_tensors
 from finetune.export.verify import verify_adapter
-from finetune.files import sha256_of, staged_directory, write_json
+from finetune.files import refuse_existing, sha256_of, staged_directory, write_json
 from finetune.model.checkpoint import Checkpoint
-from finetune.staging import refuse_existing
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def _contents(
         case "peft":
             tensors, fields = peft_contents(
                 ((number, adapter.layer(number)) for number in adapter.layers),
-                rslora=bool(adapter.config.get("use_rslora")),
+                rslora=adapter.config.use_rslora,
                 every_layer=adapts_every_layer(adapter, arch),
                 rank=served_rank(adapter.max_rank) if options.pad_rank else None,
             )

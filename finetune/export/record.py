@@ -126,6 +126,15 @@ class MergeCheck:
 Verification = AdapterCheck | MergeCheck | Skipped | Failed
 
 
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """The adapter that an export is made from: its directory, the SHA-256 of its weights, and its number of sites."""
+
+    directory: str
+    sha256: str
+    sites: int
+
+
 @dataclass
 class ExportRecord:
     """export.json; filled while the export goes on.
@@ -133,7 +142,7 @@ class ExportRecord:
     Attributes:
         target: of the export.
         base: that the export is made for or from.
-        adapter: directory, SHA-256 of the weights, and number of sites of the adapter.
+        adapter: that it is made from.
         written: date and time.
         experts: how a merge stores experts, `bf16` or `mxfp4`; None for an adapter.
         updates: norm of each update by tensor; None for an adapter.
@@ -144,7 +153,7 @@ class ExportRecord:
 
     target: str
     base: BaseRecord
-    adapter: Mapping[str, Any]
+    adapter: AdapterOrigin
     written: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
     experts: str | None = None
     updates: Mapping[str, float] | None = None
@@ -155,12 +164,8 @@ class ExportRecord:
     @classmethod
     def of(cls, target: str, base: BaseRecord, adapter: AdapterFile) -> ExportRecord:
         """The record of an export that begins."""
-        source = {
-            "directory": str(adapter.directory.resolve()),
-            "sha256": sha256_of(adapter.directory / WEIGHTS),
-            "sites": len(adapter.sites),
-        }
-        return cls(target, base, source)
+        digest = sha256_of(adapter.directory / WEIGHTS)
+        return cls(target, base, AdapterOrigin(str(adapter.directory.resolve()), digest, len(adapter.sites)))
 
     @property
     def is_merged(self) -> bool:
@@ -177,7 +182,7 @@ class ExportRecord:
         record: dict[str, Any] = {"written_by": self.written_by, "written": self.written, "target": self.target}
         if self.experts is not None:
             record["experts"] = self.experts
-        record |= {"base": self.base.as_json(), "adapter": dict(self.adapter)}
+        record |= {"base": self.base.as_json(), "adapter": asdict(self.adapter)}
         optional = {
             "updates": self.updates and dict(self.updates),
             "file": self.file,

@@ -10,7 +10,7 @@ from torch import Tensor
 from finetune.errors import CheckError
 from finetune.mxfp4.format import quantise
 from finetune.rounding import grid
-from finetune.rounding.calibration import LayerInputs, expert_rows, moments
+from finetune.rounding.calibration import LayerInputs, expert_inputs, moments
 from finetune.rounding.compensate import Settings, compensate, descend, error_factor, gptq
 
 CODES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
@@ -189,7 +189,7 @@ def inputs(counts: list[int], size: int = 8) -> LayerInputs:
 
 def test_moments_are_weighted_by_the_square_of_the_routers_weight() -> None:
     given = inputs([40, 20])
-    rows = expert_rows(given, 1)
+    rows = expert_inputs(given, 1)
     mean, second = moments(rows.x, rows.weights, "here")
     x, weights = given.x[40:].double().numpy(), given.weights[40:, 0].double().numpy() ** 2
     assert rows.num_own == 20 and rows.mass == pytest.approx(weights.sum(), rel=1e-5)
@@ -199,12 +199,12 @@ def test_moments_are_weighted_by_the_square_of_the_routers_weight() -> None:
 
 def test_a_rare_expert_borrows_from_the_layer_and_one_without_rows_gets_none() -> None:
     given = inputs([60, 2, 0], size=8)
-    rare = expert_rows(given, 1)
+    rare = expert_inputs(given, 1)
     assert rare.num_own == 2 and len(rare.x) == 2 + 16 and float(rare.weights.sum()) == pytest.approx(1)
     assert float(rare.weights[:2].sum()) == pytest.approx(2 / 8)
     _, second = moments(rare.x, rare.weights, "here")
     assert int(torch.linalg.matrix_rank(second)) == 8
-    nothing = expert_rows(given, 2)
+    nothing = expert_inputs(given, 2)
     mean, second = moments(nothing.x, nothing.weights, "here")
     assert nothing.num_own == 0 and not mean.any() and not second.any()
 

@@ -9,11 +9,11 @@ record in tests/data/test_template.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from finetune.data.checks import BadRecordError
+from finetune.data.checks import BadRecordError, JsonObject
 from finetune.data.conversation import DeclaredTools, Message
 
 _FORBIDDEN = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
@@ -75,7 +75,7 @@ def developer_text(instructions: str | None, tools: DeclaredTools) -> str:
     return "".join(lines) + "} // namespace functions"
 
 
-def _signature(name: str, schema: dict[str, Any]) -> str:
+def _signature(name: str, schema: JsonObject) -> str:
     properties = schema.get("properties")
     if not properties:
         return "()"
@@ -106,7 +106,7 @@ def _parameter(key: str, raw: object, is_required: bool) -> str:
 
 def _typescript(raw: object) -> str:
     """Write a JSON schema as the template does, including the spaces and line breaks of the template's source."""
-    spec: Mapping[str, Any] = raw if isinstance(raw, dict) else {}
+    spec: JsonObject = raw if isinstance(raw, dict) else {}
     kind = spec.get("type")
     null = " | null" if spec.get("nullable") else ""
     if kind == "array":
@@ -133,7 +133,7 @@ def _array(items: object) -> str:
     return "any[]" if inner == "object | object" or len(inner) > _LONGEST_ITEM_TYPE else inner + "[]"
 
 
-def _object(spec: Mapping[str, Any]) -> str:
+def _object(spec: JsonObject) -> str:
     properties = spec.get("properties")
     if not properties:
         return "object"
@@ -160,7 +160,7 @@ def _one_of(variants: Sequence[Any]) -> str:
     return " | \n".join(texts)
 
 
-def _list(spec: Mapping[str, Any], key: str) -> list[Any]:
+def _list(spec: JsonObject, key: str) -> list[Any]:
     value = spec.get(key) or []
     if not isinstance(value, list):
         raise _cannot(f"`{key}` in a function's parameters must be a list for the template")

@@ -36,7 +36,7 @@ from finetune.kernels.loss_head import token_kl, token_nll
 from finetune.machine import free_memory
 from finetune.model.open import choose_device
 from finetune.rounding.calibration import calibration_config
-from finetune.rounding.run import RoundedExperts
+from finetune.rounding.results import RoundedExperts
 
 NUM_RESAMPLES = 1000
 _MEMORY_SHARE = 0.8  # of what is free, for the packed base and activations

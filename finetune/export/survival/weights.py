@@ -11,9 +11,9 @@ from finetune.export.plan import MergePlan
 from finetune.export.record import Skipped
 from finetune.export.survival.effect import Effect
 from finetune.rounding.merge import Tally
+from finetune.rounding.results import ExpertReport
 
-ExpertReports = Sequence[Mapping[str, Any]]
-"""What became of each expert (see `finetune.rounding.run`)."""
+ExpertReports = Sequence[ExpertReport]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TensorSurvival:
         if self.outputs is not None:
             record["outputs"] = asdict(self.outputs)
         if self.experts is not None:
-            record["experts"] = list(self.experts)
+            record["experts"] = [report.as_json() for report in self.experts]
         return record
 
 
@@ -167,14 +167,14 @@ def _survival(tally: Tally, reports: ExpertReports | None = None, *, keep_report
 
 def _in_outputs(reports: ExpertReports) -> OutputSurvival:
     """Projection and error of all experts together, each weighted by its update's effect on the layer's output."""
-    done = [report for report in reports if report["state"] == "rounded"]
-    wanted = sum(report["wanted"] for report in done)
+    done = [report for report in reports if report.is_rounded]
+    wanted = sum(report.wanted for report in done)
     if not wanted:
         return OutputSurvival(1.0, 0.0, 1.0, 0, len(reports))
     return OutputSurvival(
-        projection=sum(report["wanted"] * report["projection"] for report in done) / wanted,
-        error=(sum(report["wanted"] * report["error"] ** 2 for report in done) / wanted) ** 0.5,
-        amplification=median(report["amplification"] for report in done),
+        projection=sum(report.wanted * report.projection for report in done) / wanted,
+        error=(sum(report.wanted * report.error**2 for report in done) / wanted) ** 0.5,
+        amplification=median(report.amplification for report in done),
         rounded=len(done),
         untouched=len(reports) - len(done),
     )

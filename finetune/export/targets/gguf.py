@@ -26,13 +26,11 @@ from finetune.errors import InputError, MachineError
 from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
 from finetune.export.factors import part_of
 from finetune.export.plan import MergePlan, Operation
-from finetune.files import sha256_of
-from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK
-from finetune.mxfp4.format import unpack
-from finetune.rounding.merge import Tally, add_to_experts, merge_weight, round_experts
-from finetune.rounding.nearest import seeded_noise
-from finetune.rounding.run import RoundedExperts
-from finetune.staging import Staging
+from finetune.files import ResumableDirectory, sha256_of
+from finetune.mxfp4.format import BLOCK, BYTES_PER_BLOCK, unpack
+from finetune.rounding.merge import Tally, add_to_experts, merge_weight
+from finetune.rounding.nearest import round_experts, seeded_noise
+from finetune.rounding.results import RoundedExperts
 
 _VOCABULARY_BYTES = 16 << 20  # tokens and merges in the header, roughly
 _ALL, _GATE, _UP = slice(None), slice(0, None, 2), slice(1, None, 2)
@@ -105,7 +103,7 @@ def plan_gguf(plan: MergePlan) -> list[GgufTensor]:
     return tensors
 
 
-def write_gguf(plan: MergePlan, staging: Staging, rounded: RoundedExperts | None = None) -> dict[str, Tally]:
+def write_gguf(plan: MergePlan, staging: ResumableDirectory, rounded: RoundedExperts | None = None) -> dict[str, Tally]:
     """Write the file, one tensor in memory at a time.
 
     Args:
@@ -121,19 +119,19 @@ def write_gguf(plan: MergePlan, staging: Staging, rounded: RoundedExperts | None
         InputError: the base has no tokenizer.json.
     """
     name = gguf_name(plan)
-    if name in staging.shards:
-        return {tensor: Tally(**values) for tensor, values in staging.shards[name]["tallies"].items()}
+    if name in staging.files:
+        return {tensor: Tally(**values) for tensor, values in staging.files[name]["tallies"].items()}
     tensors = plan_gguf(plan)
     tallies: dict[str, Tally] = {}
     try:
-        writer = _open_writer(plan, staging.half(name))
+        writer = _open_writer(plan, staging.unfinished(name))
         _write_tensors(plan, tensors, writer, tallies, rounded)
         writer.close()
     except BaseException:
-        staging.drop_halves()
+        staging.remove_unfinished()
         raise
     stored = {key: asdict(tally) for key, tally in tallies.items()}
-    staging.finish_shard(name, {"sha256": sha256_of(staging.half(name)), "tallies": stored})
+    staging.finish(name, {"sha256": sha256_of(staging.unfinished(name)), "tallies": stored})
     return tallies
 
 
@@ -284,8 +282,8 @@ def _from_rounded(rounded: RoundedExperts, tensor: GgufTensor) -> Tensor:
         return rounded.read(name)[:, tensor.rows].float()
     result = torch.empty(tensor.byte_shape, dtype=torch.uint8)
     for first, last in _ranges(tensor):
-        blocks = rounded.read_rows(name, first, last)[:, tensor.rows]
-        scales = rounded.read_rows(name.removesuffix("_blocks") + "_scales", first, last)[:, tensor.rows]
+        blocks = rounded.read_experts(name, first, last)[:, tensor.rows]
+        scales = rounded.read_experts(name.removesuffix("_blocks") + "_scales", first, last)[:, tensor.rows]
         result[first:last] = repack(blocks.contiguous(), scales.contiguous())
     return result
 
@@ -318,7 +316,8 @@ def _make(plan: MergePlan, tensor: GgufTensor, pool: ThreadPoolExecutor, tally: 
             return made
         made = Tally()
         if part is not None and factors is not None:
-            noise = seeded_noise(plan, operation, first, tensor.rows) if plan.rounding == "stochastic" else None
+            stochastic = plan.rounding == "stochastic"
+            noise = seeded_noise(plan.checkpoint, operation.base, first, tensor.rows) if stochastic else None
             rows = torch.arange(factors.b.shape[1])[tensor.rows]
             blocks, scales, made = round_experts(blocks, scales, part, noise, first_expert=first, row_numbers=rows)
         result[first:last] = repack(blocks, scales)

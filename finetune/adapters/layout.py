@@ -21,11 +21,12 @@ from torch import Tensor
 
 from finetune.adapters.config_file import PeftConfig
 from finetune.adapters.sites import Site
+from finetune.arch import ATTENTION_PROJECTIONS as ATTENTION
+from finetune.arch import EXPERT_PROJECTIONS as EXPERTS
+from finetune.arch import layer_prefix
 from finetune.errors import InputError
 
 PREFIX = "base_model.model."
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-EXPERTS = ("gate_up_proj", "down_proj")
 ROUTER = "router"
 Number = int | float
 _LAYER = re.compile(r"^model\.layers\.\d+\.")
@@ -50,7 +51,7 @@ def module_path(layer: int, name: str) -> str:
     >>> module_path(3, "down_proj")
     'model.layers.3.mlp.experts.down_proj'
     """
-    return f"model.layers.{layer}.{path_in_layer(name)}"
+    return layer_prefix(layer) + path_in_layer(name)
 
 
 def factor_keys(layer: int, name: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from finetune.adapters.layout import (
     unfit_pair,
 )
 from finetune.adapters.store import AdapterFile
-from finetune.arch import Arch
+from finetune.arch import Arch, layer_prefix
 from finetune.errors import InputError
 from finetune.export.factors import join_gate_up, padded, part_of, rescaled, split_gate_up, with_both_projections
 from finetune.export.targets.peft import serving_name
@@ -65,7 +65,7 @@ def sglang_tensors(adapter: AdapterFile, arch: Arch | None) -> dict[str, Tensor]
     rank = adapter.max_rank
     tensors: dict[str, Tensor] = {}
     for number in adapter.layers:
-        path = f"{PREFIX}model.layers.{number}."
+        path = PREFIX + layer_prefix(number)
         layer = with_both_projections(adapter.layer(number)) | _missing_qkv(adapter, number, arch)
         for name in ATTENTION:
             if name in layer:

@@ -177,7 +177,7 @@ def _data_fix(path: str) -> str:
 
 
 def absolute_paths(config: RunConfig, start: Path) -> RunConfig:
-    """A recipe whose relative paths are made absolute, so that it means the same from any working directory.
+    """Make a recipe's relative paths absolute, so that it means the same from any working directory.
 
     Args:
         config: the recipe. Names on the hub and `shipped://` paths stay; so does `output_dir`, which only places new

@@ -122,7 +122,7 @@ def read_yaml(path: Path) -> Layer:
 
 
 def display_path(path: Path) -> str:
-    """Write a path relative to the working directory if it lies below it, else in full."""
+    """Write a path relative to the working directory if it is below it, else in full."""
     full = os.path.abspath(path)
     relative = os.path.relpath(full)
     return full if relative.startswith("..") else relative

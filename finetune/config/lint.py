@@ -65,7 +65,7 @@ def refuse_code(layer: Layer) -> None:
         if not all(map(_can_be_written, path)):
             raise ConfigError(f"{layer.place(path)}: the key {dotted(path)!r} has characters that no file can store")
         if path[-1] == "_target_":
-            why = "recipes hold values; nothing in them is called"
+            why = "recipes contain values; nothing in them is called"
             raise ConfigError(f"{layer.place(path)}: {dotted(path)} names code", why=why, fix="remove it")
     for path, text in _texts(layer.data, ()):
         if not _can_be_written(text):

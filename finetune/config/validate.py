@@ -91,7 +91,7 @@ def load_run_config(path: Path) -> RunConfig:
         ConfigError: it is not what `dump_yaml` writes.
     """
     if not path.is_file():
-        raise InputError(f"{path} is missing", why="a run directory holds the configuration it was started with")
+        raise InputError(f"{path} is missing", why="a run directory contains the configuration it was started with")
     layer = with_current_keys(read_yaml(path), stored=True)
     config = validate(layer.data, [layer])
     start = _started_in(path.with_name("manifest.json"))

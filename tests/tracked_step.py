@@ -71,7 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Peak bytes of an optimiser step, and the routed tokens of the busiest chunk of experts over the average chunk's."""
+    """Peak bytes of an optimiser step, and the routed tokens of the busiest chunk of experts over the average one's."""
 
     peak_bytes: int
     busiest_chunk: float

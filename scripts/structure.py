@@ -50,10 +50,10 @@ class Question:
 
 
 QUESTIONS = (
-    Question("the loss", "train", "kernels/loss_head.py", "token_nll", 4),
+    Question("the loss", "train", "objectives/sft.py", "weighted_nll", 4),
     Question("LoRA on an expert", "train", "kernels/experts.py", "_lora_products", 4),
     Question("the learning rate", "train", "train/optim.py", "learning_rate", 3),
-    Question("a checkpoint", "train", "train/checkpoint.py", "write_checkpoint", 3),
+    Question("a checkpoint", "train", "train/checkpoint.py", "save", 3),
     Question("a record becomes tokens", "data", "data/harmony/render.py", "render", 3),
     Question("a merge rounds", "export", "rounding/compensate.py", "round_compensated", 3),
 )

@@ -56,7 +56,7 @@ class Smooth:
 
 
 def run_of(base: Path, objective: Any = None, **trainer: Any) -> Run:
-    run = Run(base, **trainer)
+    run = Run(base, **({"router_balance_coefficient": 0.0} | trainer))
     run.step.engine.world = SINGLE_PROCESS
     run.step = OptimiserStep(run.step.config, run.base, run.step.engine, run.adapter, objective)
     return run

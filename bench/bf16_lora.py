@@ -68,7 +68,7 @@ def curve(config: RunConfig, *, control: bool) -> tuple[list[float], float]:
         losses.append(step(batches, learning_rate(position, total, config.trainer), position + 1).loss)
         position += 1
     base.model.eval()
-    samples = evenly_spread(session.splits["validation"].samples, config.evaluate.validation_examples)
+    samples = evenly_spread(session.splits["validation"].examples, config.evaluate.validation_examples)
     return losses, held_out_loss(base.model, samples, config.data.max_length, task="held out").mean
 
 

@@ -32,14 +32,16 @@ from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.cli.main import main as finetune
 from finetune.config.compose import compose
 from finetune.export.plan import MergePlan, plan_merge
+from finetune.export.record import as_json
 from finetune.export.survival.effect import HeldOutExamples, held_out_examples, measure_variants
 from finetune.export.survival.variants import Variants
 from finetune.export.survival.weights import weight_survival
 from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
-from finetune.rounding.calibration import choose_rows
+from finetune.rounding.calibration import choose_calibration
 from finetune.rounding.compensate import Settings
-from finetune.rounding.run import RoundedExperts, round_experts_by_layer, rounding_staging
+from finetune.rounding.results import RoundedExperts
+from finetune.rounding.run import round_layers
 
 RATES = {"1 %": 2.7e-4, "4 %": 9.5e-4, "10 %": 2.7e-3}  # learning rates that give updates of about these sizes
 SEEDS = (0, 1, 2)
@@ -103,9 +105,10 @@ class Work:
         """Round an adapter's experts on training rows."""
         plan = plan_merge(self.checkpoint, source, "mxfp4", "compensated")
         config = replace(compose(str(self.recipe("experts"))).config, seed=seed)
-        calibration, _ = choose_rows(config, self.checkpoint, None)
-        staging = rounding_staging(self.directory / name, f"{name} {settings} {calibration.fingerprint}")
-        return plan, round_experts_by_layer(plan, calibration, staging, CPU, torch.float32, settings)
+        calibration, _ = choose_calibration(config, self.checkpoint, None)
+        rounded = RoundedExperts.beside(self.directory / name, f"{name} {settings} {calibration.fingerprint}")
+        round_layers(self.checkpoint, source, calibration, rounded, CPU, torch.float32, settings)
+        return plan, rounded
 
     def held_out(self, split: str) -> HeldOutExamples:
         config = compose(str(self.recipe("experts"))).config
@@ -133,7 +136,7 @@ class Work:
         else:
             rows = replace(rows, labels=None)
         base = build_base(self.checkpoint, CPU, torch.float32, experts_per_chunk=8)
-        return measure_variants(Variants(base, plan, rounded), rows, names).as_json()
+        return as_json(measure_variants(Variants(base, plan, rounded), rows, names))
 
 
 def stage_train(work: Work) -> None:
@@ -153,7 +156,7 @@ def stage_round(work: Work) -> None:
             started = time.process_time()
             plan, rounded = _rounded(work, size, seed, "compensated")
             found = work.measure(plan, rounded, "test", None)
-            found["weights"] = weight_survival(plan, rounded.tallies, rounded.experts).overall.as_json()
+            found["weights"] = as_json(weight_survival(plan, rounded.tallies, rounded.experts).overall)
             work.keep(key, found | {"cpu_seconds": time.process_time() - started})
             print(f"{key}: {time.process_time() - started:.0f} CPU seconds", flush=True)
 

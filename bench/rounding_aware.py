@@ -38,10 +38,10 @@ from finetune.kernels.experts import clamped_swiglu
 from finetune.model.build import build_base
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN, PackedExperts
 from finetune.model.forward import hidden_states
-from finetune.mxfp4.constants import BLOCK
+from finetune.mxfp4.format import BLOCK
 from finetune.objectives.sft import weighted_nll
 from finetune.rounding import grid
-from finetune.rounding.run import RoundedExperts
+from finetune.rounding.results import RoundedExperts
 from finetune.train.optim import learning_rate
 
 RANK, SCALE = 8, 2.0  # as in the plain runs: alpha 16
@@ -180,7 +180,7 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
 def batches(work: Work, seed: int) -> Iterator[Batch]:
     """Packed training rows in an order of the seed's."""
     data = compose(str(work.recipe("experts"))).config.data
-    samples = load_split(data, "train").samples
+    samples = load_split(data, "train").examples
     rows = pack([len(sample.ids) for sample in samples], 1024, np.random.default_rng([seed, 11]))
     for row in rows:
         yield collate([[samples[number] for number in row]])

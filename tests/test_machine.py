@@ -16,7 +16,7 @@ from finetune.arch import Arch
 from finetune.cli.preflight import device_budget
 from finetune.config.compose import compose
 from finetune.config.paths import shipped_dir
-from finetune.doctor.checks import check_machine
+from finetune.doctor import check_machine
 from finetune.export.survival.effect import fits_in_memory as packed_base_fits
 from finetune.machine import free_memory, num_cores, total_memory
 from finetune.rounding.probe import experts_at_once
@@ -148,7 +148,7 @@ def test_every_reader_of_free_memory_respects_the_container(limit: int, groups: 
     large = limit > GIB
     arch = Arch.read(shipped_dir("data") / "tokenizer" / "gpt-oss-20b" / "config.json")
     tensors = {"w": ("F32", (512, 512))}
-    checkpoint = SimpleNamespace(num_bytes=1 << 20, shape=SimpleNamespace(expected_tensors=lambda: tensors))
+    checkpoint = SimpleNamespace(num_bytes=1 << 20, arch=SimpleNamespace(expected_tensors=lambda: tensors))
     base: Any = SimpleNamespace(checkpoint=checkpoint, compute_dtype=torch.float32)
     plan: Any = SimpleNamespace(checkpoint=checkpoint)
     assert fits_in_memory(base) is large  # read-back in a process of its own

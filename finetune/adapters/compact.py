@@ -84,7 +84,7 @@ class CompactAdapter:
         if key not in self.parameters:
             raise InputError(f"the compact adapter lacks {key}")
         if not self.parameters[key].isfinite().all():
-            raise InputError(f"the compact adapter's {key} holds values that are not finite")
+            raise InputError(f"the compact adapter's {key} has values that are not finite")
         return self.parameters[key].float()
 
 

@@ -1,4 +1,4 @@
-"""Memory around a run: refuse what will not fit before anything is downloaded, and explain it where it did not."""
+"""Checks before a run (memory, `--dry-run`), and the explanation when memory runs out during one."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from finetune.machine import free_memory
 
 
 def check_memory(config: RunConfig) -> None:
-    """Estimate a run on the device that it will use, and say in a line that it fits.
+    """Estimate the memory of a run on its device, and log the verdict.
 
     Raises:
-        CapacityError: it does not, every process holds the whole base, and the recipe does not say to go on all the
-            same.
+        CapacityError: it does not fit, every rank has the whole base, and the recipe does not ignore the estimate.
     """
     base = find_base(config.model.path)
     if base is None:
@@ -44,11 +43,11 @@ def check_memory(config: RunConfig) -> None:
     if result.fits:
         log.info(f"memory, estimated: {verdict(result)}")
     elif config.trainer.ignore_memory_estimate:
-        log.warning(f"memory, estimated: {verdict(result)}; going on, as trainer.ignore_memory_estimate says")
+        log.warning(f"memory, estimated: {verdict(result)}; starting all the same (trainer.ignore_memory_estimate)")
     elif config.distributed.kind in SHARDED_BASE:
         log.warning(
-            f"memory, estimated: {verdict(result)}; going on, since the estimate for distributed.kind="
-            f"{config.distributed.kind} has not been held against a GPU yet"
+            f"memory, estimated: {verdict(result)}; starting all the same, since the estimate for "
+            f"distributed.kind={config.distributed.kind} has not been compared with a GPU yet"
         )
     else:
         estimate = make_estimate(config, "", base, budget)
@@ -58,14 +57,14 @@ def check_memory(config: RunConfig) -> None:
             fix=_indented(
                 [
                     *change_lines(estimate.changes, estimate.enough),
-                    "or try it all the same: trainer.ignore_memory_estimate=true",
+                    "or start all the same: trainer.ignore_memory_estimate=true",
                 ]
             ),
         )
 
 
 def device_budget(config: RunConfig) -> Budget:
-    """Memory of the device that a recipe would use on this machine. Imports torch."""
+    """Measure the memory of the device that a recipe would use on this machine. Imports torch."""
     from finetune.machine import gpu_memory
     from finetune.model.open import choose_device
 
@@ -78,10 +77,10 @@ def device_budget(config: RunConfig) -> Budget:
 
 @contextmanager
 def explained_out_of_memory(config: RunConfig | None) -> Iterator[None]:
-    """Turn memory that ran out inside the block into the parts of the step and the cheapest changes.
+    """Explain memory that runs out inside the block: the parts of a step and the cheapest changes.
 
     Args:
-        config: of the run. None: not known, and nothing is added.
+        config: the run's configuration. None: not known, and nothing is added.
 
     Raises:
         CapacityError: memory ran out.
@@ -96,7 +95,7 @@ def explained_out_of_memory(config: RunConfig | None) -> Iterator[None]:
 
 
 def _explanation(config: RunConfig, base: BaseInfo, error: Exception) -> CapacityError:
-    # Whatever the estimate said, it did not fit; so no change is claimed to be enough.
+    # It did not fit whatever the estimate said, so no change is claimed to be enough.
     nothing = Budget(0.0, "", device_budget(config).on_gpu)
     result = fit(config, base.arch, nothing)
     changes = cheapest_changes(config, base.arch, nothing)
@@ -112,18 +111,15 @@ def _indented(lines: list[str]) -> str:
     return "\n    ".join("\n".join(lines).splitlines())
 
 
-# `finetune train RECIPE --dry-run`: everything that can be known without a model, in seconds and without torch.
-
-
 def dry_run(recipe: str, composed: ComposedConfig) -> None:
-    """Print what a recipe sets, what follows from it, what is in the data, what would be adapted, and the memory.
+    """Print everything about a run that needs neither a model nor torch: settings, data, adapter sites and memory.
 
     Args:
-        recipe: as it was given.
+        recipe: as given on the command line.
         composed: the checked recipe.
 
     Raises:
-        FinetuneError: whatever a run would stop at before it loads a model.
+        FinetuneError: any error that would stop a run before it loads a model.
     """
     config = composed.config
     if config.name is not None and (Path(config.output_dir) / config.name).exists():
@@ -168,11 +164,11 @@ def _adapter(config: RunConfig) -> str:
     selected = _likely(experts.select, shape)
     sites = describe_sites(plan_sites(shape, config.adapter, selected, _ranks(experts, selected, shape)), shape)
     chosen_by = [rule for rule in (experts.select, experts.rank_by) if rule not in ("all", "uniform")]
-    return f"adapter sites, where the training data decide which experts ({', '.join(chosen_by)}):\n{sites}"
+    return f"adapter sites, if the training data selects the experts ({', '.join(chosen_by)}):\n{sites}"
 
 
 def _likely(select: str, shape: Arch) -> Selection | None:
-    """As many experts as a run will adapt, where that is known before the data are looked at; None: all at most."""
+    """Select as many experts as a run will adapt, if that is known without the data; None: all at most."""
     rule = parse_select(select)
     if rule.kind == "top_k":
         return dict.fromkeys(range(shape.num_layers), tuple(range(min(rule.top_k, shape.num_experts))))
@@ -180,19 +176,19 @@ def _likely(select: str, shape: Arch) -> Selection | None:
 
 
 def _ranks(experts: ExpertAdapterConfig, selected: Selection | None, shape: Arch) -> ExpertRanks | None:
-    """Ranks by use, where a file has it and says of which experts; None: not known yet, so the mean stands for them."""
+    """Compute ranks by use if a file has the scores; None: not known yet, and the mean is printed instead."""
     ranking, rule = parse_rank_by(experts.rank_by), parse_select(experts.select)
     if ranking.kind == "uniform" or rule.kind in ("top_p", "top_k"):
         return None
     if ranking.kind == "file":
-        affinity, key = read_expert_scores(Path(ranking.path).expanduser(), "rank_by"), "rank_by"
+        scores, key = read_expert_scores(Path(ranking.path).expanduser(), "rank_by"), "rank_by"
     elif rule.kind == "file":
-        affinity, key = read_expert_scores(Path(rule.path).expanduser()), "select"
+        scores, key = read_expert_scores(Path(rule.path).expanduser()), "select"
     else:
         return None
-    if [len(of_layer) for of_layer in affinity.gate] != [shape.num_experts] * shape.num_layers:
+    if [len(of_layer) for of_layer in scores.gate] != [shape.num_experts] * shape.num_layers:
         raise InputError(f"adapter.experts.{key}: the file was measured on a base of another size")
     chosen = selected or dict.fromkeys(range(shape.num_layers), tuple(range(shape.num_experts)))
-    if ranking.kind == "file" and affinity.ranks is not None:
-        return given_ranks(affinity, chosen, experts, ranking.path)
-    return ranks_of(affinity, affinity.by if ranking.kind == "file" else ranking.kind, chosen, experts)
+    if ranking.kind == "file" and scores.ranks is not None:
+        return given_ranks(scores, chosen, experts, ranking.path)
+    return ranks_of(scores, scores.by if ranking.kind == "file" else ranking.kind, chosen, experts)

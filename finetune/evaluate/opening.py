@@ -1,4 +1,4 @@
-"""An adapter over its base, opened for use: what evaluation, generation and chat begin with."""
+"""Opening an adapter over its base, for evaluation, generation and chat."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LoadedModel:
 
     @property
     def data(self) -> DataConfig:
-        """How prompts are rendered: as in the run, or by the defaults."""
+        """How prompts are rendered: as in the run, or with the defaults."""
         return self.config.data if self.config else DataConfig(train={})
 
 
@@ -57,14 +57,14 @@ def open_model(
         device: `auto`, `cpu` or `cuda`; None: as in the run, or `auto`.
 
     Raises:
-        InputError: no adapter there, it is damaged, or it belongs to another base; the base is not known.
+        InputError: there is no adapter, it is damaged, or it belongs to another base; or the base is unknown.
     """
     directory, run = resolve_run(path)
     config = load_run_config(run / "config.yaml") if run else None
     file = AdapterFile.open(directory)
     name = base or file.base.name
     if not name:
-        raise InputError(f"{directory} does not say which base it belongs to", fix="name it with --base")
+        raise InputError(f"{directory} does not name the base it belongs to", fix="name it with --base")
     if base is None and revision is None:
         revision = file.base.revision
     settings = replace(config.model if config else ModelConfig(path=name), path=name, revision=revision)
@@ -76,7 +76,7 @@ def open_model(
     loaded = open_base(replace(settings, identity=None), verify_files=False)
     check_packing(loaded.model)
     refuse_other_base(file.base, loaded.identity, directory)
-    warn_other_storage(file.base, loaded.held_as, directory)
+    warn_other_storage(file.base, loaded.storage_changes, directory)
     adapter = attach_file(loaded, file, DTYPES[config.adapter.dtype] if config else torch.float32)
     log.info(f"adapter: {directory}")
     loaded.model.eval()
@@ -86,7 +86,7 @@ def open_model(
 def _as_trained_over(settings: ModelConfig, base: BaseRecord) -> ModelConfig:
     """Settings that store the base as in training, where that changed its values: an adapter alone records it too."""
     if "experts" in base.storage:
-        settings = replace(settings, expert_storage=base.storage["experts"]["format"])
+        settings = replace(settings, expert_storage=base.storage["experts"]["format"])  # type: ignore[arg-type]
     if "attention" in base.storage:
-        settings = replace(settings, attention_storage=base.storage["attention"]["format"])
+        settings = replace(settings, attention_storage=base.storage["attention"]["format"])  # type: ignore[arg-type]
     return settings

@@ -21,7 +21,7 @@ from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.identity import checkpoint_identity
 from finetune.model.open import open_base
 from finetune.model.write import write_native
-from finetune.mxfp4.constants import BLOCK
+from finetune.mxfp4.format import BLOCK
 
 _PUBLISHED = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
 _EXPERTS_PER_CHUNK = 4

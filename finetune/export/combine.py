@@ -18,9 +18,8 @@ from finetune.errors import ConfigError, InputError
 from finetune.export.base import known_arch
 from finetune.export.factors import refuse_swapped
 from finetune.export.targets.peft import adapts_every_layer, peft_contents
-from finetune.files import sha256_of
+from finetune.files import refuse_existing, sha256_of
 from finetune.kernels.experts import LoraFactors
-from finetune.staging import refuse_existing
 
 
 @dataclass(frozen=True)

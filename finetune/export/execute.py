@@ -23,21 +23,23 @@ from torch import Tensor
 from finetune import log
 from finetune.export.factors import part_of
 from finetune.export.plan import MergePlan, Operation, Shard
+from finetune.files import ResumableDirectory
 from finetune.kernels.experts import LoraFactors
 from finetune.machine import num_cores
 from finetune.model.checkpoint import Checkpoint
-from finetune.rounding.merge import Tally, add_to_experts, merge_weight, round_experts
-from finetune.rounding.nearest import seeded_noise
-from finetune.rounding.run import RoundedExperts
-from finetune.staging import Staging
+from finetune.rounding.merge import Tally, add_to_experts, merge_weight
+from finetune.rounding.nearest import round_experts, seeded_noise
+from finetune.rounding.results import RoundedExperts
 
-PIECE_BYTES = 48 << 20  # of the result; every worker holds one, and one waits
+PIECE_BYTES = 48 << 20  # of the result; every worker has one in memory, and one waits
 _MAX_WORKERS = 8
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def write_shards(plan: MergePlan, staging: Staging, rounded: RoundedExperts | None = None) -> dict[str, Tally]:
+def write_shards(
+    plan: MergePlan, staging: ResumableDirectory, rounded: RoundedExperts | None = None
+) -> dict[str, Tally]:
     """Write every shard that is not there yet.
 
     Args:
@@ -48,21 +50,23 @@ def write_shards(plan: MergePlan, staging: Staging, rounded: RoundedExperts | No
     Returns:
         Sums of each update, by the name of the tensor written (blocks, for rounded experts).
     """
-    done = sum(shard.num_bytes for shard in plan.shards if shard.file in staging.shards)
+    done = sum(shard.num_bytes for shard in plan.shards if shard.file in staging.files)
     with log.Progress("merging", plan.num_bytes >> 20, "MiB") as progress, worker_pool() as pool:
         progress.start_at(done >> 20)
         for shard in plan.shards:
-            if shard.file in staging.shards:
+            if shard.file in staging.files:
                 continue
             try:
-                digest, tallies = _write_shard(plan, shard, staging.half(shard.file), pool, progress, done, rounded)
+                digest, tallies = _write_shard(
+                    plan, shard, staging.unfinished(shard.file), pool, progress, done, rounded
+                )
             except BaseException:
-                staging.drop_halves()
+                staging.remove_unfinished()
                 raise
-            staging.finish_shard(shard.file, {"sha256": digest, "tallies": _plain(tallies)})
+            staging.finish(shard.file, {"sha256": digest, "tallies": _plain(tallies)})
             done += shard.num_bytes
-    facts = [staging.shards[shard.file]["tallies"] for shard in plan.shards]
-    return {name: Tally(**values) for tallies in facts for name, values in tallies.items()}
+    stored = [staging.files[shard.file]["tallies"] for shard in plan.shards]
+    return {name: Tally(**values) for tallies in stored for name, values in tallies.items()}
 
 
 def worker_pool() -> ThreadPoolExecutor:
@@ -147,7 +151,7 @@ def _pieces(
     if rounded is not None and operation.kind in ("round experts", "scales", "expert bias"):
         if operation.name in rounded.tallies:
             tally.add(rounded.tallies[operation.name])
-        yield from (rounded.read_rows(operation.name, *span) for span in expert_ranges(operation))
+        yield from (rounded.read_experts(operation.name, *span) for span in expert_ranges(operation))
         return
     factors = plan.adapter.read(operation.site) if operation.site and operation.kind != "scales" else None
     match operation.kind:
@@ -200,7 +204,7 @@ def _rounded(
     def rounded(span: tuple[int, int]) -> tuple[Tensor, Tensor, Tally]:
         blocks, old, part = read_experts(checkpoint, operation, factors, *span)
         assert part is not None
-        noise = seeded_noise(plan, operation, span[0]) if plan.rounding == "stochastic" else None
+        noise = seeded_noise(checkpoint, operation.base, span[0]) if plan.rounding == "stochastic" else None
         return round_experts(blocks, old, part, noise, first_expert=span[0])
 
     found = []

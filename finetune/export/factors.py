@@ -73,7 +73,7 @@ def join_gate_up(gate: LoraFactors, up: LoraFactors) -> LoraFactors:
 def with_both_projections(layer: Layer) -> dict[str, LoraFactors]:
     """A layer's factors with zeros for the other expert projection where only one of the two is adapted.
 
-    vLLM 0.32 leaves all expert buffers zero, or fails an assertion, when a file holds one projection alone; and PEFT
+    vLLM 0.32 leaves all expert buffers zero, or fails an assertion, when a file has one projection alone; and PEFT
     calls a lone projection by the same keys whichever it is.
     """
     present = set(EXPERTS) & layer.keys()
@@ -115,7 +115,7 @@ def is_swapped(adapter: AdapterFile, arch: Arch | None) -> bool:
     """
     gate_ups = [site for site in adapter.sites if site.name == "gate_up_proj"]
     downs = [site for site in adapter.sites if site.name == "down_proj"]
-    by_release = adapter.config.get("peft_version") == SWAPPING_RELEASE
+    by_release = adapter.config.peft_version == SWAPPING_RELEASE
     if gate_ups:
         return _gate_up_is_swapped(gate_ups[0], downs, adapter, arch, by_release)
     if downs and arch is not None and arch.hidden != arch.expert_width:
@@ -127,7 +127,7 @@ def refuse_swapped(adapter: AdapterFile, arch: Arch | None) -> None:
     """Raise InputError if an adapter's factors are swapped: an export of them would be another update."""
     if is_swapped(adapter, arch):
         raise InputError(
-            f"{adapter.directory} holds expert factors the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them",
+            f"{adapter.directory} has expert factors the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them",
             fix=f"finetune adapter import {adapter.directory} --out NEW, then export NEW",
         )
 

@@ -19,7 +19,7 @@ from finetune.errors import ConfigError
 from finetune.export.base import check_fits
 from finetune.export.options import DEFAULT_ROUNDING, ExportOptions, MergedTarget, Rounding
 from finetune.model.checkpoint import Checkpoint
-from finetune.mxfp4.constants import BLOCK
+from finetune.mxfp4.format import BLOCK
 
 SHARD_BYTES = 5_000_000_000  # what transformers cut at for years; smaller is only more files
 Kind = Literal["copy", "merge", "bias", "dequantise", "merge experts", "round experts", "scales", "expert bias"]

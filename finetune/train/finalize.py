@@ -50,7 +50,7 @@ def why_not_read_back(session: Session) -> str | None:
 def read_back_examples(session: Session) -> Sequence[Example]:
     """The examples on which logits are compared."""
     split = session.splits.get("test", session.splits["train"])
-    return split.samples[: session.config.export.read_back_examples]
+    return split.examples[: session.config.export.read_back_examples]
 
 
 def write_result(session: Session, run: Run, result: Result) -> None:
@@ -64,7 +64,7 @@ def write_result(session: Session, run: Run, result: Result) -> None:
         shutil.rmtree(run.adapter)
     location, config = session.location, session.config.adapter
     name = location.name if location.revision else str(location.directory.resolve())
-    base = BaseRecord(name, location.revision, session.base.identity, session.base.held_as)
+    base = BaseRecord(name, location.revision, session.base.identity, session.base.storage_changes)
     write_adapter(run.adapter, session.adapter, config, base)
     run.update_manifest(adapter_norms=update_norms(session.adapter))
     log.info(f"adapter: {run.adapter}")

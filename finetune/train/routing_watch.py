@@ -98,7 +98,7 @@ class RoutingWatch:
             in_training: experts chosen for this rank's training tokens in this session.
         """
         after = self._newest[1] if self._newest is not None and self._newest[0] == step else self.measure(step)
-        names = group_names(list(self.split.source_sizes))
+        names = group_names(list(self.split.stats.source_sizes))
         tables = [usage_table("before", self._before, names), usage_table("after", after, names)]
         if table := self._training_table(in_training):
             tables.append(table)
@@ -122,19 +122,19 @@ class RoutingWatch:
     @functools.cached_property
     def _numbers(self) -> list[int]:
         """Indices of the measured examples, evenly spread over the split."""
-        total, count = len(self.split.samples), self.config.evaluate.routing_examples
+        total, count = len(self.split.examples), self.config.evaluate.routing_examples
         return [number * total // min(count, total) for number in range(min(count, total))]
 
     def _count(self, task: str) -> UsageCounts:
-        examples = [self.split.samples[number] for number in self._numbers]
-        ends = np.cumsum(list(self.split.source_sizes.values()))
+        examples = [self.split.examples[number] for number in self._numbers]
+        ends = np.cumsum(list(self.split.stats.source_sizes.values()))
         sources = np.searchsorted(ends, self._numbers, side="right")
         return count_usage(
             self.base,
             examples,
             self.config.data.max_length,
             lambda number: token_groups(examples[number], int(sources[number])),
-            len(group_names(list(self.split.source_sizes))),
+            len(group_names(list(self.split.stats.source_sizes))),
             task=task,
             between_batches=self.between_batches,
         )

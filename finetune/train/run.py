@@ -114,7 +114,7 @@ def _record_start(session: Session, run: Run) -> None:
     if not run.writes:
         return
     _write_skipped_records(session, run)
-    write_json(run.path / "sample.json", as_json(session.splits["train"].samples[0]))
+    write_json(run.path / "sample.json", as_json(session.splits["train"].examples[0]))
     if session.scores is not None:
         write_expert_scores(run.expert_scores, session.scores)
 
@@ -124,7 +124,7 @@ def _write_skipped_records(session: Session, run: Run) -> None:
     skipped = [
         {"split": name, "where": record.where, "kind": record.kind, "reason": record.reason}
         for name, split in session.splits.items()
-        for record in (*split.bad_records, *split.dropped)
+        for record in (*split.stats.bad_records, *split.stats.dropped)
     ]
     if skipped:
         path = run.path / "skipped_rows.jsonl"

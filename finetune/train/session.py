@@ -104,13 +104,13 @@ def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: b
     for split in splits.values():
         log.info(describe(split))
     train = splits["train"]
-    test = choose_test_set(splits["test"], config, train.answers) if "test" in splits else None
+    test = choose_test_set(splits["test"], config, train.stats.answers) if "test" in splits else None
     plan = BatchPlan(
-        train.samples,
+        train.examples,
         config.data,
         config.trainer,
         config.seed,
-        source_sizes=train.source_sizes,
+        source_sizes=train.stats.source_sizes,
         rank=world.rank,
         world_size=world.world_size,
     )
@@ -121,7 +121,7 @@ def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: b
     adapter = _attach(base, config, scores)
     world.assert_same("the base", base.identity)
     for split_name, split in splits.items():
-        world.assert_same(f"the {split_name} data", split.fingerprint)
+        world.assert_same(f"the {split_name} data", split.stats.fingerprint)
     return Session(config, location, base, adapter, splits, plan, accelerator, world, test, scores)
 
 
@@ -146,7 +146,7 @@ def _expert_scores(
     """The scores by which experts are adapted; from rank 0, since sums may differ between ranks in the last bit."""
     if not config.adapter.experts.rank:
         return None
-    scores = choose_experts(base, name, split.samples, config.data, config.adapter)
+    scores = choose_experts(base, name, split.examples, config.data, config.adapter)
     if accelerator.num_processes > 1:
         (scores,) = broadcast_object_list([scores])
     return scores
@@ -158,7 +158,7 @@ def _attach(base: Base, config: RunConfig, scores: ExpertScores | None) -> Adapt
     ranks = None if scores is None else ranks_by_expert(scores)
     adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection, ranks=ranks)
     if config.adapter.init_from is not None:
-        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
+        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.storage_changes)
         log.info(f"adapter: training starts from {config.adapter.init_from}")
     arch = base.checkpoint.arch
     log.info("adapter sites:\n" + describe_sites(list(adapter.sites), arch))
@@ -182,16 +182,16 @@ def manifest_record(session: Session) -> dict[str, Any]:
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
             "expert_kernel": expert_kernel(session.base.model),
-            "held_as": session.base.held_as,
+            "held_as": session.base.storage_changes,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
         "data": {
             name: {
-                "rows": len(split.samples),
-                "tokens": split.num_tokens,
-                "trained_tokens": split.num_trained_tokens,
-                "skipped_rows": len(split.bad_records),
-                "fingerprint": split.fingerprint,
+                "rows": len(split.examples),
+                "tokens": split.stats.num_tokens,
+                "trained_tokens": split.stats.num_trained_tokens,
+                "skipped_rows": len(split.stats.bad_records),
+                "fingerprint": split.stats.fingerprint,
             }
             for name, split in session.splits.items()
         },
@@ -244,10 +244,10 @@ def _accelerator(config: RunConfig, world: World) -> Accelerator:
 
 
 def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
-    trainer, rows = config.trainer, plan.rows(0)
+    trainer, rows = config.trainer, plan.sequences(0)
     count = config.distributed.num_processes
     ranks = f" x {count} ranks" if count > 1 else ""
-    efficiency = packing_efficiency(example_lengths(split.samples), rows, config.data.max_length)
+    efficiency = packing_efficiency(example_lengths(split.examples), rows, config.data.max_length)
     log.info(
         f"steps: {len(rows):,} sequences of {config.data.max_length:,} tokens per epoch, {efficiency:.1%} filled; "
         f"{trainer.micro_batch_size} sequences x {trainer.gradient_accumulation_steps} micro-batches{ranks} = "

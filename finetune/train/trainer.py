@@ -135,10 +135,10 @@ class Trainer:
         self.writer = CheckpointWriter(run.checkpoints, config.save.keep, background=config.save.background)
         objective = make_objective(config.objective)
         self.step = OptimiserStep(config.trainer, session.base, self.engine, session.adapter, objective)
-        self.data_fingerprint = session.splits["train"].fingerprint
+        self.data_fingerprint = session.splits["train"].stats.fingerprint
         self.validation: tuple[Example, ...] = ()
         if "validation" in session.splits:
-            self.validation = evenly_spread(session.splits["validation"].samples, config.evaluate.validation_examples)
+            self.validation = evenly_spread(session.splits["validation"].examples, config.evaluate.validation_examples)
         self.routing: RoutingWatch | None = None
         if config.evaluate.routing_examples:
             self.routing = RoutingWatch(session, run, self.tracker, self._between_batches)

@@ -225,7 +225,7 @@ def test_an_adapter_can_be_trained_on(written: tuple[Path, Base], tiny_base: Pat
         ("truncated, no provenance", "is truncated"),
         ("not finite, no provenance", "not finite"),
         ("missing factor, no provenance", "without its other factor"),
-        ("missing site, no provenance", "does not hold the tensors"),
+        ("missing site, no provenance", "does not have the tensors"),
         ("no directory", "no adapter directory"),
     ],
 )

@@ -273,7 +273,7 @@ def test_a_run_scores_trains_resumes_and_exports_the_chosen(
 ) -> None:
     """The commands: score to a file, train with it, leave the compact form, import that, and merge."""
     recipe, scores = str(workplace / "small.yaml"), tmp_path / "scores.json"
-    assert main(["experts", "score", recipe, "--select", "top_k=3", "--samples", "6", "--out", str(scores)]) == 0
+    assert main(["experts", "score", recipe, "--select", "top_k=3", "--examples", "6", "--out", str(scores)]) == 0
     assert "6 of 16 experts by gate with top_k=3, on 6 examples" in capsys.readouterr().out
     code, run = train(f"adapter.experts.select={scores}", "adapter.experts.share=a", "trainer.max_steps=2")
     assert code == 0

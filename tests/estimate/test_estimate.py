@@ -167,8 +167,8 @@ def test_a_plan_fits_and_keeps_the_step() -> None:
     assert plan.config == compose("legal_20b", as_text(plan.overrides).split()).config
     large = make_plan(config, base, CARD, gpus=1)
     assert large is not None and large.config.trainer.micro_batch_size > config.trainer.micro_batch_size
-    rows = [c.trainer.micro_batch_size * c.trainer.gradient_accumulation_steps for c in (config, large.config)]
-    assert rows[0] == rows[1]
+    sequences = [c.trainer.micro_batch_size * c.trainer.gradient_accumulation_steps for c in (config, large.config)]
+    assert sequences[0] == sequences[1]
     assert make_plan(config, base, Budget.of_card(8), gpus=1) is None
 
 
@@ -216,7 +216,7 @@ def test_ignoring_the_estimate_is_logged(
     with pytest.raises(CapacityError):
         guard.check_memory(compose(recipe).config)
     guard.check_memory(compose(recipe, ["trainer.ignore_memory_estimate=true"]).config)
-    assert "going on, as trainer.ignore_memory_estimate says" in capsys.readouterr().err
+    assert "starting all the same (trainer.ignore_memory_estimate)" in capsys.readouterr().err
     guard.check_memory(compose(recipe, ["distributed=fsdp2"]).config)
     assert "has not been held against a GPU" in capsys.readouterr().err
     monkeypatch.setattr(guard, "device_budget", lambda _: Budget.of_host(8 * GIB))

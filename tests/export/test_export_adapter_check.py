@@ -145,7 +145,7 @@ def test_what_is_wrong_is_named(source: Path, target: str, tmp_path: Path) -> No
     assert found("same", lambda tensors: None) == {}
     swapped = found("swapped", lambda tensors: swap(tensors, gate, up))
     gate_stem = gate.replace(".lora_B.weight", "").replace(".lora_b", "")
-    assert "acts otherwise" in swapped[gate_stem] and not any("attn" in name for name in swapped)
+    assert "differs from the source" in swapped[gate_stem] and not any("attn" in name for name in swapped)
     scaled = found("scaled", lambda tensors: tensors[attention].mul_(1.001))
     assert list(scaled) == [stem] and "relative difference 0.001" in scaled[stem]
     flipped = found("flipped", lambda tensors: tensors[gate].view(-1)[:1].neg_())
@@ -155,7 +155,7 @@ def test_what_is_wrong_is_named(source: Path, target: str, tmp_path: Path) -> No
     unexpected = found("unexpected", lambda tensors: tensors.update({"model.layers.9.x": torch.ones(2)}))
     assert unexpected == {"model.layers.9.x": "unexpected"}
     nan = found("nan", lambda tensors: tensors[gate].view(-1)[-1:].fill_(float("nan")))
-    assert nan == {gate: "holds values that are not finite"}
+    assert nan == {gate: "has values that are not finite"}
 
 
 @pytest.mark.parametrize("target", ["peft", "sglang", "mlx"])
@@ -228,13 +228,13 @@ def test_a_failure_exits_6_and_leaves_nothing(
     out = tmp_path / "out"
     assert main(["export", str(source), "--to", "sglang", "--out", str(out)]) == 6
     errors = capfd.readouterr().err
-    assert "layers.0.mlp.experts." in errors and "acts otherwise than the source's" in errors
+    assert "layers.0.mlp.experts." in errors and "differs from the source's" in errors
     assert not list(tmp_path.iterdir())
     assert main(["export", str(source), "--to", "sglang", "--out", str(out), "--no-verify"]) == 0
     assert "was not verified (--no-verify)" in capfd.readouterr().err
     assert json.loads((out / "export.json").read_text())["verification"] == {"skipped": "--no-verify"}
     assert "Not verified (--no-verify)" in (out / "README.md").read_text()
-    with pytest.raises(CheckError, match="acts otherwise"):
+    with pytest.raises(CheckError, match="differs from the source"):
         verify_adapter(AdapterFile.open(source), "sglang", out)
 
 

@@ -36,9 +36,15 @@ from finetune.model.build import LayerStream, build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import hidden_states
 from finetune.model.noise import rounding_noise
-from finetune.rounding.calibration import check_belongs, choose_rows, pick, require_tokenizer, tokens_wanted
+from finetune.rounding.calibration import (
+    check_belongs,
+    choose_calibration,
+    draw_examples,
+    require_tokenizer,
+    tokens_wanted,
+)
 from finetune.rounding.merge import Tally, checksum
-from finetune.rounding.run import rounding_staging
+from finetune.rounding.results import RoundedExperts
 
 CPU = torch.device("cpu")
 EXPERTS = "model.layers.{}.mlp.experts.{}_proj"
@@ -103,12 +109,13 @@ def test_the_same_command_writes_the_same_bytes(merged: tuple[Path, dict[str, An
 @pytest.mark.slow
 def test_a_kill_between_layers_costs_one_layer(merged: tuple[Path, dict[str, Any]], run: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from finetune.rounding import run; from finetune.cli.main import main\n"
-        "keep = run._keep\n"
-        "def killed(staging, number, *rest):\n"
-        "    if number == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    keep(staging, number, *rest)\n"
-        "run._keep = killed; main(sys.argv[1:])"
+        "import os, signal, sys\n"
+        "from finetune.rounding.results import RoundedExperts\nfrom finetune.cli.main import main\n"
+        "add = RoundedExperts.add\n"
+        "def killed(self, layer, result):\n"
+        "    if layer == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    add(self, layer, result)\n"
+        "RoundedExperts.add = killed; main(sys.argv[1:])"
     )
     out = tmp_path / "out"
     command = ["export", str(run), "--to", "mxfp4", "--out", str(out), "--no-verify"]
@@ -116,8 +123,8 @@ def test_a_kill_between_layers_costs_one_layer(merged: tuple[Path, dict[str, Any
     assert done.returncode == -signal.SIGKILL and not out.exists()
     kept = tmp_path / ".out.rounded.partial" / "layer-000.safetensors"
     written = kept.stat().st_mtime_ns
-    rounded = rounding_staging(out, json.loads((kept.parent / "progress.json").read_text())["key"])
-    assert list(rounded.shards) == ["layer-000.safetensors"] and kept.stat().st_mtime_ns == written
+    rounded = RoundedExperts.beside(out, json.loads((kept.parent / "progress.json").read_text())["key"])
+    assert rounded.has(0) and not rounded.has(1) and kept.stat().st_mtime_ns == written
     assert main(command) == 0 and not kept.exists()
     for path in merged[0].glob("*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
@@ -184,8 +191,8 @@ def test_the_verification_finds_a_byte_that_is_not_what_was_rounded(
     for name, figures in facts["survival"]["tensors"].items():
         tally = sums[f"{name}_blocks"]
         tally.kept, tally.missed = figures["survival"] * tally.wanted, figures["error"] ** 2 * tally.wanted
-    assert compare_weights(plan, "mxfp4", out, sums)["problems"] == {}
-    problems = compare_weights(plan, "mxfp4", bad, sums)["problems"]
+    assert compare_weights(plan, "mxfp4", out, sums).problems == {}
+    problems = compare_weights(plan, "mxfp4", bad, sums).problems
     assert problems.keys() == {stem, f"{stem}_bias"}
 
 
@@ -209,15 +216,14 @@ def test_the_verification_finds_one_wrong_code(merged: tuple[Path, dict[str, Any
     tensors[f"{stem}_blocks"][2, 5, 0, 3] ^= 1
     save_file(tensors, shard, metadata={"format": "pt"})
     plan = plan_merge(base_of(run), AdapterFile.open(run / "adapter"), "mxfp4", "compensated")
-    assert compare_weights(plan, "mxfp4", out, sums)["problems"] == {}
-    assert "not those" in compare_weights(plan, "mxfp4", bad, sums)["problems"][stem]
+    assert compare_weights(plan, "mxfp4", out, sums).problems == {}
+    assert "not those" in compare_weights(plan, "mxfp4", bad, sums).problems[stem]
 
 
 def test_running_layer_by_layer_is_running_the_model(run: Path) -> None:
     checkpoint = base_of(run)
-    batch = pick(load_split(load_run_config(run / "config.yaml").data, "train").samples, 600, 700, 0, 201_088).batches[
-        0
-    ]
+    examples = load_split(load_run_config(run / "config.yaml").data, "train").examples
+    batch = draw_examples(examples, 600, 700, 0, 201_088).batches[0]
     base = build_base(checkpoint, CPU, torch.float32, experts_per_chunk=4)
     stream = LayerStream(checkpoint, CPU, torch.float32, 4)
     hidden = stream.embed(batch.input_ids)
@@ -334,18 +340,18 @@ def test_calibration_rows_of_another_tokenizer_base_or_training_set_are_refused(
         require_tokenizer(small_base)
     require_tokenizer(base_of(run).directory)
     config = load_run_config(run / "config.yaml")
-    samples = load_split(config.data, "train").samples
+    samples = load_split(config.data, "train").examples
     with pytest.raises(InputError, match="the base has 512 tokens"):
-        pick(samples, 600, 700, 0, 512)
+        draw_examples(samples, 600, 700, 0, 512)
     manifest = json.loads((run / "manifest.json").read_text())
     identity, data = manifest["base"]["identity"], manifest["data"]["train"]["fingerprint"]
     check_belongs(None, run, identity, data)
     with pytest.raises(InputError, match="trained over another base"):
         check_belongs(None, run, "0" * 64, data)
-    with pytest.raises(InputError, match="are not what it was trained on"):
+    with pytest.raises(InputError, match="have changed since it was trained"):
         check_belongs(None, run, identity, "0" * 64)
-    one, fingerprint = choose_rows(config, base_of(run), 2000)
-    other, _ = choose_rows(config, base_of(run), 2000)
+    one, fingerprint = choose_calibration(config, base_of(run), 2000)
+    other, _ = choose_calibration(config, base_of(run), 2000)
     assert one.fingerprint == other.fingerprint and fingerprint == data and one.num_tokens >= 2000
 
 

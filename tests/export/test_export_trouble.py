@@ -15,18 +15,17 @@ import pytest
 import torch
 from merging import GATE_UP, without_provenance
 
-from finetune import staging
+from finetune import files
 from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.cli.main import main
 from finetune.errors import InputError
 from finetune.export import execute
 from finetune.export.options import ExportOptions
 from finetune.export.targets.merged import export_merged
-from finetune.files import sha256_of
+from finetune.files import ResumableDirectory, sha256_of
 from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.identity import verify_checksums
-from finetune.staging import Staging
 
 NEAREST = ("--rounding", "nearest")
 
@@ -131,7 +130,7 @@ def test_too_small_a_disk_is_seen_before_writing(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**7, 10**7)  # type: ignore[attr-defined]
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     assert main(["export", str(adapter), "--to", "bf16", "--out", str(tmp_path / "out")]) == 5
     assert "more bytes" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
@@ -192,8 +191,8 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(
 
 
 def test_shards_of_another_export_are_not_kept(tmp_path: Path) -> None:
-    first = Staging(tmp_path / "out", "key")
-    first.half("a").write_bytes(b"1")
-    first.finish_shard("a", {"sha256": sha256_of(first.half("a"))})
-    assert Staging(tmp_path / "out", "key").shards.keys() == {"a"}
-    assert not Staging(tmp_path / "out", "another").shards and not (first.path / "a").exists()
+    first = ResumableDirectory(tmp_path / "out", "key")
+    first.unfinished("a").write_bytes(b"1")
+    first.finish("a", {"sha256": sha256_of(first.unfinished("a"))})
+    assert ResumableDirectory(tmp_path / "out", "key").files.keys() == {"a"}
+    assert not ResumableDirectory(tmp_path / "out", "another").files and not (first.path / "a").exists()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.config.schema import RouterAdapterConfig
-from finetune.data.batches import _padding, collate
+from finetune.data.batches import collate, padding_batch
 from finetune.model.forward import RouterOutput, record_router
 from finetune.objectives.router import BALANCE_LOSS, Z_LOSS, balance_sum, balance_weights, choice_counts, z_sum
 
@@ -148,7 +148,7 @@ def test_one_micro_step_equals_many_equals_two_processes(target: str, tiny_base:
     assert difference(many.gradients, one.gradients) < 2e-4
     together = Together(2)
     runs = [Run(tiny_base, accelerator=together.accelerator(rank), **settings) for rank in range(2)]
-    shares = [[collate([[sample]]) for sample in data[:4]], [collate([data[4:]]), *(_padding() for _ in range(3))]]
+    shares = [[collate([[sample]]) for sample in data[:4]], [collate([data[4:]]), *(padding_batch() for _ in range(3))]]
     both = together.run(lambda rank: runs[rank](shares[rank]))
     assert [figures.terms[BALANCE_LOSS] for figures in both] == pytest.approx(
         [wanted.terms[BALANCE_LOSS]] * 2, abs=1e-6
@@ -169,7 +169,7 @@ def test_padding_and_packing_change_nothing(scope: str, tiny_base: Path) -> None
     figures = packed([collate([data[:3], data[3:]])])
     assert figures.terms[BALANCE_LOSS] == pytest.approx(wanted.terms[BALANCE_LOSS], abs=1e-6)
     assert difference(packed.gradients, apart.gradients) < 2e-4
-    figures = padded([collate([data[:3], data[3:]]), _padding(), _padding()])
+    figures = padded([collate([data[:3], data[3:]]), padding_batch(), padding_batch()])
     assert figures.terms[BALANCE_LOSS] == pytest.approx(wanted.terms[BALANCE_LOSS], abs=1e-6), (
         "micro-steps of padding alone do not count"
     )

@@ -1,10 +1,10 @@
-"""Runs in a fresh process: an exported adapter, read by its target's published layout, against its source.
+"""Runs in a fresh process: compares an exported adapter, read by its target's published layout, with its source.
 
-Deliberately imports nothing of this package, so that what writes a layout and what checks it share no line. Called as
-`python adapter_child.py REQUEST.json`; prints `RESULT ` and JSON. Memory: one projection of one layer.
+Deliberately imports nothing of this package, so that the writer and the checker of a layout share no line. Called as
+`python adapter.py REQUEST.json`; prints `RESULT ` and JSON. Memory: one projection of one layer.
 
 For each projection (of each expert) y = scale * B (A x) is formed on both sides, in float64, from the same random x.
-What was added because a server wants it whole (the other expert projection, q beside v) must give exactly zero.
+Projections added because a server needs them (the other expert projection, q beside v) must give exactly zero.
 Layouts: PEFT 0.21.2, SGLang 0.5.23, llama.cpp of autumn 2026, mlx-lm 0.32.2, as checked on 2026-11-22.
 """
 
@@ -42,7 +42,7 @@ Action = tuple[torch.Tensor, torch.Tensor, float]  # a [n, r, in], b [n, out, r]
 
 
 class WrongTensor(Exception):
-    """A tensor's name, and what is wrong with it."""
+    """A tensor's name, and the problem with it."""
 
 
 class File:
@@ -67,7 +67,7 @@ class File:
             raise WrongTensor(name, "missing")
         tensor = self.get(name)
         if not tensor.isfinite().all():
-            raise WrongTensor(name, "holds values that are not finite")
+            raise WrongTensor(name, "has values that are not finite")
         return tensor.double()
 
 
@@ -120,7 +120,7 @@ class PeftAdapter:
 
 
 class Exported:
-    """What was written, under the names and in the shapes that its target reads."""
+    """The exported adapter, by the names and in the shapes that its target reads."""
 
     def __init__(self, target: str, directory: str) -> None:
         self.target = target
@@ -171,7 +171,7 @@ class Exported:
         return first, second, settings["scale"]
 
     def settings_problem(self, parts: set[Part]) -> str | None:
-        """What its server would make of the settings that none of the tensors show."""
+        """A problem with the settings that its server reads and no tensor shows."""
         names, config = {name for _, name in parts}, self.config
         if self.target == "gguf-lora":
             fields = {"general.type": "adapter", "general.architecture": "gpt-oss", "adapter.type": "lora"}
@@ -260,7 +260,7 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
         except WrongTensor as error:
             problems.setdefault(*error.args)
             continue
-        except Exception as error:  # what cannot be read is a finding, not a crash
+        except Exception as error:  # an unreadable tensor is a finding, not a crash
             problems.setdefault(stems[0], f"{type(error).__name__}: {error}")
             continue
         kinds[part[1]] = kinds.get(part[1], 0) + (0 if part in extra else len(found[0]))
@@ -268,7 +268,7 @@ def compare(request: dict[str, Any]) -> dict[str, Any]:
         if largest > MAX_DIFFERENCE:
             where = stems[expert] if len(stems) > 1 else stems[0]
             which = f" ({part[1]} of expert {expert})" if part[1] in EXPERTS else ""
-            problems[where] = f"acts otherwise than the source's{which}: relative difference {largest:.2g}"
+            problems[where] = f"differs from the source's{which}: relative difference {largest:.2g}"
     return {"problems": problems, "sites": sum(kinds.values()), "kinds": kinds, "zeros": len(extra),
             "max_relative_difference": worst}  # fmt: skip
 

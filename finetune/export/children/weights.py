@@ -1,14 +1,14 @@
-"""Runs in a fresh process: others' code alone compares every weight of a merged checkpoint with base + update.
+"""Runs in a fresh process: third-party code alone compares every weight of a merged checkpoint with base + update.
 
 Deliberately imports nothing of this package: the base is dequantised by transformers, the update is formed from PEFT's
 own file by the flattening that PEFT documents, a GGUF file is read and dequantised by the `gguf` package. Called as
-`python weights_child.py REQUEST.json`; prints `RESULT ` and JSON. Memory: one expert at a time.
+`python weights.py REQUEST.json`; prints `RESULT ` and JSON. Memory: one expert at a time.
 
-What must hold, for W the base's weight, T = W + update, M what was written, element by element:
+Checked element by element, for the base's weight W, T = W + update and the written weight M:
 bfloat16: M is T within half a step of bfloat16. MXFP4 rounded to nearest: in every block M is no further from T than W
-is (W lies on the same grid). Otherwise rounded: what M keeps and misses of the update is what the exporter counted. Of
-all rounded experts: a sum over every value's bits and place is the exporter's, so that not one code is another.
-Biases that took up mean errors: moved as far as it says. Anything the adapter does not touch: M equals W.
+is (W is on the same grid). Other rounding: the sums of what M keeps and misses of the update equal the exporter's. All
+rounded experts: a sum over the bits and the place of every value equals the exporter's, so that a single wrong code
+shows. Biases that compensate mean errors: moved as far as the exporter counted. All other tensors: M equals W.
 """
 
 import json

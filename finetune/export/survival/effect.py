@@ -30,13 +30,13 @@ from finetune.evaluate.statistics import bootstrap_ratio_interval
 from finetune.export.base import open_reference, reference_settings
 from finetune.export.options import ExportOptions, Rounding
 from finetune.export.plan import MergePlan
-from finetune.export.record import Skipped
+from finetune.export.record import NULL, Skipped
 from finetune.export.survival.variants import NAMES, Variants
 from finetune.kernels.loss_head import token_kl, token_nll
 from finetune.machine import free_memory
 from finetune.model.open import choose_device
 from finetune.rounding.calibration import calibration_config
-from finetune.rounding.run import RoundedExperts
+from finetune.rounding.results import RoundedExperts
 
 NUM_RESAMPLES = 1000
 _MEMORY_SHARE = 0.8  # of what is free, for the packed base and activations
@@ -59,22 +59,9 @@ class VariantFigures:
     kl: float
     accuracy: float | None
     old_domain_loss: float | None
-    gain_kept: float | None
-    gain_kept_interval: tuple[float, float] | None
+    gain_kept: float | None = field(metadata=NULL)
+    gain_kept_interval: tuple[float, float] | None = field(metadata=NULL)
     kl_removed: float
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        record: dict[str, Any] = {"loss": self.loss, "kl": self.kl}
-        if self.accuracy is not None:
-            record["accuracy"] = self.accuracy
-        if self.old_domain_loss is not None:
-            record["old_domain_loss"] = self.old_domain_loss
-        return record | {
-            "gain_kept": self.gain_kept,
-            "gain_kept_interval": self.gain_kept_interval,
-            "kl_removed": self.kl_removed,
-        }
 
 
 @dataclass(frozen=True)
@@ -90,10 +77,6 @@ class Verdict:
     kept: bool
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        return {"kept": self.kept, "reasons": self.reasons, "notes": self.notes}
 
 
 @dataclass(frozen=True)
@@ -118,19 +101,6 @@ class Effect:
     gain_interval: tuple[float, float]
     variants: dict[str, VariantFigures]
     verdict: Verdict | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        record: dict[str, Any] = {
-            "rows": self.rows,
-            "split": self.split,
-            "old_domain_rows": self.old_domain_rows,
-            "confidence": self.confidence,
-            "gain": self.gain,
-            "gain_interval": list(self.gain_interval),
-            "variants": {name: found.as_json() for name, found in self.variants.items()},
-        }
-        return record | ({"verdict": self.verdict.as_json()} if self.verdict is not None else {})
 
 
 @dataclass(frozen=True)
@@ -216,8 +186,8 @@ def held_out_examples(config: RunConfig, count: int) -> HeldOutExamples | None:
     old: tuple[Example, ...] = ()
     if config.export.old_domain:
         other = load_split(replace(data, test=config.export.old_domain), "test")
-        old = tuple(other.samples[number] for number in stratified_subset(other.records, count))
-    return HeldOutExamples(name, records, tuple(split.samples[number] for number in chosen), labels, old, config)
+        old = tuple(other.examples[number] for number in stratified_subset(other.records, count))
+    return HeldOutExamples(name, records, tuple(split.examples[number] for number in chosen), labels, old, config)
 
 
 def measure_variants(variants: Variants, held_out: HeldOutExamples, names: Sequence[str] | None = None) -> Effect:

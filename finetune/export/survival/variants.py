@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from finetune.adapters.attach import attach_for_merge
 from finetune.adapters.layout import ATTENTION, EXPERTS, ROUTER
 from finetune.adapters.lora import LoraLinear
+from finetune.arch import router_path
 from finetune.export.plan import MergePlan, Operation
 from finetune.kernels.experts import LoraFactors, clamped_swiglu
 from finetune.model.build import Base
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN, PackedExperts
 from finetune.mxfp4.format import dequantise
-from finetune.rounding.merge import merge_weight, round_experts
-from finetune.rounding.nearest import nearest_by_rule, seeded_noise
-from finetune.rounding.run import RoundedExperts
+from finetune.rounding.merge import merge_weight
+from finetune.rounding.nearest import nearest_by_rule, round_experts, seeded_noise
+from finetune.rounding.results import RoundedExperts
 
 NAMES = {
     "base": "base",
@@ -71,7 +72,7 @@ class Variants:
 
     Args:
         base: without an adapter.
-        plan: whose adapter and base; a native plan.
+        plan: a native plan, for its adapter and base.
         rounded: experts that were rounded with compensation; None: that variant is missing.
     """
 
@@ -130,7 +131,7 @@ class Variants:
                     on_device = LoraFactors(found.a.to(self.base.device), found.b.to(self.base.device), found.scale)
                     merged = merge_weight(module.weight.data, on_device)[0].to(module.weight.dtype)
                     module.weight.data = merged
-            change = self.plan.adapter.router_bias.get(f"model.layers.{number}.mlp.router.bias")
+            change = self.plan.adapter.router_bias.get(f"{router_path(number)}.bias")
             if change is not None:
                 bias = layer.mlp.router.bias
                 merged_bias = bias.float() + change.to(self.base.device)
@@ -153,8 +154,8 @@ class Variants:
         for end, part in zip(("blocks", "scales", "bias"), parts, strict=True):
             if part is not None:  # never written into: on a CPU a buffer may be the mapped file itself
                 name = f"{operation.site.name}_{end}"
-                held = experts.get_buffer(name)
-                setattr(experts, name, part.to(held.device, held.dtype))
+                buffer = experts.get_buffer(name)
+                setattr(experts, name, part.to(buffer.device, buffer.dtype))
 
     def _rounding(self, name: str) -> Callable[[Operation, Tensor, Tensor, LoraFactors], Packed]:
         def compensated(operation: Operation, *_: object) -> Packed:
@@ -167,7 +168,8 @@ class Variants:
             return *round_experts(blocks, scales, factors)[:2], None
 
         def stochastic(operation: Operation, blocks: Tensor, scales: Tensor, factors: LoraFactors) -> Packed:
-            return *round_experts(blocks, scales, factors, seeded_noise(self.plan, operation, 0))[:2], None
+            noise = seeded_noise(self.plan.checkpoint, operation.base, 0)
+            return *round_experts(blocks, scales, factors, noise)[:2], None
 
         def by_rule(_operation: Operation, blocks: Tensor, scales: Tensor, factors: LoraFactors) -> Packed:
             return *nearest_by_rule(blocks, scales, factors, "floor" if "floor" in name else "ceil"), None

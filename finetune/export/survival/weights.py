@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from finetune.export.plan import MergePlan
 from finetune.export.record import Skipped
 from finetune.export.survival.effect import Effect
 from finetune.rounding.merge import Tally
+from finetune.rounding.results import ExpertReport
 
-ExpertReports = Sequence[Mapping[str, Any]]
-"""What became of each expert (see `finetune.rounding.run`)."""
+ExpertReports = Sequence[ExpertReport]
 
 
 @dataclass(frozen=True)
@@ -54,20 +53,6 @@ class TensorSurvival:
     outputs: OutputSurvival | None = None
     experts: ExpertReports | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        record: dict[str, Any] = {
-            "update": self.update,
-            "survival": self.survival,
-            "error": self.error,
-            "changed": self.changed,
-        }
-        if self.outputs is not None:
-            record["outputs"] = asdict(self.outputs)
-        if self.experts is not None:
-            record["experts"] = list(self.experts)
-        return record
-
 
 @dataclass
 class Survival:
@@ -84,15 +69,6 @@ class Survival:
     tensors: dict[str, TensorSurvival]
     overall: TensorSurvival
     end_to_end: Effect | Skipped | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        record: dict[str, Any] = {
-            "rounding": self.rounding,
-            "tensors": {name: found.as_json() for name, found in self.tensors.items()},
-            "overall": self.overall.as_json(),
-        }
-        return record | ({"end_to_end": self.end_to_end.as_json()} if self.end_to_end is not None else {})
 
 
 def weight_survival(
@@ -167,14 +143,14 @@ def _survival(tally: Tally, reports: ExpertReports | None = None, *, keep_report
 
 def _in_outputs(reports: ExpertReports) -> OutputSurvival:
     """Projection and error of all experts together, each weighted by its update's effect on the layer's output."""
-    done = [report for report in reports if report["state"] == "rounded"]
-    wanted = sum(report["wanted"] for report in done)
+    done = [report for report in reports if report.is_rounded]
+    wanted = sum(report.wanted for report in done)
     if not wanted:
         return OutputSurvival(1.0, 0.0, 1.0, 0, len(reports))
     return OutputSurvival(
-        projection=sum(report["wanted"] * report["projection"] for report in done) / wanted,
-        error=(sum(report["wanted"] * report["error"] ** 2 for report in done) / wanted) ** 0.5,
-        amplification=median(report["amplification"] for report in done),
+        projection=sum(report.wanted * report.projection for report in done) / wanted,
+        error=(sum(report.wanted * report.error**2 for report in done) / wanted) ** 0.5,
+        amplification=median(report.amplification for report in done),
         rounded=len(done),
         untouched=len(reports) - len(done),
     )

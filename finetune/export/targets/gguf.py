@@ -21,18 +21,16 @@ import torch
 from torch import Tensor
 
 from finetune import log
-from finetune.arch import Arch
 from finetune.errors import InputError, MachineError
 from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
 from finetune.export.factors import part_of
 from finetune.export.plan import MergePlan, Operation
-from finetune.files import sha256_of
-from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK
-from finetune.mxfp4.format import unpack
-from finetune.rounding.merge import Tally, add_to_experts, merge_weight, round_experts
-from finetune.rounding.nearest import seeded_noise
-from finetune.rounding.run import RoundedExperts
-from finetune.staging import Staging
+from finetune.files import ResumableDirectory, sha256_of
+from finetune.model.checkpoint import Checkpoint
+from finetune.mxfp4.format import BLOCK, BYTES_PER_BLOCK, unpack
+from finetune.rounding.merge import Tally, add_to_experts, merge_weight
+from finetune.rounding.nearest import round_experts, seeded_noise
+from finetune.rounding.results import RoundedExperts
 
 _VOCABULARY_BYTES = 16 << 20  # tokens and merges in the header, roughly
 _ALL, _GATE, _UP = slice(None), slice(0, None, 2), slice(1, None, 2)
@@ -105,7 +103,7 @@ def plan_gguf(plan: MergePlan) -> list[GgufTensor]:
     return tensors
 
 
-def write_gguf(plan: MergePlan, staging: Staging, rounded: RoundedExperts | None = None) -> dict[str, Tally]:
+def write_gguf(plan: MergePlan, staging: ResumableDirectory, rounded: RoundedExperts | None = None) -> dict[str, Tally]:
     """Write the file, one tensor in memory at a time.
 
     Args:
@@ -121,19 +119,19 @@ def write_gguf(plan: MergePlan, staging: Staging, rounded: RoundedExperts | None
         InputError: the base has no tokenizer.json.
     """
     name = gguf_name(plan)
-    if name in staging.shards:
-        return {tensor: Tally(**values) for tensor, values in staging.shards[name]["tallies"].items()}
+    if name in staging.files:
+        return {tensor: Tally(**values) for tensor, values in staging.files[name]["tallies"].items()}
     tensors = plan_gguf(plan)
     tallies: dict[str, Tally] = {}
     try:
-        writer = _open_writer(plan, staging.half(name))
+        writer = _open_writer(plan, staging.unfinished(name))
         _write_tensors(plan, tensors, writer, tallies, rounded)
         writer.close()
     except BaseException:
-        staging.drop_halves()
+        staging.remove_unfinished()
         raise
-    facts = {key: asdict(tally) for key, tally in tallies.items()}
-    staging.finish_shard(name, {"sha256": sha256_of(staging.half(name)), "tallies": facts})
+    stored = {key: asdict(tally) for key, tally in tallies.items()}
+    staging.finish(name, {"sha256": sha256_of(staging.unfinished(name)), "tallies": stored})
     return tallies
 
 
@@ -214,25 +212,35 @@ def _add_metadata(writer: Any, gguf: Any, plan: MergePlan) -> None:
     writer.add_value_length(shape.head_dim)
     writer.add_sliding_window(shape.sliding_window)
     writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
-    rope, scaling = _rope(config, shape)
-    writer.add_rope_freq_base(rope)
-    if scaling:
+    rope = _rope(plan.checkpoint)
+    writer.add_rope_freq_base(rope.base)
+    if rope.factor is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(scaling["factor"])
-        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_context)
 
 
-def _rope(config: dict[str, Any], shape: Arch) -> tuple[float, dict[str, Any]]:
-    """Base and YaRN settings, from the published keys or transformers 5's `rope_parameters`."""
+@dataclass(frozen=True)
+class _Rope:
+    """Rotary base, and YaRN's factor and original context; None without YaRN."""
+
+    base: float
+    factor: float | None = None
+    original_context: int | None = None
+
+
+def _rope(checkpoint: Checkpoint) -> _Rope:
+    """Rotary settings, from the published keys or transformers 5's `rope_parameters`."""
+    config = checkpoint.config
     newer = config.get("rope_parameters") or {}
     base = config.get("rope_theta", newer.get("rope_theta"))
     if base is None:
         raise InputError("config.json has neither rope_theta nor rope_parameters", fix="use the published config.json")
     scaling = dict(config.get("rope_scaling") or newer)
     if scaling.get("rope_type") != "yarn":
-        return float(base), {}
-    scaling.setdefault("original_max_position_embeddings", config.get("initial_context_length", 4096))
-    return float(base), scaling
+        return _Rope(float(base))
+    context = scaling.get("original_max_position_embeddings", config.get("initial_context_length", 4096))
+    return _Rope(float(base), scaling["factor"], context)
 
 
 def _add_vocabulary(writer: Any, gguf: Any, directory: Path, size: int) -> None:
@@ -284,8 +292,8 @@ def _from_rounded(rounded: RoundedExperts, tensor: GgufTensor) -> Tensor:
         return rounded.read(name)[:, tensor.rows].float()
     result = torch.empty(tensor.byte_shape, dtype=torch.uint8)
     for first, last in _ranges(tensor):
-        blocks = rounded.read_rows(name, first, last)[:, tensor.rows]
-        scales = rounded.read_rows(name.removesuffix("_blocks") + "_scales", first, last)[:, tensor.rows]
+        blocks = rounded.read_experts(name, first, last)[:, tensor.rows]
+        scales = rounded.read_experts(name.removesuffix("_blocks") + "_scales", first, last)[:, tensor.rows]
         result[first:last] = repack(blocks.contiguous(), scales.contiguous())
     return result
 
@@ -318,7 +326,8 @@ def _make(plan: MergePlan, tensor: GgufTensor, pool: ThreadPoolExecutor, tally: 
             return made
         made = Tally()
         if part is not None and factors is not None:
-            noise = seeded_noise(plan, operation, first, tensor.rows) if plan.rounding == "stochastic" else None
+            stochastic = plan.rounding == "stochastic"
+            noise = seeded_noise(plan.checkpoint, operation.base, first, tensor.rows) if stochastic else None
             rows = torch.arange(factors.b.shape[1])[tensor.rows]
             blocks, scales, made = round_experts(blocks, scales, part, noise, first_expert=first, row_numbers=rows)
         result[first:last] = repack(blocks, scales)

@@ -19,17 +19,17 @@ from finetune.export.card import write_card
 from finetune.export.execute import write_shards
 from finetune.export.options import CARD, RECORD, ExportOptions, MergedTarget
 from finetune.export.plan import MergePlan, choose_rounding, describe_plan, plan_merge
-from finetune.export.record import ExportRecord, Failed, Skipped
+from finetune.export.record import ExportRecord, Failed, Skipped, as_json
 from finetune.export.survival.effect import Effect, measure_survival, require_kept
 from finetune.export.survival.weights import describe_survival, weight_survival
 from finetune.export.targets.gguf import gguf_bytes, gguf_name, write_gguf
 from finetune.export.verify import verify_merged
-from finetune.files import sha256_of, write_json
+from finetune.files import ResumableDirectory, refuse_existing, sha256_of, write_json
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint
 from finetune.model.hub import BaseLocation
 from finetune.rounding.merge import Tally
-from finetune.rounding.run import RoundedExperts, round_ahead
-from finetune.staging import Staging, refuse_existing
+from finetune.rounding.results import RoundedExperts
+from finetune.rounding.run import round_experts_ahead
 
 _TERMS = ("LICENSE", "USAGE_POLICY", "NOTICE")
 _BASE_CARD = "BASE_README.md"  # the base's own README.md makes room for the model card
@@ -72,7 +72,7 @@ def export_merged(
 
 @dataclass(frozen=True)
 class _Merge:
-    """One merge: what is written, from what, and where."""
+    """One merge: its plan, its destination, and the options and files it comes from."""
 
     plan: MergePlan
     target: MergedTarget
@@ -85,10 +85,10 @@ class _Merge:
     def write(self) -> None:
         """Write, verify, judge, and give the directory its name."""
         plan, key = self.plan, self._key()
-        staging = Staging(self.out, key)
+        staging = ResumableDirectory(self.out, key)
         staging.require_space(self._bytes_needed())
         try:
-            rounded = round_ahead(plan, self.out, self.options, self.run, self.identity, key)
+            rounded = self._round_ahead(key) if plan.rounding == "compensated" else None
         except BaseException:
             staging.discard_if_empty()
             raise
@@ -107,6 +107,17 @@ class _Merge:
         self._seal(staging, record)
         if rounded is not None:
             rounded.discard()
+
+    def _round_ahead(self, key: str) -> RoundedExperts:
+        return round_experts_ahead(
+            self.plan.checkpoint,
+            self.plan.adapter,
+            self.out,
+            calibrate_on=self.options.calibration,
+            run=self.run,
+            identity=self.identity,
+            key=key,
+        )
 
     def _key(self) -> str:
         """Hash of what an export is made from; a shard of another key is of no use."""
@@ -137,7 +148,7 @@ class _Merge:
                 log.result(line)
         return record
 
-    def _verify(self, staging: Staging, record: ExportRecord, tallies: dict[str, Tally]) -> None:
+    def _verify(self, staging: ResumableDirectory, record: ExportRecord, tallies: dict[str, Tally]) -> None:
         """Verify; a failure is recorded beside the files before it is raised."""
         if not self.options.verify:
             log.warning("the result was not verified (--no-verify)")
@@ -148,17 +159,17 @@ class _Merge:
         except CheckError as error:
             error.fix = f"do not serve it; it stays in {staging.path} for inspection and {RECORD} says what failed"
             record.verification = Failed(error.what)
-            write_json(staging.path / RECORD, record.as_json())
+            write_json(staging.path / RECORD, as_json(record))
             raise
 
-    def _judge(self, staging: Staging, record: ExportRecord) -> None:
+    def _judge(self, staging: ResumableDirectory, record: ExportRecord) -> None:
         """Write the survival beside the run, for its report, and stop if the fine-tune was lost."""
         survival = record.survival
         if survival is None:
             return
         if self.run is not None:
             path = self.run / f"survival-{self.target}.json"
-            write_json(path, {"written": record.written, **survival.as_json()})
+            write_json(path, {"written": record.written, **as_json(survival)})
         if not isinstance(survival.end_to_end, Effect):
             return
         try:
@@ -167,18 +178,18 @@ class _Merge:
             error.fix = (
                 f"{error.fix}. It stays in {staging.path}; export.min_gain_kept and the like set what is allowed"
             )
-            write_json(staging.path / RECORD, record.as_json())
+            write_json(staging.path / RECORD, as_json(record))
             raise
 
-    def _seal(self, staging: Staging, record: ExportRecord) -> None:
+    def _seal(self, staging: ResumableDirectory, record: ExportRecord) -> None:
         """Write the checksums and export.json, and give the directory its name."""
         ours = ("progress.json", RECORD, CHECKSUMS_FILE)
         paths = [path for path in sorted(staging.path.iterdir()) if path.is_file() and path.name not in ours]
-        known = staging.shards
+        known = staging.files
         files = {p.name: str(known[p.name]["sha256"]) if p.name in known else sha256_of(p) for p in paths}
         if self.target != "gguf":
             write_json(staging.path / CHECKSUMS_FILE, {"algorithm": "sha256", "files": files})
-        write_json(staging.path / RECORD, record.as_json() | {"files": files})
+        write_json(staging.path / RECORD, as_json(record) | {"files": files})
         staging.publish()
 
 
@@ -199,7 +210,7 @@ def _companions(checkpoint: Checkpoint) -> list[Path]:
     return sorted(path for path in checkpoint.directory.iterdir() if path.is_file() and path.name not in skipped)
 
 
-def _write_companions(plan: MergePlan, staging: Staging) -> None:
+def _write_companions(plan: MergePlan, staging: ResumableDirectory) -> None:
     """Copy what is not weights, byte for byte; write the index; drop quantization_config where nothing is packed."""
     _copy(_companions(plan.checkpoint), staging)
     if plan.target == "bf16":
@@ -213,6 +224,6 @@ def _write_companions(plan: MergePlan, staging: Staging) -> None:
     (staging.path / INDEX_FILE).write_text(plan.index(), encoding="utf-8")
 
 
-def _copy(files: Sequence[Path], staging: Staging) -> None:
+def _copy(files: Sequence[Path], staging: ResumableDirectory) -> None:
     for path in files:
         shutil.copyfile(path, staging.path / (_BASE_CARD if path.name == CARD else path.name))

@@ -1,7 +1,7 @@
-"""The legal sample: clauses that CUAD's annotators gave one category, put into this toolkit's records.
+"""The legal data set: clauses that CUAD's annotators gave one category, as records of this toolkit.
 
-Of the 41 columns of CUAD's table the 24 below are used. A clause is taken if it stands in one column only, has
-`LEAST_LENGTH` to `MOST_LENGTH` characters, and has not come before (letters and digits decide, in lower case).
+Of the 41 columns of CUAD's table the 24 below are used. A clause is taken if it is in one column only, has
+`LEAST_LENGTH` to `MOST_LENGTH` characters, and did not occur before (compared by lower-case letters and digits).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 
-from finetune.data.upstream import Upstream
+from finetune.data.prepare.upstream import Upstream
 from finetune.errors import InputError
 
 TABLE = "master_clauses.csv"
@@ -24,7 +24,7 @@ COMMIT = "fb5e5cae0bdd1e16fa4d9bc6fee310ea205bc020"
 CUAD = Upstream(
     name="legal/cuad_clause_type.jsonl.gz",
     sha256="5a298e9e5bf933728b54577b5a8e43e6c05bf1c8230343022cad75d4542c716a",
-    # Copies of the table differ in line ends and in answers that are not read: what is built decides.
+    # Copies of the table differ in line ends and in answers that are not read: the built file's sum decides.
     files={TABLE: None},
     addresses={"": f"https://raw.githubusercontent.com/raindartt/Project_623/{COMMIT}"},
     bring="git clone https://github.com/raindartt/Project_623 (a copy of CUAD's table), or unpack CUAD's own release",
@@ -51,14 +51,14 @@ Entry = tuple[str, str, str]
 
 
 def cuad_records(files: dict[str, bytes]) -> bytes:
-    """Put CUAD's clauses into this toolkit's records.
+    """Convert CUAD's clauses to records of this toolkit.
 
     Args:
-        files: of `CUAD`: the table with a contract in each row and a list of clauses in each category's column.
+        files: of `CUAD`: the table with one contract per row and a list of clauses in each category's column.
 
     Returns:
-        JSON lines, UTF-8: test, train, val, each sorted by the hash of the question. Contracts are dealt out by the
-        hash of their names: a fifth is test, a tenth val.
+        JSON lines, UTF-8: test, train, val, each sorted by the hash of the question. The hash of a contract's name
+        decides its split: a fifth is test, a tenth val.
 
     Raises:
         InputError: the file is no such table.
@@ -90,7 +90,7 @@ def cuad_records(files: dict[str, bytes]) -> bytes:
 
 
 def read_table(content: bytes) -> Iterator[Entry]:
-    """Contract, category and clause of every clause, row by row; white space in a clause is put right.
+    """Yield contract, category and clause of every clause, row by row; white space in a clause is normalised.
 
     Raises:
         InputError: columns are missing, or a cell is no list.
@@ -125,18 +125,18 @@ def _clauses(cell: str | None, where: str) -> list[str]:
 
 
 def select(entries: list[Entry]) -> Iterator[Entry]:
-    """The clauses that become rows, in the table's order."""
+    """The clauses that become records, in the table's order."""
     categories = defaultdict(set)
     for _, category, clause in entries:
         categories[clause].add(category)
-    came = set()
+    seen = set()
     for contract, category, clause in entries:
         letters = re.sub("[^a-z0-9]", "", clause.lower())
         usable = LEAST_LENGTH <= len(clause) <= MOST_LENGTH and len(categories[clause]) == 1
-        if category not in CATEGORIES or not usable or letters in came:
+        if category not in CATEGORIES or not usable or letters in seen:
             continue
         if contract != LEFT_OUT or category != "Governing Law":
-            came.add(letters)
+            seen.add(letters)
             yield contract, category, clause
 
 

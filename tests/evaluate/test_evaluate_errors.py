@@ -1,4 +1,4 @@
-"""`finetune evaluate` on odd rows, another recipe, an adapter alone: what is left out, doubted or refused is said."""
+"""`finetune evaluate` on odd records, another recipe, an adapter alone: notes, warnings and errors."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def run(finished: tuple[Path, str], tmp_path: Path) -> Path:
     return copy
 
 
-def odd_rows(workplace: Path, directory: Path) -> None:
-    """Six records that are used and one that is not; the recipe trains on other rows than the run did."""
+def odd_records(workplace: Path, directory: Path) -> None:
+    """Six records that are used and one that is not; the recipe trains on other records than the run did."""
     test, train = read(workplace / "test.jsonl"), read(workplace / "train.jsonl")
     two = [{"role": "user", "content": "Name a label."}, test[2]["messages"][-1]]
     long = [*test[4]["messages"][:-2], {"role": "user", "content": "a clause " * 900}, test[4]["messages"][-1]]
@@ -80,12 +80,12 @@ def odd_rows(workplace: Path, directory: Path) -> None:
     )
 
 
-def test_another_recipe_with_odd_rows(
+def test_another_recipe_with_odd_records(
     run: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     here = tmp_path / "here"
     here.mkdir()
-    odd_rows(workplace, here)
+    odd_records(workplace, here)
     monkeypatch.chdir(here)
     monkeypatch.setattr(log, "PLAIN_LINE_SECONDS", -1.0)
     monkeypatch.setattr(measure, "EXAMPLES_AT_ONCE", 2)
@@ -110,7 +110,7 @@ def test_another_recipe_with_odd_rows(
         "another recipe than the run's is scored; what was trained on is the run's own data",
     ):
         assert expected in notes and expected in readme
-    assert "did you mean" in said and "test: 8 rows" in said
+    assert "did you mean" in said and "test: 8 examples" in said
     # The run's training rows, not the recipe's: of those the last test row is one.
     assert found["contamination"]["rows"] == 6
     assert read(workplace / "train.jsonl")[0]["id"] in found["contamination"]["seen_ids"]
@@ -120,7 +120,7 @@ def test_another_recipe_with_odd_rows(
     assert [int(done) for done, _ in lines] == sorted(int(done) for done, _ in lines)
 
 
-def test_an_adapter_alone_with_rows_of_two_kinds(
+def test_an_adapter_alone_with_records_of_two_kinds(
     run: Path, workplace: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter, recipe = tmp_path / "alone", tmp_path / "mixed.yaml"
@@ -152,7 +152,7 @@ def test_an_adapter_alone_with_rows_of_two_kinds(
     assert "it differs in adapter" in capsys.readouterr().err
 
 
-def test_what_cannot_be_answered_is_told_before_anything_is_measured(
+def test_unanswerable_prompts_are_refused_before_anything_is_measured(
     run: Path, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def not_yet(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""The medical sample: PubMedQA's expert-labelled part, put into this toolkit's records."""
+"""The medical data set: PubMedQA's expert-labelled part, as records of this toolkit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import Any
 
-from finetune.data.upstream import Upstream
+from finetune.data.prepare.upstream import Upstream
 
 COMMIT = "1cbae8e92f72f20c8d3747cbb3bf5bc53554d997"
 PUBMEDQA = Upstream(
@@ -30,7 +30,7 @@ _SYSTEM = (
 
 
 def pubmedqa_records(files: dict[str, bytes]) -> bytes:
-    """Put PubMedQA's expert-labelled part into this toolkit's records.
+    """Convert PubMedQA's expert-labelled part to records of this toolkit.
 
     Args:
         files: of `PUBMEDQA`: abstracts by PMID, and the answers of the official test set by PMID.

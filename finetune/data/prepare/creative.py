@@ -1,8 +1,9 @@
-"""The creative sample: Jane Austen's novels and Conan Doyle's stories, cut into passages and what follows them.
+"""The creative data set: Jane Austen's novels and Conan Doyle's stories, cut into passages and continuations.
 
-A chapter is cut into sentences by a plain pattern ("Mr." ends one too), and these are dealt out in turn: at least
-`PASSAGE_WORDS` words to continue, then at least `CONTINUATION_WORDS` that do. What is left at a chapter's end becomes a
-row if its continuation has `LEAST_WORDS`. Validation and test rows are the last chapters or stories of each work.
+A chapter is cut into sentences by a plain pattern ("Mr." ends one too), and these are taken in turn: at least
+`PASSAGE_WORDS` words to continue, then at least `CONTINUATION_WORDS` that do. The rest at a chapter's end becomes a
+record if its continuation has `LEAST_WORDS`. Validation and test records are the last chapters or stories of each
+work.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from xml.etree import ElementTree
 
-from finetune.data.upstream import Upstream
+from finetune.data.prepare.upstream import Upstream
 from finetune.errors import InputError
 
 _NOVELS = "janeaustenr/data/"
@@ -76,7 +77,7 @@ _XHTML = "{http://www.w3.org/1999/xhtml}"
 
 
 def fiction_records(files: dict[str, bytes]) -> bytes:
-    """Put novels and stories into this toolkit's records.
+    """Convert novels and stories to records of this toolkit.
 
     Args:
         files: of `FICTION`.
@@ -89,19 +90,19 @@ def fiction_records(files: dict[str, bytes]) -> bytes:
     for file, (title, validation, test) in _AUSTEN.items():
         novel = read_r_strings(files[f"{_NOVELS}{file}.rda"])
         for number, paragraphs in enumerate(_chapters(novel), 1):
-            facts = ("Jane Austen", title, f"chapter {number}", "r-cran-janeaustenr (Debian; public-domain text)")
-            lines += _rows(paragraphs, _split(number, validation, test), facts, numbers)
+            origin = ("Jane Austen", title, f"chapter {number}", "r-cran-janeaustenr (Debian; public-domain text)")
+            lines += _records(paragraphs, _split(number, validation, test), origin, numbers)
     stories = [content for path, content in files.items() if path.startswith(_STORIES)]
     for number, content in enumerate(stories, 1):
         name, paragraphs = _story(content)
-        facts = ("Arthur Conan Doyle", "The Adventures of Sherlock Holmes", name,
+        origin = ("Arthur Conan Doyle", "The Adventures of Sherlock Holmes", name,
                  "Standard Ebooks (CC0; US public-domain text)")  # fmt: skip
-        lines += _rows(paragraphs, _split(number, _FIRST_VALIDATION_STORY, _FIRST_TEST_STORY), facts, numbers)
+        lines += _records(paragraphs, _split(number, _FIRST_VALIDATION_STORY, _FIRST_TEST_STORY), origin, numbers)
     return "".join(lines).encode()
 
 
 def passages(paragraphs: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """A chapter's passages and their continuations.
+    """Yield a chapter's passages and their continuations.
 
     Sentences of one paragraph are joined by a space, others by a line break.
     """
@@ -129,10 +130,10 @@ def passages(paragraphs: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def read_r_strings(content: bytes) -> list[str]:
-    """The character vector in an R data file (`.rda`, bzip2) that holds one and nothing else; "" for a missing string.
+    """Read an R data file (`.rda`, bzip2) with one character vector and nothing else; "" for a missing string.
 
     Raises:
-        InputError: something else stands there.
+        InputError: it holds something else.
 
     Source: R Internals, section 1.8, "Serialization Formats"; XDR, versions 2 and 3.
     """
@@ -201,10 +202,10 @@ def _split(number: int, validation: int, test: int) -> str:
     return "train" if number < validation else "val" if number < test else "test"
 
 
-def _rows(
-    paragraphs: Sequence[str], split: str, facts: tuple[str, str, str, str], numbers: Iterator[int]
+def _records(
+    paragraphs: Sequence[str], split: str, origin: tuple[str, str, str, str], numbers: Iterator[int]
 ) -> Iterator[str]:
-    author, work, chapter, source = facts
+    author, work, chapter, source = origin
     for passage, continuation in passages(paragraphs):
         record = {
             "id": f"fic-{next(numbers):05d}",

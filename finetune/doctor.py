@@ -1,6 +1,6 @@
-"""Checks of the machine: Python, packages, GPU, compilers, disk, network, tokenizer; each says how to mend it.
+"""Checks of the machine: Python, packages, GPU, compilers, disk, network, tokenizer; each with a fix.
 
-Nothing here changes anything, and no check can stop another.
+The checks change nothing, and a failing one does not stop the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from finetune.machine import num_cores, total_memory
 PACKAGE = "gpt-oss-finetune"
 HUB = "https://huggingface.co"
 Status = Literal["ok", "note", "bad"]
-# Installed version that passes its range and is known to go wrong: why.
+# Versions that pass their range and are known to be broken, with the reason.
 BROKEN = {("peft", "0.19.0"): "it writes gate_up and down of the experts swapped"}
 _SMALL_DISK_GIB = 20
 _SMALL_MEMORY_GIB = 8
@@ -34,13 +34,13 @@ _SMALL_MEMORY_GIB = 8
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
+    """Result of one check.
 
     Attributes:
-        name: what was looked at.
+        name: the thing checked.
         status: `ok`; `note` is worth knowing; `bad` stops some command.
-        found: in words.
-        fix: what to do, for what is not `ok`.
+        found: description.
+        fix: what to do; None if `ok`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Run every check; one that fails itself is a finding too."""
+    """Run every check; a check that fails itself is a finding too."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         check_python, check_packages, check_torch, check_kernels, check_optional, check_tools, check_machine,
         check_disk, check_hub, check_tokenizer,
@@ -61,12 +61,12 @@ def examine() -> list[Finding]:
             findings += list(check())
         except Exception as error:  # a check must not hide the others' findings
             name = check.__name__.removeprefix("check_")
-            findings.append(Finding(name, "bad", f"cannot be looked at: {type(error).__name__}: {error}"))
+            findings.append(Finding(name, "bad", f"cannot be checked: {type(error).__name__}: {error}"))
     return findings
 
 
 def check_python() -> Iterator[Finding]:
-    """Version and place of Python."""
+    """Check the version of Python."""
     version = platform.python_version()
     good = sys.version_info >= (3, 11)
     yield Finding("python", "ok" if good else "bad", f"{version}, {sys.prefix}", None if good else "use 3.11 or newer")
@@ -75,7 +75,7 @@ def check_python() -> Iterator[Finding]:
 
 
 def check_packages() -> Iterator[Finding]:
-    """Every required package against the range it must be in, and versions known to go wrong."""
+    """Check every required package against its range and the known broken versions."""
     for text in importlib.metadata.requires(PACKAGE) or ():
         requirement = Requirement(text)
         if requirement.marker is None:
@@ -83,11 +83,11 @@ def check_packages() -> Iterator[Finding]:
 
 
 def package_finding(requirement: Requirement, version: str | None, *, needed: bool) -> Finding:
-    """Judge one package.
+    """Check one package.
 
     Args:
-        requirement: the range that it must be in.
-        version: what is installed, or None.
+        requirement: its name and range.
+        version: the installed version, or None.
         needed: the toolkit does not run without it.
     """
     name, install = requirement.name, f'python -m pip install "{requirement}" -c constraints.txt'
@@ -101,7 +101,7 @@ def package_finding(requirement: Requirement, version: str | None, *, needed: bo
 
 
 def installed_version(name: str) -> str | None:
-    """Version of a package, or None."""
+    """Look up the installed version of a package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -109,7 +109,7 @@ def installed_version(name: str) -> str | None:
 
 
 def check_torch() -> Iterator[Finding]:
-    """torch's build, and the GPUs it sees."""
+    """Check torch's build and the GPUs that it finds."""
     import torch
 
     if not torch.cuda.is_available():
@@ -136,7 +136,7 @@ def check_torch() -> Iterator[Finding]:
 
 
 def check_kernels() -> Iterator[Finding]:
-    """Which kernels a 20b run would use here, and why."""
+    """Choose the kernels that a 20b run would use here, with reasons."""
     import torch
 
     from finetune.kernels.choice import AttentionDims, ExpertDims, choose_attention_kernel, choose_expert_kernel
@@ -154,7 +154,7 @@ def check_kernels() -> Iterator[Finding]:
 
 
 def check_optional() -> Iterator[Finding]:
-    """Packages that only some options need."""
+    """Check packages that only some options need."""
     wanted = {"bitsandbytes": "8-bit optimisers, nf4", "deepspeed": "zero1 to zero3", "wandb": "logging=wandb"}
     wanted |= {"datasets": "hub data sets", "gguf": "export --to gguf"}
     for name, purpose in wanted.items():
@@ -166,7 +166,7 @@ def check_optional() -> Iterator[Finding]:
 
 
 def check_tools() -> Iterator[Finding]:
-    """What DeepSpeed and Triton compile with."""
+    """Check the compilers of DeepSpeed and Triton."""
     for tool, purpose in (("ninja", "DeepSpeed's own optimisers"), ("g++", "DeepSpeed and Triton")):
         where = shutil.which(tool)
         fix = f"install it with your system's packages; without it {purpose} cannot compile"
@@ -174,7 +174,7 @@ def check_tools() -> Iterator[Finding]:
 
 
 def check_machine() -> Iterator[Finding]:
-    """Cores, memory and how torch's threads wait."""
+    """Check cores, memory and the waiting policy of torch's threads."""
     total = total_memory() / 2**30
     small = total < _SMALL_MEMORY_GIB
     fix = "tests and the demo want 8 GiB; reading a 20b checkpoint wants 16" if small else None
@@ -186,7 +186,7 @@ def check_machine() -> Iterator[Finding]:
 
 
 def check_disk() -> Iterator[Finding]:
-    """Free space where runs, tokens and downloads go."""
+    """Check free space for runs, tokens and downloads."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for name, path in (("runs", Path()), ("token cache", cache_dir(None)), ("hub cache", Path(HF_HUB_CACHE))):
@@ -198,7 +198,7 @@ def check_disk() -> Iterator[Finding]:
 
 
 def check_hub() -> Iterator[Finding]:
-    """Whether bases and data sets can be downloaded."""
+    """Check whether bases and data sets can be downloaded."""
     endpoint = os.environ.get("HF_ENDPOINT", HUB)
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         yield Finding("hub", "note", "HF_HUB_OFFLINE is set", "unset it to download; local directories work without")
@@ -208,17 +208,17 @@ def check_hub() -> Iterator[Finding]:
             pass
     except urllib.error.HTTPError as error:
         if error.code >= 500:
-            yield Finding("hub", "note", f"{endpoint} answers {error.code}", "try later, or use a local directory")
+            yield Finding("hub", "note", f"{endpoint} gives {error.code}", "try later, or use a local directory")
             return
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         yield Finding("hub", "note", f"{endpoint} cannot be reached: {reason}", "use a local directory as model.path")
         return
-    yield Finding("hub", "ok", f"{endpoint} answers")
+    yield Finding("hub", "ok", f"{endpoint} responds")
 
 
 def check_tokenizer() -> Iterator[Finding]:
-    """The vocabulary that ships with the toolkit, by a sentence whose tokens are known."""
+    """Check the shipped vocabulary with a text whose tokens are known."""
     from finetune.data.harmony.tokenizer import harmony_encoding
 
     tokens = harmony_encoding().encode("hello world", allowed_special=set())

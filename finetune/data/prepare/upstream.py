@@ -1,4 +1,4 @@
-"""The public source of a data set: which files it takes, where they are published, and their sha256 sums."""
+"""The public source of a data set: its files, where they are published, and their SHA-256 sums."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ TIMEOUT_SECONDS = 30
 
 @dataclass(frozen=True)
 class Upstream:
-    """A data set and what it is built from.
+    """A data set and its source.
 
     Attributes:
-        name: the file that it becomes, below the toolkit's data folder.
+        name: path of the built file, below the toolkit's data folder.
         sha256: of that file's decompressed content.
-        files: the source's files by their path, and the sha256 sum of each. None: copies differ in what does not
-            matter, and what is built decides.
-        addresses: what a path begins with, and the http(s) address that this beginning stands for.
-        bring: the commands that get the files where there is a network.
-        beside: files that are kept beside the data set as they are, and their names there.
-        terms: said once it is built.
+        files: the source's files by their path, and the SHA-256 sum of each. None: copies differ in details that do
+            not matter, and the sum of the built file decides.
+        addresses: beginning of a path -> the http(s) address that replaces it.
+        bring: the commands that download the files on a machine with a network.
+        beside: files that are stored unchanged beside the data set, and their names there.
+        terms: licence, logged after building.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Upstream:
         """Read and check every file.
 
         Args:
-            place: a directory, or an http(s) address, that holds them at their paths. None: where they are published.
+            place: a directory, or an http(s) address, with the files at their paths. None: where they are published.
 
         Raises:
-            InputError: a file is missing or is not the one that the set was made from.
+            InputError: a file is missing or is not the one that the set is made from.
             MachineError: it cannot be reached.
         """
         return {path: checked(path, self._read(place, path), expected) for path, expected in self.files.items()}
@@ -76,16 +76,16 @@ class Upstream:
 
 
 def checked(name: str, content: bytes, expected: str | None) -> bytes:
-    """The content, if its sha256 sum is the expected one (None: whatever it is).
+    """Return the content if its SHA-256 sum is the expected one (None: any).
 
     Raises:
-        InputError: it is not.
+        InputError: it is another one.
     """
     found = hashlib.sha256(content).hexdigest()
     if expected is not None and found != expected:
         raise InputError(
             f"{name} has sha256 {found[:12]}, not {expected[:12]}",
-            why="it is not the file that the set was made from, so figures could not be compared",
+            why="it is not the file that the set is made from, so results could not be compared",
             fix="use the source at the commit that data/LICENSES.md names",
         )
     return content

@@ -14,7 +14,7 @@ from router_runs import Run, difference, samples
 from torch import Tensor
 
 from finetune.adapters.lora import Adapter
-from finetune.data.batches import Batch, _padding, collate
+from finetune.data.batches import Batch, collate, padding_batch
 from finetune.model.forward import shift_labels
 from finetune.objectives.base import Policy, Ranks, Term
 from finetune.objectives.router import BALANCE_LOSS, Z_LOSS
@@ -94,7 +94,7 @@ def test_a_step_has_the_same_terms_however_it_is_split(tiny_base: Path) -> None:
     data = samples(4)
     together, apart = (run_of(tiny_base, Smooth(SmoothConfig())) for _ in range(2))
     whole: StepStats = together([collate([data])])
-    split = apart([*one_by_one(data), _padding()])
+    split = apart([*one_by_one(data), padding_batch()])
     assert split.terms["nll"] == pytest.approx(whole.terms["nll"], abs=1e-5)
     assert split.terms["largest_logit"] == pytest.approx(whole.terms["largest_logit"], abs=1e-4)
     assert difference(apart.gradients, together.gradients) < 2e-5

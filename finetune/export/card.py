@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.adapters.store import BaseRecord
@@ -56,7 +57,7 @@ _LIMITS = """## Limits of use
 
 @dataclass(frozen=True)
 class _Manifest:
-    """What a card takes from a run's manifest.json; empty without a run."""
+    """The parts of a run's manifest.json that a card shows; empty without a run."""
 
     recipe: str | None = None
     total_steps: int | None = None

@@ -32,6 +32,7 @@ from finetune.adapters.lora import Adapter, load_factors, router_bias_changes, s
 from finetune.adapters.provenance import (
     PROVENANCE,
     BaseRecord,
+    StorageChanges,
     read_provenance,
     read_router_bias,
     refuse_other_base,
@@ -47,6 +48,7 @@ from finetune.model.headers import DTYPE_BYTES, read_header
 from finetune.model.nf4 import without_kernel_advice
 
 WEIGHTS = "adapter_model.safetensors"
+_UNSET: dict[str, object] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
 _RECIPE_FIX = "make adapter.attention and adapter.experts in the recipe as they were when it was trained"
 
 
@@ -145,7 +147,7 @@ def read_adapter_into(
     adapter: Adapter,
     config: AdapterConfig,
     base_identity: str,
-    base_storage: Mapping[str, Mapping[str, Any]] | None = None,
+    base_storage: StorageChanges | None = None,
 ) -> None:
     """Fill an attached adapter from a directory that an adapter of the same recipe was written to.
 
@@ -185,12 +187,11 @@ def read_adapter_into(
     load_router_bias(adapter, file)
 
 
-def _check_config(file: AdapterFile, fields: Mapping[str, Any]) -> None:
+def _check_config(file: AdapterFile, fields: Mapping[str, object]) -> None:
     # What a recipe does not set must not be set there either.
-    unset: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
-    for name, wanted in {**unset, **fields}.items():
+    for name, wanted in (_UNSET | dict(fields)).items():
         found = file.config.settings.get(name) or type(wanted)()
-        same = set(found) == set(wanted) if isinstance(wanted, list) else found == wanted
+        same = set(found) == set(wanted) if isinstance(wanted, list) and isinstance(found, list) else found == wanted
         if not same:
             raise InputError(
                 f"{file.directory / CONFIG}: {name} is {found!r}, the recipe's adapter has {wanted!r}", fix=_RECIPE_FIX

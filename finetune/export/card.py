@@ -287,14 +287,14 @@ def _checks(record: ExportRecord) -> str:
             f", to a relative difference of {found.max_relative_difference:.1e}. No server was run for this."
         )
     if not isinstance(found, MergeCheck):
-        return f"## Checks\n\nNot verified ({found.reason})." if isinstance(found, Skipped) else ""
+        return f"## Checks\n\nNot verified ({found.skipped})." if isinstance(found, Skipped) else ""
     lines = [
         f"- every weight was compared with base + update by others' code in a fresh process: "
         f"{found.weights.tensors_changed} changed, all others as in the base"
     ]
     logits = found.logits
     if isinstance(logits, Skipped):
-        lines.append(f"- logits were not compared: {logits.reason}")
+        lines.append(f"- logits were not compared: {logits.skipped}")
     else:
         adapted = logits.adapted
         lines.append(

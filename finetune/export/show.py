@@ -93,8 +93,8 @@ def as_lines(adapter: AdapterFile, sites: list[SiteMeasurement]) -> list[str]:
         f"{adapter.directory}: {parameters:,} parameters in {len(sites)} sites, scale = {scale}",
         f"base: {adapter.base.name or 'not named'}{revision}, identity {identity}",
         *(
-            f"trained over {part} in {held['format']}, {held['relative_rms']:.1%} off the checkpoint's"
-            for part, held in adapter.base.storage.items()
+            f"trained over {part} in {change['format']}, {float(change['relative_rms']):.1%} off the checkpoint's"
+            for part, change in adapter.base.storage.items()
         ),
         f"{'site':<13} {'layers':<12} {'rank':>5} {'scale':>8} {'norm':>10}  largest",
     ]

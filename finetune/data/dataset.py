@@ -284,7 +284,7 @@ def describe(split: Split) -> str:
 
 
 def count_kinds(bad_records: Sequence[BadRecord]) -> str:
-    """How many bad records there are of each kind, most frequent first, such as `2 unknown role, 1 too long`."""
+    """Count bad records by kind, most frequent first, such as `2 unknown role, 1 too long`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in Counter(bad.kind for bad in bad_records).most_common())
 
 
@@ -317,7 +317,7 @@ def _empty_split(config: DataConfig, split: SplitName) -> InputError:
     """The error for a split without a record: `validation_split` assigns none to it, or all are broken."""
     given = config.validation_split
     if given.key is None or split == "test":
-        why = "its sources hold no readable record; data.train counts the faults, since it reads the same file"
+        why = "its sources have no readable record; data.train counts the faults, since it reads the same file"
         return InputError(f"data.{split} has no records", why=why, fix="finetune data stats names them")
     direction = "raise" if split == "validation" else "lower"
     return InputError(

@@ -32,6 +32,7 @@ from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.cli.main import main as finetune
 from finetune.config.compose import compose
 from finetune.export.plan import MergePlan, plan_merge
+from finetune.export.record import as_json
 from finetune.export.survival.effect import HeldOutExamples, held_out_examples, measure_variants
 from finetune.export.survival.variants import Variants
 from finetune.export.survival.weights import weight_survival
@@ -135,7 +136,7 @@ class Work:
         else:
             rows = replace(rows, labels=None)
         base = build_base(self.checkpoint, CPU, torch.float32, experts_per_chunk=8)
-        return measure_variants(Variants(base, plan, rounded), rows, names).as_json()
+        return as_json(measure_variants(Variants(base, plan, rounded), rows, names))
 
 
 def stage_train(work: Work) -> None:
@@ -155,7 +156,7 @@ def stage_round(work: Work) -> None:
             started = time.process_time()
             plan, rounded = _rounded(work, size, seed, "compensated")
             found = work.measure(plan, rounded, "test", None)
-            found["weights"] = weight_survival(plan, rounded.tallies, rounded.experts).overall.as_json()
+            found["weights"] = as_json(weight_survival(plan, rounded.tallies, rounded.experts).overall)
             work.keep(key, found | {"cpu_seconds": time.process_time() - started})
             print(f"{key}: {time.process_time() - started:.0f} CPU seconds", flush=True)
 

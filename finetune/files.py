@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their SHA-256, JSON with errors that name file and key, and seeds made from words.
+"""Files that are whole or absent, their SHA-256, JSON with errors that name the file, and seeds made from words.
 
 Free of torch at import, so that every package and every command may use it.
 """
@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from finetune import log
 from finetune.errors import ConfigError, InputError, MachineError
@@ -20,7 +20,6 @@ from finetune.errors import ConfigError, InputError, MachineError
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
 PARTIAL = ".partial"
 """Ends the name of every file and directory that is still being written."""
 
@@ -301,30 +300,3 @@ def read_json(path: Path, what: str = "a JSON file of this tool", fix: str | Non
         kind = type(content).__name__
         raise InputError(f"{path} holds a JSON {kind}, not an object", why=f"it should be {what}", fix=fix)
     return content
-
-
-def json_field(content: Mapping[str, Any], key: str, kind: type[T], where: Path | str) -> T:
-    """One value of a JSON object, checked to be of a kind. A whole number will do where a float is wanted.
-
-    Args:
-        content: the object.
-        key: of the value.
-        kind: `str`, `int`, `float`, `bool`, `list` or `dict`.
-        where: the file's name, for the error message.
-
-    Raises:
-        InputError: the key is missing, or its value is of another kind.
-    """
-    if key not in content:
-        raise InputError(f"{where} lacks {key!r}")
-    value = content[key]
-    if kind is float and type(value) is int:
-        return kind(value)  # type: ignore[call-arg]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{where}: {key!r} is {value!r}, not of type {kind.__name__}")
-    return value
-
-
-# Former place of `finetune.files.sha256_of`; to be folded into it.
-
-__all__ = ["sha256_of"]

@@ -5,7 +5,8 @@
     python scripts/structure.py --json out.json
 
 Hops: the command runs on a tiny base under `sys.setprofile`; when the named function is entered, the distinct project
-files on the call stack are counted, from `cli/<command>.py` (not counted) to the function's file.
+files on the call stack are counted, from `cli/<command>.py` (not counted) to the function's file. Where it is entered
+by several ways, the shortest counts.
 """
 
 from __future__ import annotations
@@ -50,12 +51,13 @@ class Question:
 
 
 QUESTIONS = (
-    Question("the loss", "train", "kernels/loss_head.py", "token_nll", 4),
-    Question("LoRA on an expert", "train", "kernels/experts.py", "_lora_products", 4),
+    Question("the loss", "train", "objectives/sft.py", "weighted_nll", 4),
+    Question("LoRA on an expert", "generate", "kernels/experts.py", "_lora_linear", 4),
+    Question("LoRA on an expert, from train", "train", "kernels/experts.py", "_lora_linear", 5),
     Question("the learning rate", "train", "train/optim.py", "learning_rate", 3),
-    Question("a checkpoint", "train", "train/checkpoint.py", "write_checkpoint", 3),
+    Question("a checkpoint", "train", "train/checkpoint.py", "save_checkpoint", 3),
     Question("a record becomes tokens", "data", "data/harmony/encode.py", "encode_text", 3),
-    Question("a merge rounds", "export", "rounding/compensate.py", "round_compensated", 3),
+    Question("a merge rounds", "export", "rounding/compensate.py", "compensate", 3),
 )
 
 
@@ -147,38 +149,51 @@ def measure_hops(questions: tuple[Question, ...] = QUESTIONS) -> list[Hops]:
     """Run the commands on a tiny base, in this process, and watch for the questions' functions."""
     from finetune.cli.main import main
 
-    wanted = {(str(PACKAGE / question.file), question.function): question for question in questions}
+    wanted: dict[tuple[str, str, str], Question] = {
+        (question.command, str(PACKAGE / question.file), question.function): question for question in questions
+    }
+    running = ""
     found: dict[str, list[str]] = {}
 
     def watch(frame: FrameType, event: str, _: object) -> None:
         if event != "call":
             return
-        question = wanted.get((frame.f_code.co_filename, frame.f_code.co_name))
-        if question is not None and question.name not in found:
-            found[question.name] = _files_on_stack(frame)
+        question = wanted.get((running, frame.f_code.co_filename, frame.f_code.co_name))
+        if question is not None:
+            files = _files_on_stack(frame)
+            if question.name not in found or len(files) < len(found[question.name]):
+                found[question.name] = files
 
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         run = ["output_dir=" + str(place), "name=run", f"model.path={place / 'base'}"]
-        small = [
-            "trainer.max_steps=2",
-            "evaluate.test_examples=4",
-            "evaluate.validation_examples=4",
+        small = ["trainer.max_steps=2", "evaluate.test_examples=2", "evaluate.validation_examples=2"]
+        small += [
+            "evaluate.labels=never",
+            "evaluate.routing_examples=0",
             "save.background=false",
+            "data.max_length=256",
         ]
+        small += ["data.train.cuad.limit=200", "data.validation.cuad.limit=40", "data.test.cuad.limit=40"]
+        small += ["data.too_long=drop", f"data.cache_dir={place / 'cache'}", "export.read_back=never"]
         commands = (
-            ["base", "tiny", str(place / "base")],
+            ["base", "tiny", str(place / "base"), "--kind", "random"],
+            ["train", "quickstart", *run, *small, "export.survival_examples=0", "export.calibration_tokens=512"],
             [
                 "data",
                 "preview",
                 "quickstart",
-                f"model.path={place / 'base'}",
-                f"data.cache_dir={place / 'cache-preview'}",
+                "-n",
+                "1",
+                *run[2:],
+                f"data.cache_dir={place / 'other-cache'}",
+                "data.train.cuad.limit=20",
             ],
-            ["train", "quickstart", *run, *small, f"data.cache_dir={place / 'cache'}", "export.read_back=never"],
-            ["export", str(place / "run"), "--to", "mxfp4", "--out", str(place / "merged")],
+            ["generate", str(place / "run"), "Hello", "--max-tokens", "2"],
+            ["export", str(place / "run"), "--to", "mxfp4", "--out", str(place / "merged"), "--no-verify"],
         )
         for command in commands:
+            running = command[0]
             sys.setprofile(watch)
             try:
                 code = main(command)

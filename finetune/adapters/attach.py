@@ -27,6 +27,7 @@ from finetune.adapters.lora import (
 )
 from finetune.adapters.sites import ExpertRanks, Selection, Site, SiteKind, plan_sites
 from finetune.adapters.store import AdapterFile, load_router_bias
+from finetune.arch import router_path
 from finetune.config.schema import AdapterConfig
 from finetune.errors import CheckError, InputError
 from finetune.files import seeded_generator
@@ -219,7 +220,7 @@ def attach_layer(layer: GptOssDecoderLayer, file: AdapterFile, number: int, devi
     if ROUTER in factors:
         weight = layer.mlp.router.weight  # not written into: it may be the mapped file itself
         weight.data = (weight.float() + dense_update(factors[ROUTER])).to(weight.dtype)
-    if (change := file.router_bias.get(f"model.layers.{number}.mlp.router.bias")) is not None:
+    if (change := file.router_bias.get(f"{router_path(number)}.bias")) is not None:
         bias = layer.mlp.router.bias
         bias.data = (bias.float() + change.to(device)).to(bias.dtype)
     experts = {name: found for name, found in factors.items() if name in EXPERTS}

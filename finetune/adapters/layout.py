@@ -16,17 +16,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from finetune.adapters.config_file import PeftConfig
 from finetune.adapters.sites import Site
-from finetune.config.derive import lora_scale
+from finetune.arch import ATTENTION_PROJECTIONS as ATTENTION
+from finetune.arch import EXPERT_PROJECTIONS as EXPERTS
+from finetune.arch import layer_prefix
 from finetune.errors import InputError
 
 PREFIX = "base_model.model."
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-EXPERTS = ("gate_up_proj", "down_proj")
 ROUTER = "router"
 Number = int | float
 _LAYER = re.compile(r"^model\.layers\.\d+\.")
@@ -51,7 +51,7 @@ def module_path(layer: int, name: str) -> str:
     >>> module_path(3, "down_proj")
     'model.layers.3.mlp.experts.down_proj'
     """
-    return f"model.layers.{layer}.{path_in_layer(name)}"
+    return layer_prefix(layer) + path_in_layer(name)
 
 
 def factor_keys(layer: int, name: str) -> tuple[str, str]:
@@ -188,24 +188,7 @@ class StoredSite:
         return module_path(self.layer, self.name)
 
 
-def refuse_unsupported(config: Mapping[str, Any], directory: Path) -> None:
-    """Raise InputError for what an adapter_config.json asks for and nothing here supports."""
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{directory}: peft_type is {config.get('peft_type')!r}, only LORA can be exported")
-    for key, harmless in (
-        ("use_dora", (None, False)),
-        ("bias", (None, "none")),
-        ("lora_bias", (None, False)),
-        ("modules_to_save", (None, [])),
-        ("fan_in_fan_out", (None, False)),
-    ):
-        if config.get(key) not in harmless:
-            raise InputError(f"{directory}: {key} is {config[key]!r}, which no export here supports")
-
-
-def parse_sites(
-    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: Path
-) -> tuple[StoredSite, ...]:
+def parse_sites(shapes: Mapping[str, tuple[int, ...]], config: PeftConfig, where: Path) -> tuple[StoredSite, ...]:
     """The sites of a file in PEFT's layout, by layer, in the order attention, router, experts.
 
     Args:
@@ -237,20 +220,14 @@ def parse_sites(
     return tuple(sites)
 
 
-def _name(layer: int, module: str, config: Mapping[str, Any]) -> str:
+def _name(layer: int, module: str, config: PeftConfig) -> str:
     """Our name of a module; with one expert parameter alone, PEFT calls it `experts.lora_*` whichever it is."""
     if module == "mlp.experts.base_layer":
         return "gate_up_proj"
     if module == "mlp.experts":
-        alone = _targets(config, layer, "gate_up_proj") and not _targets(config, layer, "down_proj")
-        return "gate_up_proj" if alone else "down_proj"
+        gate_up, down = (config.targets_parameter(module_path(layer, name)) for name in EXPERTS)
+        return "gate_up_proj" if gate_up and not down else "down_proj"
     return module.rpartition(".")[2]
-
-
-def _targets(config: Mapping[str, Any], layer: int, name: str) -> bool:
-    """Whether a layer's expert parameter is targeted, by its full name or by the end of it (as PEFT matches)."""
-    path = module_path(layer, name)
-    return any(f".{path}".endswith(f".{target}") for target in config.get("target_parameters") or ())
 
 
 def _site(
@@ -259,20 +236,19 @@ def _site(
     key_a: str,
     key_b: str,
     shapes: Mapping[str, tuple[int, ...]],
-    config: Mapping[str, Any],
+    config: PeftConfig,
     where: Path,
 ) -> StoredSite:
     path = module_path(layer, name)
-    targets = config.get("target_parameters") or ()
-    if name == ROUTER and any(str(target).endswith("router.weight") for target in targets):
+    if name == ROUTER and config.targets_parameter(f"{path}.weight"):
         path += ".weight"
-    rank = configured_rank(config, path)
+    rank = config.rank(path)
     shape_a, shape_b = shapes[key_a], shapes[key_b]
     flat = len(shape_a) == 2 and len(shape_b) == 2
     rows = shape_a[0] if flat else 0
     if not flat or rows != shape_b[1] or rank < 1 or (rows % rank if name in EXPERTS else rows != rank):
         raise unfit_pair(where, key_a, key_b, shapes, rank)
-    num_experts, scale = rows // rank if name in EXPERTS else 0, configured_scale(config, path, rank)
+    num_experts, scale = rows // rank if name in EXPERTS else 0, config.scale(path, rank)
     return StoredSite(layer, name, rank, scale, num_experts, shape_a[1], shape_b[0], key_a, key_b)
 
 
@@ -282,24 +258,3 @@ def unfit_pair(where: Path, key_a: str, key_b: str, shapes: Mapping[str, tuple[i
         f"{where}: {key_a} {list(shapes[key_a])} and {key_b} {list(shapes[key_b])} are no pair of rank {rank}",
         fix="use the adapter_config.json that was written with the tensors",
     )
-
-
-def configured_rank(config: Mapping[str, Any], path: str) -> int:
-    """Rank of one weight by adapter_config.json."""
-    return int(_patterned(config, "rank_pattern", "r", path))
-
-
-def configured_scale(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """Scale of one weight by adapter_config.json: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-    alpha = float(_patterned(config, "alpha_pattern", "lora_alpha", path))
-    return lora_scale(alpha, rank, rslora=bool(config.get("use_rslora")))
-
-
-def _patterned(config: Mapping[str, Any], patterns: str, default: str, path: str) -> Any:
-    """A setting of one site: the first pattern whose regular expression ends the path (as in PEFT), or the default."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    if not isinstance(config.get(default), int | float) or isinstance(config[default], bool):
-        raise InputError(f"adapter_config.json: {default} is {config.get(default)!r}, not a number")
-    return config[default]

@@ -27,6 +27,10 @@ ROUTER_BIAS = "router_bias.json"  # not safetensors: SGLang reads every such fil
 # ---- the base an adapter belongs to, and finetune.json
 
 
+StorageChanges = Mapping[str, Mapping[str, str | float]]
+"""Part of a base whose storage format changed its values -> `format` and `relative_rms`, see `Base.storage_changes`."""
+
+
 @dataclass(frozen=True)
 class BaseRecord:
     """What an adapter's files record of its base.
@@ -41,7 +45,7 @@ class BaseRecord:
     name: str | None = None
     revision: str | None = None
     identity: str | None = None
-    storage: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    storage: StorageChanges = field(default_factory=dict)
 
     def as_provenance(self) -> dict[str, Any]:
         """As finetune.json has it."""
@@ -116,7 +120,7 @@ def refuse_other_base(base: BaseRecord, identity: str, where: Path) -> None:
         )
 
 
-def warn_other_storage(base: BaseRecord, storage: Mapping[str, Mapping[str, Any]], where: Path) -> None:
+def warn_other_storage(base: BaseRecord, storage: StorageChanges, where: Path) -> None:
     """Warn if an adapter was trained over other values of its base than those it is used with now.
 
     Args:
@@ -124,10 +128,13 @@ def warn_other_storage(base: BaseRecord, storage: Mapping[str, Mapping[str, Any]
         storage: how the base is stored now; empty: as the checkpoint has it.
         where: the adapter, for the message.
     """
-    formats, now = ({part: held["format"] for part, held in record.items()} for record in (base.storage, storage))
+    formats, now = ({part: change["format"] for part, change in record.items()} for record in (base.storage, storage))
     if formats == now:
         return
-    trained = [f"{part} in {held['format']} (off by {held['relative_rms']:.1%})" for part, held in base.storage.items()]
+    trained = [
+        f"{part} in {change['format']} (off by {float(change['relative_rms']):.1%})"
+        for part, change in base.storage.items()
+    ]
     here = ", ".join(f"{part} in {form}" for part, form in now.items()) or "the checkpoint's own values"
     log.warning(
         f"{where} was trained over {', '.join(trained) or 'the checkpoint as it is'}, and is used with {here}: "

@@ -280,8 +280,7 @@ def run_child(script: Path, request: Mapping[str, Any], failure: str, fix: str |
             why=" / ".join(done.stderr.strip().splitlines()[-3:]) or f"exit code {done.returncode}",
             fix=fix,
         )
-    answer: dict[str, Any] = json.loads(results[-1])
-    return answer
+    return dict(json.loads(results[-1]))
 
 
 def _judge(result: ReadBack, problems: dict[str, float], directory: Path, *, exact: bool) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
-from finetune.arch import Arch
+from finetune.arch import Arch, attention_path, experts_path, router_path
 from finetune.config.derive import lora_scale
 from finetune.config.expert_selection import ExpertScores, Score, highest_rank
 from finetune.config.schema import AdapterConfig, ExpertAdapterConfig
@@ -161,22 +161,21 @@ def _layer_range(sites: list[Site]) -> str:
 
 
 def _attention_site(arch: Arch, config: AdapterConfig, layer: int, target: str) -> Site:
-    queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     inputs, out = {
-        "q_proj": (arch.hidden, queries),
-        "k_proj": (arch.hidden, keys),
-        "v_proj": (arch.hidden, keys),
-        "o_proj": (queries, arch.hidden),
+        "q_proj": (arch.hidden, arch.query_size),
+        "k_proj": (arch.hidden, arch.kv_size),
+        "v_proj": (arch.hidden, arch.kv_size),
+        "o_proj": (arch.query_size, arch.hidden),
     }[target]
     rank = config.attention.rank
-    module = f"model.layers.{layer}.self_attn.{target}"
+    module = attention_path(layer, target)
     alpha = config.attention.alpha
     scale = lora_scale(alpha, rank, rslora=config.rslora)
     return Site("attention", layer, module, rank, alpha, scale, rank * (inputs + out))
 
 
 def _router_site(arch: Arch, config: AdapterConfig, layer: int) -> Site:
-    module, router = f"model.layers.{layer}.mlp.router", config.router
+    module, router = router_path(layer), config.router
     if router.mode == "full":
         # The change of a weight [E, D] is the product of the unit matrix and itself: a LoRA of rank E.
         rank = arch.num_experts
@@ -193,7 +192,7 @@ def _expert_site(arch: Arch, config: AdapterConfig, layer: int, chosen: tuple[in
     # gate_up reads D and writes 2F, down reads F and writes D.
     a, b = rank * (arch.hidden + arch.expert_width), rank * (2 * arch.expert_width + arch.hidden)
     parameters = a * (1 if share == "a" else count) + b * (1 if share == "b" else count)
-    module = f"model.layers.{layer}.mlp.experts"
+    module = experts_path(layer)
     alpha = config.experts.alpha
     scale = lora_scale(alpha, rank, rslora=config.rslora)
     return Site("experts", layer, module, rank, alpha, scale, parameters, chosen, share)

@@ -7,7 +7,7 @@ them (`finetune.adapters.provenance`). Equal adapters give equal files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune import log
-from finetune.adapters.config_file import CONFIG, read_adapter_config
+from finetune.adapters.config_file import CONFIG, PeftConfig, read_adapter_config
 from finetune.adapters.layout import (
     StoredSite,
     factor_keys,
@@ -25,7 +25,6 @@ from finetune.adapters.layout import (
     flatten_b,
     lora_config_fields,
     parse_sites,
-    refuse_unsupported,
     site_strengths,
     unflatten,
 )
@@ -33,6 +32,7 @@ from finetune.adapters.lora import Adapter, load_factors, router_bias_changes, s
 from finetune.adapters.provenance import (
     PROVENANCE,
     BaseRecord,
+    StorageChanges,
     read_provenance,
     read_router_bias,
     refuse_other_base,
@@ -48,6 +48,7 @@ from finetune.model.headers import DTYPE_BYTES, read_header
 from finetune.model.nf4 import without_kernel_advice
 
 WEIGHTS = "adapter_model.safetensors"
+_UNSET: dict[str, object] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
 _RECIPE_FIX = "make adapter.attention and adapter.experts in the recipe as they were when it was trained"
 
 
@@ -67,7 +68,7 @@ class AdapterFile:
     """
 
     directory: Path
-    config: dict[str, Any]
+    config: PeftConfig
     base: BaseRecord
     sites: tuple[StoredSite, ...]
     router_bias: Mapping[str, Tensor] = field(default_factory=dict)
@@ -127,7 +128,7 @@ class AdapterFile:
         return {site.name: self.read(site) for site in self.sites if site.layer == number}
 
 
-def read_description(directory: Path) -> tuple[dict[str, Any], BaseRecord]:
+def read_description(directory: Path) -> tuple[PeftConfig, BaseRecord]:
     """adapter_config.json and the base it and finetune.json name; tensors are not looked at.
 
     Raises:
@@ -136,11 +137,9 @@ def read_description(directory: Path) -> tuple[dict[str, Any], BaseRecord]:
     provenance = read_provenance(directory)
     if provenance is None:
         log.warning(f"{directory} has no {PROVENANCE}: whether it belongs to a base can be checked by shapes only")
-    config = read_adapter_config(directory / CONFIG)
-    refuse_unsupported(config, directory)
+    config = read_adapter_config(directory)
     base = provenance.base if provenance else BaseRecord()
-    name, revision = base.name or config.get("base_model_name_or_path"), base.revision or config.get("revision")
-    return config, BaseRecord(name, revision, base.identity, base.storage)
+    return config, replace(base, name=base.name or config.base_name, revision=base.revision or config.base_revision)
 
 
 def read_adapter_into(
@@ -148,7 +147,7 @@ def read_adapter_into(
     adapter: Adapter,
     config: AdapterConfig,
     base_identity: str,
-    base_storage: Mapping[str, Mapping[str, Any]] | None = None,
+    base_storage: StorageChanges | None = None,
 ) -> None:
     """Fill an attached adapter from a directory that an adapter of the same recipe was written to.
 
@@ -188,12 +187,11 @@ def read_adapter_into(
     load_router_bias(adapter, file)
 
 
-def _check_config(file: AdapterFile, fields: Mapping[str, Any]) -> None:
+def _check_config(file: AdapterFile, fields: Mapping[str, object]) -> None:
     # What a recipe does not set must not be set there either.
-    unset: dict[str, Any] = {"use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "target_parameters": []}
-    for name, wanted in {**unset, **fields}.items():
-        found = file.config.get(name) or type(wanted)()
-        same = set(found) == set(wanted) if isinstance(wanted, list) else found == wanted
+    for name, wanted in (_UNSET | dict(fields)).items():
+        found = file.config.settings.get(name) or type(wanted)()
+        same = set(found) == set(wanted) if isinstance(wanted, list) and isinstance(found, list) else found == wanted
         if not same:
             raise InputError(
                 f"{file.directory / CONFIG}: {name} is {found!r}, the recipe's adapter has {wanted!r}", fix=_RECIPE_FIX

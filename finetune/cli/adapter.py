@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune import log
 from finetune.adapters.config_file import resolve_run
-from finetune.cli.arguments import add_action, add_examples
+from finetune.cli.arguments import add_action, add_base, add_examples
 
 USAGE = {
     "show": "finetune adapter show DIR [--json]",
@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory", metavar="DIR", type=Path, help="as PEFT of any version writes it, or factors expert by expert"
     )
     read.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")
-    read.add_argument("--base", metavar="BASE", help="directory or hub name of its base: checked and recorded")
-    read.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
+    add_base(read, "directory or hub name of its base: checked and recorded")
     combine = add_action(actions, "combine", "combine adapters of one base into one", usage=USAGE["combine"])
     combine.add_argument("parts", metavar="DIR:WEIGHT", nargs="+", help="an adapter and its weight (default: 1)")
     combine.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")

@@ -138,6 +138,12 @@ def add_recipe(parser: argparse.ArgumentParser, usage: str) -> None:
     )
 
 
+def add_base(parser: argparse.ArgumentParser, what: str = "directory or hub name (default: the adapter's own)") -> None:
+    """Add `--base` and `--revision`."""
+    parser.add_argument("--base", metavar="BASE", help=what)
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
+
+
 def recipe_and_overrides(args: argparse.Namespace) -> tuple[str, list[str]]:
     """Split what `add_recipe` collected.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune import log
 from finetune.adapters.config_file import resolve_run
-from finetune.cli.arguments import add_examples
+from finetune.cli.arguments import add_base, add_examples
 from finetune.config.suggest import suggest_word
 from finetune.errors import ConfigError
 from finetune.export.options import (
@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="TARGET", required=True, help="target (see below)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="output; must not exist (default: RUN/export/TARGET)")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, tensor by tensor")
-    parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
+    add_base(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not verify the result in a fresh process")
     parser.add_argument(
         "--gguf-experts", choices=("bf16", "mxfp4"), default="bf16", help="how a merged GGUF stores experts"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import log
 from finetune.adapters.config_file import resolve_run
-from finetune.cli.arguments import add_examples
+from finetune.cli.arguments import add_base, add_examples
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="the user's message; - reads standard input")
     parser.add_argument("--which", choices=WHICH, default="both", help="base, base + adapter, or both (default)")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end instead of streaming")
+    add_conversation(parser)
     add_sampling(parser)
     add_examples(
         parser,
@@ -36,11 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `generate` and `chat` share."""
+def add_conversation(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the prompt that `generate` and `chat` share."""
     parser.add_argument("--developer", metavar="TEXT", help="instructions, as harmony's developer message")
     parser.add_argument("--effort", choices=("low", "medium", "high"), help="reasoning effort (default: the run's)")
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="new tokens at most (default: 256)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of sampling and of the base, which `evaluate` has too."""
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="new tokens per answer (default: 256)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token"
     )
@@ -48,8 +53,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=1.0, metavar="P", help="share of probability to choose among (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
-    parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
+    add_base(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as in the run")
 
 

@@ -226,5 +226,5 @@ def _mapping(pairs: Mapping[str, str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A YAML scalar that reads as this text whatever its characters."""
+    """Quote any text as a YAML scalar."""
     return json.dumps(text, ensure_ascii=False)

@@ -131,7 +131,7 @@ def _values(text: str) -> list[str]:
 
 
 def _run_one(recipe: str, overrides: Sequence[str]) -> int:
-    """Run in a separate process; Ctrl-C reaches it too, and its end is awaited."""
+    """Run in a separate process and wait for its end; Ctrl-C reaches it too."""
     command = [sys.executable, "-c", "from finetune.cli.main import entry; entry()", "train", recipe, *overrides]
     with subprocess.Popen(command, stdout=sys.stderr) as process:
         while True:

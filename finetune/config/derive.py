@@ -6,9 +6,9 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from finetune.config.expert_selection import highest_rank, parse_rank_by, parse_select, require_file
+from finetune.config.fields import Plain
 from finetune.config.paths import HUB_PREFIX, fix_for_missing_data, is_glob, matching_files, resolve_data_path
 from finetune.config.rules import DEEPSPEED
 from finetune.config.schema import ExpertAdapterConfig, RunConfig, SourceConfig
@@ -18,7 +18,7 @@ from finetune.errors import InputError
 NEVER = 10**9
 
 
-def deepspeed_settings(config: RunConfig) -> dict[str, Any] | None:
+def deepspeed_settings(config: RunConfig) -> Plain | None:
     """Build DeepSpeed's settings, shown by `config show` and a dry run and stored in the run directory.
 
     DeepSpeed sees only the adapter: the base's tensors are no parameters to it. The optimiser is torch's AdamW, as
@@ -31,7 +31,7 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any] | None:
         return None
     trainer = config.trainer
     stage = int(config.distributed.kind.removeprefix("zero"))
-    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
+    zero: Plain = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # shard small tensors too: the adapter consists of them
     return {
@@ -177,7 +177,7 @@ def _data_fix(path: str) -> str:
 
 
 def absolute_paths(config: RunConfig, start: Path) -> RunConfig:
-    """A recipe whose relative paths are made absolute, so that it means the same from any working directory.
+    """Make a recipe's relative paths absolute, so that it means the same from any working directory.
 
     Args:
         config: the recipe. Names on the hub and `shipped://` paths stay; so does `output_dir`, which only places new

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from finetune.config.derive import absolute_paths
+from finetune.config.fields import Plain
 from finetune.config.layers import COMMAND_LINE, Layer, read_yaml
 from finetune.config.lint import Problem, raise_problems, unknown_key, unknown_keys
 from finetune.config.old_keys import with_current_keys
@@ -36,7 +37,7 @@ from finetune.errors import ConfigError, InputError
 _OUT_OF_RANGE = ("finite_number", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
-def validate(plain: Mapping[str, Any], layers: Sequence[Layer] = ()) -> RunConfig:
+def validate(plain: Plain, layers: Sequence[Layer] = ()) -> RunConfig:
     """Check a composed configuration against the schema and its rules.
 
     Args:
@@ -52,7 +53,7 @@ def validate(plain: Mapping[str, Any], layers: Sequence[Layer] = ()) -> RunConfi
     return config
 
 
-def parse(plain: Mapping[str, Any], root: Any = RunConfig) -> tuple[Any, list[Problem]]:
+def parse(plain: Plain, root: Any = RunConfig) -> tuple[Any, list[Problem]]:
     """Check plain data against the types and ranges of the schema.
 
     Args:
@@ -69,9 +70,9 @@ def parse(plain: Mapping[str, Any], root: Any = RunConfig) -> tuple[Any, list[Pr
         return None, [_problem(details, root) for details in error.errors()]
 
 
-def to_plain(config: RunConfig) -> dict[str, Any]:
+def to_plain(config: RunConfig) -> Plain:
     """Turn a configuration into nested dicts, lists and scalars, every default written out."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    plain: Plain = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
 
 
@@ -90,7 +91,7 @@ def load_run_config(path: Path) -> RunConfig:
         ConfigError: it is not what `dump_yaml` writes.
     """
     if not path.is_file():
-        raise InputError(f"{path} is missing", why="a run directory holds the configuration it was started with")
+        raise InputError(f"{path} is missing", why="a run directory contains the configuration it was started with")
     layer = with_current_keys(read_yaml(path), stored=True)
     config = validate(layer.data, [layer])
     start = _started_in(path.with_name("manifest.json"))
@@ -136,7 +137,7 @@ def resumed_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return validate(plain, [layer])
 
 
-def _share_micro_batches(plain: dict[str, Any], config: RunConfig) -> None:
+def _share_micro_batches(plain: Plain, config: RunConfig) -> None:
     """Give each rank its share of a step's micro-batches, whose total stays the same."""
     ranks = plain["distributed"]["num_processes"]
     total = config.trainer.gradient_accumulation_steps * config.distributed.num_processes

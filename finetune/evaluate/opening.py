@@ -86,7 +86,7 @@ def open_model(
 def _as_trained_over(settings: ModelConfig, base: BaseRecord) -> ModelConfig:
     """Settings that store the base as in training, where that changed its values: an adapter alone records it too."""
     if "experts" in base.storage:
-        settings = replace(settings, expert_storage=base.storage["experts"]["format"])
+        settings = replace(settings, expert_storage=base.storage["experts"]["format"])  # type: ignore[arg-type]
     if "attention" in base.storage:
-        settings = replace(settings, attention_storage=base.storage["attention"]["format"])
+        settings = replace(settings, attention_storage=base.storage["attention"]["format"])  # type: ignore[arg-type]
     return settings

@@ -18,7 +18,7 @@ from finetune.export.base import check_base, check_fits, find_base, known_arch
 from finetune.export.card import write_card
 from finetune.export.factors import refuse_swapped
 from finetune.export.options import CARD, RECORD, AdapterTarget, ExportOptions
-from finetune.export.record import ExportRecord, Skipped
+from finetune.export.record import ExportRecord, Skipped, as_json
 from finetune.export.targets.gguf_lora import FILE, gguf_lora_commands, gguf_lora_tensors, write_gguf_lora
 from finetune.export.targets.mlx import MLX_WEIGHTS, mlx_commands, mlx_config, mlx_tensors
 from finetune.export.targets.peft import adapts_every_layer, peft_contents, served_rank, vllm_command
@@ -117,7 +117,7 @@ def _contents(
         case "peft":
             tensors, fields = peft_contents(
                 ((number, adapter.layer(number)) for number in adapter.layers),
-                rslora=bool(adapter.config.get("use_rslora")),
+                rslora=adapter.config.use_rslora,
                 every_layer=adapts_every_layer(adapter, arch),
                 rank=served_rank(adapter.max_rank) if options.pad_rank else None,
             )
@@ -160,7 +160,7 @@ def _finish(
         record.verification = Skipped("--no-verify")
     write_card(staging / CARD, record, run, commands)
     files = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
-    write_json(staging / RECORD, record.as_json() | {"files": files})
+    write_json(staging / RECORD, as_json(record) | {"files": files})
 
 
 def _describe(contents: Contents, target: AdapterTarget) -> list[str]:

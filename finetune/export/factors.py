@@ -115,7 +115,7 @@ def is_swapped(adapter: AdapterFile, arch: Arch | None) -> bool:
     """
     gate_ups = [site for site in adapter.sites if site.name == "gate_up_proj"]
     downs = [site for site in adapter.sites if site.name == "down_proj"]
-    by_release = adapter.config.get("peft_version") == SWAPPING_RELEASE
+    by_release = adapter.config.peft_version == SWAPPING_RELEASE
     if gate_ups:
         return _gate_up_is_swapped(gate_ups[0], downs, adapter, arch, by_release)
     if downs and arch is not None and arch.hidden != arch.expert_width:

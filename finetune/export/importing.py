@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finetune import log
 from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
+from finetune.adapters.config_file import PeftConfig
 from finetune.adapters.layout import EXPERTS, StoredSite
 from finetune.adapters.store import WEIGHTS, AdapterFile, read_description, write_directory
 from finetune.arch import Arch
@@ -110,7 +111,7 @@ def _read(directory: Path, options: ExportOptions) -> Imported:
     file = AdapterFile.open(directory)
     base, arch = _base(file, options)
     layers = {number: file.layer(number) for number in file.layers}
-    layout = f"PEFT {file.config.get('peft_version') or 'of an unknown version'}"
+    layout = f"PEFT {file.config.peft_version or 'of an unknown version'}"
     if is_swapped(file, arch):
         layers = {
             number: {name: swapped_back(factors) if name in EXPERTS else factors for name, factors in layer.items()}
@@ -119,7 +120,7 @@ def _read(directory: Path, options: ExportOptions) -> Imported:
         sites = tuple(replace(s, inputs=s.out, out=s.inputs) if s.name in EXPERTS else s for s in file.sites)
         file = replace(file, sites=sites)
         layout += f", expert factors swapped as {SWAPPING_RELEASE} did, turned the right way round"
-    return Imported(file, base, arch, layers, layout, bool(file.config.get("use_rslora")))
+    return Imported(file, base, arch, layers, layout, file.config.use_rslora)
 
 
 def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
@@ -134,7 +135,7 @@ def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
 
 def _read_compact(directory: Path, options: ExportOptions) -> Imported:
     compact = read_compact(directory)
-    file = AdapterFile(directory, {}, compact.base, (), compact.router_bias)
+    file = AdapterFile(directory, PeftConfig({}), compact.base, (), compact.router_bias)
     base, arch = _base(file, options)
     layers = compact.layers()
     layout = "an adapter in compact form"

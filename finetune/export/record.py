@@ -1,10 +1,10 @@
-"""What export.json records of an export, as classes with fields; `as_json` gives the file's form."""
+"""The contents of export.json as classes with fields; `as_json` gives the file's form."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune import __version__
@@ -15,26 +15,38 @@ if TYPE_CHECKING:
     from finetune.export.survival.weights import Survival
 
 
+NULL = {"null": True}
+"""Metadata of a field that is written as null where it is None; other fields are then left out."""
+
+
+def as_json(record: Any) -> dict[str, Any]:
+    """A record as export.json has it: its fields in order, but for those that are None (see `NULL`)."""
+    values = ((each, getattr(record, each.name)) for each in fields(record))
+    return {each.name: _plain(value) for each, value in values if value is not None or "null" in each.metadata}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "as_json"):  # a record with a form of its own
+        return value.as_json()
+    if is_dataclass(value):
+        return as_json(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 @dataclass(frozen=True)
 class Skipped:
-    """A check that was not made."""
+    """A check that was not made, and why."""
 
-    reason: str
-
-    def as_json(self) -> dict[str, str]:
-        """As export.json has it."""
-        return {"skipped": self.reason}
+    skipped: str
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A check that failed."""
+    """A check that failed, and how."""
 
-    what: str
-
-    def as_json(self) -> dict[str, str]:
-        """As export.json has it."""
-        return {"failed": self.what}
+    failed: str
 
 
 @dataclass(frozen=True)
@@ -52,10 +64,6 @@ class AdapterCheck:
     kinds: Mapping[str, int]
     zeros: int
     max_relative_difference: float
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -90,25 +98,20 @@ class LogitsCheck:
     Attributes:
         samples: examples compared.
         dtype: computed in.
+        limit: of the difference to `merged` that rounding explains (`finetune.model.noise`).
+        problems: keys that did not load cleanly; none.
         adapted: against the live base + adapter.
         base: against the plain base.
         merged: against our own reader of the files; for MXFP4 only.
-        limit: of the difference to `merged` that rounding explains (`finetune.model.noise`).
     """
 
     samples: int
     dtype: str
+    limit: float | None
+    problems: Mapping[str, list[str]]
     adapted: LogitsDistance
     base: LogitsDistance
     merged: LogitsDistance | None = None
-    limit: float | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        record: dict[str, Any] = {"samples": self.samples, "dtype": self.dtype}
-        record |= ({"limit": self.limit} if self.limit is not None else {}) | {"problems": {}}
-        distances = {"adapted": self.adapted, "base": self.base, "merged": self.merged}
-        return record | {name: asdict(found) for name, found in distances.items() if found is not None}
 
 
 @dataclass(frozen=True)
@@ -118,35 +121,41 @@ class MergeCheck:
     weights: WeightsCheck
     logits: LogitsCheck | Skipped
 
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        return {"weights": asdict(self.weights), "logits": self.logits.as_json()}
-
 
 Verification = AdapterCheck | MergeCheck | Skipped | Failed
 
 
-@dataclass
+@dataclass(frozen=True)
+class AdapterOrigin:
+    """The adapter that an export is made from: its directory, the SHA-256 of its weights, and its number of sites."""
+
+    directory: str
+    sha256: str
+    sites: int
+
+
+@dataclass(kw_only=True)
 class ExportRecord:
-    """export.json; filled while the export goes on.
+    """export.json, but for the hashes of the files; filled while the export goes on.
 
     Attributes:
+        written_by, written: this tool and its version, date and time.
         target: of the export.
-        base: that the export is made for or from.
-        adapter: directory, SHA-256 of the weights, and number of sites of the adapter.
-        written: date and time.
         experts: how a merge stores experts, `bf16` or `mxfp4`; None for an adapter.
+        base: that the export is made for or from.
+        adapter: that it is made from.
         updates: norm of each update by tensor; None for an adapter.
         file: name of a merged GGUF file.
         survival: of a merge to MXFP4.
         verification: its outcome.
     """
 
-    target: str
-    base: BaseRecord
-    adapter: Mapping[str, Any]
+    written_by: str = f"gpt-oss-finetune {__version__}"
     written: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+    target: str
     experts: str | None = None
+    base: BaseRecord
+    adapter: AdapterOrigin
     updates: Mapping[str, float] | None = None
     file: str | None = None
     survival: Survival | None = None
@@ -155,33 +164,11 @@ class ExportRecord:
     @classmethod
     def of(cls, target: str, base: BaseRecord, adapter: AdapterFile) -> ExportRecord:
         """The record of an export that begins."""
-        source = {
-            "directory": str(adapter.directory.resolve()),
-            "sha256": sha256_of(adapter.directory / WEIGHTS),
-            "sites": len(adapter.sites),
-        }
-        return cls(target, base, source)
+        digest = sha256_of(adapter.directory / WEIGHTS)
+        origin = AdapterOrigin(str(adapter.directory.resolve()), digest, len(adapter.sites))
+        return cls(target=target, base=base, adapter=origin)
 
     @property
     def is_merged(self) -> bool:
         """Whether the export has the base's weights."""
         return self.experts is not None
-
-    @property
-    def written_by(self) -> str:
-        """This tool and its version."""
-        return f"gpt-oss-finetune {__version__}"
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it, but for the hashes of the files."""
-        record: dict[str, Any] = {"written_by": self.written_by, "written": self.written, "target": self.target}
-        if self.experts is not None:
-            record["experts"] = self.experts
-        record |= {"base": self.base.as_json(), "adapter": dict(self.adapter)}
-        optional = {
-            "updates": self.updates and dict(self.updates),
-            "file": self.file,
-            "survival": self.survival and self.survival.as_json(),
-            "verification": self.verification and self.verification.as_json(),
-        }
-        return record | {name: value for name, value in optional.items() if value is not None}

@@ -75,8 +75,8 @@ def as_json(adapter: AdapterFile, sites: list[SiteMeasurement]) -> dict[str, Any
         "base_revision": adapter.base.revision,
         "base_identity": adapter.base.identity,
         "base_held_as": dict(adapter.base.storage),
-        "peft_version": adapter.config.get("peft_version"),
-        "use_rslora": bool(adapter.config.get("use_rslora")),
+        "peft_version": adapter.config.peft_version,
+        "use_rslora": adapter.config.use_rslora,
         "num_parameters": sum(site.num_parameters for site in sites),
         "norm": math.hypot(*(site.norm for site in sites)),
         "sites": [asdict(site) for site in sites],
@@ -88,13 +88,13 @@ def as_lines(adapter: AdapterFile, sites: list[SiteMeasurement]) -> list[str]:
     identity = (adapter.base.identity or "not recorded")[:12]
     revision = f" at {adapter.base.revision}" if adapter.base.revision else ""
     parameters = sum(site.num_parameters for site in sites)
-    scale = "alpha / sqrt(rank), rsLoRA" if adapter.config.get("use_rslora") else "alpha / rank"
+    scale = "alpha / sqrt(rank), rsLoRA" if adapter.config.use_rslora else "alpha / rank"
     lines = [
         f"{adapter.directory}: {parameters:,} parameters in {len(sites)} sites, scale = {scale}",
         f"base: {adapter.base.name or 'not named'}{revision}, identity {identity}",
         *(
-            f"trained over {part} in {held['format']}, {held['relative_rms']:.1%} off the checkpoint's"
-            for part, held in adapter.base.storage.items()
+            f"trained over {part} in {change['format']}, {float(change['relative_rms']):.1%} off the checkpoint's"
+            for part, change in adapter.base.storage.items()
         ),
         f"{'site':<13} {'layers':<12} {'rank':>5} {'scale':>8} {'norm':>10}  largest",
     ]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
@@ -41,6 +41,15 @@ CHILDREN = Path(__file__).with_name("children")
 NUM_EXAMPLES = 4
 MAX_MEAN_KL = 1e-2  # bfloat16 rounds every merged weight, and a token near a tie then takes another expert
 MAX_KL_SHARE = 0.05  # of the KL between plain base and adapter; measured 0.0007
+
+
+@dataclass(frozen=True)
+class WeightsAnswer:
+    """The result of `children/weights.py`: problems by tensor, number of comparisons, norms of updates by tensor."""
+
+    problems: dict[str, str]
+    compared: int
+    updates: dict[str, dict[str, float]]
 
 
 def verify_adapter(adapter: AdapterFile, target: AdapterTarget, directory: Path) -> AdapterCheck:
@@ -101,8 +110,8 @@ def verify_merged(
 
 def compare_weights(
     plan: MergePlan, target: MergedTarget, directory: Path, tallies: Mapping[str, Tally]
-) -> dict[str, Any]:
-    """Compare every weight in a fresh process; its answer (`problems` by tensor, `compared`, `updates`)."""
+) -> WeightsAnswer:
+    """Compare every weight in a fresh process."""
     biases = plan.adapter.router_bias
     request = {
         "base": str(plan.checkpoint.directory),
@@ -123,7 +132,7 @@ def compare_weights(
             for site in plan.adapter.sites
         ],
     }
-    return run_child(CHILDREN / "weights.py", request, f"{directory} could not be read back")
+    return WeightsAnswer(**run_child(CHILDREN / "weights.py", request, f"{directory} could not be read back"))
 
 
 def _check_weights(
@@ -131,13 +140,13 @@ def _check_weights(
 ) -> WeightsCheck:
     log.info("comparing every weight with base + update in a fresh process ...")
     answer = compare_weights(plan, target, directory, tallies)
-    if answer["problems"]:
-        name, problem = next(iter(answer["problems"].items()))
+    if answer.problems:
+        name, problem = next(iter(answer.problems.items()))
         raise CheckError(
             f"{name} is wrong in the merged checkpoint: {problem}",
-            why=f"{len(answer['problems'])} tensors are wrong, {answer['compared']} comparisons were made",
+            why=f"{len(answer.problems)} tensors are wrong, {answer.compared} comparisons were made",
         )
-    check = WeightsCheck(len(answer["updates"]), answer["compared"], answer["updates"])
+    check = WeightsCheck(len(answer.updates), answer.compared, answer.updates)
     rule = "to the last bit of bfloat16"
     if plan.target == "mxfp4":
         nearest = "no block further from it than the base"
@@ -188,7 +197,7 @@ def compare_logits(plan: MergePlan, directory: Path, examples: Sequence[Example]
         raise CheckError(f"{directory} did not load cleanly with transformers: {answer['problems']}")
     distances = {name: LogitsDistance(**answer[name]) for name in ("adapted", "base", "merged") if name in answer}
     limit = tensors["limit.merged"].item() if "limit.merged" in tensors else None
-    check = LogitsCheck(len(examples), request["dtype"], **distances, limit=limit)
+    check = LogitsCheck(len(examples), request["dtype"], limit, {}, **distances)
     _judge_logits(check, directory)
     found = check.adapted
     log.info(

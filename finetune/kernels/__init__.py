@@ -1,4 +1,4 @@
-"""Numerical kernels that know tensors but no model: experts with LoRA, attention with sinks, the loss head.
+"""Numerical kernels on tensors, independent of transformers: experts with LoRA, attention with sinks, the loss head.
 
 `experts` and `attention` are the references in plain PyTorch, the specification; `experts_fused` (with
 `experts_triton`) and `flash` are faster equals, and `choice` decides between them. `dispatch` sorts tokens by expert,

@@ -34,24 +34,24 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, tokens_per_chunk: i
     return _TokenNll.apply(hidden, head, targets, tokens_per_chunk)
 
 
-def answer_scores(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden[rows] @ head.T)[targets], without gradient, where many targets share a hidden state.
+def answer_scores(hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden[positions] @ head.T)[targets], without gradient, where many targets share a hidden state.
 
     Args:
         hidden: [M, D].
         head: [V, D].
-        rows: int64 [N], indices into hidden.
+        positions: int64 [N], indices into hidden.
         targets: int64 [N].
 
     Returns:
         float32 [N] in nats, and bool [N], whether no token is likelier than the target.
     """
-    result = hidden.new_empty(len(rows), dtype=torch.float32)
-    is_likeliest = torch.zeros(len(rows), dtype=torch.bool, device=hidden.device)
+    result = hidden.new_empty(len(positions), dtype=torch.float32)
+    is_likeliest = torch.zeros(len(positions), dtype=torch.bool, device=hidden.device)
     for start in range(0, len(hidden), TOKENS_PER_CHUNK):
         logits = _logits(hidden[start : start + TOKENS_PER_CHUNK], head)
-        here = (rows >= start) & (rows < start + TOKENS_PER_CHUNK)
-        picked = rows[here] - start
+        here = (positions >= start) & (positions < start + TOKENS_PER_CHUNK)
+        picked = positions[here] - start
         wanted = logits[picked, targets[here]]
         is_likeliest[here] = wanted == logits.amax(-1)[picked]
         _, log_total = _exponentials(logits)

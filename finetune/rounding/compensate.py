@@ -29,7 +29,7 @@ _SCALE_CANDIDATE_MANTISSA = 7 / 8  # of 8 steps: above, 8 of the doubled scale i
 
 @dataclass(frozen=True)
 class Settings:
-    """How hard to try; the defaults won in the measurements of docs/guide/mxfp4.md.
+    """Effort of the solver; the defaults won in the measurements of docs/guide/mxfp4.md.
 
     Attributes:
         damping: of the moments in the error feedback, relative to the mean of their diagonal.

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from finetune import log
 from finetune.adapters.attach import attach_layer
-from finetune.adapters.layout import EXPERTS
 from finetune.adapters.store import AdapterFile
-from finetune.arch import experts_path
+from finetune.arch import EXPERT_PROJECTIONS, experts_path
 from finetune.config.schema import ModelConfig
 from finetune.kernels.experts import LoraFactors, clamped_swiglu
 from finetune.model.build import LayerStream
@@ -110,7 +109,7 @@ def round_layers(
     Raises:
         CheckError: inputs of an expert are not finite.
     """
-    wanted = sorted({site.layer for site in adapter.sites if site.name in EXPERTS})
+    wanted = sorted({site.layer for site in adapter.sites if site.name in EXPERT_PROJECTIONS})
     missing = [number for number in wanted if not rounded.has(number)]
     if not missing:
         return
@@ -126,7 +125,7 @@ def round_layers(
         for number in range(missing[-1] + 1):
             inputs = _run_layer(stream, number, hidden, calibration, adapter)
             if number in missing:
-                factors = {name: found for name, found in adapter.layer(number).items() if name in EXPERTS}
+                factors = {name: found for name, found in adapter.layer(number).items() if name in EXPERT_PROJECTIONS}
                 rounded.add(number, round_layer(checkpoint, number, factors, inputs, settings, at_once))
             progress.advance(details=rounded.progress(number))
 
@@ -192,7 +191,7 @@ def round_layer(
         last = min(first + experts_at_once, checkpoint.arch.num_experts)
         own = [expert_inputs(inputs, expert) for expert in range(first, last)]
         gate_up: tuple[Tensor, Tensor] | None = None  # values and bias that make the down projection's inputs
-        for name in EXPERTS:
+        for name in EXPERT_PROJECTIONS:
             path = experts_path(number, name)
             chunk = _read_chunk(checkpoint, path, factors.get(name), first, last, own[0].x.device)
             if name in factors:

@@ -167,8 +167,8 @@ def test_a_plan_fits_and_keeps_the_step() -> None:
     assert plan.config == compose("legal_20b", as_text(plan.overrides).split()).config
     large = make_plan(config, base, CARD, gpus=1)
     assert large is not None and large.config.trainer.micro_batch_size > config.trainer.micro_batch_size
-    rows = [c.trainer.micro_batch_size * c.trainer.gradient_accumulation_steps for c in (config, large.config)]
-    assert rows[0] == rows[1]
+    sequences = [c.trainer.micro_batch_size * c.trainer.gradient_accumulation_steps for c in (config, large.config)]
+    assert sequences[0] == sequences[1]
     assert make_plan(config, base, Budget.of_card(8), gpus=1) is None
 
 

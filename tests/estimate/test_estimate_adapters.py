@@ -101,7 +101,7 @@ def test_a_share_of_the_use_is_counted_as_all_at_most(tiny_base: Path) -> None:
 
 
 def test_experts_without_an_update_take_no_time(tiny_base: Path) -> None:
-    """2 of 8 experts: a quarter of the rows' thin products, (2 D + 3 F) multiplications a rank each."""
+    """2 of 8 experts: a quarter of the LoRA products of the routed tokens, (2 D + 3 F) multiplications per rank."""
     info = find_base(str(tiny_base))
     assert info is not None
     base, recipe = info.arch, compose("quickstart", [f"model.path={tiny_base}"]).config

@@ -1,4 +1,4 @@
-"""The estimate of a step against the bytes that a real step has alive, with the peak at one moment or another."""
+"""The estimate of a step against the bytes that a real step allocates, with the peak at one moment or another."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CASES = {
     "nothing recomputed": ("experts", EXPERTS, {"checkpointing": False}),
     "bfloat16, accumulated": ("experts", EXPERTS, {"dtype": "bfloat16", "gradient_accumulation_steps": 2}),
     "high ranks": ("experts", EXPERTS, {"tokens": 64, "ranks": (32, 32), "chunk": 1}),
-    "several rows, attention only": ("experts", EXPERTS, {"tokens": 256, "rows": 2, "ranks": (4, 0)}),
-    "several rows, experts only": ("experts", EXPERTS, {"tokens": 256, "rows": 2, "ranks": (0, 4)}),
+    "several sequences, attention only": ("experts", EXPERTS, {"tokens": 256, "sequences": 2, "ranks": (4, 0)}),
+    "several sequences, experts only": ("experts", EXPERTS, {"tokens": 256, "sequences": 2, "ranks": (0, 4)}),
     "narrow adapter": (
         "experts",
         EXPERTS,
@@ -46,7 +46,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def reference_step(config: RunConfig, directory: Path, busiest_chunk: float) -> StepProfile:
-    """What `measure` ran: the kernels of a freshly loaded base, samples of half a row, the routing that was found."""
+    """The step that `measure` ran: the kernels of a freshly loaded base, examples of half a sequence, its routing."""
     info = find_base(str(directory))
     assert info is not None
     step = step_profile(config, info.arch, on_gpu=False)

@@ -110,7 +110,7 @@ def test_another_recipe_with_odd_records(
         "another recipe than the run's is scored; what was trained on is the run's own data",
     ):
         assert expected in notes and expected in readme
-    assert "did you mean" in said and "test: 8 rows" in said
+    assert "did you mean" in said and "test: 8 examples" in said
     # The run's training rows, not the recipe's: of those the last test row is one.
     assert found["contamination"]["rows"] == 6
     assert read(workplace / "train.jsonl")[0]["id"] in found["contamination"]["seen_ids"]

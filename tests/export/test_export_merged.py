@@ -13,6 +13,7 @@ from merging import GATE_UP, IDS, without_provenance, zero_b
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
+from finetune.adapters.config_file import PeftConfig
 from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.store import AdapterFile
 from finetune.arch import Arch
@@ -77,7 +78,7 @@ def test_rounding_is_nearest_and_never_further_than_the_base(size: float) -> Non
 def test_planned_bytes_of_the_published_models(size: str, total: int, adapter: Path) -> None:
     config = json.loads((shipped_dir("data") / "tokenizer" / f"gpt-oss-{size}" / "config.json").read_text())
     checkpoint = Checkpoint(Path("nowhere"), config, Arch.from_config(config, "config.json"), {})
-    source = AdapterFile(adapter, {}, BaseRecord(), ())
+    source = AdapterFile(adapter, PeftConfig({}), BaseRecord(), ())
     plan = plan_merge(checkpoint, source, "bf16")
     assert plan.num_bytes == total
     assert max(shard.num_bytes for shard in plan.shards) <= 5_000_000_000

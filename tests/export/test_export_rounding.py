@@ -191,8 +191,8 @@ def test_the_verification_finds_a_byte_that_is_not_what_was_rounded(
     for name, figures in facts["survival"]["tensors"].items():
         tally = sums[f"{name}_blocks"]
         tally.kept, tally.missed = figures["survival"] * tally.wanted, figures["error"] ** 2 * tally.wanted
-    assert compare_weights(plan, "mxfp4", out, sums)["problems"] == {}
-    problems = compare_weights(plan, "mxfp4", bad, sums)["problems"]
+    assert compare_weights(plan, "mxfp4", out, sums).problems == {}
+    problems = compare_weights(plan, "mxfp4", bad, sums).problems
     assert problems.keys() == {stem, f"{stem}_bias"}
 
 
@@ -216,8 +216,8 @@ def test_the_verification_finds_one_wrong_code(merged: tuple[Path, dict[str, Any
     tensors[f"{stem}_blocks"][2, 5, 0, 3] ^= 1
     save_file(tensors, shard, metadata={"format": "pt"})
     plan = plan_merge(base_of(run), AdapterFile.open(run / "adapter"), "mxfp4", "compensated")
-    assert compare_weights(plan, "mxfp4", out, sums)["problems"] == {}
-    assert "not those" in compare_weights(plan, "mxfp4", bad, sums)["problems"][stem]
+    assert compare_weights(plan, "mxfp4", out, sums).problems == {}
+    assert "not those" in compare_weights(plan, "mxfp4", bad, sums).problems[stem]
 
 
 def test_running_layer_by_layer_is_running_the_model(run: Path) -> None:

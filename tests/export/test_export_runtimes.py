@@ -123,7 +123,7 @@ def test_verification_finds_every_wrong_tensor(
     plan = plan_merge(Checkpoint.open(small_base), AdapterFile.open(adapter), "bf16")
     updates = json.loads((exported("bf16") / "export.json").read_text())["updates"]
     tallies = {name: Tally(wanted=norm**2) for name, norm in updates.items()}
-    problems = compare_weights(plan, "bf16", bad, tallies)["problems"]
+    problems = compare_weights(plan, "bf16", bad, tallies).problems
     assert problems == {
         "model.extra": "unexpected",
         "model.layers.1.self_attn.sinks": "missing",

@@ -64,8 +64,8 @@ def prepared(directory: Path) -> tuple[Base, Adapter]:
 
 def test_the_experts_run_twice_and_gradients_stay_the_same(tiny_base: Path, dequantised: list[str]) -> None:
     base, adapter = prepared(tiny_base)
-    shape = base.checkpoint.arch
-    projections = shape.num_layers * 2 * (shape.num_experts // 4)
+    arch = base.checkpoint.arch
+    projections = arch.num_layers * 2 * (arch.num_experts // 4)
 
     def counted() -> tuple[list[Tensor], int, int, int]:
         dequantised.clear()
@@ -80,8 +80,8 @@ def test_the_experts_run_twice_and_gradients_stay_the_same(tiny_base: Path, dequ
 
     assert plain_calls == calls == 2 * projections
     assert usual_calls == 3 * projections, "control: without our contexts the experts run three times"
-    assert plain_sorts == sorts == shape.num_layers, "the host waits once a layer, in the forward pass"
-    assert usual_sorts == 2 * shape.num_layers
+    assert plain_sorts == sorts == arch.num_layers, "the host waits once a layer, in the forward pass"
+    assert usual_sorts == 2 * arch.num_layers
     assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(plain, usual, strict=True))
     assert all(grad.abs().sum() > 0 for grad in ours)

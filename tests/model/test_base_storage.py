@@ -141,9 +141,9 @@ class TestNf4:
         check_storage(nf4, NF4)
         check_storage(native, BaseStorage())
         sizes = {line.part: line.num_bytes for line in nf4 if line.format == "nf4"}
-        shape = nf4_base.checkpoint.arch
-        experts = shape.num_layers * shape.num_experts * 3 * shape.hidden * shape.expert_width
-        attention = shape.num_layers * 2 * shape.hidden * (shape.query_size + shape.kv_size)
+        arch = nf4_base.checkpoint.arch
+        experts = arch.num_layers * arch.num_experts * 3 * arch.hidden * arch.expert_width
+        attention = arch.num_layers * 2 * arch.hidden * (arch.query_size + arch.kv_size)
         assert sizes == {"expert weights": experts * 9 // 16, "attention weights": attention * 9 // 16}  # 4.5 bits
         for lines, wanted in ((nf4, BaseStorage()), (native, NF4), (nf4, BaseStorage(experts="nf4"))):
             with pytest.raises(CheckError, match=r"stored as"):
@@ -249,8 +249,8 @@ class TestSameFunction:
         with torch.no_grad():
             assert torch.equal(logits(host.model, tokens()), logits(native_base.model, tokens()))
         (line,) = [line for line in storage_table(host.model) if line.part == "input embedding"]
-        shape = host.checkpoint.arch
-        assert (line.format, line.device, line.num_bytes) == ("bfloat16", "cpu", shape.vocab_size * shape.hidden * 2)
+        arch = host.checkpoint.arch
+        assert (line.format, line.device, line.num_bytes) == ("bfloat16", "cpu", arch.vocab_size * arch.hidden * 2)
         assert check_unchanged(host) == native_base.identity
         assert host.compute_dtype == torch.float32
         moved = [line for line in storage_table(host.model) if line.part != "input embedding"]

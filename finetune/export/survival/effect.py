@@ -30,7 +30,7 @@ from finetune.evaluate.statistics import bootstrap_ratio_interval
 from finetune.export.base import open_reference, reference_settings
 from finetune.export.options import ExportOptions, Rounding
 from finetune.export.plan import MergePlan
-from finetune.export.record import Skipped
+from finetune.export.record import NULL, Skipped
 from finetune.export.survival.variants import NAMES, Variants
 from finetune.kernels.loss_head import token_kl, token_nll
 from finetune.machine import free_memory
@@ -59,22 +59,9 @@ class VariantFigures:
     kl: float
     accuracy: float | None
     old_domain_loss: float | None
-    gain_kept: float | None
-    gain_kept_interval: tuple[float, float] | None
+    gain_kept: float | None = field(metadata=NULL)
+    gain_kept_interval: tuple[float, float] | None = field(metadata=NULL)
     kl_removed: float
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        record: dict[str, Any] = {"loss": self.loss, "kl": self.kl}
-        if self.accuracy is not None:
-            record["accuracy"] = self.accuracy
-        if self.old_domain_loss is not None:
-            record["old_domain_loss"] = self.old_domain_loss
-        return record | {
-            "gain_kept": self.gain_kept,
-            "gain_kept_interval": self.gain_kept_interval,
-            "kl_removed": self.kl_removed,
-        }
 
 
 @dataclass(frozen=True)
@@ -90,10 +77,6 @@ class Verdict:
     kept: bool
     reasons: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        return {"kept": self.kept, "reasons": self.reasons, "notes": self.notes}
 
 
 @dataclass(frozen=True)
@@ -118,19 +101,6 @@ class Effect:
     gain_interval: tuple[float, float]
     variants: dict[str, VariantFigures]
     verdict: Verdict | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        record: dict[str, Any] = {
-            "rows": self.rows,
-            "split": self.split,
-            "old_domain_rows": self.old_domain_rows,
-            "confidence": self.confidence,
-            "gain": self.gain,
-            "gain_interval": list(self.gain_interval),
-            "variants": {name: found.as_json() for name, found in self.variants.items()},
-        }
-        return record | ({"verdict": self.verdict.as_json()} if self.verdict is not None else {})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from finetune.adapters.attach import attach_for_merge
 from finetune.adapters.layout import ATTENTION, EXPERTS, ROUTER
 from finetune.adapters.lora import LoraLinear
+from finetune.arch import router_path
 from finetune.export.plan import MergePlan, Operation
 from finetune.kernels.experts import LoraFactors, clamped_swiglu
 from finetune.model.build import Base
@@ -130,7 +131,7 @@ class Variants:
                     on_device = LoraFactors(found.a.to(self.base.device), found.b.to(self.base.device), found.scale)
                     merged = merge_weight(module.weight.data, on_device)[0].to(module.weight.dtype)
                     module.weight.data = merged
-            change = self.plan.adapter.router_bias.get(f"model.layers.{number}.mlp.router.bias")
+            change = self.plan.adapter.router_bias.get(f"{router_path(number)}.bias")
             if change is not None:
                 bias = layer.mlp.router.bias
                 merged_bias = bias.float() + change.to(self.base.device)

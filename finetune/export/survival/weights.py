@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 from finetune.export.plan import MergePlan
 from finetune.export.record import Skipped
@@ -54,20 +53,6 @@ class TensorSurvival:
     outputs: OutputSurvival | None = None
     experts: ExpertReports | None = None
 
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        record: dict[str, Any] = {
-            "update": self.update,
-            "survival": self.survival,
-            "error": self.error,
-            "changed": self.changed,
-        }
-        if self.outputs is not None:
-            record["outputs"] = asdict(self.outputs)
-        if self.experts is not None:
-            record["experts"] = [report.as_json() for report in self.experts]
-        return record
-
 
 @dataclass
 class Survival:
@@ -84,15 +69,6 @@ class Survival:
     tensors: dict[str, TensorSurvival]
     overall: TensorSurvival
     end_to_end: Effect | Skipped | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        """As export.json has it."""
-        record: dict[str, Any] = {
-            "rounding": self.rounding,
-            "tensors": {name: found.as_json() for name, found in self.tensors.items()},
-            "overall": self.overall.as_json(),
-        }
-        return record | ({"end_to_end": self.end_to_end.as_json()} if self.end_to_end is not None else {})
 
 
 def weight_survival(

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from finetune import log
-from finetune.arch import Arch
 from finetune.errors import InputError, MachineError
 from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
 from finetune.export.factors import part_of
 from finetune.export.plan import MergePlan, Operation
 from finetune.files import ResumableDirectory, sha256_of
+from finetune.model.checkpoint import Checkpoint
 from finetune.mxfp4.format import BLOCK, BYTES_PER_BLOCK, unpack
 from finetune.rounding.merge import Tally, add_to_experts, merge_weight
 from finetune.rounding.nearest import round_experts, seeded_noise
@@ -212,25 +212,35 @@ def _add_metadata(writer: Any, gguf: Any, plan: MergePlan) -> None:
     writer.add_value_length(shape.head_dim)
     writer.add_sliding_window(shape.sliding_window)
     writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
-    rope, scaling = _rope(config, shape)
-    writer.add_rope_freq_base(rope)
-    if scaling:
+    rope = _rope(plan.checkpoint)
+    writer.add_rope_freq_base(rope.base)
+    if rope.factor is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(scaling["factor"])
-        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_context)
 
 
-def _rope(config: dict[str, Any], shape: Arch) -> tuple[float, dict[str, Any]]:
-    """Base and YaRN settings, from the published keys or transformers 5's `rope_parameters`."""
+@dataclass(frozen=True)
+class _Rope:
+    """Rotary base, and YaRN's factor and original context; None without YaRN."""
+
+    base: float
+    factor: float | None = None
+    original_context: int | None = None
+
+
+def _rope(checkpoint: Checkpoint) -> _Rope:
+    """Rotary settings, from the published keys or transformers 5's `rope_parameters`."""
+    config = checkpoint.config
     newer = config.get("rope_parameters") or {}
     base = config.get("rope_theta", newer.get("rope_theta"))
     if base is None:
         raise InputError("config.json has neither rope_theta nor rope_parameters", fix="use the published config.json")
     scaling = dict(config.get("rope_scaling") or newer)
     if scaling.get("rope_type") != "yarn":
-        return float(base), {}
-    scaling.setdefault("original_max_position_embeddings", config.get("initial_context_length", 4096))
-    return float(base), scaling
+        return _Rope(float(base))
+    context = scaling.get("original_max_position_embeddings", config.get("initial_context_length", 4096))
+    return _Rope(float(base), scaling["factor"], context)
 
 
 def _add_vocabulary(writer: Any, gguf: Any, directory: Path, size: int) -> None:

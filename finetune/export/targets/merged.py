@@ -19,7 +19,7 @@ from finetune.export.card import write_card
 from finetune.export.execute import write_shards
 from finetune.export.options import CARD, RECORD, ExportOptions, MergedTarget
 from finetune.export.plan import MergePlan, choose_rounding, describe_plan, plan_merge
-from finetune.export.record import ExportRecord, Failed, Skipped
+from finetune.export.record import ExportRecord, Failed, Skipped, as_json
 from finetune.export.survival.effect import Effect, measure_survival, require_kept
 from finetune.export.survival.weights import describe_survival, weight_survival
 from finetune.export.targets.gguf import gguf_bytes, gguf_name, write_gguf
@@ -159,7 +159,7 @@ class _Merge:
         except CheckError as error:
             error.fix = f"do not serve it; it stays in {staging.path} for inspection and {RECORD} says what failed"
             record.verification = Failed(error.what)
-            write_json(staging.path / RECORD, record.as_json())
+            write_json(staging.path / RECORD, as_json(record))
             raise
 
     def _judge(self, staging: ResumableDirectory, record: ExportRecord) -> None:
@@ -169,7 +169,7 @@ class _Merge:
             return
         if self.run is not None:
             path = self.run / f"survival-{self.target}.json"
-            write_json(path, {"written": record.written, **survival.as_json()})
+            write_json(path, {"written": record.written, **as_json(survival)})
         if not isinstance(survival.end_to_end, Effect):
             return
         try:
@@ -178,7 +178,7 @@ class _Merge:
             error.fix = (
                 f"{error.fix}. It stays in {staging.path}; export.min_gain_kept and the like set what is allowed"
             )
-            write_json(staging.path / RECORD, record.as_json())
+            write_json(staging.path / RECORD, as_json(record))
             raise
 
     def _seal(self, staging: ResumableDirectory, record: ExportRecord) -> None:
@@ -189,7 +189,7 @@ class _Merge:
         files = {p.name: str(known[p.name]["sha256"]) if p.name in known else sha256_of(p) for p in paths}
         if self.target != "gguf":
             write_json(staging.path / CHECKSUMS_FILE, {"algorithm": "sha256", "files": files})
-        write_json(staging.path / RECORD, record.as_json() | {"files": files})
+        write_json(staging.path / RECORD, as_json(record) | {"files": files})
         staging.publish()
 
 

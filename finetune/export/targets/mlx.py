@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finetune.adapters.layout import EXPERTS, path_in_layer
 from finetune.adapters.store import AdapterFile
+from finetune.arch import layer_prefix
 from finetune.export.factors import ordered, padded, rescaled, split_gate_up, with_both_projections
 from finetune.kernels.experts import LoraFactors
 
@@ -29,8 +30,8 @@ def mlx_tensors(adapter: AdapterFile) -> dict[str, Tensor]:
             for path, part in _parts(name, factors):
                 ready = padded(rescaled(part, scale), rank)
                 a, b = (ready.a, ready.b) if ready.a.dim() == 3 else (ready.a.T, ready.b.T)
-                tensors[f"model.layers.{number}.{path}.lora_a"] = a.contiguous().clone()
-                tensors[f"model.layers.{number}.{path}.lora_b"] = b.contiguous()
+                tensors[f"{layer_prefix(number)}{path}.lora_a"] = a.contiguous().clone()
+                tensors[f"{layer_prefix(number)}{path}.lora_b"] = b.contiguous()
     return tensors
 
 

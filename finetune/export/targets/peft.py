@@ -72,8 +72,9 @@ def adapts_every_layer(adapter: AdapterFile, arch: Arch | None) -> bool:
     alike = len({frozenset(names) for names in by_layer.values()}) == 1
     if arch is not None:
         return alike and len(by_layer) == arch.num_layers
-    targets = [*_as_list(adapter.config.get("target_modules")), *_as_list(adapter.config.get("target_parameters"))]
-    short = not any(".layers." in target for target in targets) and adapter.config.get("layers_to_transform") is None
+    settings = adapter.config.settings
+    targets = [*_as_list(settings.get("target_modules")), *_as_list(settings.get("target_parameters"))]
+    short = not any(".layers." in target for target in targets) and settings.get("layers_to_transform") is None
     return alike and short and list(by_layer) == list(range(len(by_layer)))
 
 

@@ -20,17 +20,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from finetune.adapters.config_file import PeftConfig
 from finetune.adapters.layout import (
     ATTENTION,
     EXPERTS,
     PREFIX,
     ROUTER,
-    configured_rank,
-    configured_scale,
     unfit_pair,
 )
 from finetune.adapters.store import AdapterFile
-from finetune.arch import Arch
+from finetune.arch import Arch, layer_prefix
 from finetune.errors import InputError
 from finetune.export.factors import join_gate_up, padded, part_of, rescaled, split_gate_up, with_both_projections
 from finetune.export.targets.peft import serving_name
@@ -66,7 +65,7 @@ def sglang_tensors(adapter: AdapterFile, arch: Arch | None) -> dict[str, Tensor]
     rank = adapter.max_rank
     tensors: dict[str, Tensor] = {}
     for number in adapter.layers:
-        path = f"{PREFIX}model.layers.{number}."
+        path = PREFIX + layer_prefix(number)
         layer = with_both_projections(adapter.layer(number)) | _missing_qkv(adapter, number, arch)
         for name in ATTENTION:
             if name in layer:
@@ -179,7 +178,7 @@ class PerExpertFile:
     pairs: tuple[_Pair, ...]
 
     @classmethod
-    def open(cls, path: Path, config: Mapping[str, Any], num_experts: int | None) -> PerExpertFile:
+    def open(cls, path: Path, config: PeftConfig, num_experts: int | None) -> PerExpertFile:
         """Check a file from its header.
 
         Args:
@@ -250,7 +249,7 @@ def _gate_up(stacked: Mapping[str, LoraFactors]) -> LoraFactors | None:
     return join_gate_up(gate, rescaled(up, gate.scale))
 
 
-def _pairs(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], where: Path) -> tuple[_Pair, ...]:
+def _pairs(shapes: Mapping[str, tuple[int, ...]], config: PeftConfig, where: Path) -> tuple[_Pair, ...]:
     keys: dict[str, dict[str, re.Match[str]]] = {}
     for key in shapes:
         match = _KEY.fullmatch(key)
@@ -262,14 +261,14 @@ def _pairs(shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], whe
         if factors.keys() != {"A", "B"}:
             raise InputError(f"{where} has {next(iter(factors.values()))[0]} without its other factor")
         a, b = factors["A"][0], factors["B"][0]
-        rank = configured_rank(config, path)
+        rank = config.rank(path)
         flat = len(shapes[a]) == len(shapes[b]) == 2
         if not flat or not shapes[a][0] == shapes[b][1] == rank or rank < 1:
             raise unfit_pair(where, a, b, shapes, rank)
         match = factors["A"]
         expert = None if match["expert"] is None else int(match["expert"])
         name = match["attention"] or match["router"] or match["projection"]
-        pairs.append(_Pair(int(match["layer"]), name, expert, configured_scale(config, path, rank), a, b))
+        pairs.append(_Pair(int(match["layer"]), name, expert, config.scale(path, rank), a, b))
     return tuple(pairs)
 
 

@@ -20,6 +20,9 @@ from finetune.errors import ConfigError, InputError, MachineError
 if TYPE_CHECKING:
     import torch
 
+JsonObject = Mapping[str, Any]
+"""A JSON object as read from a file, before its fields are checked; or one that is about to be written."""
+
 PARTIAL = ".partial"
 """Ends the name of every file and directory that is still being written."""
 

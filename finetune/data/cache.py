@@ -16,13 +16,12 @@ from pathlib import Path
 from finetune import log
 from finetune.config.paths import HUB_PREFIX, cache_dir
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.checks import JsonObject
 from finetune.data.example_table import EXAMPLES_FILE, RECORDS_FILE, Tables, TableWriter, open_tables
 from finetune.data.files import broken_file, find_files
 from finetune.data.harmony.tokenizer import RANK_FILE_SHA256
 from finetune.data.sources import BadRecord, SplitName, counts_broken_records, sources_of
 from finetune.errors import InputError, MachineError
-from finetune.files import sha256_of, staged_directory
+from finetune.files import JsonObject, sha256_of, staged_directory
 
 STATS_FILE = "stats.json"
 

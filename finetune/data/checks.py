@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from finetune.config.suggest import suggest_word
-
-JsonObject = Mapping[str, Any]
-"""A JSON object: a record, or a part of one, before it is checked; or a document to be written."""
 
 # C0 without newline and tab, DEL and C1 steer terminals; the others reorder or hide the text around them
 # (bidirectional marks and overrides, zero-width characters, line separators, tags), as in "Trojan Source" attacks, or

@@ -13,9 +13,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from finetune.config.schema import DataForm
-from finetune.data.checks import JsonObject
 from finetune.data.harmony.render import Example
 from finetune.data.sources import RawRecord, Record, parse_record, raw_record
+from finetune.files import JsonObject
 
 EXAMPLES_FILE, RECORDS_FILE = "examples.arrow", "records.arrow"
 

@@ -10,9 +10,10 @@ from typing import Any, get_args
 
 from finetune.config.schema import DataForm, ReasoningEffortName
 from finetune.config.suggest import suggest_word
-from finetune.data.checks import BadRecordError, JsonObject, checked_text, parse_json, shown, unknown
+from finetune.data.checks import BadRecordError, checked_text, parse_json, shown, unknown
 from finetune.data.conversation import Conversation
 from finetune.data.parse_messages import parse_messages, parse_tools
+from finetune.files import JsonObject
 
 KEYS_OF_FORM: dict[DataForm, tuple[str, ...]] = {
     "messages": ("messages",),

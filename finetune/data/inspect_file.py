@@ -10,7 +10,7 @@ from itertools import islice
 
 from finetune import log
 from finetune.config.schema import DataConfig, DataForm, SourceConfig, ValidationSplitConfig
-from finetune.data.checks import BadRecordError, JsonObject
+from finetune.data.checks import BadRecordError
 from finetune.data.conversation import Message
 from finetune.data.dataset import count_kinds
 from finetune.data.forms import KEYS_OF_FORM, fitting_forms, propose_columns, unused_keys
@@ -27,6 +27,7 @@ from finetune.data.sources import (
     share_of,
 )
 from finetune.errors import InputError
+from finetune.files import JsonObject
 
 RECORDS_READ = 100_000
 RECORDS_TOKENISED = 2000  # of them, since tokenising takes longest

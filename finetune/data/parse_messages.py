@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
 from finetune.config.suggest import suggest_word
-from finetune.data.checks import BadRecordError, JsonObject, checked_text, json_text, parse_json, shown, unknown
+from finetune.data.checks import BadRecordError, checked_text, json_text, parse_json, shown, unknown
 from finetune.data.conversation import (
     FUNCTIONS,
     NO_TOOLS,
@@ -18,6 +18,7 @@ from finetune.data.conversation import (
     Role,
     ToolCall,
 )
+from finetune.files import JsonObject
 
 THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
 CHANNELS = ("analysis", "commentary", "final")

@@ -17,7 +17,7 @@ from typing import Any
 from finetune.config.paths import HUB_PREFIX
 from finetune.config.schema import SourceConfig
 from finetune.config.suggest import suggest_word
-from finetune.data.checks import BadRecordError, JsonObject, parse_json
+from finetune.data.checks import BadRecordError, parse_json
 from finetune.data.files import (
     broken_file,
     find_files,
@@ -29,6 +29,7 @@ from finetune.data.files import (
     refuse_whole_object,
 )
 from finetune.errors import ConfigError, InputError, MachineError
+from finetune.files import JsonObject
 
 PlacedRecord = tuple[str, JsonObject | BadRecordError]
 """The place (`file:line` for text, `file#n` for the n-th record of other formats) and the record, or its fault."""

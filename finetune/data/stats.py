@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config.schema import RunConfig
-from finetune.data.checks import JsonObject
 from finetune.data.dataset import Split, load_split
 from finetune.data.duplicates import Overlap, Text, find_duplicates, text_of
 from finetune.data.example_table import RecordTable, example_lengths
 from finetune.data.harmony.encode import HEADER, Channel
 from finetune.data.packing import Mixture, pack, packing_efficiency
 from finetune.data.sources import BadRecord, split_names
+from finetune.files import JsonObject
 
 _BINS = 12
 _BAR = 40

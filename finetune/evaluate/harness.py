@@ -30,7 +30,7 @@ from finetune.errors import ConfigError, InputError
 from finetune.evaluate.generation import STOP_IDS, Sampling, generate
 from finetune.evaluate.likelihood import Group, score_groups
 from finetune.evaluate.opening import open_model
-from finetune.results import Json
+from finetune.files import JsonObject
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request of the harness: (context, continuation) as text, and the token ids of both. None: not to be cached."""
@@ -267,7 +267,7 @@ def _batches(requests: Sequence[Instance], max_tokens: int, seed: int) -> Iterat
             yield numbers[start : start + PROMPTS_AT_ONCE], list(until), sampling
 
 
-def _settings(given: Json, max_tokens: int, seed: int) -> tuple[tuple[str, ...], Sampling]:
+def _settings(given: JsonObject, max_tokens: int, seed: int) -> tuple[tuple[str, ...], Sampling]:
     unknown = sorted(set(given) - _GENERATION_KEYS)
     if unknown:
         raise ConfigError(

@@ -25,8 +25,8 @@ from finetune.evaluate.inputs import EvaluationOptions, read_evaluation_data
 from finetune.evaluate.measure import MeasurementLog, measure
 from finetune.evaluate.opening import LoadedModel, open_model
 from finetune.evaluate.summary import summarise_answers, summarise_log
-from finetune.files import sha256_of, write_json
-from finetune.results import BaseName, ContaminationFigures, Evaluation, Json, to_json
+from finetune.files import JsonObject, sha256_of, write_json
+from finetune.results import BaseName, ContaminationFigures, Evaluation, to_json
 
 
 def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[Path, Evaluation]:
@@ -112,7 +112,7 @@ def _check_positions(opened: LoadedModel, test: EvalSet, options: EvaluationOpti
         )
 
 
-def _belongs_to(opened: LoadedModel, evalsets: Sequence[EvalSet], sampling: Sampling) -> Json:
+def _belongs_to(opened: LoadedModel, evalsets: Sequence[EvalSet], sampling: Sampling) -> JsonObject:
     """What figures depend on: model, examples as tokens, and sampling; JSON data."""
     adapter = hashlib.sha256()
     for name in (WEIGHTS, CONFIG, ROUTER_BIAS):  # alpha, on which every figure depends, is in the second

@@ -10,9 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from finetune.files import write_text
+from finetune.files import JsonObject, write_text
 from finetune.report.charts import heat_map
-from finetune.results import Json
 
 USAGE_FILE = "expert_usage.parquet"
 FIGURES = "figures"
@@ -22,7 +21,7 @@ FEWEST_TOKENS = 100
 """A channel or source with fewer tokens gets no map of its own."""
 
 
-def experts_section(run: Path, manifest: Json) -> str:
+def experts_section(run: Path, manifest: JsonObject) -> str:
     """Write the heat maps into the run directory and return the section; empty where nothing was measured."""
     routing = manifest.get("routing")
     if not routing:
@@ -75,7 +74,7 @@ def _relative(rows: dict[str, NDArray[Any]], mask: NDArray[np.bool_]) -> NDArray
     return chosen / np.maximum(chosen.sum(1, keepdims=True), 1) * chosen.shape[1]
 
 
-def _by_layer(routing: Json) -> str:
+def _by_layer(routing: JsonObject) -> str:
     before, after = routing["before"], routing["after"]
     table = [
         "| layer | entropy | variation | dead | hot | tokens with other experts |",

@@ -18,17 +18,17 @@ from markupsafe import Markup
 
 from finetune.config.differences import ABSENT, as_typed, defaults, differences
 from finetune.config.fields import Plain
-from finetune.files import write_text
+from finetune.files import JsonObject, write_text
 from finetune.report.charts import Series, line_chart, reliability_diagram, smoothed
 from finetune.report.content import TITLES, evaluation_parts, introduction, plain, reliability_rows
 from finetune.report.experts import FIGURES
 from finetune.report.markdown import check_lines, summary, write_report
 from finetune.report.read import RunFiles, ShownAnswer
-from finetune.results import MODELS, Json, Model, ReliabilityBin
+from finetune.results import MODELS, Model, ReliabilityBin
 
 _ANSWERS_SHOWN = 6
 _NUMBER = re.compile(r"[+-]?[\d,]+(\.\d+)?(e[+-]?\d+)?%?")
-Arguments = Json
+Arguments = JsonObject
 """Arguments of a section's macro."""
 Bins = Mapping[Model, Sequence[ReliabilityBin]]
 
@@ -246,7 +246,7 @@ def _configuration(run: RunFiles) -> Arguments | None:
 
     return {
         "overrides": [str(text) for text in run.manifest.get("overrides") or ()],
-        "changed": _changed(run.config),
+        "changed": _changed(dict(run.config)),
         "whole": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=110),
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.files import write_text
+from finetune.files import JsonObject, write_text
 from finetune.report.content import (
     TITLES,
     Confusion,
@@ -23,7 +23,7 @@ from finetune.report.content import (
 from finetune.report.experts import experts_section
 from finetune.report.read import RunFiles
 from finetune.report.survival import survival_section
-from finetune.results import MODELS, Evaluation, Json, to_json
+from finetune.results import MODELS, Evaluation, to_json
 
 NUM_CURVE_POINTS = 12
 
@@ -68,7 +68,7 @@ def outcome(run: Path) -> str:
     return "\n".join(lines)
 
 
-def outcome_record(run: Path) -> Json:
+def outcome_record(run: Path) -> JsonObject:
     """What `outcome` says, and evaluation.json, as JSON data."""
     files = RunFiles.read(run)
     figures = {key: files.manifest.get(key) for key in ("status", "minutes", "peak_memory_gib", "total_steps")}
@@ -76,7 +76,7 @@ def outcome_record(run: Path) -> Json:
     return {**places, **figures, "evaluation": to_json(files.trained) if files.trained else {}}
 
 
-def summary(manifest: Json, evaluation: Evaluation | None) -> str:
+def summary(manifest: JsonObject, evaluation: Evaluation | None) -> str:
     """What a run did, in a few sentences of Markdown."""
     status = manifest.get("status", "unknown")
     parts = [f"Recipe {code(manifest.get('recipe', '?'))}, status: **{status}**."]
@@ -93,7 +93,7 @@ def summary(manifest: Json, evaluation: Evaluation | None) -> str:
     return " ".join(parts)
 
 
-def check_lines(manifest: Json) -> list[str]:
+def check_lines(manifest: JsonObject) -> list[str]:
     """The checks of a run, as items of a Markdown list."""
     lines = [f"- {line}" for line in manifest.get("audit") or []]
     match manifest.get("read_back"):
@@ -156,7 +156,7 @@ def _training(files: RunFiles) -> str:
     return text
 
 
-def _figures(manifest: Json) -> str:
+def _figures(manifest: JsonObject) -> str:
     """Base, data, memory, parameters and environment."""
     if "base" not in manifest:
         return ""
@@ -174,7 +174,7 @@ def _figures(manifest: Json) -> str:
     return "## Facts\n\n" + "\n".join(lines)
 
 
-def _memory(manifest: Json) -> list[str]:
+def _memory(manifest: JsonObject) -> list[str]:
     """How the base was stored and what updated the adapter, as far as the manifest says."""
     base = manifest["base"]
     lines = []

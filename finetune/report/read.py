@@ -11,8 +11,9 @@ import yaml
 
 from finetune.config.old_keys import current_data
 from finetune.errors import InputError
+from finetune.files import JsonObject
 from finetune.report.survival import Survival, read_survival
-from finetune.results import Evaluation, Json, read_evaluation
+from finetune.results import Evaluation, read_evaluation
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ShownAnswer:
     final: str
 
     @classmethod
-    def of(cls, line: Json) -> ShownAnswer:
+    def of(cls, line: JsonObject) -> ShownAnswer:
         """From a line of rows.jsonl; whatever is missing is empty."""
         answer = line.get("answer")
         return cls(
@@ -46,7 +47,7 @@ class TrainedExample:
     pieces: Sequence[tuple[str, bool]]
 
     @classmethod
-    def of(cls, content: Json) -> TrainedExample:
+    def of(cls, content: JsonObject) -> TrainedExample:
         """From sample.json."""
         pieces = [piece for piece in content.get("pieces") or [] if isinstance(piece, Mapping)]
         texts = [(str(piece.get("text", "")), bool(piece.get("weight"))) for piece in pieces]
@@ -71,11 +72,11 @@ class RunFiles:
     """
 
     path: Path
-    config: Json
-    manifest: Json
+    config: JsonObject
+    manifest: JsonObject
     trained: Evaluation | None
     compared: Evaluation | None
-    metrics: list[Json]
+    metrics: list[JsonObject]
     answers: list[ShownAnswer]
     example: TrainedExample
     survival: list[Survival]
@@ -99,7 +100,7 @@ class RunFiles:
             unreadable=unreadable,
         )
 
-    def lines(self, kind: str, *keys: str) -> list[Json]:
+    def lines(self, kind: str, *keys: str) -> list[JsonObject]:
         """Metrics lines of a kind that have numbers under all of `keys`."""
         numbers = (int, float)
         return [
@@ -109,7 +110,7 @@ class RunFiles:
         ]
 
 
-def read_json(path: Path, unreadable: list[str] | None = None) -> Json:
+def read_json(path: Path, unreadable: list[str] | None = None) -> JsonObject:
     """A JSON object, {} if the file is missing or holds anything else (then `unreadable` gets its name)."""
     if not path.is_file():
         return {}
@@ -124,9 +125,9 @@ def read_json(path: Path, unreadable: list[str] | None = None) -> Json:
     return {}
 
 
-def read_lines(path: Path) -> list[Json]:
+def read_lines(path: Path) -> list[JsonObject]:
     """Complete JSON objects of a JSONL file; other lines, such as a half-written last one, are left out."""
-    lines: list[Json] = []
+    lines: list[JsonObject] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         try:
@@ -146,7 +147,7 @@ def _evaluation(path: Path, unreadable: list[str]) -> Evaluation | None:
         return None
 
 
-def _read_config(path: Path, unreadable: list[str]) -> Json:
+def _read_config(path: Path, unreadable: list[str]) -> JsonObject:
     if not path.is_file():
         return {}
     try:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from finetune.files import write_text
-from finetune.results import Json
+from finetune.files import JsonObject, write_text
 
 _FILES = "survival-*.json"
 _TITLES = {
@@ -80,7 +79,7 @@ def survival_section(merges: Sequence[Survival], run: Path) -> str:
     return "## Merged back to MXFP4\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def _survival(target: str, content: Json) -> Survival:
+def _survival(target: str, content: JsonObject) -> Survival:
     overall, found = content["overall"], content.get("end_to_end", {})
     text = f"{content['rounding']} rounding. The experts' update is {overall['update']:.2%} of their weights"
     if "outputs" in overall:
@@ -102,7 +101,7 @@ def _survival(target: str, content: Json) -> Survival:
     return Survival(target, f"{text} {outcome}{notes}", head, rows, note, svg, _weights(content))
 
 
-def _weights(content: Json) -> list[tuple[str, str, str, str]]:
+def _weights(content: JsonObject) -> list[tuple[str, str, str, str]]:
     return [
         (name, f"{figures['update']:.2%}", f"{figures['survival']:.1%}", f"{figures['error']:.2f}")
         for name, figures in [*(content.get("tensors") or {}).items(), ("overall", content["overall"])]
@@ -110,7 +109,7 @@ def _weights(content: Json) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def _table(found: Json) -> tuple[list[str], list[list[str]]]:
+def _table(found: JsonObject) -> tuple[list[str], list[list[str]]]:
     variants = found["variants"]
     accuracy, old = "accuracy" in variants["base"], "old_domain_loss" in variants["base"]
     head = ["served as", "loss", "gain kept", "KL to adapter", "KL removed"]
@@ -129,7 +128,7 @@ def _table(found: Json) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def survival_svg(found: Json, written: str) -> str:
+def survival_svg(found: JsonObject, written: str) -> str:
     """An SVG figure with two bars per way of serving: share of the gain kept, and of KL(adapter || base) removed.
 
     Args:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from finetune.data.checks import BadRecordError, JsonObject
+from finetune.data.checks import BadRecordError
 from finetune.data.conversation import DeclaredTools, Message
+from finetune.files import JsonObject
 
 _FORBIDDEN = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
 _LONGEST_ITEM_TYPE = 50

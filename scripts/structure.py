@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import re
 import resource
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ STARTUP_COMMANDS = (("--help",), ("config", "show", "quickstart"), ("estimate", 
 STARTUP_REPEATS = 3
 SMALL_FILE = 60
 LONG_FUNCTION = 60
+ALIASES = "JsonObject|ConfigJson|Plain|Overrides|Json"  # names of dict[str, Any], for JSON and configuration as data
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Sizes:
     under_60: list[str]
     untyped_records: int
     untyped_by_package: dict[str, int]
+    untyped_aliases: int
     functions: int
     median_function: float
     longest_function: int
@@ -114,6 +117,7 @@ def measure_sizes() -> Sizes:
         under_60=sorted(name for name, count in counted.items() if count < SMALL_FILE),
         untyped_records=sum(untyped.values()),
         untyped_by_package=dict(sorted(untyped.items())),
+        untyped_aliases=sum(len(re.findall(rf"\b(?:{ALIASES})\b(?! =)", text)) for text in texts.values()),
         functions=len(functions),
         median_function=statistics.median(functions.values()),
         longest_function=max(functions.values()),
@@ -222,7 +226,8 @@ def _print_sizes(sizes: Sizes) -> None:
     print(f"{sizes.files} files (without __init__), {sizes.lines:,} lines; file median {sizes.median_file:g}, ", end="")
     print(f"largest {sizes.largest_file} ({sizes.largest_name})")
     print(f"{sizes.functions:,} functions, median {sizes.median_function:g}, longest {sizes.longest_function} lines")
-    print(f"{sizes.untyped_records} dict[str, Any] or Mapping[str, Any]: {sizes.untyped_by_package}")
+    print(f"{sizes.untyped_records} dict[str, Any] or Mapping[str, Any]: {sizes.untyped_by_package}; ", end="")
+    print(f"their aliases are named {sizes.untyped_aliases} times, imports included")
     print(f"over 400 lines: {', '.join(sizes.over_400) or 'none'}")
     print(f"functions over {LONG_FUNCTION} lines: {', '.join(sizes.over_60_lines) or 'none'}")
     print(f"under {SMALL_FILE} lines: {', '.join(sizes.under_60) or 'none'}")

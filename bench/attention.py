@@ -15,13 +15,13 @@ from measure import interleaved, machine, peak_bytes, publish, summary
 from torch import Tensor
 
 from finetune.kernels.attention import plan_attention, sink_attention
-from finetune.kernels.flash import CpuFlash, CudaFlash, Seen, flash_sink_attention
+from finetune.kernels.flash import CpuFlash, CudaFlash, FlashPlan, flash_sink_attention
 
 
 def kernel_alone(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, plan: Any, scaling: float) -> Tensor:
     """The flash kernel without sinks, forward only."""
     kernel = CudaFlash() if q.is_cuda else CpuFlash()
-    return kernel.forward(q, k, v, Seen(plan.packed, plan.window, scaling))[0]
+    return kernel.forward(q, k, v, FlashPlan(plan.packed, plan.window, scaling))[0]
 
 
 def relative(ours: list[Tensor], exact: list[Tensor]) -> float:

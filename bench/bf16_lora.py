@@ -29,7 +29,7 @@ from finetune.config.compose import compose
 from finetune.config.schema import RunConfig
 from finetune.evaluate.evalset import evenly_spread
 from finetune.evaluate.likelihood import held_out_loss
-from finetune.train.engines.base import alone
+from finetune.train.engines.base import single_engine
 from finetune.train.optim import learning_rate, make_optimizer
 from finetune.train.session import open_session
 from finetune.train.step import OptimiserStep
@@ -59,7 +59,7 @@ def curve(config: RunConfig, *, control: bool) -> tuple[list[float], float]:
     session = open_session(config)
     base, parameters, total = session.base, session.adapter.parameters(), session.plan.total_steps
     optimizer = nearest(parameters, config) if control else make_optimizer(parameters, config.trainer, seed=config.seed)
-    step = OptimiserStep(config.trainer, base, alone(parameters, optimizer, config.trainer))
+    step = OptimiserStep(config.trainer, base, single_engine(parameters, optimizer, config.trainer))
     losses, position = [], 0
     while position < total:
         epoch, index = session.plan.position(position)
@@ -68,7 +68,7 @@ def curve(config: RunConfig, *, control: bool) -> tuple[list[float], float]:
         losses.append(step(batches, learning_rate(position, total, config.trainer), position + 1).loss)
         position += 1
     base.model.eval()
-    samples = evenly_spread(session.splits["validation"].samples, config.evaluate.validation_examples)
+    samples = evenly_spread(session.splits["validation"].examples, config.evaluate.validation_examples)
     return losses, held_out_loss(base.model, samples, config.data.max_length, task="held out").mean
 
 

@@ -214,8 +214,8 @@ def score(run: Path, rows: Rows, *, whose: str) -> Result:
     split = load_split(data, "test")
     with nullcontext() if whose == "adapter" else opened.adapter.disabled():
         if rows.labels is None:
-            longest = max(data.max_length, *(len(sample.ids) for sample in split.samples))
-            loss = held_out_loss(opened.base.model, split.samples, longest)
+            longest = max(data.max_length, *(len(sample.ids) for sample in split.examples))
+            loss = held_out_loss(opened.base.model, split.examples, longest)
             return {"nll": loss.nll.tolist(), "tokens": loss.weight.tolist()}
         scores = score_labels(opened.base.model, split.records, rows.labels, data)
     nats = scores.log_likelihood

@@ -51,10 +51,10 @@ def ours(path: Path) -> dict:
         with tempfile.TemporaryDirectory() as cache:
             clock = Clock()
             split = load_split(our_config(path, Path(cache)), "train")
-            lengths = split.samples.lengths.tolist()
+            lengths = split.examples.lengths.tolist()
             rows = pack(lengths, MAX_LENGTH, np.random.default_rng(0))
             clocks.append(clock.stop())
-    return figures(split.num_tokens, clocks, len(rows), packing_efficiency(lengths, rows, MAX_LENGTH))
+    return figures(split.stats.num_tokens, clocks, len(rows), packing_efficiency(lengths, rows, MAX_LENGTH))
 
 
 def trl(path: Path, processes: int | None) -> dict:
@@ -103,7 +103,7 @@ def memory(path: Path) -> dict:
         started = time.perf_counter()
         split = load_split(our_config(path, Path(cache)), "train")
         build_seconds, built = time.perf_counter() - started, memory_mib()
-        plan = BatchPlan(split.samples, our_config(path, Path(cache)), TrainerConfig(), 0)
+        plan = BatchPlan(split.examples, our_config(path, Path(cache)), TrainerConfig(), 0)
         steps = plan.steps(0)
         for step in steps:
             for micro_step in step:
@@ -111,8 +111,8 @@ def memory(path: Path) -> dict:
         after = memory_mib()
         disk = sum(file.stat().st_size for file in Path(cache).rglob("*")) / 2**20
     return {
-        "rows": len(split.samples),
-        "tokens": split.num_tokens,
+        "rows": len(split.examples),
+        "tokens": split.stats.num_tokens,
         "before_mib": before,
         "after_building_mib": built,
         "after_an_epoch_mib": after,

@@ -20,21 +20,20 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "estimate")]
 
 from test_estimate_step import CASES, reference_step  # noqa: E402
 from tracked_step import busiest_chunks, full_batch, measure, recipe, write_base  # noqa: E402
 
-from finetune.adapters.lora import attach_adapter  # noqa: E402
+from finetune.adapters.attach import attach_adapter  # noqa: E402
 from finetune.arch import Arch  # noqa: E402
 from finetune.config.compose import compose  # noqa: E402
 from finetune.config.paths import shipped_dir  # noqa: E402
-from finetune.estimate.inputs import step_shape  # noqa: E402
+from finetune.estimate.inputs import find_base, step_profile  # noqa: E402
 from finetune.estimate.memory import CONTEXT, PROCESS, SLACK, estimate_memory  # noqa: E402
-from finetune.estimate.shapes import find_base  # noqa: E402
 from finetune.model.build import build_base  # noqa: E402
 from finetune.model.forward import checkpoint_activations  # noqa: E402
-from finetune.train.engines.base import alone  # noqa: E402
+from finetune.train.engines.base import single_engine  # noqa: E402
 from finetune.train.optim import make_optimizer  # noqa: E402
 from finetune.train.step import OptimiserStep  # noqa: E402
 
@@ -82,7 +81,9 @@ def on_gpu(name: str, overrides: list[str]) -> dict[str, Any]:
         checkpoint_activations(base.model)
     parameters = adapter.parameters()
     step = OptimiserStep(
-        config.trainer, base, alone(parameters, make_optimizer(parameters, config.trainer), config.trainer)
+        config.trainer,
+        base,
+        single_engine(parameters, make_optimizer(parameters, config.trainer), config.trainer),
     )
     batches = [full_batch(config, base.model.config.vocab_size, 1.0)] * config.trainer.gradient_accumulation_steps
     busiest = max(busiest_chunks(base, batches[0]))
@@ -90,11 +91,11 @@ def on_gpu(name: str, overrides: list[str]) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats(device)
         step(batches, 1e-4, number)
     shape = replace(
-        step_shape(config, facts.shape, on_gpu=True),
-        longest_sample=config.data.max_length // 2,
+        step_profile(config, facts.arch, on_gpu=True),
+        longest_example=config.data.max_length // 2,
         busiest_chunk=busiest,
     )
-    estimate = estimate_memory(facts.shape, shape)
+    estimate = estimate_memory(facts.arch, shape)
     return {
         "case": f"{name} {' '.join(overrides)}".strip(),
         "estimated_bytes": round(estimate.step_bytes),

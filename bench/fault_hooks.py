@@ -15,14 +15,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from finetune.evaluate import likelihood
-from finetune.train import checkpoint as checkpoint_writer
-from finetune.train import checkpoint as checkpoints
-from finetune.train import metrics
+from finetune.train import checkpoint, metrics, trainer
 from finetune.train import run as run_module
-from finetune.train import trainer as loop
 from finetune.train.metrics import MetricsLog
 
 STEPS = 6
@@ -64,9 +62,9 @@ def signal_in(place: Place, number: int) -> Hook:
 
                 setattr(MetricsLog, "append", append_and_send)  # noqa: B010
             case Place.SAVE:
-                before(checkpoint_writer, "save_checkpoint", send)
+                before(checkpoint, "save_checkpoint", send)
             case Place.VALIDATION:
-                before(run_module, "held_out_loss", lambda: before(likelihood, "collate", send))
+                before(trainer, "held_out_loss", lambda: before(likelihood, "collate", send))
             case Place.BEFORE:
                 before(run_module, "measure_test_set", send)
             case Place.AFTER:
@@ -88,8 +86,8 @@ def between_file_operations(number: int) -> Hook:
     in_save = False
 
     def hook() -> None:
-        save = checkpoint_writer.save_checkpoint
-        prune = checkpoint_writer.prune_checkpoints
+        save = checkpoint.save_checkpoint
+        prune = checkpoint.prune_checkpoints
 
         def watched(operation: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
@@ -102,11 +100,11 @@ def between_file_operations(number: int) -> Hook:
 
             return run
 
-        setattr(checkpoint_writer, "save_checkpoint", watched(save))  # noqa: B010
-        setattr(checkpoint_writer, "prune_checkpoints", watched(prune))  # noqa: B010
+        setattr(checkpoint, "save_checkpoint", watched(save))  # noqa: B010
+        setattr(checkpoint, "prune_checkpoints", watched(prune))  # noqa: B010
         for module, names in (
             (os, ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir")),
-            (checkpoints, ("save_file",)),
+            (safetensors.torch, ("save_file",)),
         ):
             for name in names:
                 before(module, name, lambda: count() if in_save else None)
@@ -118,14 +116,14 @@ def full_disk() -> Hook:
     """A file-size limit below the optimiser's file, from the first checkpoint on."""
 
     def hook() -> None:
-        prune = checkpoint_writer.prune_checkpoints
+        prune = checkpoint.prune_checkpoints
 
         def prune_and_limit(directory: Path, keep: int, best: int | None) -> None:
             prune(directory, keep, best)
             size = max(file.stat().st_size for file in directory.glob("step-*/*"))
             resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, resource.RLIM_INFINITY))
 
-        setattr(checkpoint_writer, "prune_checkpoints", prune_and_limit)  # noqa: B010
+        setattr(checkpoint, "prune_checkpoints", prune_and_limit)  # noqa: B010
 
     return hook
 
@@ -134,15 +132,15 @@ def poison_after(step: int) -> Hook:
     """Make one number of one parameter NaN after a step."""
 
     def hook() -> None:
-        count = loop.Trainer._count
+        count = trainer.Trainer._record
 
-        def count_and_poison(self: loop.Trainer, *args: Any) -> None:
+        def count_and_poison(self: trainer.Trainer, *args: Any) -> None:
             count(self, *args)
             if self.state.step == step:
                 with torch.no_grad():
                     next(iter(self.adapter.parameters().values())).view(-1)[0] = torch.nan
 
-        setattr(loop.Trainer, "_count", count_and_poison)  # noqa: B010
+        setattr(trainer.Trainer, "_record", count_and_poison)  # noqa: B010
 
     return hook
 

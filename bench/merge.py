@@ -28,7 +28,7 @@ from finetune.model.identity import checkpoint_identity
 RUN = """
 import json, sys, time
 from finetune.cli.main import main
-from finetune.export import merged
+from finetune.export.targets import merged
 seconds = {}
 def timed(name, function):
     def call(*args, **named):

@@ -27,18 +27,21 @@ from mxfp4_synthetic import print_synthetic
 from mxfp4_table import say_and_save
 from safetensors.torch import load_file, save_file
 
-from finetune.adapters.store import PROVENANCE, WEIGHTS, AdapterFile, open_adapter
+from finetune.adapters.provenance import PROVENANCE
+from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.cli.main import main as finetune
 from finetune.config.compose import compose
-from finetune.export.effect import HeldOutRows, held_out_rows, measure_variants
 from finetune.export.plan import MergePlan, plan_merge
-from finetune.export.survival import survival_figures
-from finetune.export.variants import Variants
+from finetune.export.record import as_json
+from finetune.export.survival.effect import HeldOutExamples, held_out_examples, measure_variants
+from finetune.export.survival.variants import Variants
+from finetune.export.survival.weights import weight_survival
 from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
-from finetune.rounding.calibration import choose_rows
+from finetune.rounding.calibration import choose_calibration
 from finetune.rounding.compensate import Settings
-from finetune.rounding.run import RoundedExperts, round_experts_by_layer, rounding_staging
+from finetune.rounding.results import RoundedExperts
+from finetune.rounding.run import round_layers
 
 RATES = {"1 %": 2.7e-4, "4 %": 9.5e-4, "10 %": 2.7e-3}  # learning rates that give updates of about these sizes
 SEEDS = (0, 1, 2)
@@ -102,16 +105,17 @@ class Work:
         """Round an adapter's experts on training rows."""
         plan = plan_merge(self.checkpoint, source, "mxfp4", "compensated")
         config = replace(compose(str(self.recipe("experts"))).config, seed=seed)
-        calibration, _ = choose_rows(config, self.checkpoint, None)
-        staging = rounding_staging(self.directory / name, f"{name} {settings} {calibration.fingerprint}")
-        return plan, round_experts_by_layer(plan, calibration, staging, CPU, torch.float32, settings)
+        calibration, _ = choose_calibration(config, self.checkpoint, None)
+        rounded = RoundedExperts.beside(self.directory / name, f"{name} {settings} {calibration.fingerprint}")
+        round_layers(self.checkpoint, source, calibration, rounded, CPU, torch.float32, settings)
+        return plan, rounded
 
-    def held_out(self, split: str) -> HeldOutRows:
+    def held_out(self, split: str) -> HeldOutExamples:
         config = compose(str(self.recipe("experts"))).config
         if split == "validation":
             old_domain = replace(config.export, old_domain={})
             config = replace(config, data=replace(config.data, test={}), export=old_domain)
-        found = held_out_rows(replace(config, evaluate=replace(config.evaluate, labels="auto")), self.rows)
+        found = held_out_examples(replace(config, evaluate=replace(config.evaluate, labels="auto")), self.rows)
         assert found is not None and found.split == split
         return found
 
@@ -128,11 +132,11 @@ class Work:
         rows = self.held_out(split)
         if labels:
             few = slice(ACCURACY_ROWS)
-            rows = replace(rows, records=rows.records[few], samples=rows.samples[few], old_domain=())
+            rows = replace(rows, records=rows.records[few], examples=rows.examples[few], old_domain=())
         else:
             rows = replace(rows, labels=None)
         base = build_base(self.checkpoint, CPU, torch.float32, experts_per_chunk=8)
-        return measure_variants(Variants(base, plan, rounded), rows, names)
+        return as_json(measure_variants(Variants(base, plan, rounded), rows, names))
 
 
 def stage_train(work: Work) -> None:
@@ -152,7 +156,7 @@ def stage_round(work: Work) -> None:
             started = time.process_time()
             plan, rounded = _rounded(work, size, seed, "compensated")
             found = work.measure(plan, rounded, "test", None)
-            found["weights"] = survival_figures(plan, rounded.tallies, rounded.experts)["overall"]
+            found["weights"] = as_json(weight_survival(plan, rounded.tallies, rounded.experts).overall)
             work.keep(key, found | {"cpu_seconds": time.process_time() - started})
             print(f"{key}: {time.process_time() - started:.0f} CPU seconds", flush=True)
 
@@ -174,7 +178,7 @@ def stage_settings(work: Work) -> None:
 
 def _rounded(work: Work, size: str, seed: int, setting: str) -> tuple[MergePlan, RoundedExperts]:
     name = f"rounded-{size}-{seed}-{setting}".replace(" ", "")
-    return work.round(open_adapter(work.adapter("experts", size, seed)), name, SETTINGS[setting], seed)
+    return work.round(AdapterFile.open(work.adapter("experts", size, seed)), name, SETTINGS[setting], seed)
 
 
 def stage_controls(work: Work) -> None:
@@ -186,12 +190,12 @@ def stage_controls(work: Work) -> None:
             if key in work.results:
                 continue
             changed = _changed(adapter, work.directory / key.replace(" ", ""), control)
-            _, rounded = work.round(open_adapter(changed), f"rounded-{key}".replace(" ", ""), Settings(), 0)
-            plan = plan_merge(work.checkpoint, open_adapter(adapter), "mxfp4", "compensated")
+            _, rounded = work.round(AdapterFile.open(changed), f"rounded-{key}".replace(" ", ""), Settings(), 0)
+            plan = plan_merge(work.checkpoint, AdapterFile.open(adapter), "mxfp4", "compensated")
             work.keep(key, work.measure(plan, rounded, "test", ["compensated"]))
         key = f"{size} attention alone"
         if key not in work.results:
-            source = open_adapter(work.adapter("attention", size, 0))
+            source = AdapterFile.open(work.adapter("attention", size, 0))
             plan = plan_merge(work.checkpoint, source, "mxfp4", "nearest")
             work.keep(key, work.measure(plan, None, "test", ["bf16"]))
 

@@ -26,8 +26,8 @@ from sklearn.metrics import f1_score
 from sklearn.naive_bayes import MultinomialNB
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.cuad import CUAD
 from finetune.data.dataset import load_split
+from finetune.data.prepare.legal import CUAD
 from finetune.data.sources import Record
 from finetune.evaluate.labels import score_labels
 from finetune.evaluate.opening import open_model

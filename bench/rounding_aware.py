@@ -28,7 +28,7 @@ from measure import machine, publish
 from mxfp4_merge import CPU, SEEDS, SETTINGS, Work
 from torch import Tensor, nn
 
-from finetune.adapters.store import AdapterFile, open_adapter
+from finetune.adapters.store import AdapterFile
 from finetune.config.compose import compose
 from finetune.data.batches import Batch, collate
 from finetune.data.dataset import load_split
@@ -37,12 +37,12 @@ from finetune.evaluate.likelihood import held_out_loss
 from finetune.kernels.experts import clamped_swiglu
 from finetune.model.build import build_base
 from finetune.model.experts import PUBLISHED_SIGMOID_GAIN, PackedExperts
-from finetune.model.forward import hidden_states, shift_labels
-from finetune.mxfp4.constants import BLOCK
+from finetune.model.forward import hidden_states
+from finetune.mxfp4.format import BLOCK
+from finetune.objectives.sft import weighted_nll
 from finetune.rounding import grid
-from finetune.rounding.run import RoundedExperts
+from finetune.rounding.results import RoundedExperts
 from finetune.train.optim import learning_rate
-from finetune.train.router_loss import language_loss
 
 RANK, SCALE = 8, 2.0  # as in the plain runs: alpha 16
 PROJECTIONS = ("gate_up_proj", "down_proj")
@@ -155,7 +155,7 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
     if method.tail < 1:
         fewer = work.steps - steps
         plain = Work(work.directory / f"plain-{fewer}", work.base, fewer, work.rows, work.rates)
-        source = open_adapter(plain.adapter("experts", size, seed))
+        source = AdapterFile.open(plain.adapter("experts", size, seed))
         rounded = plain.round(source, f"rounded-{size}-{seed}".replace(" ", ""), SETTINGS["compensated"], seed)[1]
     base = build_base(work.checkpoint, CPU, torch.float32, experts_per_chunk=8)
     for number, layer in enumerate(base.model.model.layers):
@@ -169,19 +169,18 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
     for step, batch in zip(range(steps), batches(work, seed), strict=False):
         optimiser.param_groups[0]["lr"] = learning_rate(step, steps, config)
         hidden = hidden_states(base.model, batch.input_ids, batch.positions, batch.segments)
-        where = shift_labels(batch.input_ids, batch.weights, batch.segments)
-        loss = language_loss(hidden, base.model.lm_head.weight, *where) / batch.weight_sum
+        loss = weighted_nll(hidden, base.model.lm_head.weight, batch) / batch.weight_sum
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimiser.step()
-    return {split: held_out_loss(base.model, work.held_out(split).samples, 1024).mean for split in SPLITS}
+    return {split: held_out_loss(base.model, work.held_out(split).examples, 1024).mean for split in SPLITS}
 
 
 def batches(work: Work, seed: int) -> Iterator[Batch]:
     """Packed training rows in an order of the seed's."""
     data = compose(str(work.recipe("experts"))).config.data
-    samples = load_split(data, "train").samples
+    samples = load_split(data, "train").examples
     rows = pack([len(sample.ids) for sample in samples], 1024, np.random.default_rng([seed, 11]))
     for row in rows:
         yield collate([[samples[number] for number in row]])
@@ -193,7 +192,7 @@ def compare(work: Work, sizes: list[str], names: list[str]) -> None:
         for size in sizes:
             key = f"{size} after, seed {seed}"
             if key not in work.results:
-                source = open_adapter(work.adapter("experts", size, seed))
+                source = AdapterFile.open(work.adapter("experts", size, seed))
                 plan, rounded = work.round(
                     source, f"rounded-{size}-{seed}".replace(" ", ""), SETTINGS["compensated"], seed
                 )

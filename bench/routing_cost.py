@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from finetune import log
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.config.schema import AdapterConfig, ModelConfig, TrainerConfig
 from finetune.data.batches import Batch, collate
 from finetune.data.harmony.render import Example
@@ -31,7 +31,7 @@ from finetune.model.hub import locate_base
 from finetune.model.open import choose_device, choose_dtype
 from finetune.model.tiny import write_tiny_base
 from finetune.model.usage import UsageCounter
-from finetune.train.engines.base import alone as one_process
+from finetune.train.engines.base import single_engine
 from finetune.train.optim import make_optimizer
 from finetune.train.step import OptimiserStep
 
@@ -62,7 +62,9 @@ def measure(name: str, tokens: int, steps: int) -> dict[str, object]:
     checkpoint_activations(base.model)
     trainer = TrainerConfig(gradient_accumulation_steps=1)
     parameters = adapter.parameters()
-    step = OptimiserStep(trainer, base, one_process(parameters, make_optimizer(parameters, trainer), trainer), adapter)
+    step = OptimiserStep(
+        trainer, base, single_engine(parameters, make_optimizer(parameters, trainer), trainer), adapter
+    )
     ids = np.random.default_rng(0).integers(0, 199_998, tokens).astype(np.int32)
     weights = np.ones(tokens, dtype=np.float32)
     weights[0] = 0
@@ -94,12 +96,12 @@ def _now() -> float:
 
 
 def _times(step: OptimiserStep, batch: Batch, steps: int) -> dict[bool, list[float]]:
-    count: Callable[..., None] = step.router_loss.usage.add
+    count: Callable[..., None] = step.usage.add
     seconds: dict[bool, list[float]] = {True: [], False: []}
     with log.Progress("training", 2 * steps, "steps") as progress:
         for number in range(2 * steps + 2):
             counted = number % 2 == 0
-            step.router_loss.usage.add = count if counted else lambda *_: None  # type: ignore[method-assign]
+            step.usage.add = count if counted else lambda *_: None  # type: ignore[method-assign]
             started = _now()
             step([batch], 1e-4, number + 1)
             if number >= 2:  # the first of each warms up

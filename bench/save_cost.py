@@ -21,7 +21,7 @@ from typing import Any
 from finetune import log
 from finetune.cli.main import main
 from finetune.model import tiny
-from finetune.train import trainer as loop
+from finetune.train import trainer
 
 RECIPE = """# @package _global_
 defaults:
@@ -72,8 +72,8 @@ class Clock:
 def saves(directory: Path, steps: int, length: int) -> dict[str, Any]:
     """Cost of a save in the background and in the foreground as a share of `SAVE_EVERY` steps."""
     recipe = write_inputs(directory, length)
-    step = Clock(loop.OptimiserStep, "__call__")
-    save = Clock(loop.CheckpointWriter, "save")
+    step = Clock(trainer.OptimiserStep, "__call__")
+    save = Clock(trainer.CheckpointWriter, "save")
     figures: dict[str, Any] = {"steps": steps, "row_tokens": length}
     for background in (True, False):
         for clock in (step, save):
@@ -112,16 +112,16 @@ def soak(directory: Path, steps: int, length: int) -> dict[str, Any]:
     """Resident memory and open files after each tenth of a run that saves every 20 steps; the last are to be flat."""
     recipe = write_inputs(directory, length)
     seen: list[tuple[int, float, int]] = []
-    count = loop.Trainer._count
+    count = trainer.Trainer._record
 
-    def count_and_look(self: loop.Trainer, *args: Any) -> None:
+    def count_and_look(self: trainer.Trainer, *args: Any) -> None:
         count(self, *args)
         if self.state.step % max(1, steps // 10) == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             seen.append((self.state.step, pages * resource.getpagesize() / 2**20, len(os.listdir("/proc/self/fd"))))
             log.info(f"step {seen[-1][0]}: {seen[-1][1]:.1f} MiB, {seen[-1][2]} open files")
 
-    setattr(loop.Trainer, "_count", count_and_look)  # noqa: B010
+    setattr(trainer.Trainer, "_record", count_and_look)  # noqa: B010
     overrides = [f"trainer.max_steps={steps}", "save.every_steps=20"]
     assert main(["train", str(recipe), f"output_dir={directory}", "name=soak", *overrides]) == 0
     third = len(seen) // 3

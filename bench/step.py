@@ -28,7 +28,7 @@ from random_base import SHAPES, config_of, dense_bytes, dequantised, random_base
 from torch import nn
 
 from finetune import log
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.arch import Arch
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import Batch
@@ -36,7 +36,7 @@ from finetune.model.attention import select_attention_kernel
 from finetune.model.build import Base
 from finetune.model.experts import select_expert_kernel
 from finetune.model.forward import checkpoint_activations
-from finetune.train.engines.base import alone
+from finetune.train.engines.base import single_engine
 from finetune.train.optim import make_optimizer
 from finetune.train.step import OptimiserStep
 
@@ -84,7 +84,7 @@ def make_variant(name: str, config: dict[str, Any], batch: Batch, args: argparse
     trainer = replace(TrainerConfig(), **{key: yaml.safe_load(value) for key, _, value in _pairs(args.trainer)})
     if trainer.activation_checkpointing:
         checkpoint_activations(base.model)
-    step = OptimiserStep(trainer, base, alone(parameters, make_optimizer(parameters, trainer), trainer))
+    step = OptimiserStep(trainer, base, single_engine(parameters, make_optimizer(parameters, trainer), trainer))
     return Variant(lambda: step([batch], 1e-4, 1).loss, sum(parameter.numel() for parameter in parameters.values()))
 
 

@@ -1,3 +1,3 @@
 """Fine-tune gpt-oss with LoRA on attention and on every expert, over native MXFP4 weights."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

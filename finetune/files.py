@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their SHA-256, JSON with errors that name file and key, and seeds made from words.
+"""Files that are whole or absent, their SHA-256, JSON with errors that name the file, and seeds made from words.
 
 Free of torch at import, so that every package and every command may use it.
 """
@@ -12,14 +12,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from finetune.errors import InputError, MachineError
+from finetune import log
+from finetune.errors import ConfigError, InputError, MachineError
 
 if TYPE_CHECKING:
     import torch
 
-T = TypeVar("T")
 PARTIAL = ".partial"
 """Ends the name of every file and directory that is still being written."""
 
@@ -160,6 +160,120 @@ def is_write_failure(error: BaseException) -> bool:
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
 
 
+PROGRESS = "progress.json"
+_UNFINISHED = ".half"
+_SPARE_BYTES = 64 << 20  # for indexes, reports and the file system's own needs
+
+
+class ResumableDirectory:
+    """A directory that is written file by file, survives an interruption, and gets its name when it is complete.
+
+    Files are written to `.NAME.partial` beside the target. Finished ones are listed in its `progress.json` with a
+    record that has their SHA-256; the next attempt with the same key hashes them again and keeps them.
+
+    Args:
+        out: the target directory; must not exist.
+        key: what the content is made from; finished files of another key are removed.
+
+    Attributes:
+        path: the unfinished directory.
+        files: the record of each finished file.
+
+    Raises:
+        ConfigError: `out` exists.
+        MachineError: the unfinished directory cannot be made.
+    """
+
+    def __init__(self, out: Path, key: str) -> None:
+        refuse_existing(out)
+        self.out, self.key = out, key
+        self.path = out.with_name(f".{out.name}{PARTIAL}")
+        self.files: dict[str, dict[str, Any]] = {}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(f"cannot make {self.path}: {error.strerror}", fix="choose another --out") from error
+        self._load()
+
+    def _load(self) -> None:
+        progress = self.path / PROGRESS
+        kept: dict[str, Any] = {}
+        if progress.exists():
+            try:
+                stored = json.loads(progress.read_text())
+                kept = stored["shards"] if stored["key"] == self.key else {}
+            except (ValueError, KeyError, TypeError):
+                log.warning(f"{progress} cannot be read: starting again")
+        for name, record in kept.items():
+            if (self.path / name).is_file() and sha256_of(self.path / name) == record["sha256"]:
+                self.files[name] = record
+            else:
+                log.warning(f"{self.path / name} was modified or removed: it is written again")
+        for file in self.path.iterdir():
+            if file.name not in self.files and file.name != PROGRESS:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        if self.files:
+            log.info(f"continuing with {self.path}: {len(self.files)} finished files are kept")
+
+    def require_space(self, num_bytes: int) -> None:
+        """Check that the disk has room for everything that is still to be written.
+
+        Args:
+            num_bytes: of the complete directory.
+
+        Raises:
+            MachineError: it would not fit.
+        """
+        missing = num_bytes - sum((self.path / name).stat().st_size for name in self.files) + _SPARE_BYTES
+        free = shutil.disk_usage(self.path).free
+        if free < missing:
+            self.discard_if_empty()
+            raise MachineError(
+                f"{self.out} needs {missing:,} more bytes and the disk has {free:,} free",
+                fix="free some space, or give --out on a larger disk",
+            )
+
+    def unfinished(self, name: str) -> Path:
+        """The path to write a file to until `finish` gives it its name."""
+        return self.path / (name + _UNFINISHED)
+
+    def finish(self, name: str, record: dict[str, Any]) -> None:
+        """Name a file that is complete and on the disk, and list it with its record (`sha256` and more)."""
+        os.replace(self.unfinished(name), self.path / name)
+        self.files[name] = record
+        write_json(self.path / PROGRESS, {"key": self.key, "shards": self.files})
+
+    def remove_unfinished(self) -> None:
+        """Remove files that were being written when something failed; the finished ones are kept."""
+        for file in self.path.glob("*" + _UNFINISHED):
+            file.unlink()
+        if not self.discard_if_empty():
+            log.info(f"finished files are kept in {self.path}: repeat the command to continue, or remove it")
+
+    def discard_if_empty(self) -> bool:
+        """Remove the directory if no file is finished; returns whether it did."""
+        if self.files:
+            return False
+        shutil.rmtree(self.path, ignore_errors=True)
+        return True
+
+    def publish(self) -> None:
+        """Give the directory its name."""
+        (self.path / PROGRESS).unlink(missing_ok=True)
+        refuse_existing(self.out)
+        os.rename(self.path, self.out)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise ConfigError if there is something at `out`."""
+    if out.exists() or out.is_symlink():
+        raise ConfigError(
+            f"{out} exists already",
+            why="an export never overwrites anything",
+            fix="give another --out, or remove it first",
+        )
+
+
 # JSON
 
 
@@ -186,30 +300,3 @@ def read_json(path: Path, what: str = "a JSON file of this tool", fix: str | Non
         kind = type(content).__name__
         raise InputError(f"{path} holds a JSON {kind}, not an object", why=f"it should be {what}", fix=fix)
     return content
-
-
-def json_field(content: Mapping[str, Any], key: str, kind: type[T], where: Path | str) -> T:
-    """One value of a JSON object, checked to be of a kind. A whole number will do where a float is wanted.
-
-    Args:
-        content: the object.
-        key: of the value.
-        kind: `str`, `int`, `float`, `bool`, `list` or `dict`.
-        where: the file's name, for the error message.
-
-    Raises:
-        InputError: the key is missing, or its value is of another kind.
-    """
-    if key not in content:
-        raise InputError(f"{where} lacks {key!r}")
-    value = content[key]
-    if kind is float and type(value) is int:
-        return kind(value)  # type: ignore[call-arg]
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise InputError(f"{where}: {key!r} is {value!r}, not of type {kind.__name__}")
-    return value
-
-
-# Former place of `finetune.files.sha256_of`; to be folded into it.
-
-__all__ = ["sha256_of"]

@@ -49,10 +49,10 @@ def result(text: str = "") -> None:
 
 
 def result_table(rows: Sequence[Sequence[str]], colors: Sequence[str] = ()) -> None:
-    """Print rows of text to standard output: in columns, the last of which a terminal wraps.
+    """Print a table to standard output.
 
     Args:
-        rows: equally long; elsewhere than on a terminal columns are padded and two spaces apart.
+        rows: cells of each row. A terminal wraps the last column; elsewhere columns are padded, two spaces apart.
         colors: Rich's style of each row's first cell on a terminal.
     """
     stream = _result_stream()
@@ -83,7 +83,7 @@ def warning(text: str) -> None:
 def error(text: str) -> None:
     """Print an error, on any rank."""
     if _rank:
-        print(f"process {_rank}: {text}", file=sys.stderr, flush=True)
+        print(f"rank {_rank}: {text}", file=sys.stderr, flush=True)
     else:
         _print(text, sys.stderr, "bold red")
 
@@ -125,7 +125,7 @@ def duration(seconds: float) -> str:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a person sees a stream on a terminal that understands control sequences."""
+    """Whether a stream is a terminal that understands control sequences."""
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 

@@ -55,6 +55,23 @@ def free_memory(device: torch.device | None = None) -> int:
     return max(0, available)
 
 
+@dataclass(frozen=True)
+class GpuMemory:
+    """A GPU's memory in bytes: all of it, and what is free or reserved by this process's allocator."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+def gpu_memory(device: torch.device) -> GpuMemory:
+    """Memory of a GPU, before or after this process has used it."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    return GpuMemory(torch.cuda.get_device_name(device), total, free + torch.cuda.memory_reserved(device))
+
+
 def total_memory() -> int:
     """Bytes of memory that this process may use at most: the host's, or its container's limit if that is lower."""
     import psutil

@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 from finetune.errors import InputError
 
+Json = Mapping[str, Any]
+"""A JSON object as it is in a file, where any key may be missing."""
 Model = Literal["base", "adapter"]
 MODELS: tuple[Model, Model] = ("base", "adapter")
 """`adapter` is the base with its adapter."""
@@ -339,7 +341,7 @@ def to_json(record: Any) -> Any:
     return record
 
 
-def parse_evaluation(content: Mapping[str, Any]) -> Evaluation:
+def parse_evaluation(content: Json) -> Evaluation:
     """An evaluation from JSON data, also from that of version 0.1.
 
     Raises:
@@ -368,7 +370,7 @@ def read_evaluation(path: Path) -> Evaluation | None:
         raise InputError(f"{path} does not hold the results of an evaluation", why=first_line) from error
 
 
-def _from_v01(content: Mapping[str, Any]) -> dict[str, Any]:
+def _from_v01(content: Json) -> Json:
     """evaluation.json of version 0.1, which had flat figures under `before` and `after`, in today's form."""
     models = {model: content[when] for model, when in zip(MODELS, ("before", "after"), strict=True) if when in content}
     if not models:
@@ -383,13 +385,12 @@ def _from_v01(content: Mapping[str, Any]) -> dict[str, Any]:
             }
             for key in ("loss", "accuracy")
         )
-        suite: dict[str, Any] = {"suite": "test", "rows": first["rows"], "records": first["rows"], "loss": loss}
-        if accuracy:
-            labels = {"num_labels": first["num_labels"], "best_constant": first["best_constant_accuracy"]}
-            suite |= {"accuracy": accuracy, **labels}
         figures = {model: Figure(each["value"], each["interval"]) for model, each in loss.items()}
-        suite["perplexity"] = to_json(perplexity(Comparison(figures.get("base"), figures.get("adapter"))))
-        rest: dict[str, Any] = {"notes": [], "left_out": {}, "contamination": None, "answers": None}
-        return {"adapter": "adapter", "base": None, "confidence": first["confidence"], "suites": [suite], **rest}
+        both = perplexity(Comparison(figures.get("base"), figures.get("adapter")))
+        labels = {"num_labels": first.get("num_labels"), "best_constant": first.get("best_constant_accuracy")}
+        sizes = {"suite": "test", "rows": first["rows"], "records": first["rows"]}
+        test = {**sizes, "loss": loss, "perplexity": to_json(both), **labels, "accuracy": accuracy or None}
+        rest: Json = {"notes": [], "left_out": {}, "contamination": None, "answers": None}
+        return {"adapter": "adapter", "base": None, "confidence": first["confidence"], "suites": [test], **rest}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"version 0.1 would have {error}") from error

@@ -70,10 +70,10 @@ def finished(workplace: Path) -> tuple[Path, str]:
 @pytest.fixture
 def validation_losses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Validation losses are taken from this list, whatever the model does."""
-    from finetune.train import run as run_module
+    from finetune.train import trainer
 
     losses: list[float] = []
-    monkeypatch.setattr(run_module, "held_out_loss", lambda *_, **__: SimpleNamespace(mean=losses.pop(0)))
+    monkeypatch.setattr(trainer, "held_out_loss", lambda *_, **__: SimpleNamespace(mean=losses.pop(0)))
     yield losses
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.adapters.lora import attach_adapter
-from finetune.adapters.store import PROVENANCE, WEIGHTS, write_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.provenance import PROVENANCE, BaseRecord
+from finetune.adapters.store import WEIGHTS, write_adapter
 from finetune.cli.main import main
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig
 from finetune.model.build import build_base
@@ -62,8 +63,7 @@ def merge_adapter(small_base: Path, tmp_path_factory: pytest.TempPathFactory) ->
             if name.endswith("b"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     directory = tmp_path_factory.mktemp("merge") / "adapter"
-    names = {"base_name": str(small_base), "base_revision": None, "base_identity": base.identity}
-    write_adapter(directory, live, ADAPTER, **names)
+    write_adapter(directory, live, ADAPTER, BaseRecord(str(small_base), None, base.identity))
     return directory
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.adapters.sites import ExpertRanks
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import Batch
@@ -23,7 +23,7 @@ from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations
 from finetune.train.engines.base import Replicated
 from finetune.train.optim import make_optimizer
-from finetune.train.step import OptimiserStep, StepFigures
+from finetune.train.step import OptimiserStep, StepStats
 from finetune.train.world import World
 
 SMALL = AdapterConfig(
@@ -83,13 +83,13 @@ class Run:
         accelerator = accelerator or Accelerator(cpu=True)
         optimizer = make_optimizer(parameters, config)
         self.gradients: dict[str, Tensor] = {}
-        processes = Through(
+        world = AcceleratorWorld(
             getattr(accelerator, "process_index", 0), accelerator.num_processes, accelerator=accelerator
         )
-        engine = Replicated(parameters, optimizer, config, accelerator, processes)
+        engine = Replicated(parameters, optimizer, config, accelerator, world)
         self.step = OptimiserStep(config, self.base, engine, self.adapter)
 
-    def __call__(self, batches: list[Batch]) -> StepFigures:
+    def __call__(self, batches: list[Batch]) -> StepStats:
         def keep() -> None:
             parameters = self.adapter.parameters()
             self.gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
@@ -104,18 +104,18 @@ def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 @dataclass(frozen=True)
-class Through(World):
-    """World that tell each other what a step asks through an accelerator, real or made of threads."""
+class AcceleratorWorld(World):
+    """Ranks whose small messages go through an accelerator, real or made of threads."""
 
     accelerator: Any = None
 
-    def sums(self, *values: float) -> list[float]:
+    def all_reduce_sum(self, *values: float) -> list[float]:
         summed: list[float] = self.accelerator.reduce(torch.tensor(values, dtype=torch.float64), "sum").tolist()
         return summed
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Of zeros and ones."""
-        return int(self.sums(value)[0] > 0)
+        return int(self.all_reduce_sum(value)[0] > 0)
 
 
 class Together:

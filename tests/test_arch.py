@@ -128,3 +128,18 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
 def test_reading_dimensions_does_not_import_torch() -> None:
     code = "import sys, finetune.arch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1]", "not an object"),
+        ('{"model_type": "llama"}', "'llama'"),
+        ('{"model_type": "gpt_oss", "hidden_size": 64}', "lacks"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(content: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError, match=words):
+        Arch.read(tmp_path / "config.json")

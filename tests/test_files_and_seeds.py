@@ -15,7 +15,7 @@ import torch
 
 from finetune import files
 from finetune.errors import InputError, MachineError
-from finetune.files import json_field, read_json, replaced_file, seed_of, seeded_generator, sha256_of, staged_directory
+from finetune.files import read_json, replaced_file, seed_of, seeded_generator, sha256_of, staged_directory
 
 
 def test_sha256_is_hashlib_s(tmp_path: Path) -> None:
@@ -138,23 +138,6 @@ def test_json_that_is_none_is_named(content: bytes | None, words: str, tmp_path:
         read_json(path, "a run's manifest", "start again")
     assert str(path) in caught.value.what
     assert caught.value.why == "it should be a run's manifest" and caught.value.fix == "start again"
-
-
-def test_json_fields_are_checked(tmp_path: Path) -> None:
-    path = tmp_path / "m.json"
-    path.write_text('{"step": 3, "name": "é", "on": true, "share": 1}', encoding="utf-8")
-    content = read_json(path)
-    assert json_field(content, "step", int, path) == 3 and json_field(content, "name", str, path) == "é"
-    share = json_field(content, "share", float, path)
-    assert share == 1.0 and type(share) is float and json_field(content, "on", bool, path) is True
-    for key, kind, words in (
-        ("gone", int, "lacks 'gone'"),
-        ("name", int, "'name' is 'é'"),
-        ("on", int, "'on' is True"),
-    ):
-        with pytest.raises(InputError, match=words) as caught:
-            json_field(content, key, kind, path)
-        assert str(path) in caught.value.what
 
 
 def test_the_bottom_modules_do_not_import_torch() -> None:

@@ -16,8 +16,8 @@ from finetune.arch import Arch
 from finetune.cli.preflight import device_budget
 from finetune.config.compose import compose
 from finetune.config.paths import shipped_dir
-from finetune.doctor.checks import check_machine
-from finetune.export.end_to_end import _fits
+from finetune.doctor import check_machine
+from finetune.export.survival.effect import fits_in_memory as packed_base_fits
 from finetune.machine import free_memory, num_cores, total_memory
 from finetune.rounding.probe import experts_at_once
 
@@ -148,11 +148,11 @@ def test_every_reader_of_free_memory_respects_the_container(limit: int, groups: 
     large = limit > GIB
     arch = Arch.read(shipped_dir("data") / "tokenizer" / "gpt-oss-20b" / "config.json")
     tensors = {"w": ("F32", (512, 512))}
-    checkpoint = SimpleNamespace(num_bytes=1 << 20, shape=SimpleNamespace(expected_tensors=lambda: tensors))
+    checkpoint = SimpleNamespace(num_bytes=1 << 20, arch=SimpleNamespace(expected_tensors=lambda: tensors))
     base: Any = SimpleNamespace(checkpoint=checkpoint, compute_dtype=torch.float32)
     plan: Any = SimpleNamespace(checkpoint=checkpoint)
     assert fits_in_memory(base) is large  # read-back in a process of its own
-    assert _fits(plan, CPU) is large  # whether the fine-tune survives
+    assert packed_base_fits(plan, CPU) is large  # whether the fine-tune survives
     assert (experts_at_once(arch, CPU) > 1) is large  # rounding
     assert device_budget(compose("quickstart", ["model.device=cpu"]).config).num_bytes == limit  # the estimate
     assert f"{limit / GIB:.1f} GiB" in next(iter(check_machine())).found

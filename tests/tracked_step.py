@@ -1,4 +1,4 @@
-"""A real optimiser step on a small base on the CPU with every tensor's bytes counted: what an estimate is held to.
+"""A real optimiser step on a small base on the CPU with every tensor's bytes counted: the reference for an estimate.
 
 `tests/estimate/test_estimate_step.py` compares, `bench/estimate.py` prints.
 """
@@ -15,7 +15,7 @@ import torch
 from allocation import AllocationTracker
 from safetensors.torch import save_file
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.arch import Arch
 from finetune.config.paths import shipped_dir
 from finetune.config.schema import (
@@ -28,12 +28,12 @@ from finetune.config.schema import (
     TrainerConfig,
 )
 from finetune.data.batches import Batch
-from finetune.estimate.changes import with_overrides
+from finetune.estimate.advice import with_overrides
 from finetune.model.build import DTYPES, Base, build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations, hidden_states, record_router
 from finetune.model.storage import BaseStorage
-from finetune.train.engines.base import alone
+from finetune.train.engines.base import single_engine
 from finetune.train.optim import PerParameterOptimizer, make_optimizer
 from finetune.train.step import OptimiserStep
 
@@ -71,7 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Most bytes alive during an optimiser step, and the rows of the busiest chunk of experts over the average's."""
+    """Peak bytes of an optimiser step, and the routed tokens of the busiest chunk of experts over the average one's."""
 
     peak_bytes: int
     busiest_chunk: float
@@ -102,7 +102,7 @@ def recipe(
     directory: Path,
     *,
     tokens: int = 512,
-    rows: int = 1,
+    sequences: int = 1,
     gradient_accumulation_steps: int = 1,
     chunk: int = 4,
     dtype: Any = "float32",
@@ -119,7 +119,7 @@ def recipe(
             attention=AttentionAdapterConfig(rank=attention), experts=ExpertAdapterConfig(rank=experts)
         ),
         trainer=TrainerConfig(
-            micro_batch_size=rows,
+            micro_batch_size=sequences,
             gradient_accumulation_steps=gradient_accumulation_steps,
             activation_checkpointing=checkpointing,
         ),
@@ -131,24 +131,24 @@ def recipe(
 
 def full_batch(config: RunConfig, vocabulary: int, trained_share: float) -> Batch:
     """Rows of `max_length` random tokens, two samples in each."""
-    rows, length = config.trainer.micro_batch_size, config.data.max_length
+    sequences, length = config.trainer.micro_batch_size, config.data.max_length
     generator = torch.Generator().manual_seed(1)
     place = torch.arange(length)
     second = place >= length // 2
     positions = place - second * (length // 2)
-    weights = (place * trained_share % 1 < trained_share).float().repeat(rows, 1)
+    weights = (place * trained_share % 1 < trained_share).float().repeat(sequences, 1)
     weights[:, 0] = weights[:, length // 2] = 0
     return Batch(
-        torch.randint(0, vocabulary, (rows, length), generator=generator),
+        torch.randint(0, vocabulary, (sequences, length), generator=generator),
         weights,
-        positions.repeat(rows, 1),
-        second.long().repeat(rows, 1),
-        tuple((f"r{row}a", f"r{row}b") for row in range(rows)),
+        positions.repeat(sequences, 1),
+        second.long().repeat(sequences, 1),
+        tuple((f"r{row}a", f"r{row}b") for row in range(sequences)),
     )
 
 
 def measure(directory: Path, config: RunConfig, trained_share: float = 1.0) -> Measured:
-    """Peak of an optimiser step: weights and optimiser states held, everything else as it comes."""
+    """Peak of an optimiser step: weights and optimiser states allocated throughout, everything else as it comes."""
     dtype = DTYPES[config.model.compute_dtype]
     storage = BaseStorage.of(config.model)
     base = build_base(Checkpoint.open(directory), torch.device("cpu"), dtype, config.model.experts_per_chunk, storage)
@@ -157,7 +157,7 @@ def measure(directory: Path, config: RunConfig, trained_share: float = 1.0) -> M
         checkpoint_activations(base.model)
     parameters = adapter.parameters()
     optimizer = make_optimizer(parameters, config.trainer)
-    step = OptimiserStep(config.trainer, base, alone(parameters, optimizer, config.trainer))
+    step = OptimiserStep(config.trainer, base, single_engine(parameters, optimizer, config.trainer))
     batches = [
         full_batch(config, base.model.config.vocab_size, trained_share)
     ] * config.trainer.gradient_accumulation_steps
@@ -167,24 +167,24 @@ def measure(directory: Path, config: RunConfig, trained_share: float = 1.0) -> M
     optimizer.zero_grad(set_to_none=True)
     inner = [slot.inner for slot in optimizer.slots] if isinstance(optimizer, PerParameterOptimizer) else [optimizer]
     states = [value for one in inner for state in one.state.values() for value in state.values()]
-    held = [*base.model.parameters(), *base.model.buffers(), *filter(torch.is_tensor, states)]
+    allocated = [*base.model.parameters(), *base.model.buffers(), *filter(torch.is_tensor, states)]
     # Without checkpointing the last layer's backward is the peak: activations are dropped from there on.
     busiest = busiest_chunks(base, batches[0])[0 if config.trainer.activation_checkpointing else -1 :]
-    with AllocationTracker(held) as tracker:
+    with AllocationTracker(allocated) as tracker:
         step(batches, 1e-4, 1)
     return Measured(tracker.peak_bytes, max(busiest))
 
 
 @torch.no_grad()
 def busiest_chunks(base: Base, batch: Batch) -> list[float]:
-    """Rows of the busiest chunk of experts over the average chunk's, layer by layer."""
+    """Routed tokens of the busiest chunk of experts over the average chunk's, layer by layer."""
     experts = base.model.model.layers[0].mlp.experts
     size, count = experts.experts_per_chunk, base.model.config.num_local_experts
     with record_router(base.model) as tape:
         hidden_states(base.model, batch.input_ids, batch.positions, batch.segments)
     shares = []
     for routing in tape.layers:
-        rows = torch.bincount(routing.expert_ids.reshape(-1), minlength=count)
-        largest = max(float(part.sum()) for part in rows.split(size))
+        tokens = torch.bincount(routing.expert_ids.reshape(-1), minlength=count)
+        largest = max(float(part.sum()) for part in tokens.split(size))
         shares.append(largest / (routing.expert_ids.numel() * min(size, count) / count))
     return shares

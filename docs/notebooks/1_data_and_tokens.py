@@ -59,8 +59,8 @@ print(describe(train))
 # Brackets mark it, with its channel. Everything that the model itself writes is trained, end tokens included.
 
 # %%
-print(as_text(train.samples[0], colour=False))
-sample = train.samples[0]
+print(as_text(train.examples[0], colour=False))
+sample = train.examples[0]
 print(f"{sample.num_trained_tokens} of {len(sample.ids)} tokens are trained")
 
 # %% [markdown]
@@ -68,7 +68,7 @@ print(f"{sample.num_trained_tokens} of {len(sample.ids)} tokens are trained")
 
 # %%
 without = compose(str(recipe), ["data.loss.analysis=0"]).config.data
-answer_only = load_split(without, "train").samples[0]
+answer_only = load_split(without, "train").examples[0]
 print(f"with data.loss.analysis=0: {answer_only.num_trained_tokens} of {len(answer_only.ids)}")
 assert answer_only.num_trained_tokens < sample.num_trained_tokens
 assert np.array_equal(answer_only.ids, sample.ids)
@@ -78,7 +78,7 @@ assert np.array_equal(answer_only.ids, sample.ids)
 # Several samples share a row; none sees another.
 
 # %%
-lengths = [len(one.ids) for one in train.samples] * 10
+lengths = [len(one.ids) for one in train.examples] * 10
 packed = pack(lengths, 512, np.random.default_rng(0))
 print(f"{len(lengths)} samples in {len(packed)} rows, {packing_efficiency(lengths, packed, 512):.0%} filled")
 assert sorted(number for row in packed for number in row) == list(range(len(lengths)))

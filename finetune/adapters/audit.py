@@ -1,10 +1,10 @@
-"""Is everything training that should, and nothing else? Answered from gradients, once, in the first two steps.
+"""Gradient audit of the first two steps: every trained parameter has a gradient, and no frozen one has.
 
-Each site's B (and a router trained whole) must have a gradient on step 1. Its A cannot (B = 0 makes A's exactly zero)
-until an update has been made, so A is audited on the step after it. Experts that no trained token reached have none,
-and that is counted, not failed; a site whose experts all have none is a fault.
+Each site's B (and a router trained in full) must have a gradient on step 1. Its A cannot (B = 0 makes A's exactly zero)
+until an update has been made, so A is audited on the step after it. Experts that no trained token reached have none;
+they are counted, not failed. A site whose experts all have none is an error.
 
-Source of the rule: facts about silent failures, e.g. NF4 experts under PEFT trained 3,584 of 44,544 parameters.
+The reason: failures are silent otherwise; NF4 experts under PEFT trained 3,584 of 44,544 parameters.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ GradientOf = Callable[[nn.Parameter], Tensor | None]
 
 @dataclass(frozen=True)
 class AuditResult:
-    """What one audit found.
+    """The outcome of one audit.
 
     Attributes:
-        factor: which factors were audited, `a` or `b`.
-        sites: how many sites passed.
-        experts_reached: for each layer with adapted experts, how many experts had a gradient.
-        experts_adapted: in each of these layers.
+        factor: audited, `a` or `b`.
+        sites: number of sites that passed.
+        experts_reached: number of experts with a gradient, for each layer with adapted experts.
+        experts_adapted: number of adapted experts of each of these layers.
     """
 
     factor: str
@@ -50,7 +50,7 @@ class AuditResult:
 
 
 def local_gradient(parameter: nn.Parameter) -> Tensor | None:
-    """The gradient as torch keeps it."""
+    """The gradient that torch stores with a parameter."""
     return parameter.grad
 
 
@@ -63,7 +63,7 @@ def audit_gradients(
         model: the whole model, after backward.
         adapter: its adapter.
         factor: `b` on the first step, `a` on the first step after an update.
-        gradient_of: gives a parameter's whole gradient, where processes hold parts of it.
+        gradient_of: gives a parameter's whole gradient, where ranks store shards of it.
 
     Raises:
         CheckError: a site without gradient, or a frozen tensor with one.
@@ -80,7 +80,7 @@ def audit_gradients(
         audited += bool(factors)
         silent += [f"{site.module}.{name}" for name, grad in factors.items() if not _any(grad)]
         gradients = [grad for grad in factors.values() if grad is not None]
-        # A factor that all experts share says nothing of any one of them.
+        # A factor that all experts share does not tell which of them were reached.
         if site.kind == "experts" and len(gradients) == len(factors) and site.share != factor:
             by_expert = _experts_with_gradient(gradients, module.ranks if isinstance(module, ExpertLora) else None)
             reached.append(int(by_expert.sum()))
@@ -104,7 +104,7 @@ def _any(grad: Tensor | None) -> bool:
 
 
 def _experts_with_gradient(gradients: Sequence[Tensor], ranks: LoraRanks | None) -> Tensor:
-    """Which experts have a non-zero gradient in every factor; factors [S, ...], or [N, ...] where ranks differ."""
+    """Whether each expert has a non-zero gradient in every factor; factors [S, ...], or [N, ...] where ranks differ."""
     reached = torch.stack([g.flatten(1).count_nonzero(dim=1) > 0 for g in gradients])
     if ranks is not None:
         by_expert = torch.zeros(len(reached), len(ranks.of_expert), dtype=torch.int64, device=reached.device)

@@ -1,6 +1,8 @@
-"""An adapter as it was trained: chosen experts only, shared factors once. Small to keep and send; no server reads it.
+"""The compact form of an adapter: its parameters as trained, adapted experts only and shared factors once.
 
-`finetune adapter import` writes it out again in PEFT's layout, where every expert has factors of its own.
+Small to keep and send; no server reads it. `finetune adapter import` writes it out again in PEFT's layout, where every
+expert has factors of its own. Files: adapter_compact.safetensors, compact.json, finetune.json, and router_bias.json
+where routers are trained in full.
 """
 
 from __future__ import annotations
@@ -9,28 +11,25 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune import __version__
-from finetune.adapters.lora import Adapter
-from finetune.adapters.sites import Site
-from finetune.adapters.store import (
-    PROVENANCE,
-    Factors,
+from finetune.adapters.layout import EXPERTS
+from finetune.adapters.lora import Adapter, adapted_experts, full_change, full_factor, router_bias_changes
+from finetune.adapters.provenance import (
+    BaseRecord,
     read_provenance,
     read_router_bias,
-    router_bias_changes,
-    staged_adapter,
-    write_facts,
+    write_provenance,
     write_router_bias,
 )
+from finetune.adapters.sites import Site
 from finetune.errors import InputError
-from finetune.files import sha256_of
+from finetune.files import staged_directory, write_json
+from finetune.kernels.experts import LoraFactors
 
 COMPACT_WEIGHTS = "adapter_compact.safetensors"
 SITES = "compact.json"
@@ -38,15 +37,15 @@ SITES = "compact.json"
 
 @dataclass(frozen=True, eq=False)
 class CompactAdapter:
-    """What `read_compact` found.
+    """A compact adapter, read.
 
     Attributes:
         num_experts: E of the base.
-        rslora: how scales were made.
+        rslora: scales are alpha / sqrt(rank).
         sites: as they were trained.
         parameters: by site module and name, such as `model.layers.0.mlp.experts.down_b`.
         router_bias: changes of routers' biases by the tensor's name.
-        facts: what its finetune.json says of the base.
+        base: the base it was trained on.
     """
 
     num_experts: int
@@ -54,17 +53,47 @@ class CompactAdapter:
     sites: tuple[Site, ...]
     parameters: Mapping[str, Tensor]
     router_bias: Mapping[str, Tensor]
-    facts: Mapping[str, Any]
+    base: BaseRecord
+
+    def layers(self) -> dict[int, dict[str, LoraFactors]]:
+        """Layer -> weight name -> factors of all experts, float32, zeros for experts that are not adapted.
+
+        Raises:
+            InputError: a factor is missing or not finite.
+        """
+        layers: dict[int, dict[str, LoraFactors]] = {}
+        for site in self.sites:
+            layer = layers.setdefault(site.layer, {})
+            if site.kind == "experts":
+                for name in EXPERTS:
+                    a, b = (self._full_factor(site, f"{name.removesuffix('_proj')}_{factor}") for factor in "ab")
+                    layer[name] = LoraFactors(a, b, site.scale)
+            elif site.whole:
+                layer[site.name] = full_change(self._parameter(site, "weight_change"), site.scale)
+            else:
+                a, b = (self._parameter(site, f"lora_{factor}") for factor in "ab")
+                layer[site.name] = LoraFactors(a, b, site.scale)
+        return layers
+
+    def _full_factor(self, site: Site, name: str) -> Tensor:
+        adapted = adapted_experts(site, torch.device("cpu"))
+        return full_factor(self._parameter(site, name), name, site, self.num_experts, adapted)
+
+    def _parameter(self, site: Site, name: str) -> Tensor:
+        key = f"{site.module}.{name}"
+        if key not in self.parameters:
+            raise InputError(f"the compact adapter lacks {key}")
+        if not self.parameters[key].isfinite().all():
+            raise InputError(f"the compact adapter's {key} has values that are not finite")
+        return self.parameters[key].float()
 
 
 def is_smaller(adapter: Adapter) -> bool:
-    """Whether PEFT's layout repeats factors or fills up with zeros."""
+    """Whether PEFT's layout repeats factors or adds zeros, so that the compact form is smaller."""
     return any(site.experts is not None or site.share != "none" for site in adapter.sites)
 
 
-def write_compact(
-    directory: Path, adapter: Adapter, num_experts: int, *, rslora: bool, facts: Mapping[str, Any]
-) -> None:
+def write_compact(directory: Path, adapter: Adapter, num_experts: int, *, rslora: bool, base: BaseRecord) -> None:
     """Write an adapter's parameters as they are.
 
     Args:
@@ -72,30 +101,27 @@ def write_compact(
         adapter: trained.
         num_experts: E of the base.
         rslora: scales are alpha / sqrt(rank).
-        facts: `base_name`, `base_revision`, `base_identity`.
+        base: the base it was trained on.
 
     Raises:
         InputError: the directory exists.
         MachineError: it cannot be written.
     """
-    biases = router_bias_changes(adapter)
     tensors = {
         name: parameter.detach().cpu().contiguous()
         for name, parameter in adapter.parameters().items()
         if not name.endswith(".bias_change")
     }
-    with staged_adapter(directory) as staging:
+    with staged_directory(directory, "the adapter", file_mode=0o644) as staging:
         save_file(tensors, staging / COMPACT_WEIGHTS, metadata={"format": "pt"})
         sites = [asdict(site) for site in adapter.sites]
-        write_facts(staging / SITES, {"num_experts": num_experts, "rslora": rslora, "sites": sites})
-        write_router_bias(staging, biases)
-        files = {path.name: sha256_of(path) for path in sorted(staging.iterdir())}
-        written_by = f"gpt-oss-finetune {__version__}"
-        write_facts(staging / PROVENANCE, {"written_by": written_by, **facts, "files": files})
+        write_json(staging / SITES, {"num_experts": num_experts, "rslora": rslora, "sites": sites})
+        write_router_bias(staging, router_bias_changes(adapter))
+        write_provenance(staging, base.as_provenance() | {"base_held_as": dict(base.storage)})
 
 
 def is_compact(directory: Path) -> bool:
-    """Whether `write_compact` made a directory."""
+    """Whether a directory holds a compact adapter."""
     return (directory / COMPACT_WEIGHTS).is_file()
 
 
@@ -105,7 +131,7 @@ def read_compact(directory: Path) -> CompactAdapter:
     Raises:
         InputError: it is damaged, or not the files that were written.
     """
-    provenance = read_provenance(directory) or {}
+    provenance = read_provenance(directory)
     try:
         content = json.loads((directory / SITES).read_text())
         sites = tuple(
@@ -116,59 +142,5 @@ def read_compact(directory: Path) -> CompactAdapter:
         num_experts, rslora = int(content["num_experts"]), bool(content["rslora"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(f"{directory} is damaged", why=f"{type(error).__name__}: {error}") from error
-    facts = {key: value for key, value in provenance.items() if key.startswith("base_")}
-    return CompactAdapter(num_experts, rslora, sites, tensors, read_router_bias(directory), facts)
-
-
-# The compact form of an adapter as factors of every expert.
-
-
-def expanded(adapter: CompactAdapter) -> dict[int, dict[str, Factors]]:
-    """Layer -> site name -> factors, zeros for experts that were not adapted.
-
-    Raises:
-        InputError: a factor is missing or not finite.
-    """
-    layers: dict[int, dict[str, Factors]] = {}
-    for site in adapter.sites:
-        here = layers.setdefault(site.layer, {})
-        if site.kind == "experts":
-            for name in ("gate_up", "down"):
-                a, b = (_of_all(adapter, site, f"{name}_{factor}") for factor in "ab")
-                here[f"{name}_proj"] = Factors(a, b, site.scale)
-        elif site.whole:
-            change = _parameter(adapter, site, "weight_change")
-            here["router"] = Factors(change, torch.eye(len(change)) / site.scale, site.scale)
-        else:
-            a, b = (_parameter(adapter, site, f"lora_{factor}") for factor in "ab")
-            here[site.module.rpartition(".")[2]] = Factors(a, b, site.scale)
-    return layers
-
-
-def _of_all(adapter: CompactAdapter, site: Site, name: str) -> Tensor:
-    factor = _parameter(adapter, site, name)
-    chosen = range(adapter.num_experts) if site.experts is None else site.experts
-    if site.ranks is not None:
-        factor = _with_one_rank(factor, site, name)
-    whole = factor.new_zeros(adapter.num_experts, *factor.shape[1:])
-    whole[list(chosen)] = factor.expand(len(chosen), -1, -1)
-    return whole
-
-
-def _with_one_rank(rows: Tensor, site: Site, name: str) -> Tensor:
-    """Rows [N, width] of experts whose ranks differ as factors of the highest rank and its scale: B takes the rest."""
-    assert site.ranks is not None
-    factors = []
-    for part, rank, scale in zip(rows.split(site.ranks), site.ranks, site.scales, strict=True):
-        padded = torch.cat([part, part.new_zeros(site.rank - rank, part.shape[1])])
-        factors.append(padded if name.endswith("_a") else (padded * (scale / site.scale)).T)
-    return torch.stack(factors)
-
-
-def _parameter(adapter: CompactAdapter, site: Site, name: str) -> Tensor:
-    key = f"{site.module}.{name}"
-    if key not in adapter.parameters:
-        raise InputError(f"the compact adapter lacks {key}")
-    if not adapter.parameters[key].isfinite().all():
-        raise InputError(f"the compact adapter's {key} holds values that are not finite")
-    return adapter.parameters[key].float()
+    base = provenance.base if provenance else BaseRecord()
+    return CompactAdapter(num_experts, rslora, sites, tensors, read_router_bias(directory), base)

@@ -1,7 +1,7 @@
-"""Proof that the adapter on disk is the model that was trained: stock PEFT reads it back in a fresh process.
+"""Read-back: stock PEFT loads the adapter from disk in a fresh process, and its logits must be the trained model's.
 
-The other process dequantises the base with transformers, loads the adapter with PEFT, and compares logits with the
-live model's on real samples: with the adapter, and without it against the plain base.
+The child process (`read_back_child.py`) dequantises the base with transformers, loads the adapter with PEFT, and
+compares logits with the live model's on real examples: with the adapter, and without it against the plain base.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from finetune.model.forward import hidden_states
 from finetune.model.noise import largest_difference, mean_kl, rounding_noise
 from finetune.model.write import write_dense, write_native
 
-MAX_TOKENS = 1024  # of a sample; transformers' eager attention holds T x T scores
-NUM_POSITIONS = 16  # compared in each sample: 201,088 logits each
+MAX_TOKENS = 1024  # of an example; transformers' eager attention stores T x T scores
+NUM_POSITIONS = 16  # compared in each example: 201,088 logits each
 FREE_MEMORY_SHARE = 0.5
 _SKIP = "to do without this check, set read_back: never under export in the run's config.yaml and resume"
 CHILD = Path(__file__).with_name("read_back_child.py")
@@ -41,16 +41,16 @@ CHILD = Path(__file__).with_name("read_back_child.py")
 
 @dataclass(frozen=True)
 class ReadBack:
-    """What the other process found.
+    """Differences between the live model and the adapter as stock PEFT loads it.
 
     Attributes:
         max_difference: largest absolute difference of logits, adapter on.
         mean_kl: mean KL(live || read back) in nats, adapter on.
         base_difference, base_kl: the same with the adapter off, against the plain base.
-        effect, effect_kl: what the adapter makes of logits at all; a reader that ignored it would differ by this much.
-        samples: how many samples were compared.
-        limit, base_limit: what rounding explains, adapter on and off (`finetune.model.noise`): of the largest
-            difference in float32, of the mean KL otherwise.
+        effect, effect_kl: of the adapter on the logits; a reader that ignored it would differ by this much.
+        samples: number of examples compared.
+        limit, base_limit: differences that rounding explains, adapter on and off (`finetune.model.noise`): of the
+            largest difference in float32, of the mean KL otherwise.
         conclusive: the adapter's effect is beyond the limit, so that a reader that ignored it would have been refused.
     """
 
@@ -66,7 +66,7 @@ class ReadBack:
     conclusive: bool
 
     def describe(self) -> str:
-        """One line for the console and the report."""
+        """One line for the log and the report."""
         if not self.conclusive:
             return (
                 f"read back by stock PEFT in a fresh process, inconclusive: the adapter moves logits so little (KL "
@@ -81,7 +81,7 @@ class ReadBack:
 
 
 def memory_needed_bytes(base: Base) -> int:
-    """Bytes the other process takes.
+    """Memory of the child process.
 
     Every weight of the dequantised base in the compute dtype, and half as much again while transformers converts.
     """
@@ -95,7 +95,7 @@ def memory_needed_bytes(base: Base) -> int:
 
 
 def fits_in_memory(base: Base) -> bool:
-    """Does a dequantised base fit into half of the memory that is free now?"""
+    """Whether a dequantised base fits into half of the free memory."""
     return memory_needed_bytes(base) < free_memory() * FREE_MEMORY_SHARE
 
 
@@ -103,7 +103,7 @@ def read_back(
     base: Base,
     adapter: Adapter,
     directory: Path,
-    samples: Sequence[Example],
+    examples: Sequence[Example],
     live: Mapping[str, Tensor] | None = None,
 ) -> ReadBack:
     """Compare the adapter on disk with the live model.
@@ -111,18 +111,18 @@ def read_back(
     Args:
         base: with `adapter` attached, as trained.
         adapter: the live one.
-        directory: what was written.
-        samples: at least one; each is cut to its first MAX_TOKENS tokens.
-        live: what `live_logits` gave for them already, where other processes had to help. None: it is asked now.
+        directory: of the written adapter.
+        examples: at least one; each is cut to its first MAX_TOKENS tokens.
+        live: from `live_logits`, where other ranks had to take part. None: computed here.
 
     Raises:
-        CheckError: keys are missing or unexpected, logits differ, or the other process failed.
+        CheckError: keys are missing or unexpected, logits differ, or the child process failed.
     """
     log.info(f"reading {directory} back with stock PEFT in a fresh process ...")
     if adapter.changes_router_bias:
-        log.info("compared without the changes of the routers' biases, which only merged exports carry")
+        log.info("compared without the changes of the routers' biases, which only merged exports include")
     with tempfile.TemporaryDirectory() as scratch:
-        tensors = live_logits(base, adapter, samples) if live is None else dict(live)
+        tensors = live_logits(base, adapter, examples) if live is None else dict(live)
         save_file(tensors, Path(scratch) / "live.safetensors")
         request = {
             "base": str(_trained_base(base, Path(scratch) / "base")),
@@ -133,7 +133,7 @@ def read_back(
         answer = run_child(CHILD, request, f"stock PEFT could not read {directory} back", _SKIP)
     exact = base.compute_dtype == torch.float32
     limits = tensors["limit.adapted"].item(), tensors["limit.base"].item()
-    result = _result(answer, len(samples), limits, exact=exact)
+    result = _result(answer, len(examples), limits, exact=exact)
     _judge(result, answer["problems"], directory, exact=exact)
     return result
 
@@ -156,14 +156,14 @@ def _result(answer: Mapping[str, Any], num_samples: int, limits: tuple[float, fl
 
 
 def _trained_base(base: Base, scratch: Path) -> Path:
-    """The weights that were trained over, for others to load, if they were rounded while reading.
+    """The base with the weights that were trained over, for transformers to load.
 
-    A bfloat16 checkpoint's experts are; whatever is held in NF4 is.
+    Written anew where they were rounded while reading: experts of a bfloat16 checkpoint, and all that is stored in NF4.
     """
-    if not base.held_as and not isinstance(base.checkpoint, DenseCheckpoint):
+    if not base.storage_changes and not isinstance(base.checkpoint, DenseCheckpoint):
         return base.checkpoint.directory
     scratch.mkdir()
-    if base.held_as:
+    if base.storage_changes:
         write_dense(base, scratch)
     elif isinstance(base.checkpoint, DenseCheckpoint):
         write_native(base.checkpoint, scratch)
@@ -171,22 +171,22 @@ def _trained_base(base: Base, scratch: Path) -> Path:
 
 
 @torch.no_grad()
-def live_logits(base: Base, adapter: Adapter, samples: Sequence[Example]) -> dict[str, Tensor]:
-    """What the live model computes, for `read_back` to compare with.
+def live_logits(base: Base, adapter: Adapter, examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Logits of the live model, for `read_back` to compare with.
 
-    Where processes hold parts of the model, every one of them calls this.
+    Where the model is sharded, every rank calls this.
 
     Args:
         base: with `adapter` attached, as trained.
         adapter: the live one.
-        samples: at least one; each is cut to its first MAX_TOKENS tokens.
+        examples: at least one; each is cut to its first MAX_TOKENS tokens.
 
     Returns:
-        `ids.N` and `where.N` (see `sample_positions`), logits `adapted.N` and `base.N`, and what rounding explains of
-        their differences: scalars `limit.adapted` and `limit.base`.
+        `ids.N` and `where.N` (see `sample_positions`), logits `adapted.N` and `base.N`, and the differences that
+        rounding explains: scalars `limit.adapted` and `limit.base`.
     """
-    tensors = sample_positions(samples)
-    with adapter.without_router_bias():  # files of others have no place for it
+    tensors = sample_positions(examples)
+    with adapter.without_router_bias():  # PEFT's layout has no place for it
         tensors |= sample_logits(base, tensors, "adapted")
         tensors |= sample_limit(base, tensors, "adapted")
     with adapter.disabled():
@@ -195,11 +195,11 @@ def live_logits(base: Base, adapter: Adapter, samples: Sequence[Example]) -> dic
     return tensors
 
 
-def sample_positions(samples: Sequence[Example]) -> dict[str, Tensor]:
-    """What is compared: `ids.N`, the first MAX_TOKENS tokens of a sample, and `where.N`, positions spread over them."""
+def sample_positions(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Compared positions: `ids.N`, the first MAX_TOKENS tokens of an example, and `where.N`, spread over them."""
     tensors: dict[str, Tensor] = {}
-    for number, sample in enumerate(samples):
-        ids = torch.tensor(sample.ids[:MAX_TOKENS], dtype=torch.long)
+    for number, example in enumerate(examples):
+        ids = torch.tensor(example.ids[:MAX_TOKENS], dtype=torch.long)
         where = torch.linspace(0, len(ids) - 1, min(NUM_POSITIONS, len(ids))).long()
         tensors |= {f"ids.{number}": ids, f"where.{number}": where}
     return tensors
@@ -215,9 +215,9 @@ def sample_logits(base: Base, tensors: Mapping[str, Tensor], kind: str) -> dict[
 
 @torch.no_grad()
 def sample_limit(base: Base, tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """What rounding explains of a difference to the logits `KIND.N` that `sample_logits` gave: scalar `limit.KIND`.
+    """The difference from the logits `KIND.N` of `sample_logits` that rounding explains: scalar `limit.KIND`.
 
-    Of the largest difference in float32. In bfloat16 of the mean KL: rounding now and then takes another expert there.
+    Of the largest difference in float32. In bfloat16 of the mean KL: rounding now and then picks another expert there.
     """
 
     def compute() -> Tensor:
@@ -241,24 +241,24 @@ def _logits(base: Base, ids: Tensor, where: Tensor) -> Tensor:
 
 
 def run_child(script: Path, request: Mapping[str, Any], failure: str, fix: str | None = None) -> dict[str, Any]:
-    """Run a script of others' code alone in a fresh process.
+    """Run a script that imports nothing of this package in a fresh process.
 
     Args:
         script: reads the request's path from its command line and prints `RESULT ` and JSON.
-        request: what it is told.
-        failure: the first line of the error if it does not answer.
+        request: its input.
+        failure: the first line of the error if it prints no result.
         fix: its last line.
 
     Raises:
         CheckError: it failed.
-        MachineError: it was killed, most likely for want of memory.
+        MachineError: it was killed, most likely by running out of memory.
     """
-    # Nothing may come from a hub: everything the other process needs is on this disk.
+    # Nothing may come from a hub: everything the child process needs is on this disk.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "request.json"
         path.write_text(json.dumps(request))
-        # A session of its own: Ctrl-C is for this process, which waits for the check.
+        # A session of its own: Ctrl-C goes to this process, which waits for the check.
         done = subprocess.run(
             [sys.executable, str(script), str(path)],
             capture_output=True,
@@ -269,7 +269,7 @@ def run_child(script: Path, request: Mapping[str, Any], failure: str, fix: str |
         )
     if done.returncode < 0:
         raise MachineError(
-            f"{failure}: the other process was killed by signal {-done.returncode}",
+            f"{failure}: the child process was killed by signal {-done.returncode}",
             why="most likely it ran out of memory",
             fix=fix,
         )
@@ -280,8 +280,7 @@ def run_child(script: Path, request: Mapping[str, Any], failure: str, fix: str |
             why=" / ".join(done.stderr.strip().splitlines()[-3:]) or f"exit code {done.returncode}",
             fix=fix,
         )
-    answer: dict[str, Any] = json.loads(results[-1])
-    return answer
+    return dict(json.loads(results[-1]))
 
 
 def _judge(result: ReadBack, problems: dict[str, float], directory: Path, *, exact: bool) -> None:

@@ -1,4 +1,4 @@
-"""Runs in a fresh process: others' code alone loads the base and the adapter and computes logits.
+"""Runs in a fresh process: third-party code alone loads the base and the adapter and computes logits.
 
 Deliberately imports nothing of this package. Called as `python read_back_child.py REQUEST.json`; writes the result as
 JSON to standard output. The request names the base and adapter directories, a safetensors file with the sequences and
@@ -49,7 +49,7 @@ def main(request_path: str) -> None:
     result["problems"] = {kind: keys for kind, keys in problems.items() if keys}
     result["adapted"] = _compare(after, live, "adapted")
     result["disabled"] = _compare(before, live, "base")
-    # What the comparison says about an adapter that does nothing: the difference it would have to notice.
+    # The same comparison for an adapter that does nothing: the difference that has to be noticed.
     result["effect"] = _compare(before, live, "adapted")
     print("RESULT " + json.dumps(result))
 

@@ -1,4 +1,4 @@
-"""Which places of the model get an adapter: worked out from the shape and the recipe, before any weight is touched."""
+"""The sites of an adapter, planned from the base's sizes and the recipe before any weight is loaded; ranks by use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
-from finetune.arch import Arch
+from finetune.arch import Arch, attention_path, experts_path, router_path
 from finetune.config.derive import lora_scale
 from finetune.config.expert_selection import ExpertScores, Score, highest_rank
 from finetune.config.schema import AdapterConfig, ExpertAdapterConfig
@@ -27,15 +27,15 @@ class Site:
 
     Attributes:
         kind: an attention projection, a layer's router, or its routed experts (both projections).
-        layer: layer number from 0.
+        layer: from 0.
         module: path in the model, such as `model.layers.0.self_attn.q_proj`.
-        rank, alpha: of the update. Where experts' ranks differ, the highest of all layers', which files have.
+        rank, alpha: of the update. Where experts' ranks differ, the highest of all layers, as files have it.
         scale: what b @ a is multiplied by: alpha / rank, or alpha / sqrt(rank) with rsLoRA.
-        num_parameters: trained parameters here.
-        experts: those adapted, of an experts' site; None: all of them.
-        share: which factor the experts of a layer have in common.
+        num_parameters: trained parameters.
+        experts: the adapted ones of an experts' site; None: all of them.
+        share: the factor that all experts of the layer share.
         ranks, scales: of each adapted expert where they differ; None and empty: `rank` and `scale`.
-        whole: a router whose weight and bias are trained as they are, not as factors; `rank` is what its export takes.
+        whole: a router whose weight and bias are trained in full, not as factors; `rank` is that of its export.
     """
 
     kind: SiteKind
@@ -51,64 +51,74 @@ class Site:
     ranks: tuple[int, ...] | None = None
     scales: tuple[float, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """Last part of the module's path: `q_proj`, `router` or `experts`."""
+        return self.module.rpartition(".")[2]
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of the adapted weights: `name`, or the experts' two projections."""
+        return ("gate_up_proj", "down_proj") if self.kind == "experts" else (self.name,)
+
 
 def plan_sites(
-    shape: Arch, config: AdapterConfig, selection: Selection | None = None, ranks: ExpertRanks | None = None
+    arch: Arch, config: AdapterConfig, selection: Selection | None = None, ranks: ExpertRanks | None = None
 ) -> list[Site]:
     """All sites of a recipe, layer by layer.
 
     Args:
-        shape: of the base.
+        arch: sizes of the base.
         config: the recipe's adapter part.
-        selection: which experts each layer adapts. None: all.
-        ranks: of these experts, where `adapter.experts.rank_by` has them differ. None: the recipe's rank for each.
+        selection: the adapted experts of each layer. None: all.
+        ranks: of these experts, where `adapter.experts.rank_by` makes them differ. None: the recipe's rank for each.
 
     Raises:
         ConfigError: the recipe's layers are not the model's, or the selection leaves one without an expert.
     """
-    first, last = config.layers or (0, shape.num_layers - 1)
-    if last >= shape.num_layers:
+    first, last = config.layers or (0, arch.num_layers - 1)
+    if last >= arch.num_layers:
         raise ConfigError(
-            f"adapter.layers is [{first}, {last}], and the base has {shape.num_layers} layers",
-            fix=f"layers count from 0; the last is {shape.num_layers - 1}",
+            f"adapter.layers is [{first}, {last}], and the base has {arch.num_layers} layers",
+            fix=f"layers count from 0; the last is {arch.num_layers - 1}",
         )
     if selection is not None:
-        refuse_bad_selection(selection, shape, config, "the selection")
+        refuse_bad_selection(selection, arch, config, "the selection")
     if ranks is not None:
         ranks = {layer: ranks[layer] for layer in range(first, last + 1)}
     sites: list[Site] = []
     for layer in range(first, last + 1):
         if config.attention.rank:
-            sites += [_attention_site(shape, config, layer, target) for target in config.attention.targets]
+            sites += [_attention_site(arch, config, layer, target) for target in config.attention.targets]
         if config.router.mode != "frozen":
-            sites.append(_router_site(shape, config, layer))
+            sites.append(_router_site(arch, config, layer))
         if config.experts.rank:
             if ranks is not None:
-                sites.append(_site_of_ranks(shape, config, layer, ranks))
+                sites.append(_site_of_ranks(arch, config, layer, ranks))
             else:
-                sites.append(_expert_site(shape, config, layer, None if selection is None else selection[layer]))
+                sites.append(_expert_site(arch, config, layer, None if selection is None else selection[layer]))
     return sites
 
 
-def refuse_bad_selection(selection: Selection, shape: Arch, config: AdapterConfig, where: str) -> None:
+def refuse_bad_selection(selection: Selection, arch: Arch, config: AdapterConfig, where: str) -> None:
     """Raise ConfigError if a layer to be adapted has no expert, or an expert does not exist."""
-    first, last = config.layers or (0, shape.num_layers - 1)
-    for layer in range(first, min(last, shape.num_layers - 1) + 1):
+    first, last = config.layers or (0, arch.num_layers - 1)
+    for layer in range(first, min(last, arch.num_layers - 1) + 1):
         experts = selection.get(layer, ())
         if not experts:
             raise ConfigError(
                 f"adapter.experts.select: {where} leaves layer {layer} without an expert",
                 fix="give every adapted layer one, or leave the layer out with adapter.layers",
             )
-        if list(experts) != sorted(set(experts)) or not 0 <= experts[0] <= experts[-1] < shape.num_experts:
+        if list(experts) != sorted(set(experts)) or not 0 <= experts[0] <= experts[-1] < arch.num_experts:
             raise ConfigError(
                 f"adapter.experts.select: {where} names experts {list(experts)[:8]} in layer {layer}",
-                why=f"each once, in ascending order, from 0 to {shape.num_experts - 1}",
+                why=f"each once, in ascending order, from 0 to {arch.num_experts - 1}",
             )
 
 
-def describe_sites(sites: list[Site], shape: Arch) -> str:
-    """Counts by kind as text, so that "the experts were never trained" cannot go unnoticed."""
+def describe_sites(sites: list[Site], arch: Arch) -> str:
+    """Counts by kind as text, so that experts left untrained cannot go unnoticed."""
     lines = []
     for kind in ("attention", "router", "experts"):
         here = [site for site in sites if site.kind == kind]
@@ -116,20 +126,20 @@ def describe_sites(sites: list[Site], shape: Arch) -> str:
             lines.append(f"  {kind:<10} " + ("frozen" if kind == "router" else "none"))
             continue
         total = sum(site.num_parameters for site in here)
-        layers = "" if len({site.layer for site in here}) == shape.num_layers else _layer_range(here)
+        layers = "" if len({site.layer for site in here}) == arch.num_layers else _layer_range(here)
         how = "weight and bias" if here[0].whole else _strength(here)
-        lines.append(f"  {kind:<10} {len(here)} {_each(here, shape)}{layers}, {how}: {total:,} parameters")
+        lines.append(f"  {kind:<10} {len(here)} {_each(here, arch)}{layers}, {how}: {total:,} parameters")
     return "\n".join(lines)
 
 
-def _each(sites: list[Site], shape: Arch) -> str:
-    """What a number of sites of one kind is a number of."""
+def _each(sites: list[Site], arch: Arch) -> str:
+    """The unit that a number of sites of one kind counts."""
     if sites[0].kind != "experts":
         return "projections" if sites[0].kind == "attention" else "routers"
-    counts = sorted({shape.num_experts if site.experts is None else len(site.experts) for site in sites})
+    counts = sorted({arch.num_experts if site.experts is None else len(site.experts) for site in sites})
     experts = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    if counts != [shape.num_experts]:
-        experts += f" of {shape.num_experts}"
+    if counts != [arch.num_experts]:
+        experts += f" of {arch.num_experts}"
     shared = "" if sites[0].share == "none" else f", one {sites[0].share.upper()} for all of a layer's"
     return f"layers x {experts} experts x 2 projections{shared}"
 
@@ -150,51 +160,50 @@ def _layer_range(sites: list[Site]) -> str:
     return f" in layer {first}" if first == last else f" in layers {first} to {last}"
 
 
-def _attention_site(shape: Arch, config: AdapterConfig, layer: int, target: str) -> Site:
-    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+def _attention_site(arch: Arch, config: AdapterConfig, layer: int, target: str) -> Site:
     inputs, out = {
-        "q_proj": (shape.hidden, queries),
-        "k_proj": (shape.hidden, keys),
-        "v_proj": (shape.hidden, keys),
-        "o_proj": (queries, shape.hidden),
+        "q_proj": (arch.hidden, arch.query_size),
+        "k_proj": (arch.hidden, arch.kv_size),
+        "v_proj": (arch.hidden, arch.kv_size),
+        "o_proj": (arch.query_size, arch.hidden),
     }[target]
     rank = config.attention.rank
-    module = f"model.layers.{layer}.self_attn.{target}"
+    module = attention_path(layer, target)
     alpha = config.attention.alpha
     scale = lora_scale(alpha, rank, rslora=config.rslora)
     return Site("attention", layer, module, rank, alpha, scale, rank * (inputs + out))
 
 
-def _router_site(shape: Arch, config: AdapterConfig, layer: int) -> Site:
-    module, router = f"model.layers.{layer}.mlp.router", config.router
+def _router_site(arch: Arch, config: AdapterConfig, layer: int) -> Site:
+    module, router = router_path(layer), config.router
     if router.mode == "full":
         # The change of a weight [E, D] is the product of the unit matrix and itself: a LoRA of rank E.
-        rank = shape.num_experts
+        rank = arch.num_experts
         scale = lora_scale(rank, rank, rslora=config.rslora)
-        return Site("router", layer, module, rank, rank, scale, rank * (shape.hidden + 1), whole=True)
+        return Site("router", layer, module, rank, rank, scale, rank * (arch.hidden + 1), whole=True)
     scale = lora_scale(router.alpha, router.rank, rslora=config.rslora)
-    parameters = router.rank * (shape.hidden + shape.num_experts)
+    parameters = router.rank * (arch.hidden + arch.num_experts)
     return Site("router", layer, module, router.rank, router.alpha, scale, parameters)
 
 
-def _expert_site(shape: Arch, config: AdapterConfig, layer: int, chosen: tuple[int, ...] | None) -> Site:
+def _expert_site(arch: Arch, config: AdapterConfig, layer: int, chosen: tuple[int, ...] | None) -> Site:
     rank, share = config.experts.rank, config.experts.share
-    count = shape.num_experts if chosen is None else len(chosen)
+    count = arch.num_experts if chosen is None else len(chosen)
     # gate_up reads D and writes 2F, down reads F and writes D.
-    a, b = rank * (shape.hidden + shape.expert_width), rank * (2 * shape.expert_width + shape.hidden)
+    a, b = rank * (arch.hidden + arch.expert_width), rank * (2 * arch.expert_width + arch.hidden)
     parameters = a * (1 if share == "a" else count) + b * (1 if share == "b" else count)
-    module = f"model.layers.{layer}.mlp.experts"
+    module = experts_path(layer)
     alpha = config.experts.alpha
     scale = lora_scale(alpha, rank, rslora=config.rslora)
     return Site("experts", layer, module, rank, alpha, scale, parameters, chosen, share)
 
 
-def _site_of_ranks(shape: Arch, config: AdapterConfig, layer: int, ranks: ExpertRanks) -> Site:
-    """An experts' site whose file has the highest rank of all layers, so that one number stands for all of them."""
+def _site_of_ranks(arch: Arch, config: AdapterConfig, layer: int, ranks: ExpertRanks) -> Site:
+    """An experts' site of several ranks; files give every expert the highest rank of all layers."""
     highest = max(rank for of_layer in ranks.values() for rank in of_layer.values())
     here = {expert: rank for expert, rank in ranks[layer].items() if rank}
-    plain = _expert_site(shape, config, layer, tuple(here))
-    parameters = sum(here.values()) * (2 * shape.hidden + 3 * shape.expert_width)
+    plain = _expert_site(arch, config, layer, tuple(here))
+    parameters = sum(here.values()) * (2 * arch.hidden + 3 * arch.expert_width)
     scales = tuple(lora_scale(config.experts.alpha, rank, rslora=config.rslora) for rank in here.values())
     scale = lora_scale(config.experts.alpha, highest, rslora=config.rslora)
     return replace(
@@ -202,15 +211,15 @@ def _site_of_ranks(shape: Arch, config: AdapterConfig, layer: int, ranks: Expert
     )
 
 
-# Ranks of experts that follow their use under a budget: as many parameters as with one rank, dealt out anew.
+# ---- ranks of experts in proportion to their use, with as many parameters as one rank for all
 
 
 def ranks_by_use(use: Sequence[float], total: int, highest: int) -> list[int]:
-    """Deal out ranks in proportion to use, none above the highest, with exactly this sum.
+    """Distribute ranks in proportion to use, none above the highest, with exactly this sum.
 
     By largest remainder, in exact fractions: the same numbers on every machine. Of equal remainders the more used
-    expert comes first, then the one named first. What the highest rank leaves over goes to the others in proportion,
-    and where none of these is used, evenly.
+    expert comes first, then the one with the lower index. What the highest rank leaves over goes to the others in
+    proportion, and evenly where none of these is used.
 
     Args:
         use: of each expert, 0 or more.
@@ -244,37 +253,37 @@ def ranks_by_use(use: Sequence[float], total: int, highest: int) -> list[int]:
     return ranks
 
 
-def ranks_of(affinity: ExpertScores, by: Score, selected: Selection, config: ExpertAdapterConfig) -> ExpertRanks:
+def ranks_of(scores: ExpertScores, by: Score, selected: Selection, config: ExpertAdapterConfig) -> ExpertRanks:
     """Layer -> rank of each selected expert: `rank` times their number together, by one of the scores.
 
     Args:
-        affinity: what was measured.
-        by: the score.
+        scores: measured.
+        by: the score to use.
         selected: layer -> experts.
         config: gives mean and highest rank.
     """
-    scores, ranks = affinity.scores(by), {}
+    by_layer, ranks = scores.scores(by), {}
     for layer, experts in selected.items():
-        use = [scores[layer][expert] for expert in experts]
-        dealt = ranks_by_use(use, config.rank * len(experts), highest_rank(config))
-        ranks[layer] = dict(zip(experts, dealt, strict=True))
+        use = [by_layer[layer][expert] for expert in experts]
+        distributed = ranks_by_use(use, config.rank * len(experts), highest_rank(config))
+        ranks[layer] = dict(zip(experts, distributed, strict=True))
     return ranks
 
 
-def ranks_by_expert(affinity: ExpertScores) -> ExpertRanks | None:
-    """The ranks that were decided on; None: one for all."""
-    if affinity.ranks is None:
+def ranks_by_expert(scores: ExpertScores) -> ExpertRanks | None:
+    """The ranks in a run's experts.json; None: one rank for all."""
+    if scores.ranks is None:
         return None
-    return {layer: dict(zip(affinity.selected[layer], ranks, strict=True)) for layer, ranks in affinity.ranks.items()}
+    return {layer: dict(zip(scores.selected[layer], ranks, strict=True)) for layer, ranks in scores.ranks.items()}
 
 
-def given_ranks(affinity: ExpertScores, selected: Selection, config: ExpertAdapterConfig, where: str) -> ExpertRanks:
-    """The ranks that a run's experts.json has, if they are what this recipe's budget gives.
+def given_ranks(scores: ExpertScores, selected: Selection, config: ExpertAdapterConfig, where: str) -> ExpertRanks:
+    """The ranks in a run's experts.json, checked against this recipe's budget.
 
     Raises:
         ConfigError: they add up to something else, go above the highest, or are of other experts.
     """
-    found = ranks_by_expert(affinity) or {}
+    found = ranks_by_expert(scores) or {}
     for layer, experts in selected.items():
         here, budget, highest = found.get(layer, {}), config.rank * len(experts), highest_rank(config)
         problem = None
@@ -291,6 +300,6 @@ def given_ranks(affinity: ExpertScores, selected: Selection, config: ExpertAdapt
             raise ConfigError(
                 f"adapter.experts.rank_by: {where} {problem}",
                 why="ranks that a run decided on are taken as they are",
-                fix="give select, rank and max_rank of that run, or a file of `finetune experts score`, dealt out anew",
+                fix="give select, rank and max_rank of that run, or a file of `finetune experts score`",
             )
     return {layer: found[layer] for layer in selected}

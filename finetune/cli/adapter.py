@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune import log
 from finetune.adapters.config_file import resolve_run
-from finetune.cli.arguments import add_action, add_examples
+from finetune.cli.arguments import add_action, add_base, add_examples
 
 USAGE = {
     "show": "finetune adapter show DIR [--json]",
@@ -28,8 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directory", metavar="DIR", type=Path, help="as PEFT of any version writes it, or factors expert by expert"
     )
     read.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")
-    read.add_argument("--base", metavar="BASE", help="directory or hub name of its base: checked and recorded")
-    read.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
+    add_base(read, "directory or hub name of its base: checked and recorded")
     combine = add_action(actions, "combine", "combine adapters of one base into one", usage=USAGE["combine"])
     combine.add_argument("parts", metavar="DIR:WEIGHT", nargs="+", help="an adapter and its weight (default: 1)")
     combine.add_argument("--out", metavar="DIR", type=Path, required=True, help="where; must not exist")
@@ -59,23 +58,23 @@ def run(args: argparse.Namespace) -> None:
             import_adapter(args.directory, args.out, ExportOptions(base=args.base, revision=args.revision))
             log.result(str(args.out))
         case "combine":
-            from finetune.export.combine import describe_costs, merge_adapters, parse_weighted
+            from finetune.export.combine import combine_adapters, describe_reductions, parse_weighted
 
-            costs = merge_adapters([parse_weighted(part) for part in args.parts], args.out, args.rank)
-            for line in describe_costs(costs):
+            costs = combine_adapters([parse_weighted(part) for part in args.parts], args.out, args.rank)
+            for line in describe_reductions(costs):
                 log.info(line)
             log.result(str(args.out))
 
 
 def _show(directory: Path, *, as_json: bool) -> None:
     adapter, _ = resolve_run(directory)
-    from finetune.adapters.store import open_adapter
+    from finetune.adapters.store import AdapterFile
     from finetune.export import show
-    from finetune.export.adapters import known_shape
+    from finetune.export.base import known_arch
     from finetune.export.factors import SWAPPING_RELEASE, is_swapped
 
-    source = open_adapter(adapter)
-    if is_swapped(source, known_shape(source)):
+    source = AdapterFile.open(adapter)
+    if is_swapped(source, known_arch(source)):
         log.warning(
             f"expert factors are the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them: finetune adapter import"
         )

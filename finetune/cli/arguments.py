@@ -12,7 +12,11 @@ from finetune.config.suggest import keys_named, suggest_word
 from finetune.errors import ConfigError
 
 # Words of 0.1 that 0.2 still understands, by command; an action counts only right after its command.
-OLD_WORDS = {"adapter": {"merge": "combine"}, "evaluate": {"--rows": "--examples"}}
+OLD_WORDS = {
+    "adapter": {"merge": "combine"},
+    "evaluate": {"--rows": "--examples"},
+    "experts": {"--samples": "--examples"},
+}
 
 
 def with_current_words(arguments: list[str], command: str | None) -> list[str]:
@@ -132,6 +136,12 @@ def add_recipe(parser: argparse.ArgumentParser, usage: str) -> None:
         help="a shipped recipe's name or a YAML file's path; then settings that win over the recipe's, such as "
         "trainer.epochs=1, or a group's option, such as model=tiny (`finetune config show RECIPE` prints every key)",
     )
+
+
+def add_base(parser: argparse.ArgumentParser, what: str = "directory or hub name (default: the adapter's own)") -> None:
+    """Add `--base` and `--revision`."""
+    parser.add_argument("--base", metavar="BASE", help=what)
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
 
 
 def recipe_and_overrides(args: argparse.Namespace) -> tuple[str, list[str]]:

@@ -27,12 +27,12 @@ def run(args: argparse.Namespace) -> None:
         InputError: no run, no checkpoint, or a damaged one.
     """
     from finetune.train.checkpoint import fault_in, latest_step, left_overs, list_checkpoints
-    from finetune.train.run_directory import RunDirectory
+    from finetune.train.run_directory import Run
 
-    directory = RunDirectory(args.run).checkpoints
+    directory = args.run / "checkpoints"
     found = list_checkpoints(directory)
     if not found:
-        RunDirectory.open(args.run)  # raises and suggests runs if this is none
+        Run.open(args.run)  # raises and suggests runs if this is none
         raise InputError(f"run {args.run} has no checkpoint", fix="start it again; save.every_steps sets the interval")
     taken, damaged = None, 0
     for step, path in found:

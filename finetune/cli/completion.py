@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="SHELL", required=True)
     for shell in SCRIPTS:
         add_action(actions, shell, f"print the script for {shell}", epilog=f"to install:\n  {_INSTALL[shell]}")
-    found = add_action(actions, "candidates", "print what could stand at the end of a line (the scripts call this)")
+    found = add_action(actions, "candidates", "print completions of a line (called by the scripts)")
     found.add_argument("line", metavar="LINE", help="the command line up to the cursor")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print a script, or the candidates, to standard output."""
+    """Print a script or the candidates to standard output."""
     if args.action in SCRIPTS:
         log.result(SCRIPTS[args.action])
         return
@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def candidates(line: str) -> list[str]:
-    """Whole words that could stand at the end of a command line.
+    """List the whole words that could complete a command line.
 
     Args:
-        line: from `finetune` up to the cursor; ends with a space when a new word begins.
+        line: from `finetune` up to the cursor; ends with a space if a new word begins.
     """
     from finetune.cli.main import COMMANDS
 
@@ -91,7 +91,7 @@ def _parser_of(command: str) -> argparse.ArgumentParser:
 
 
 def _words(parser: argparse.ArgumentParser, given: list[str], current: str) -> Iterator[str]:
-    """Everything that could follow: options, values of the option before, recipes or runs, then settings."""
+    """List what could follow: options, values of the preceding option, recipes or runs, then settings."""
     options_of = {name: action for action in parser._actions for name in action.option_strings}
     before = given[-1] if given else ""
     if before in options_of and options_of[before].metavar == "TARGET":
@@ -121,7 +121,7 @@ def _runs() -> Iterator[str]:
 
 
 def _settings(current: str) -> Iterator[str]:
-    """`group=option`, the next level of a dotted key, or the values that a key takes."""
+    """List `group=option`, the next level of a dotted key, or the values of a key."""
     key, equals, _ = current.partition("=")
     if equals:
         if key in groups():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from finetune import log
 from finetune.cli.arguments import add_action, add_examples, add_recipe, recipe_and_overrides
+from finetune.config.fields import Plain
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def _diff(args: argparse.Namespace) -> None:
         log.info("no differences")
 
 
-def _plain(recipe_or_run: str, overrides: list[str]) -> dict[str, Any]:
+def _plain(recipe_or_run: str, overrides: list[str]) -> Plain:
     """Read a recipe with overrides, or the configuration of a run, as plain data.
 
     Raises:

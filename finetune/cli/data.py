@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print examples or figures, or build a file and print its path."""
     if args.action == "prepare":
-        from finetune.data.prepare import prepare
+        from finetune.data.prepare.build import prepare
 
         log.result(str(prepare(args.domain, args.source, args.out)))
         return
@@ -67,12 +67,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _stats(config: RunConfig, args: argparse.Namespace) -> None:
-    from finetune.data.files import printable
+    from finetune.data.checks import printable
     from finetune.data.stats import collect, describe_stats
 
     result = collect(config, duplicates=not args.no_duplicates)
     lines = printable("\n".join(describe_stats(result)).rstrip())
-    log.result(json.dumps(result, indent=2) if args.json else lines)
+    log.result(json.dumps(result.as_json(), indent=2) if args.json else lines)
 
 
 def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
@@ -84,13 +84,13 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
     if args.html and args.json:
         raise ConfigError("--html does not go with --json", fix="give one of them")
     split = load_split(config.data, args.split, check=False)
-    samples = [split.samples[number] for number in spread(len(split.samples), args.n)]
+    examples = [split.examples[number] for number in spread(len(split.examples), args.n)]
     log.info(describe(split))
     if args.html:
-        args.html.write_text(as_html(f"{recipe}: {args.split}", samples), encoding="utf-8")
-        log.info(f"{args.html}: {len(samples)} samples")
+        args.html.write_text(as_html(f"{recipe}: {args.split}", examples), encoding="utf-8")
+        log.info(f"{args.html}: {len(examples)} examples")
     elif args.json:
-        log.result(json.dumps([as_json(sample) for sample in samples], indent=2))
+        log.result(json.dumps([as_json(example) for example in examples], indent=2))
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        log.result("\n\n".join(as_text(sample, colour=colour) for sample in samples))
+        log.result("\n\n".join(as_text(example, colour=colour) for example in examples))

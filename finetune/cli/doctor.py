@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         MachineError: at least one is bad.
     """
-    from finetune.doctor.checks import examine
+    from finetune.doctor import examine
 
     findings = examine()
     if args.json:

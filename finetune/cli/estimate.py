@@ -38,9 +38,8 @@ def run(args: argparse.Namespace) -> None:
     """
     from finetune.config.compose import compose
     from finetune.estimate.fit import Budget
-    from finetune.estimate.report import make_estimate
-    from finetune.estimate.shapes import PUBLISHED, find_base
-    from finetune.estimate.text import as_data, describe, verdict
+    from finetune.estimate.inputs import PUBLISHED, find_base
+    from finetune.estimate.report import as_data, describe, make_estimate, verdict
     from finetune.machine import free_memory
 
     for name in ("gpu_gib", "gpus"):
@@ -48,8 +47,8 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name):g}, must be above 0")
     recipe, overrides = recipe_and_overrides(args)
     composed = compose(recipe, overrides)
-    facts = find_base(composed.config.model.path)
-    if facts is None:
+    base = find_base(composed.config.model.path)
+    if base is None:
         raise InputError(
             f"the sizes of {composed.config.model.path} are not known here",
             why="an estimate reads config.json and downloads nothing",
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     on_cpu = composed.config.model.device == "cpu"
     budget = Budget.of_host(free_memory()) if on_cpu else Budget.of_card(args.gpu_gib)
     estimate = make_estimate(
-        composed.config, composed.recipe_name, facts, budget, gpus=args.gpus, plan=args.plan, tflops=args.gpu_tflops
+        composed.config, composed.recipe_name, base, budget, gpus=args.gpus, plan=args.plan, tflops=args.gpu_tflops
     )
     log.result(json.dumps(as_data(estimate), indent=2) if args.json else describe(estimate))
     if not estimate.fit.fits:

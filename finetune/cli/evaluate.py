@@ -9,6 +9,7 @@ from pathlib import Path
 from finetune import log
 from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
+from finetune.cli.generate import add_sampling, check_sampling
 from finetune.errors import ConfigError
 
 
@@ -29,30 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="test examples to answer (default: 0)")
     parser.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="new tokens of an answer (default: 256)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token"
-    )
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="share of probability to choose among (default: 1)"
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of sampling; the examples are the same for every seed (default: 0)",
-    )
-    parser.add_argument(
         "--out",
         metavar="DIR",
         type=Path,
         help="output directory (default: RUN/evaluation, with --recipe RUN/evaluation-RECIPE)",
     )
-    parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as in the run")
+    add_sampling(parser)
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
     add_examples(
         parser,
@@ -68,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: an option out of its range, or no recipe to take examples from.
     """
-    from finetune.cli.generate import check_sampling
-
     check_sampling(args)
     for name in ("examples", "retention", "generate"):
         value = getattr(args, name)
@@ -86,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     options = EvaluationOptions(
         recipe=_recipe(args.recipe) if args.recipe else None,
         recipe_name=Path(args.recipe).stem if args.recipe else None,
-        rows=args.examples,
+        examples=args.examples,
         retention=args.retention,
         generate=args.generate,
         max_tokens=args.max_tokens,

@@ -1,4 +1,4 @@
-"""`finetune export RUN --to TARGET`: an adapter, or its base with the adapter merged in, for a serving stack."""
+"""`finetune export RUN --to TARGET`: write the adapter, or the base with the adapter merged, for a serving stack."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune import log
 from finetune.adapters.config_file import resolve_run
-from finetune.cli.arguments import add_examples
+from finetune.cli.arguments import add_base, add_examples
 from finetune.config.suggest import suggest_word
 from finetune.errors import ConfigError
 from finetune.export.options import (
@@ -26,33 +26,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     width = max(map(len, SUMMARIES))
     parser.epilog = "targets:\n" + "\n".join(f"  {name:{width}}  {line}" for name, line in SUMMARIES.items())
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
-    parser.add_argument("--to", metavar="TARGET", required=True, help="what to write (see below)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where; must not exist (default: RUN/export/TARGET)")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be written, tensor by tensor")
-    parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
-    parser.add_argument("--no-verify", action="store_true", help="do not open the result in a fresh process")
+    parser.add_argument("--to", metavar="TARGET", required=True, help="target (see below)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="output; must not exist (default: RUN/export/TARGET)")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, tensor by tensor")
+    add_base(parser)
+    parser.add_argument("--no-verify", action="store_true", help="do not verify the result in a fresh process")
     parser.add_argument(
         "--gguf-experts", choices=("bf16", "mxfp4"), default="bf16", help="how a merged GGUF stores experts"
     )
     parser.add_argument(
-        "--rounding", choices=ROUNDINGS, help=f"how experts go back to MXFP4 (default: {DEFAULT_ROUNDING})"
+        "--rounding", choices=ROUNDINGS, help=f"rounding of experts to MXFP4 (default: {DEFAULT_ROUNDING})"
     )
     parser.add_argument(
-        "--calibration", metavar="RUN_OR_RECIPE", help="whose training rows compensated rounding sees (default: RUN)"
+        "--calibration",
+        metavar="RUN_OR_RECIPE",
+        help="whose training examples calibrate the rounding (default: RUN)",
     )
-    parser.add_argument("--json", action="store_true", help="at the end one JSON object: export.json, and where it is")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end: export.json, directory")
     parser.add_argument("--pad-rank", action="store_true", help="peft: pad the rank to one that vLLM serves")
     add_examples(
         parser,
         "finetune export runs/first --to peft",
-        "finetune export runs/first --to mxfp4 --dry-run     # what would be written, tensor by tensor",
+        "finetune export runs/first --to mxfp4 --dry-run     # the plan, tensor by tensor",
         "finetune export runs/first --to gguf --gguf-experts mxfp4 --out first.gguf",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export, and say where the result is.
+    """Export, and print the output directory.
 
     Raises:
         ConfigError: no such target, or `--json` where nothing is written.
@@ -69,9 +70,9 @@ def _run(args: argparse.Namespace) -> None:
         fix = suggest_word(target, list(SUMMARIES)) or f"one of {', '.join(SUMMARIES)}"
         raise ConfigError(f"cannot export to {target!r}", fix=fix)
     directory, run_directory = resolve_run(args.run)
-    from finetune.adapters.store import open_adapter
+    from finetune.adapters.store import AdapterFile
 
-    source = open_adapter(directory)
+    source = AdapterFile.open(directory)
     out = args.out or _default_out(directory, run_directory, target)
     options = ExportOptions(
         base=args.base,
@@ -85,7 +86,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     match target:
         case _ if target in MERGED_TARGETS:
-            from finetune.export.merged import export_merged
+            from finetune.export.targets.merged import export_merged
 
             try:
                 export_merged(source, target, out, options, run_directory)
@@ -103,7 +104,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _report(run: Path | None) -> None:
-    """Write the run's reports again if a merge left figures beside it, those of a merge that was refused included."""
+    """Rewrite the run's reports if a merge, even a refused one, has left survival figures."""
     if run is not None and any(run.glob("survival-*.json")):
         from finetune.report.html import write_reports
 

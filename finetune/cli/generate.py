@@ -1,4 +1,4 @@
-"""`finetune generate RUN "..."`: text from the base and from base + adapter, streamed with harmony's channels."""
+"""`finetune generate RUN "..."`: answers of the base and of base + adapter, streamed with harmony's channels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune import log
 from finetune.adapters.config_file import resolve_run
-from finetune.cli.arguments import add_examples
+from finetune.cli.arguments import add_base, add_examples
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ WHICH = ("both", "base", "adapter")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, or an adapter directory")
-    parser.add_argument("prompt", metavar="PROMPT", help="what the user says; - reads standard input")
+    parser.add_argument("prompt", metavar="PROMPT", help="the user's message; - reads standard input")
     parser.add_argument("--which", choices=WHICH, default="both", help="base, base + adapter, or both (default)")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end instead of streaming")
+    add_conversation(parser)
     add_sampling(parser)
     add_examples(
         parser,
@@ -36,11 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Options that `generate` and `chat` share."""
+def add_conversation(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the prompt that `generate` and `chat` share."""
     parser.add_argument("--developer", metavar="TEXT", help="instructions, as harmony's developer message")
     parser.add_argument("--effort", choices=("low", "medium", "high"), help="reasoning effort (default: the run's)")
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="new tokens at most (default: 256)")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of sampling and of the base, which `evaluate` has too."""
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="new tokens per answer (default: 256)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token"
     )
@@ -48,13 +53,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=float, default=1.0, metavar="P", help="share of probability to choose among (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: 0)")
-    parser.add_argument("--base", metavar="BASE", help="directory or hub name of the base (default: the adapter's own)")
-    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub name")
+    add_base(parser)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: as in the run")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate, and print what each model wrote.
+    """Generate, and print the answers.
 
     Raises:
         ConfigError: an option out of its range, or an empty prompt.
@@ -86,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
             "tokens": tokens,
         }
         if completion.error:
-            log.warning(f"{name}: not harmony's form: {completion.error}")
+            log.warning(f"{name}: not in harmony's format: {completion.error}")
         if not completion.stopped:
             log.info(f"({name}: cut after {len(tokens)} tokens, --max-tokens)")
     if args.json:
@@ -94,10 +98,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check_sampling(args: argparse.Namespace) -> None:
-    """Refuse options out of their range.
+    """Check the ranges of the sampling options.
 
     Raises:
-        ConfigError: says which.
+        ConfigError: an option is out of its range.
     """
     for name, value, fits, range_ in (
         ("--max-tokens", args.max_tokens, args.max_tokens >= 1, "at least 1"),
@@ -109,20 +113,20 @@ def check_sampling(args: argparse.Namespace) -> None:
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
-    """The options as generation takes them."""
+    """Convert the options for generation."""
     from finetune.evaluate.generation import Sampling
 
     return Sampling(args.max_tokens, args.temperature, args.top_p, args.seed)
 
 
-def prompt_ids(opened: LoadedModel, messages: list[dict[str, Any]], args: argparse.Namespace) -> list[int]:
+def prompt_ids(opened: LoadedModel, messages: list[dict[str, str]], args: argparse.Namespace) -> list[int]:
     """Render a conversation up to the model's turn.
 
     Raises:
         ConfigError: a message cannot be used, or prompt and answer do not fit the model's positions.
     """
+    from finetune.data.checks import BadRecordError
     from finetune.data.harmony.render import render_prompt
-    from finetune.data.message import BadRecordError
     from finetune.data.sources import parse_record, raw_record
 
     if args.developer:
@@ -145,7 +149,7 @@ def prompt_ids(opened: LoadedModel, messages: list[dict[str, Any]], args: argpar
 
 
 def answer(opened: LoadedModel, ids: list[int], sampling: Sampling, *, with_adapter: bool, stream: bool) -> list[int]:
-    """Generate one answer, printing it as it comes if `stream`."""
+    """Generate one answer; with `stream`, print it token by token."""
     from finetune.evaluate.generation import generate
 
     printer = _Printer() if stream else None
@@ -157,7 +161,7 @@ def answer(opened: LoadedModel, ids: list[int], sampling: Sampling, *, with_adap
 
 
 class _Printer:
-    """Writes text to standard output as it comes, a label wherever the channel changes."""
+    """Streams text to standard output, with a label whenever the channel changes."""
 
     def __init__(self) -> None:
         from finetune.evaluate.generation import TextStream
@@ -165,7 +169,7 @@ class _Printer:
         self._stream, self._channel, self._broken = TextStream(), "", False
 
     def take(self, _: int, token: int) -> None:
-        """Print what a token completes; after a token that harmony does not allow, nothing more."""
+        """Print the text that a token completes; nothing after a token that harmony does not allow."""
         from openai_harmony import HarmonyError
 
         if self._broken:
@@ -184,12 +188,12 @@ class _Printer:
         print(harmless(text), end="", flush=True)
 
     def close(self, tokens: list[int]) -> None:
-        """End the line; tokens that made no text at all are shown as they are."""
+        """End the line; tokens that gave no text at all are printed as they are."""
         from finetune.data.harmony.tokenizer import harmony_encoding
 
         print("" if self._channel else f"[unreadable] {harmless(harmony_encoding().decode(tokens))!r}", flush=True)
 
 
 def harmless(text: str) -> str:
-    """Text without characters that could steer a terminal."""
+    """Replace characters that could control a terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,139 +1,31 @@
-"""What `finetune recipes new` says of a file, and of what its recipe will and will not do with it."""
+"""`finetune recipes new PATH`: write a commented recipe for a data file after inspecting it, and check it."""
 
 from __future__ import annotations
 
 import json
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import log
 from finetune.config.recipes import checked_option, find_recipe
-from finetune.config.schema import DataConfig
 from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from finetune.data.inspect_file import FileFacts
-
-LONGEST_ROW = 16_384
-_BAD_ROWS_SHOWN = 3
-
-
-def is_skippable(facts: FileFacts) -> bool:
-    """Whether a run that skips the rows that cannot be used goes on without them."""
-    return len(facts.bad_records) <= DataConfig.max_skipped_ratio * facts.rows
-
-
-def report_file(facts: FileFacts, path: str) -> None:
-    """Say what is in a file, what of it the recipe leaves out, and what it lacks."""
-    more = " at least" if facts.has_more else ""
-    log.info(
-        f"{path}:{more} {facts.rows:,} records, form {facts.form}, longest {facts.longest:,} tokens, "
-        f"{facts.trained_share:.0%} of the tokens trained"
-    )
-    _report_columns(facts)
-    _report_split(facts)
-    _report_left_out(facts)
-    _report_labels(facts)
-    if facts.repeated:
-        both_sides = "" if facts.id_share is None else ": some may stand in training and in validation"
-        log.warning(
-            f"{facts.repeated:,} of {facts.records:,} records repeat an earlier one, question and answer{both_sides}; "
-            "`finetune data stats` names them"
-        )
-
-
-def _report_columns(facts: FileFacts) -> None:
-    source = facts.source
-    if source.columns:
-        read = ", ".join(f"{theirs} as {ours}" for ours, theirs in source.columns.items())
-        log.warning(f"no form has these columns; the recipe reads {read}: correct `columns` if that is wrong")
-    if source.form != "auto":
-        log.warning(f"the records fit several forms; the recipe reads {source.form}: correct `form` if that is wrong")
-    if facts.unused:
-        log.warning(f"not used: {_counted(facts.unused)}")
-
-
-def _report_split(facts: FileFacts) -> None:
-    split = facts.split
-    if split and split.splits:
-        named = ", ".join(f"{name} is {' and '.join(values)}" for name, values in split.splits.items())
-        log.info(f"split by {split.name}: {named}")
-        if split.others:
-            log.warning(
-                f"`{split.name}` has {_counted(split.others)}, which names no split: the recipe leaves these rows out"
-            )
-        if split.missing:
-            log.warning(f"{split.missing:,} rows have no `{split.name}`: the recipe leaves them out")
-    elif split:
-        log.warning(
-            f"`{split.name}` has {_counted(split.others)}, which does not tell training from other rows: all are "
-            f"trained; if some must not be, write `where: {{{split.name}: ...}}` beside the path"
-        )
-    if not facts.validates:
-        log.info(f"no validation rows ({facts.why_no_id_split}): nothing will show when training begins to overfit")
-    elif facts.id_share is not None:
-        log.info(f"validation rows: {facts.id_share:.0%} of the `id`s, about")
-    if not facts.tests:
-        log.info("no test rows: there will be no figures before and after; name a file under `test:`")
-
-
-def _report_left_out(facts: FileFacts) -> None:
-    if facts.with_turns:
-        every = "data.earlier_thinking=split" if facts.with_thinking else "data.loss.turns=all"
-        log.info(
-            f"{facts.with_turns:,} of {facts.records:,} records have several turns: the last is trained, the others "
-            f"are context; {every} trains every one"
-        )
-    if facts.longest > LONGEST_ROW:
-        dropped = sum(length > LONGEST_ROW for length in facts.lengths)
-        log.info(
-            f"{dropped:,} of {len(facts.lengths):,} looked at have more than {LONGEST_ROW:,} tokens: the recipe drops "
-            "such (data.too_long)"
-        )
-    if not facts.bad_records:
-        return
-    bad = f"{len(facts.bad_records):,} of {facts.rows:,} rows cannot be used"
-    if is_skippable(facts):
-        log.warning(f"{bad}: the recipe skips them (data.on_bad_record)")
-    else:
-        log.warning(f"{bad}: a run will stop until they are corrected")
-    for row in facts.bad_records[:_BAD_ROWS_SHOWN]:
-        log.warning(f"{row.where}: {row.reason}")
-
-
-def _report_labels(facts: FileFacts) -> None:
-    if not facts.labelled:
-        return
-    if facts.labelled < facts.records:
-        log.info(
-            f"{facts.records - facts.labelled:,} of {facts.records:,} records have no `answer`: labels are not scored"
-        )
-    elif 2 <= facts.answers <= 64:
-        log.info(f"{facts.answers:,} different answers: scored as labels, given test rows")
-    else:
-        log.info(f"{facts.answers:,} different answers: not scored as labels, which takes 2 to 64")
-
-
-def _counted(values: Mapping[str, int]) -> str:
-    return ", ".join(f"{value} ({count:,})" for value, count in values.items())
-
-
-# `finetune recipes new PATH`: a commented recipe for one's own file, made by looking at it, and checked.
-
-if TYPE_CHECKING:
-    from finetune.data.inspect_file import FileFacts
+    from finetune.data.inspect_file import FileSummary
 
 DEFAULT_MODEL = "gpt_oss_20b"
+LONGEST_SEQUENCE = 16_384
+_BAD_RECORDS_SHOWN = 3
 _ADAPTER_AND_TRAINER = """
 adapter:
   attention: {rank: 16, alpha: 32.0} # higher rank: more capacity, memory and overfitting
   experts: {rank: 4, alpha: 8.0} # of every expert, so it costs most of the memory; 0 leaves the experts alone
 
 trainer:
-  epochs: 2 # more fits the training rows closer; watch the validation loss turn
+  epochs: 2 # more fits the training records closer; watch the validation loss turn
   learning_rate: 2.0e-4 # higher learns faster until it becomes unstable
   micro_batch_size: 1 # more: faster while memory lasts; lower gradient_accumulation_steps to keep the step
   gradient_accumulation_steps: 4 # more: steadier gradients, fewer updates
@@ -146,7 +38,7 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str |
     Args:
         path: the new YAML file.
         source: a shipped recipe to begin from. None: a plain one.
-        data: a file of training records to look at. None: the source's data, or a place to fill in.
+        data: a file of training records to inspect. None: the source's data.
         model: an option of configs/model/ for a recipe on `data`; None: gpt_oss_20b.
 
     Raises:
@@ -171,24 +63,92 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str |
     if source is not None:
         text = find_recipe(source).read_text(encoding="utf-8")
     elif data is not None:
-        from finetune.data.inspect_file import look_at
+        from finetune.data.inspect_file import inspect_file
 
-        facts = look_at(data)
-        report_file(facts, data)
-        text = recipe_text(path.stem, data, facts, model or DEFAULT_MODEL)
+        summary = inspect_file(data)
+        report_file(summary, data)
+        text = recipe_text(path.stem, data, summary, model or DEFAULT_MODEL)
     else:
-        raise ConfigError("say what to begin with", fix="--data FILE looks at a file; --from NAME copies a recipe")
+        raise ConfigError("nothing to begin with", fix="--data FILE inspects a file; --from NAME copies a recipe")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     compose(str(path))
     log.result(str(path))
     recipe = shlex.quote(str(path))
+    commands = (f"data stats {recipe}", f"data preview {recipe}", f"train {recipe} --dry-run", f"train {recipe}")
+    log.info(f"look at it, then: {'; '.join(f'finetune {command}' for command in commands)}")
+
+
+def report_file(summary: FileSummary, path: str) -> None:
+    """Log the contents of a file, the records that the recipe leaves out, and what the file lacks."""
+    more = " at least" if summary.has_more else ""
+    trained = summary.num_trained_tokens / sum(summary.lengths)
     log.info(
-        f"look at it, then: finetune data preview {recipe}; finetune train {recipe} --dry-run; finetune train {recipe}"
+        f"{path}:{more} {summary.num_read:,} records, form {summary.forms.most_common(1)[0][0]}, longest "
+        f"{summary.longest:,} tokens, {trained:.0%} of the tokens trained"
     )
+    _report_split(summary)
+    for text in _warnings(summary):
+        log.warning(text)
+    if summary.num_with_turns:
+        every = "data.earlier_thinking=split" if summary.num_with_thinking else "data.loss.turns=all"
+        log.info(
+            f"{summary.num_with_turns:,} of {summary.num_usable:,} records have several turns: the last is trained, "
+            f"the others are context; {every} trains every one"
+        )
+    too_long = sum(length > LONGEST_SEQUENCE for length in summary.lengths)
+    if too_long:
+        log.info(
+            f"{too_long:,} of {len(summary.lengths):,} tokenised examples have more than {LONGEST_SEQUENCE:,} tokens: "
+            "the recipe drops such (data.too_long)"
+        )
 
 
-def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:
+def _report_split(summary: FileSummary) -> None:
+    if summary.split and summary.split.splits:
+        named = ", ".join(f"{name} is {' and '.join(values)}" for name, values in summary.split.splits.items())
+        log.info(f"split by {summary.split.name}: {named}")
+    if not summary.has_validation:
+        log.info(f"no validation records ({_why_no_id_split(summary)}): nothing will show when overfitting begins")
+    elif summary.id_share is not None:
+        log.info(f"validation records: {summary.id_share:.0%} of the `id`s, about")
+    if not summary.has_test:
+        log.info("no test records: there will be no figures before and after; name a file under `test:`")
+
+
+def _warnings(summary: FileSummary) -> Iterator[str]:
+    source, split = summary.source, summary.split
+    if source.columns:
+        read = ", ".join(f"{theirs} as {ours}" for ours, theirs in source.columns.items())
+        yield f"no form has these columns; the recipe reads {read}: correct `columns` if that is wrong"
+    if source.form != "auto":
+        yield f"the records fit several forms; the recipe reads them as {source.form}: correct `form` if wrong"
+    if summary.unused_keys:
+        yield f"not used: {_counted(summary.unused_keys)}"
+    if split and not split.splits:
+        yield (
+            f"`{split.name}` has {_counted(split.others)}, which does not tell training from other records: all are "
+            f"trained; if some must not be, write `where: {{{split.name}: ...}}` beside the path"
+        )
+    elif split and split.num_unnamed:
+        other = f"{_counted(split.others)}, which names no split" if split.others else ""
+        missing = f"no value in {split.missing:,} records" if split.missing else ""
+        yield f"`{split.name}` has {' and '.join(filter(None, (other, missing)))}: the recipe leaves these records out"
+    if summary.bad_records:
+        outcome = "the recipe skips them (data.on_bad_record)" if summary.is_skippable else "a run will stop"
+        yield f"{len(summary.bad_records):,} of {summary.num_read:,} records cannot be used: {outcome}"
+        yield from (f"{bad.where}: {bad.reason}" for bad in summary.bad_records[:_BAD_RECORDS_SHOWN])
+
+
+def _counted(values: Mapping[str, int]) -> str:
+    return ", ".join(f"{value} ({count:,})" for value, count in values.items())
+
+
+def _why_no_id_split(summary: FileSummary) -> str:
+    return "too few different `id`s to split by" if summary.has_ids else "the records have no `id` to split by"
+
+
+def recipe_text(name: str, data: str, summary: FileSummary, model: str) -> str:
     """YAML of a recipe for a file."""
     lines = [
         "# @package _global_",
@@ -201,31 +161,32 @@ def recipe_text(name: str, data: str, facts: FileFacts, model: str) -> str:
         "seed: 0 # another one shows how much of a gain is luck",
         "",
         "data:",
-        *_sources(facts),
-        *_length(facts),
+        *_source_lines(summary),
+        *_length_lines(summary),
     ]
-    if not facts.with_thinking:
-        lines.append("  reasoning_effort: low # no record shows any thinking, so low is the effort that they show")
-    if facts.bad_records and is_skippable(facts):
-        lines.append(f"  on_bad_record: skip # {len(facts.bad_records):,} of {facts.rows:,} rows cannot be used")
+    if not summary.num_with_thinking:
+        lines.append("  reasoning_effort: low # no record has thinking: the effort that they show")
+    if summary.bad_records and summary.is_skippable:
+        counts = f"{len(summary.bad_records):,} of {summary.num_read:,}"
+        lines.append(f"  on_bad_record: skip # {counts} records cannot be used")
     text = "\n".join(lines) + "\n" + _ADAPTER_AND_TRAINER
-    if facts.validates:
-        text += "\nevaluate:\n  every_steps: 50 # optimiser steps between two looks at the validation loss\n"
-        if facts.tests:
+    if summary.has_validation:
+        text += "\nevaluate:\n  every_steps: 50 # optimiser steps between two measurements of the validation loss\n"
+        if summary.has_test:
             text += "  test_examples: 500 # scored before and after; fewer: faster, wider intervals\n"
         text += "\nsave:\n  every_steps: 50 # optimiser steps that a crash can cost at most\n"
         text += "  best_metric: validation_loss # exports the best adapter; `none` exports the last\n"
     return text
 
 
-def _sources(facts: FileFacts) -> list[str]:
+def _source_lines(summary: FileSummary) -> list[str]:
     """The splits, each with a source for every value that names it: `where` compares with one."""
-    keys = [f"path: {_quoted(facts.source.path)}"]
-    if facts.source.columns:
-        keys.append(f"columns: {_mapping(facts.source.columns)}")
-    if facts.source.form != "auto":
-        keys.append(f"form: {facts.source.form}")
-    name, named = (facts.split.name, facts.split.splits) if facts.split else ("", {})
+    keys = [f"path: {_quoted(summary.source.path)}"]
+    if summary.source.columns:
+        keys.append(f"columns: {_mapping(summary.source.columns)}")
+    if summary.source.form != "auto":
+        keys.append(f"form: {summary.source.form}")
+    name, named = (summary.split.name, summary.split.splits) if summary.split else ("", {})
     lines = [] if named else ["  train:", f"    mine: {{{', '.join(keys)}}}"]
     for split, values in named.items():
         lines.append(f"  {split}:")
@@ -233,28 +194,31 @@ def _sources(facts: FileFacts) -> list[str]:
             where = f"where: {_mapping({name: value})}"
             lines.append(f"    mine{number if number > 1 else ''}: {{{', '.join([*keys, where])}}}")
     if "validation" not in named:
-        if facts.id_share is not None:
+        if summary.id_share is not None:
             lines.append(
-                f"  validation_split: {{key: id, share: {facts.id_share:g}}} # name a field here whose values must not "
-                "stand on both sides, such as a document's"
+                f"  validation_split: {{key: id, share: {summary.id_share:g}}} # name a field here whose values must "
+                "not be on both sides, such as a document's"
             )
         else:
-            lines.append(f"  # no validation: {facts.why_no_id_split}; name other sources in `validation:`")
+            lines.append(f"  # no validation: {_why_no_id_split(summary)}; name other sources in `validation:`")
     if "test" not in named:
-        lines.append("  # no test rows: add `test:` sources for figures before and after")
+        lines.append("  # no test records: add `test:` sources for figures before and after")
     return lines
 
 
-def _length(facts: FileFacts) -> list[str]:
-    seen = (
-        f"the longest of {len(facts.lengths):,} looked at has {facts.longest:,} tokens, "
-        f"99 % at most {facts.length_of_most:,}"
+def _length_lines(summary: FileSummary) -> list[str]:
+    lengths = (
+        f"the longest of {len(summary.lengths):,} tokenised examples has {summary.longest:,} tokens, "
+        f"99 % at most {summary.length_of_most:,}"
     )
-    if facts.longest > LONGEST_ROW:
-        return [f"  max_length: {LONGEST_ROW} # {seen}", "  too_long: drop # or `truncate` context; `error` stops"]
-    # Room for several records in a row, so that packing fills it.
-    wanted = max(2048, 2 ** math.ceil(math.log2(facts.longest)))
-    return [f"  max_length: {wanted} # tokens in a packed row; {seen}"]
+    if summary.longest > LONGEST_SEQUENCE:
+        return [
+            f"  max_length: {LONGEST_SEQUENCE} # {lengths}",
+            "  too_long: drop # or `truncate` context; `error` stops",
+        ]
+    # Room for several examples in a sequence, so that packing fills it.
+    wanted = max(2048, 2 ** math.ceil(math.log2(summary.longest)))
+    return [f"  max_length: {wanted} # tokens in a sequence; {lengths}"]
 
 
 def _mapping(pairs: Mapping[str, str]) -> str:
@@ -262,5 +226,5 @@ def _mapping(pairs: Mapping[str, str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A YAML scalar that reads as this text whatever it holds."""
+    """Quote any text as a YAML scalar."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Memory around a run: refuse what will not fit before anything is downloaded, and explain it where it did not."""
+"""Checks before a run (memory, `--dry-run`), and the explanation when memory runs out during one."""
 
 from __future__ import annotations
 
@@ -20,67 +20,67 @@ from finetune.config.validate import to_plain
 from finetune.data.dataset import describe, load_split
 from finetune.data.sources import split_names
 from finetune.errors import CapacityError, ConfigError, InputError, is_out_of_memory
-from finetune.estimate.changes import cheapest_changes
+from finetune.estimate.advice import cheapest_changes
 from finetune.estimate.fit import Budget, fit
-from finetune.estimate.report import make_estimate
-from finetune.estimate.shapes import BaseFacts, find_base
-from finetune.estimate.text import change_lines, memory_lines, verdict
+from finetune.estimate.inputs import BaseInfo, find_base
+from finetune.estimate.report import change_lines, make_estimate, memory_lines, verdict
 from finetune.files import read_json
 from finetune.machine import free_memory
 
 
 def check_memory(config: RunConfig) -> None:
-    """Estimate a run on the device that it will use, and say in a line that it fits.
+    """Estimate the memory of a run on its device, and log the verdict.
 
     Raises:
-        CapacityError: it does not, every process holds the whole base, and the recipe does not say to go on all the
-            same.
+        CapacityError: it does not fit, every rank has the whole base, and the recipe does not ignore the estimate.
     """
-    facts = find_base(config.model.path)
-    if facts is None:
+    base = find_base(config.model.path)
+    if base is None:
         log.info(f"memory: not estimated, since config.json of {config.model.path} is not here yet")
         return
     budget = device_budget(config)
-    result = fit(config, facts.shape, budget)
+    result = fit(config, base.arch, budget)
     if result.fits:
         log.info(f"memory, estimated: {verdict(result)}")
     elif config.trainer.ignore_memory_estimate:
-        log.warning(f"memory, estimated: {verdict(result)}; going on, as trainer.ignore_memory_estimate says")
+        log.warning(f"memory, estimated: {verdict(result)}; starting all the same (trainer.ignore_memory_estimate)")
     elif config.distributed.kind in SHARDED_BASE:
         log.warning(
-            f"memory, estimated: {verdict(result)}; going on, since the estimate for distributed.kind="
-            f"{config.distributed.kind} has not been held against a GPU yet"
+            f"memory, estimated: {verdict(result)}; starting all the same, since the estimate for "
+            f"distributed.kind={config.distributed.kind} has not been compared with a GPU yet"
         )
     else:
-        estimate = make_estimate(config, "", facts, budget)
+        estimate = make_estimate(config, "", base, budget)
         raise CapacityError(
             f"memory, estimated: {verdict(result)}",
             why=_indented(memory_lines(result.memory)),
             fix=_indented(
                 [
                     *change_lines(estimate.changes, estimate.enough),
-                    "or try it all the same: trainer.ignore_memory_estimate=true",
+                    "or start all the same: trainer.ignore_memory_estimate=true",
                 ]
             ),
         )
 
 
 def device_budget(config: RunConfig) -> Budget:
-    """Memory of the device that a recipe would use on this machine. Imports torch."""
-    from finetune.train.world import gpu_memory
+    """Measure the memory of the device that a recipe would use on this machine. Imports torch."""
+    from finetune.machine import gpu_memory
+    from finetune.model.open import choose_device
 
-    gpu = gpu_memory(config.model)
-    if gpu is None:
+    device = choose_device(config.model)
+    if device.type != "cuda":
         return Budget.of_host(free_memory())
+    gpu = gpu_memory(device)
     return Budget.of_gpu(gpu.name, gpu.total_bytes, gpu.free_bytes)
 
 
 @contextmanager
 def explained_out_of_memory(config: RunConfig | None) -> Iterator[None]:
-    """Turn memory that ran out inside the block into the parts of the step and the cheapest changes.
+    """Explain memory that runs out inside the block: the parts of a step and the cheapest changes.
 
     Args:
-        config: of the run. None: not known, and nothing is added.
+        config: the run's configuration. None: not known, and nothing is added.
 
     Raises:
         CapacityError: memory ran out.
@@ -88,24 +88,17 @@ def explained_out_of_memory(config: RunConfig | None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        facts = find_base(config.model.path) if config is not None and is_out_of_memory(error) else None
-        if config is None or facts is None:
+        base = find_base(config.model.path) if config is not None and is_out_of_memory(error) else None
+        if config is None or base is None:
             raise
-        raise _explanation(config, facts, error) from error
+        raise _explanation(config, base, error) from error
 
 
-def config_of_run(run: Path) -> RunConfig | None:
-    """The configuration of a run directory, None if there is none to read (resuming then says what is wrong)."""
-    from finetune.config.validate import load_run_config
-
-    return load_run_config(run / "config.yaml") if (run / "config.yaml").is_file() else None
-
-
-def _explanation(config: RunConfig, facts: BaseFacts, error: Exception) -> CapacityError:
-    # Whatever the estimate said, it did not fit; so no change is claimed to be enough.
+def _explanation(config: RunConfig, base: BaseInfo, error: Exception) -> CapacityError:
+    # It did not fit whatever the estimate said, so no change is claimed to be enough.
     nothing = Budget(0.0, "", device_budget(config).on_gpu)
-    result = fit(config, facts.shape, nothing)
-    changes = cheapest_changes(config, facts.shape, nothing)
+    result = fit(config, base.arch, nothing)
+    changes = cheapest_changes(config, base.arch, nothing)
     first = (str(error).splitlines() or ["no memory left"])[0]
     return CapacityError(
         f"out of memory: {first}",
@@ -118,18 +111,15 @@ def _indented(lines: list[str]) -> str:
     return "\n    ".join("\n".join(lines).splitlines())
 
 
-# `finetune train RECIPE --dry-run`: everything that can be known without a model, in seconds and without torch.
-
-
 def dry_run(recipe: str, composed: ComposedConfig) -> None:
-    """Print what a recipe sets, what follows from it, what is in the data, what would be adapted, and the memory.
+    """Print everything about a run that needs neither a model nor torch: settings, data, adapter sites and memory.
 
     Args:
-        recipe: as it was given.
+        recipe: as given on the command line.
         composed: the checked recipe.
 
     Raises:
-        FinetuneError: whatever a run would stop at before it loads a model.
+        FinetuneError: any error that would stop a run before it loads a model.
     """
     config = composed.config
     if config.name is not None and (Path(config.output_dir) / config.name).exists():
@@ -153,11 +143,11 @@ def dry_run(recipe: str, composed: ComposedConfig) -> None:
 
 
 def _memory(config: RunConfig) -> str:
-    facts = find_base(config.model.path)
-    if facts is None:
+    base = find_base(config.model.path)
+    if base is None:
         return "memory: known once the base is here"
     budget = Budget.of_host(free_memory()) if config.model.device == "cpu" else Budget.of_card(80)
-    return f"memory, estimated: {verdict(fit(config, facts.shape, budget))}"
+    return f"memory, estimated: {verdict(fit(config, base.arch, budget))}"
 
 
 def _adapter(config: RunConfig) -> str:
@@ -174,11 +164,11 @@ def _adapter(config: RunConfig) -> str:
     selected = _likely(experts.select, shape)
     sites = describe_sites(plan_sites(shape, config.adapter, selected, _ranks(experts, selected, shape)), shape)
     chosen_by = [rule for rule in (experts.select, experts.rank_by) if rule not in ("all", "uniform")]
-    return f"adapter sites, where the training data decide which experts ({', '.join(chosen_by)}):\n{sites}"
+    return f"adapter sites, if the training data selects the experts ({', '.join(chosen_by)}):\n{sites}"
 
 
 def _likely(select: str, shape: Arch) -> Selection | None:
-    """As many experts as a run will adapt, where that is known before the data are looked at; None: all at most."""
+    """Select as many experts as a run will adapt, if that is known without the data; None: all at most."""
     rule = parse_select(select)
     if rule.kind == "top_k":
         return dict.fromkeys(range(shape.num_layers), tuple(range(min(rule.top_k, shape.num_experts))))
@@ -186,19 +176,19 @@ def _likely(select: str, shape: Arch) -> Selection | None:
 
 
 def _ranks(experts: ExpertAdapterConfig, selected: Selection | None, shape: Arch) -> ExpertRanks | None:
-    """Ranks by use, where a file has it and says of which experts; None: not known yet, so the mean stands for them."""
+    """Compute ranks by use if a file has the scores; None: not known yet, and the mean is printed instead."""
     ranking, rule = parse_rank_by(experts.rank_by), parse_select(experts.select)
     if ranking.kind == "uniform" or rule.kind in ("top_p", "top_k"):
         return None
     if ranking.kind == "file":
-        affinity, key = read_expert_scores(Path(ranking.path).expanduser(), "rank_by"), "rank_by"
+        scores, key = read_expert_scores(Path(ranking.path).expanduser(), "rank_by"), "rank_by"
     elif rule.kind == "file":
-        affinity, key = read_expert_scores(Path(rule.path).expanduser()), "select"
+        scores, key = read_expert_scores(Path(rule.path).expanduser()), "select"
     else:
         return None
-    if [len(of_layer) for of_layer in affinity.gate] != [shape.num_experts] * shape.num_layers:
+    if [len(of_layer) for of_layer in scores.gate] != [shape.num_experts] * shape.num_layers:
         raise InputError(f"adapter.experts.{key}: the file was measured on a base of another size")
     chosen = selected or dict.fromkeys(range(shape.num_layers), tuple(range(shape.num_experts)))
-    if ranking.kind == "file" and affinity.ranks is not None:
-        return given_ranks(affinity, chosen, experts, ranking.path)
-    return ranks_of(affinity, affinity.by if ranking.kind == "file" else ranking.kind, chosen, experts)
+    if ranking.kind == "file" and scores.ranks is not None:
+        return given_ranks(scores, chosen, experts, ranking.path)
+    return ranks_of(scores, scores.by if ranking.kind == "file" else ranking.kind, chosen, experts)

@@ -1,4 +1,4 @@
-"""`finetune train RECIPE --sweep key=a,b`: a small grid of runs, one after the other, and a table of them."""
+"""`finetune train RECIPE --sweep key=a,b`: a grid of runs, one after the other, and a table that compares them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ MOST_RUNS = 64
 def sweep(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> Path:
     """Run every combination of the grid's values.
 
-    All combinations are composed and checked before the first run starts. A run that fails is said and counted; the
-    others go on. Each is a process of its own, so that none inherits another's memory.
+    All combinations are composed and checked before the first run starts. A run that fails is reported and
+    counted; the others continue. Each is a process of its own, so that none inherits another's memory.
 
     Args:
         recipe: name or path.
         overrides: settings that all runs share.
-        grid: `key=a,b` each; their combinations are run.
+        grid: one `key=a,b` per key; all combinations are run.
 
     Returns:
-        The directory that holds the runs and `sweep.md`.
+        The directory of the runs and of `sweep.md`.
 
     Raises:
         ConfigError: the grid cannot be read, is too large, or a combination is wrong.
         CheckError: every run failed.
-        Interrupted: Ctrl-C; the runs so far are compared, and the one that was running can be resumed.
+        Interrupted: Ctrl-C; the runs so far are compared, and the interrupted one can be resumed.
     """
     from finetune.config.compose import compose
 
     combinations = [list(values) for values in itertools.product(*map(_values, grid))]
     if len(combinations) > MOST_RUNS:
-        raise ConfigError(f"the grid has {len(combinations)} runs, more than {MOST_RUNS}", fix="vary less at a time")
+        raise ConfigError(f"the grid has {len(combinations)} runs, more than {MOST_RUNS}", fix="vary fewer values")
     name = time.strftime("sweep-%Y%m%d-%H%M%S")
     composed = [compose(recipe, [*overrides, *settings]) for settings in combinations]
     directory = Path(composed[0].config.output_dir) / name
@@ -65,18 +65,18 @@ def sweep(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> Path:
         raise Interrupted(
             f"the sweep was stopped in run {len(results)}",
             signal_number=results[-1][2] - 128,
-            fix=f"go on with that run: finetune train --resume {results[-1][1]}",
+            fix=f"continue that run: finetune train --resume {results[-1][1]}",
         )
     if all(code for _, _, code in results):
-        raise CheckError(f"all {len(results)} runs failed", fix=f"their messages stand above; runs are in {directory}")
+        raise CheckError(f"all {len(results)} runs failed", fix=f"see their messages above; runs are in {directory}")
     return directory
 
 
 def comparison(results: Sequence[tuple[Sequence[str], Path, int]]) -> str:
-    """A Markdown table of runs: their settings, figures after training, and time; the best loss is marked.
+    """Write a Markdown table of runs: settings, figures after training and time; the best loss is marked.
 
     Args:
-        results: settings, run directory and exit code of each.
+        results: settings, run directory and exit code of each run.
     """
     from finetune.report.read import RunFiles
 
@@ -107,7 +107,7 @@ def _time_left(started: float, number: int, combinations: Sequence[object]) -> s
 
 
 def _values(text: str) -> list[str]:
-    """`key=a,b` as `key=a` and `key=b`; commas inside brackets or quotes do not split."""
+    """Split `key=a,b` into `key=a` and `key=b`; commas inside brackets or quotes do not split."""
     key, equals, values = text.partition("=")
     if not equals or not key or not values:
         raise ConfigError(f"--sweep {text} cannot be read", fix="write --sweep key=a,b")
@@ -131,7 +131,7 @@ def _values(text: str) -> list[str]:
 
 
 def _run_one(recipe: str, overrides: Sequence[str]) -> int:
-    """A run in a process of its own; Ctrl-C reaches it too, and it is waited for."""
+    """Run in a separate process and wait for its end; Ctrl-C reaches it too."""
     command = [sys.executable, "-c", "from finetune.cli.main import entry; entry()", "train", recipe, *overrides]
     with subprocess.Popen(command, stdout=sys.stderr) as process:
         while True:

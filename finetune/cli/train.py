@@ -1,19 +1,20 @@
-"""`finetune train`: run a recipe, show what it would do, or go on with a run that stopped."""
+"""`finetune train`: run a recipe, print its plan (`--dry-run`), sweep over settings, or resume a run."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from finetune import log
 from finetune.cli.arguments import add_examples, add_recipe, recipe_and_overrides
-from finetune.config.derive import check_inputs
+from finetune.config.derive import check_inputs, learning_rate_line
 from finetune.config.schema import RunConfig
 from finetune.config.validate import resumed_config
 from finetune.errors import ConfigError
 from finetune.train.launch import launch, watch_parent
-from finetune.train.run_directory import RunDirectory, prepare_run
+from finetune.train.run_directory import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,15 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     usage = "finetune train RECIPE [key=value ...] [--dry-run] [--sweep key=a,b]\n"
     usage += "       finetune train --resume RUN [distributed.KEY=VALUE ...]"
     add_recipe(parser, usage)
-    parser.add_argument("--dry-run", action="store_true", help="check everything that needs no model, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that needs no model, then stop")
     parser.add_argument(
-        "--sweep", metavar="KEY=A,B", action="append", help="one run for each value; given again, for each combination"
+        "--sweep", metavar="KEY=A,B", action="append", help="one run per value; given repeatedly, one per combination"
     )
     parser.add_argument(
         "--resume",
         metavar="RUN",
         type=Path,
-        help="go on from the last whole checkpoint of a run directory; only `distributed` may change",
+        help="continue from the last intact checkpoint of a run directory; only `distributed` may change",
     )
     add_examples(
         parser,
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "finetune train mine.yaml --sweep trainer.learning_rate=1e-4,2e-4 --sweep adapter.experts.rank=2,4",
         "finetune train legal_20b distributed=zero3 distributed.num_processes=2",
     )
-    parser.add_argument("--json", action="store_true", help="at the end one JSON object: figures, and where files are")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end: figures and paths")
     parser.add_argument("--worker", metavar="RUN", type=Path, help=argparse.SUPPRESS)  # how `launch` starts a new run
 
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     """Train, or print the plan.
 
     Raises:
-        ConfigError: no recipe, or one beside `--resume`; `--json` where there is no run to tell of.
+        ConfigError: no recipe, or one beside `--resume`; `--json` where nothing is trained.
     """
     if args.json and (args.dry_run or args.sweep):
         other = "--dry-run" if args.dry_run else "--sweep"
@@ -62,12 +63,13 @@ def _run(args: argparse.Namespace) -> None:
         _resume(args)
         return
     if args.worker is not None:
-        from finetune.cli.preflight import config_of_run, explained_out_of_memory
+        from finetune.cli.preflight import explained_out_of_memory
         from finetune.report.html import write_reports
-        from finetune.train.run import train_prepared
+        from finetune.train.run import train
 
-        with explained_out_of_memory(config_of_run(args.worker)):
-            run_directory = train_prepared(args.worker, write_reports)
+        run = Run.open(args.worker)
+        with explained_out_of_memory(run.config):
+            run_directory = train(run, write_reports)
         _print_outcome(run_directory, as_json=args.json)
         return
     recipe, overrides = recipe_and_overrides(args)
@@ -91,11 +93,12 @@ def _run(args: argparse.Namespace) -> None:
 
     check_inputs(composed.config)
     check_memory(composed.config)
+    log.info(learning_rate_line(composed.config))
     if starts_processes(composed.config):
-        prepared = prepare_run(composed.config, composed.recipe_name, composed.overrides)
-        with prepared.discarded_if_unused():
+        run = Run.create(composed.config, composed.recipe_name, composed.overrides)
+        with run.discarded_if_unused():
             count = composed.config.distributed.num_processes
-            launch(["train", "--worker", str(prepared.path), *_json(args)], count, prepared.path)
+            launch(["train", "--worker", str(run.path), *_json(args)], count, run)
         return
     log.info(log.LOADING)
     from finetune.report.html import write_reports
@@ -111,28 +114,28 @@ def _resume(args: argparse.Namespace) -> None:
     if others or args.dry_run or args.sweep:
         given = " ".join(others) or ("--dry-run" if args.dry_run else "--sweep")
         why = (
-            "a resumed run keeps the configuration it was started with (its config.yaml); only the processes may change"
+            "a resumed run keeps the configuration it was started with (its config.yaml); only `distributed` may change"
         )
         fix = f"finetune train --resume {args.resume}"
         raise ConfigError(f"--resume does not go with {given}", why=why, fix=fix)
-    path = args.resume.resolve()
-    config = resumed_config(RunDirectory.open(path)[1], args.words)
-    if starts_processes(config):
-        words = ["train", "--resume", str(path), *args.words, *_json(args)]
-        launch(words, config.distributed.num_processes, path)
+    stored = Run.open(args.resume.resolve())
+    run = replace(stored, config=resumed_config(stored.config, args.words))
+    if starts_processes(run.config):
+        words = ["train", "--resume", str(run.path), *args.words, *_json(args)]
+        launch(words, run.config.distributed.num_processes, run)
         return
     log.info(log.LOADING)
     from finetune.cli.preflight import explained_out_of_memory
     from finetune.report.html import write_reports
-    from finetune.train.run import resume
+    from finetune.train.run import train
 
-    with explained_out_of_memory(config):
-        run_directory = resume(path, write_reports, config)
+    with explained_out_of_memory(run.config):
+        run_directory = train(run, write_reports)
     _print_outcome(run_directory, as_json=args.json)
 
 
 def starts_processes(config: RunConfig) -> bool:
-    """Whether this command starts a run's processes: several are asked for, and no launcher has done it."""
+    """Whether this command starts the ranks of a run: there are several, and no launcher has started them."""
     return config.distributed.kind != "single" and "RANK" not in os.environ
 
 
@@ -141,7 +144,7 @@ def _json(args: argparse.Namespace) -> list[str]:
 
 
 def _print_outcome(run_directory: Path, *, as_json: bool) -> None:
-    """The last thing a person sees: what was gained, and where it is."""
+    """Print the result of a run and its paths."""
     from finetune.report.markdown import outcome, outcome_record
 
     if as_json:

@@ -1,7 +1,7 @@
 """Compose a recipe, the shipped configs/ and the command line into one configuration. The only file that imports Hydra.
 
 Hydra merges files and reads overrides, and nothing else. Every layer is checked against the schema before Hydra sees
-it, because Hydra itself accepts `+misspelt=3` in silence, and the result is checked once more as a whole.
+it, because Hydra itself accepts `+misspelt=3` silently, and the result is validated as a whole.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from finetune.config.fields import Plain
 from finetune.config.layers import COMMAND_LINE, Layer, place_of, read_yaml
 from finetune.config.lint import lost_mappings, raise_problems, refuse_code, unknown_keys
 from finetune.config.old_keys import current_key, current_text, with_current_keys
@@ -56,7 +57,7 @@ class ComposedConfig:
 
 @dataclass(frozen=True)
 class _CommandLine:
-    """Overrides, read: the text after each `=` by key, the group options, and the same as a layer."""
+    """Parsed overrides: the text after each `=` by key, the options of groups, and the same as a layer."""
 
     texts: Mapping[KeyPath, str]
     choices: Mapping[str, str]
@@ -93,7 +94,7 @@ def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
     parser = OverridesParser.create()
     texts: dict[KeyPath, str] = {}
     choices: dict[str, str] = {}
-    data: dict[str, Any] = {}
+    data: Plain = {}
     lines: dict[KeyPath, int | None] = {}
     for text in map(_with_quotes, overrides):
         try:
@@ -132,7 +133,7 @@ def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
 
 
 def _with_quotes(text: str) -> str:
-    """Hydra takes no bare `=` in a value, and `adapter.experts.select=top_p=0.2` is how a person writes it."""
+    """Quote a value with a bare `=`, as in `adapter.experts.select=top_p=0.2`, which Hydra does not accept."""
     key, _, value = text.partition("=")
     return f'{key}="{value}"' if "=" in value and not set(value) & set("\"'[]{}(),\\$ ") else text
 
@@ -148,12 +149,12 @@ def _chosen_option(override: Override, text: str) -> str:
 
 
 def _run_hydra(
-    recipe: Mapping[str, Any], choices: Mapping[str, str], texts: Mapping[KeyPath, str], layers: Sequence[Layer]
-) -> dict[str, Any]:
+    recipe: Plain, choices: Mapping[str, str], texts: Mapping[KeyPath, str], layers: Sequence[Layer]
+) -> Plain:
     """Let Hydra merge the chosen files, the recipe and the overrides, and resolve references to other keys.
 
     Args:
-        recipe: its keys, without `defaults`; handed over in memory, so that its file may lie anywhere.
+        recipe: its keys, without `defaults`; given in memory, so that its file may be anywhere.
         choices: an option for each group.
         texts: the overrides as typed after the `=`, by key.
         layers: the same as layers, to name the place of a reference that leads nowhere.

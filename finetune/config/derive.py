@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from finetune.config.expert_selection import highest_rank, parse_rank_by, parse_select, require_file
+from finetune.config.fields import Plain
 from finetune.config.paths import HUB_PREFIX, fix_for_missing_data, is_glob, matching_files, resolve_data_path
 from finetune.config.rules import DEEPSPEED
-from finetune.config.schema import ExpertAdapterConfig, RunConfig
+from finetune.config.schema import ExpertAdapterConfig, RunConfig, SourceConfig
 from finetune.config.suggest import looks_like_directory, suggest_base, suggest_path
 from finetune.errors import InputError
 
 NEVER = 10**9
 
 
-def deepspeed_settings(config: RunConfig) -> dict[str, Any] | None:
+def deepspeed_settings(config: RunConfig) -> Plain | None:
     """Build DeepSpeed's settings, shown by `config show` and a dry run and stored in the run directory.
 
     DeepSpeed sees only the adapter: the base's tensors are no parameters to it. The optimiser is torch's AdamW, as
@@ -30,7 +31,7 @@ def deepspeed_settings(config: RunConfig) -> dict[str, Any] | None:
         return None
     trainer = config.trainer
     stage = int(config.distributed.kind.removeprefix("zero"))
-    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
+    zero: Plain = {"stage": stage, "contiguous_gradients": True, "overlap_comm": False}
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # shard small tensors too: the adapter consists of them
     return {
@@ -173,3 +174,46 @@ def _data_fix(path: str) -> str:
     found = resolve_data_path(path)
     near = suggest_path(found, found.parent.iterdir()) if found.parent.is_dir() else None
     return near or f"paths are relative to the working directory, {Path.cwd()}"
+
+
+def absolute_paths(config: RunConfig, start: Path) -> RunConfig:
+    """Make a recipe's relative paths absolute, so that it means the same from any working directory.
+
+    Args:
+        config: the recipe. Names on the hub and `shipped://` paths stay; so does `output_dir`, which only places new
+            runs.
+        start: the directory that relative paths start at.
+    """
+
+    def absolute(path: str) -> str:
+        return str(start / Path(path).expanduser())
+
+    def of_sources(sources: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        return {
+            name: source if "://" in source.path else replace(source, path=absolute(source.path))
+            for name, source in sources.items()
+        }
+
+    data, model, adapter, experts = config.data, config.model, config.adapter, config.adapter.experts
+    is_directory = (start / Path(model.path).expanduser()).is_dir()
+    return replace(
+        config,
+        model=replace(model, path=absolute(model.path)) if is_directory else model,
+        data=replace(
+            data,
+            train=of_sources(data.train),
+            validation=of_sources(data.validation),
+            test=of_sources(data.test),
+            cache_dir=absolute(data.cache_dir) if data.cache_dir else None,
+        ),
+        adapter=replace(
+            adapter,
+            init_from=absolute(adapter.init_from) if adapter.init_from else None,
+            experts=replace(
+                experts,
+                select=absolute(experts.select) if parse_select(experts.select).kind == "file" else experts.select,
+                rank_by=absolute(experts.rank_by) if parse_rank_by(experts.rank_by).kind == "file" else experts.rank_by,
+            ),
+        ),
+        export=replace(config.export, old_domain=of_sources(config.export.old_domain)),
+    )

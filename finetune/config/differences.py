@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.config.fields import Plain
 from finetune.config.schema import RunConfig, SourceConfig
 from finetune.config.schema_paths import children, section_classes, section_tags
 
@@ -41,7 +42,7 @@ def as_typed(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Difference]:
+def differences(before: Plain, after: Plain) -> list[Difference]:
     """Compare two plain configurations key by key, in `after`'s order, then what only `before` has.
 
     >>> differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
@@ -55,7 +56,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Dif
     ]
 
 
-def defaults(like: Mapping[str, Any]) -> dict[str, Any]:
+def defaults(like: Plain) -> Plain:
     """Write the schema's defaults as plain data; keys without a default are left out.
 
     Args:
@@ -71,8 +72,8 @@ def defaults(like: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _defaults_of(kind: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = {}
+def _defaults_of(kind: Any) -> Plain:
+    plain: Plain = {}
     for field in dataclasses.fields(kind):
         if sections := section_classes(children(kind)[field.name]):
             plain[field.name] = _defaults_of(sections[0])
@@ -89,9 +90,9 @@ def _class_of(kind: Any, tag: str | None) -> Any:
     return next((section for section in sections if tag in section_tags(section)), sections[0])
 
 
-def _leaves(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(plain: Plain, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in plain.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, dict) and value:
             yield from _leaves(value, f"{prefix}{key}.")
-        elif not isinstance(value, Mapping):  # an empty mapping sets nothing
+        elif not isinstance(value, dict):  # an empty mapping sets nothing
             yield f"{prefix}{key}", value

@@ -214,8 +214,8 @@ class ExpertScores:
                 f"{share:.1%} of the routed tokens: {shown}{self._ranks_of(layer)}"
             )
         total = sum(map(len, self.selected.values()))
-        whole = sum(map(len, self.gate))
-        lines.append(f"{total} of {whole} experts by {self.by} with {self.select}, on {self.samples} examples")
+        num_experts = sum(map(len, self.gate))
+        lines.append(f"{total} of {num_experts} experts by {self.by} with {self.select}, on {self.samples} examples")
         return lines
 
     def _ranks_of(self, layer: int) -> str:

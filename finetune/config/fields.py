@@ -1,4 +1,4 @@
-"""What the schema's sections are made of: their base class, and the range of a number in words."""
+"""Shared by the schema's modules: plain data, the base class of sections, and ranges in words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from annotated_types import Ge, Gt, Le, Lt
+
+Plain = dict[str, Any]
+"""Configuration as nested dicts, lists and scalars: what YAML and JSON files contain."""
 
 BOUNDS = (Ge, Gt, Le, Lt)
 

@@ -10,18 +10,19 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from finetune.config import schema
+from finetune.config.fields import Plain
 from finetune.config.recipes import default_choices, options
 from finetune.config.schema import RunConfig
 
 _ATTRIBUTE = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", re.MULTILINE)
 
 
-def recipe_schema() -> dict[str, Any]:
+def recipe_schema() -> Plain:
     """Build the JSON schema (draft 2020-12) of a recipe file: every key with type, range, default and documentation.
 
     A recipe states only what differs, so no key is required; `defaults` chooses options of groups.
     """
-    content: dict[str, Any] = TypeAdapter(RunConfig).json_schema()
+    content: Plain = TypeAdapter(RunConfig).json_schema()
     definitions = content.pop("$defs")
     for section in [content, *definitions.values()]:
         _adapt(section, getattr(schema, section["title"]))
@@ -43,7 +44,7 @@ def recipe_schema() -> dict[str, Any]:
     return {**content, **heading, "$defs": definitions}
 
 
-def _adapt(section: dict[str, Any], kind: Any) -> None:
+def _adapt(section: Plain, kind: Any) -> None:
     """Add the documentation, and allow that keys are missing: files of groups or defaults set them."""
     section.pop("required", None)
     section["additionalProperties"] = False

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from finetune.config.fields import Plain
 from finetune.config.schema_paths import KeyPath
 from finetune.errors import ConfigError
 
@@ -51,7 +51,7 @@ class Layer:
     """
 
     label: str
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Plain = field(default_factory=dict)
     lines: Mapping[KeyPath, int | None] = field(default_factory=dict)
 
     @property
@@ -122,7 +122,7 @@ def read_yaml(path: Path) -> Layer:
 
 
 def display_path(path: Path) -> str:
-    """Write a path relative to the working directory if it lies below it, else in full."""
+    """Write a path relative to the working directory if it is below it, else in full."""
     full = os.path.abspath(path)
     relative = os.path.relpath(full)
     return full if relative.startswith("..") else relative

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune.config.fields import Plain
 from finetune.config.layers import Layer, place_of
 from finetune.config.schema_paths import KeyPath, dotted, takes_keys, type_at
 from finetune.config.suggest import suggest_key
@@ -64,7 +65,7 @@ def refuse_code(layer: Layer) -> None:
         if not all(map(_can_be_written, path)):
             raise ConfigError(f"{layer.place(path)}: the key {dotted(path)!r} has characters that no file can store")
         if path[-1] == "_target_":
-            why = "recipes hold values; nothing in them is called"
+            why = "recipes contain values; nothing in them is called"
             raise ConfigError(f"{layer.place(path)}: {dotted(path)} names code", why=why, fix="remove it")
     for path, text in _texts(layer.data, ()):
         if not _can_be_written(text):
@@ -89,7 +90,7 @@ def unknown_keys(layer: Layer) -> Iterator[Problem]:
         yield unknown_key(path[:depth])
 
 
-def lost_mappings(layers: Sequence[Layer], composed: Mapping[str, Any]) -> Iterator[Problem]:
+def lost_mappings(layers: Sequence[Layer], composed: Plain) -> Iterator[Problem]:
     """Find mappings that were meant to replace earlier ones and were merged into them.
 
     An empty one would be ignored silently, and one from the command line would keep sources that it does not name.
@@ -139,8 +140,8 @@ def _texts(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
         yield from _texts(item, (*path, str(key)))
 
 
-def _mappings(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Mapping[str, Any]]]:
-    if isinstance(value, Mapping):
+def _mappings(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Plain]]:
+    if isinstance(value, dict):
         yield path, value
         for key, item in value.items():
             yield from _mappings(item, (*path, str(key)))

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from finetune import log
+from finetune.config.fields import Plain
 from finetune.config.schema_paths import KeyPath, dotted
 from finetune.errors import ConfigError
 
@@ -45,7 +46,7 @@ def current_text(text: str) -> str:
     return _REFERENCE.sub(lambda match: f"${{{dotted(current_key(tuple(match[1].split('.'))))}}}", text)
 
 
-def current_data(data: Mapping[str, Any]) -> dict[str, Any]:
+def current_data(data: Plain) -> Plain:
     """Give plain configuration data with the keys' present names, without a message."""
     return {section: _current_section(section, value) for section, value in data.items()}
 

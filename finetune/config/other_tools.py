@@ -113,7 +113,7 @@ _REMARKS: Mapping[str, str] = {
 
 
 def keys_for(word: str) -> tuple[str, ...]:
-    """Name the keys that another tool's key stands for, none if there are none or the word is not known."""
+    """Name the keys with the meaning of another tool's key; none if there are none or the word is not known."""
     return _KEYS.get(word.lower(), ())
 
 

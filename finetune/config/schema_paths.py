@@ -1,4 +1,4 @@
-"""The types that the schema gives to dotted keys: what stands below a section, and what a key takes in words."""
+"""Types and ranges that the schema gives to dotted keys, the keys of each section, and descriptions in words."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def all_paths(kind: Any = RunConfig, prefix: KeyPath = (), like: KeyPath = ()) -
 
 
 def takes_keys(kind: Any) -> bool:
-    """Whether keys can stand below a key of this type."""
+    """Whether a key of this type has keys below it."""
     return get_origin(kind) is dict or bool(children(kind))
 
 

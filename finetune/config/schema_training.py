@@ -194,7 +194,7 @@ class TrainerConfig(Strict):
         """`learning_rate` of a whole configuration, where it is never None.
 
         Raises:
-            ValueError: this section stands alone and leaves the rate to an objective.
+            ValueError: this section is used alone and leaves the rate to an objective.
         """
         if self.learning_rate is None:
             raise ValueError("trainer.learning_rate is null and there is no objective whose default it could be")

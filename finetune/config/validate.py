@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
+from finetune.config.derive import absolute_paths
+from finetune.config.fields import Plain
 from finetune.config.layers import COMMAND_LINE, Layer, read_yaml
 from finetune.config.lint import Problem, raise_problems, unknown_key, unknown_keys
 from finetune.config.old_keys import with_current_keys
@@ -35,7 +37,7 @@ from finetune.errors import ConfigError, InputError
 _OUT_OF_RANGE = ("finite_number", "greater_than", "greater_than_equal", "less_than", "less_than_equal")
 
 
-def validate(plain: Mapping[str, Any], layers: Sequence[Layer] = ()) -> RunConfig:
+def validate(plain: Plain, layers: Sequence[Layer] = ()) -> RunConfig:
     """Check a composed configuration against the schema and its rules.
 
     Args:
@@ -51,7 +53,7 @@ def validate(plain: Mapping[str, Any], layers: Sequence[Layer] = ()) -> RunConfi
     return config
 
 
-def parse(plain: Mapping[str, Any], root: Any = RunConfig) -> tuple[Any, list[Problem]]:
+def parse(plain: Plain, root: Any = RunConfig) -> tuple[Any, list[Problem]]:
     """Check plain data against the types and ranges of the schema.
 
     Args:
@@ -68,9 +70,9 @@ def parse(plain: Mapping[str, Any], root: Any = RunConfig) -> tuple[Any, list[Pr
         return None, [_problem(details, root) for details in error.errors()]
 
 
-def to_plain(config: RunConfig) -> dict[str, Any]:
+def to_plain(config: RunConfig) -> Plain:
     """Turn a configuration into nested dicts, lists and scalars, every default written out."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    plain: Plain = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
 
 
@@ -82,14 +84,27 @@ def dump_yaml(config: RunConfig) -> str:
 def load_run_config(path: Path) -> RunConfig:
     """Read the `config.yaml` of a run directory, of version 0.1 too.
 
+    Relative paths, which runs before 0.2 stored, start where the run was started (manifest.json beside the file).
+
     Raises:
         InputError: there is no such file.
         ConfigError: it is not what `dump_yaml` writes.
     """
     if not path.is_file():
-        raise InputError(f"{path} is missing", why="a run directory holds the configuration it was started with")
+        raise InputError(f"{path} is missing", why="a run directory contains the configuration it was started with")
     layer = with_current_keys(read_yaml(path), stored=True)
-    return validate(layer.data, [layer])
+    config = validate(layer.data, [layer])
+    start = _started_in(path.with_name("manifest.json"))
+    return config if start is None else absolute_paths(config, start)
+
+
+def _started_in(manifest: Path) -> Path | None:
+    """The working directory in which a run was started; None if it is not recorded or does not exist."""
+    try:
+        start = Path(json.loads(manifest.read_text())["working_directory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return start if start.is_dir() else None
 
 
 def resumed_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -122,7 +137,7 @@ def resumed_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     return validate(plain, [layer])
 
 
-def _share_micro_batches(plain: dict[str, Any], config: RunConfig) -> None:
+def _share_micro_batches(plain: Plain, config: RunConfig) -> None:
     """Give each rank its share of a step's micro-batches, whose total stays the same."""
     ranks = plain["distributed"]["num_processes"]
     total = config.trainer.gradient_accumulation_steps * config.distributed.num_processes

@@ -1,4 +1,4 @@
-"""Tokens kept on disk: used again as long as nothing that they depend on has changed by a byte."""
+"""Tokens kept on disk: reused as long as nothing that they depend on has changed by a byte."""
 
 from __future__ import annotations
 
@@ -7,59 +7,123 @@ import fcntl
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from finetune import log
 from finetune.config.paths import HUB_PREFIX, cache_dir
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.build import Facts, build
-from finetune.data.example_table import RECORDS_FILE, SAMPLES_FILE, Tables, TableWriter, open_tables
+from finetune.data.checks import JsonObject
+from finetune.data.example_table import EXAMPLES_FILE, RECORDS_FILE, Tables, TableWriter, open_tables
 from finetune.data.files import broken_file, find_files
 from finetune.data.harmony.tokenizer import RANK_FILE_SHA256
-from finetune.data.sources import BadRecord, SplitName, counts_broken_records, sources_of
+from finetune.data.sources import SplitName, counts_broken_records, sources_of
 from finetune.errors import InputError, MachineError
 from finetune.files import sha256_of, staged_directory
 
-FACTS_FILE = "facts.json"
+STATS_FILE = "stats.json"
 
-# Settings that change which rows are used or refused after tokenising, and where things are kept, but no token.
+# Settings that change which records are used or refused after tokenising, or where files are kept, but no token.
 _NOT_IN_KEY = {
     "train", "validation", "test", "on_bad_record", "max_skipped_ratio", "pack", "cache", "cache_dir",
     "mix_temperature",
 }  # fmt: skip
 
-_NO_CACHE = "set data.cache_dir to a directory with room, or data.cache=false to hold the tokens in memory"
+_NO_CACHE = "set data.cache_dir to a directory with room, or data.cache=false to keep the tokens in memory"
 
 
-def cached(config: DataConfig, split: SplitName) -> tuple[Tables, Facts]:
-    """A split's tokens from the cache, built first if they are not in it.
-
-    Of processes that start together one builds and the others wait for it (a lock that ends with the process, so a kill
-    leaves nothing behind). Files are compared with their sha256 before they are used; damaged ones are built anew.
+class CacheEntry:
+    """The tokens of one split in the cache, locked for this process.
 
     Args:
-        config: what the tokens depend on, and where the cache is.
+        root: directory of the cache.
+        config: what the tokens depend on.
         split: which of the recipe's splits.
+    """
+
+    def __init__(self, root: Path, config: DataConfig, split: SplitName) -> None:
+        self._config, self._split = config, split
+        self._key = cache_key(config, split)
+        self.directory = root / f"{split}-{_sha256_of(self._key)[:24]}"
+        self._staging = self.directory
+
+    def read(self) -> tuple[Tables, JsonObject] | None:
+        """Open a whole entry: its tables and statistics. None if there is none, or (with a warning) if it is damaged.
+
+        Files are compared with their SHA-256 before they are used.
+        """
+        if not self.directory.exists():
+            return None
+        try:
+            document = json.loads((self.directory / STATS_FILE).read_text())
+            for name in (EXAMPLES_FILE, RECORDS_FILE):
+                if sha256_of(self.directory / name) != document["sha256"][name]:
+                    raise ValueError(f"the contents of {name} have changed")
+            if _sha256_of(document["stats"]) != document["sha256"][STATS_FILE]:
+                raise ValueError(f"the contents of {STATS_FILE} have changed")
+            stats: JsonObject = document["stats"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning(f"the cached tokens in {self.directory} are damaged ({error}); they are made again")
+            return None
+        return self.open(), stats
+
+    def open(self) -> Tables:
+        """Map the tables of a whole entry into memory."""
+        return open_tables(self.directory)
+
+    @contextmanager
+    def writer(self) -> Iterator[TableWriter]:
+        """Write the entry beside its final place; leaving without an error after `complete` renames it."""
+        if self.directory.exists():
+            shutil.rmtree(self.directory)
+        with staged_directory(self.directory, "the cached tokens", fix=_NO_CACHE, mode=0o700) as self._staging:
+            writer = TableWriter(self._staging)
+            try:
+                yield writer
+            finally:
+                writer.abandon()
+
+    def complete(self, writer: TableWriter, stats: JsonObject) -> None:
+        """Close the tables and store the statistics and all hashes.
+
+        Raises:
+            InputError: a source changed while it was read.
+        """
+        writer.close()
+        if cache_key(self._config, self._split)["sources"] != self._key["sources"]:
+            raise InputError(
+                f"data.{self._split}: a source changed while it was read",
+                fix="start again when nothing writes to it any more",
+            )
+        hashes = {name: sha256_of(self._staging / name) for name in (EXAMPLES_FILE, RECORDS_FILE)}
+        hashes[STATS_FILE] = _sha256_of(stats)
+        document = {"stats": stats, "sha256": hashes, "key": self._key}
+        (self._staging / STATS_FILE).write_text(json.dumps(document))
+
+
+@contextmanager
+def locked_entry(config: DataConfig, split: SplitName) -> Iterator[CacheEntry]:
+    """Open a split's place in the cache while no other process uses it.
+
+    Of processes that start together one builds and the others wait for it. The lock ends with its process, so a killed
+    one leaves nothing behind.
 
     Raises:
-        ConfigError, InputError: see `build`.
         MachineError: the cache cannot be written.
     """
-    key = cache_key(config, split)
-    name = f"{split}-{_sha256_of(key)[:24]}"
     root = cache_dir(config.cache_dir)
+    entry = CacheEntry(root, config, split)
     try:
         root.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds the text of the training data
-        with _lock(root / f"{name}.lock"):
-            directory = root / name
-            facts = _read_facts(directory)
-            if facts is not None:
-                return open_tables(directory), facts
-            return _build_into(directory, key, config, split)
+        with entry.directory.with_suffix(".lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another process makes the same tokens; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield entry
     except OSError as error:
         raise MachineError(
             f"the cache in {root} cannot be written",
@@ -68,10 +132,10 @@ def cached(config: DataConfig, split: SplitName) -> tuple[Tables, Facts]:
         ) from error
 
 
-def cache_key(config: DataConfig, split: SplitName) -> dict[str, Any]:
+def cache_key(config: DataConfig, split: SplitName) -> JsonObject:
     """Everything that a split's tokens depend on: contents of sources, settings, code and vocabulary."""
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_IN_KEY}
-    sources = [  # a list, since their order is the samples'
+    sources = [  # a list, since their order is the examples'
         {"name": name, "content": _content(name, source), "counts_broken": counts_broken_records(config, split, name)}
         | dataclasses.asdict(dataclasses.replace(source, weight=1.0))
         for name, source in sources_of(config, split).items()
@@ -86,64 +150,8 @@ def cache_key(config: DataConfig, split: SplitName) -> dict[str, Any]:
     }
 
 
-def _build_into(directory: Path, key: Mapping[str, Any], config: DataConfig, split: SplitName) -> tuple[Tables, Facts]:
-    """Build beside the final place and rename, so that what has the final name is whole."""
-    if directory.exists():
-        shutil.rmtree(directory)
-    with staged_directory(directory, "the cached tokens", fix=_NO_CACHE, mode=0o700) as unfinished:
-        writer = TableWriter(unfinished)
-        try:
-            facts = build(config, split, writer)
-            writer.close()
-        except BaseException:
-            writer.abandon()
-            raise
-        if cache_key(config, split)["sources"] != key["sources"]:
-            raise InputError(
-                f"data.{split}: a source changed while it was read",
-                fix="start again when nothing writes to it any more",
-            )
-        document = dataclasses.asdict(facts)
-        hashes = {name: sha256_of(unfinished / name) for name in (SAMPLES_FILE, RECORDS_FILE)}
-        hashes[FACTS_FILE] = _sha256_of(document)
-        (unfinished / FACTS_FILE).write_text(json.dumps({"facts": document, "sha256": hashes, "key": key}))
-    return open_tables(directory), facts
-
-
-def _read_facts(directory: Path) -> Facts | None:
-    """The facts of a whole entry; None, said aloud, if it is damaged; None if there is none."""
-    if not directory.exists():
-        return None
-    try:
-        document = json.loads((directory / FACTS_FILE).read_text())
-        for name in (SAMPLES_FILE, RECORDS_FILE):
-            if sha256_of(directory / name) != document["sha256"][name]:
-                raise ValueError(f"{name} is not what was written")
-        if _sha256_of(document["facts"]) != document["sha256"][FACTS_FILE]:
-            raise ValueError(f"{FACTS_FILE} is not what was written")
-        facts = Facts(**document["facts"])
-        facts.bad_records = [BadRecord(**row) for row in document["facts"]["bad_records"]]
-        facts.dropped = [BadRecord(**row) for row in document["facts"]["dropped"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        log.warning(f"the cached tokens in {directory} are damaged ({error}); they are made anew")
-        return None
-    return facts
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that other processes wait for."""
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process makes the same tokens; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _content(name: str, source: SourceConfig) -> str:
-    """What a source holds: sha256 over its files, or the commit of a hub data set."""
+    """Identity of a source's contents: SHA-256 over its files, or the commit of a hub data set."""
     if source.path.startswith(HUB_PREFIX):
         return _hub_commit(name, source)
     digest = hashlib.sha256()
@@ -164,7 +172,7 @@ def _hub_commit(name: str, source: SourceConfig) -> str:
         found = HfApi().dataset_info(source.path.removeprefix(HUB_PREFIX), revision=source.revision).sha
     except Exception as error:  # http, offline and not-found errors have no common class
         raise MachineError(
-            f"source `{name}`: the hub does not say which commit {source.path} is at",
+            f"source `{name}`: the hub does not tell the commit of {source.path}",
             why=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             fix="set the source's revision to a commit, or data.cache=false",
         ) from None
@@ -172,12 +180,12 @@ def _hub_commit(name: str, source: SourceConfig) -> str:
 
 
 def _code() -> str:
-    """sha256 over this package's source: tokens made by other code are other tokens."""
+    """SHA-256 over this package's source: other code may make other tokens."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
 
-def _sha256_of(document: Mapping[str, Any]) -> str:
+def _sha256_of(document: JsonObject) -> str:
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()

@@ -1,20 +1,79 @@
-"""Read, check and render one split of a recipe's data."""
+"""One split of a recipe's data: every record of its sources is read, checked, rendered as tokens, cut and stored."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from finetune.config.schema import DataConfig
-from finetune.data.build import Facts, build
-from finetune.data.cache import cached
+from finetune import log
+from finetune.config.schema import DataConfig, SourceConfig
+from finetune.config.suggest import suggest_word
+from finetune.data.cache import locked_entry
+from finetune.data.checks import BadRecordError, JsonObject
 from finetune.data.example_table import ExampleTable, RecordTable, TableWriter
-from finetune.data.harmony.render import Example
-from finetune.data.sources import BadRecord, Record, SplitName, sources_of
-from finetune.errors import InputError
+from finetune.data.forms import unused_keys
+from finetune.data.harmony.render import Example, render_examples
+from finetune.data.harmony.tokenizer import LONGEST_TOKEN_BYTES
+from finetune.data.harmony.truncate import truncate
+from finetune.data.sources import (
+    BadRecord,
+    RawRecord,
+    Record,
+    SplitName,
+    bad_record,
+    belongs_to,
+    counts_broken_records,
+    parse_record,
+    read_raw_records,
+    sources_of,
+)
+from finetune.errors import ConfigError, InputError
 
-_ROWS_SHOWN = 3
+MOST_ANSWERS = 1000
+"""Different answers counted per source: far more than a label set has, far fewer than a large source may have."""
+_RECORDS_SHOWN = 3
+
+
+@dataclass
+class SplitStats:
+    """Counts of one pass over a split's sources.
+
+    Attributes:
+        source_sizes: examples of each source, in order; a source's examples are contiguous.
+        forms: how many records came in which form.
+        unused_keys: key that nothing is read from -> how many of these records have it.
+        num_records: records that gave at least one example.
+        num_tokens, num_trained_tokens: of all examples; trained tokens have a loss weight above 0.
+        num_truncated: examples that lost context to fit.
+        bad_records: records that cannot be used, each with its reason.
+        dropped: records left out because the recipe says so, such as too long ones, each with its reason.
+        answers: per source, how many records have which `answer`; only the first `MOST_ANSWERS` different ones.
+        fingerprint: SHA-256 over the examples' token ids and weights, in order: identifies what is trained, whatever
+            its source.
+    """
+
+    source_sizes: dict[str, int] = field(default_factory=dict)
+    forms: dict[str, int] = field(default_factory=dict)
+    unused_keys: dict[str, int] = field(default_factory=dict)
+    num_records: int = 0
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+    num_truncated: int = 0
+    bad_records: list[BadRecord] = field(default_factory=list)
+    dropped: list[BadRecord] = field(default_factory=list)
+    answers: dict[str, dict[str, int]] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    @classmethod
+    def from_json(cls, document: JsonObject) -> SplitStats:
+        """Read what `dataclasses.asdict` gave."""
+        stats = cls(**document)
+        stats.bad_records = [BadRecord(**entry) for entry in document["bad_records"]]
+        stats.dropped = [BadRecord(**entry) for entry in document["dropped"]]
+        return stats
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,127 +82,230 @@ class Split:
 
     Attributes:
         name: `train`, `validation` or `test`.
-        records: `records[i]` is what `samples[i]` was rendered from; a record of several samples stands several times.
-        samples: the tokens, in the order of the sources and their files.
-        bad_records: the rows that were skipped, each with its reason.
-        dropped: the rows left out because the recipe says so, each with its reason.
-        num_truncated: samples that lost context to fit.
-        source_sizes: samples of each source, in order.
-        forms: how many records came in which form.
-        unused: key that nothing is read from -> how many records have it.
-        num_records: records that the samples were made of.
-        num_tokens, num_trained_tokens: of all samples; trained is what has a loss weight above 0.
-        answers: by source, how many records have which `answer` (see `Facts`).
-        fingerprint: sha256 over the samples' token ids and weights, in order: what is trained, wherever it is from.
+        records: `records[i]` is the record of `examples[i]`; a record of several examples occurs several times.
+        examples: the tokenised records, in the order of the sources and their files.
+        stats: counts of records, tokens, and what was left out.
     """
 
     name: SplitName
     records: Sequence[Record]
-    samples: Sequence[Example]
-    bad_records: tuple[BadRecord, ...] = ()
-    dropped: tuple[BadRecord, ...] = ()
-    num_truncated: int = 0
-    source_sizes: Mapping[str, int] = field(default_factory=dict)
-    forms: Mapping[str, int] = field(default_factory=dict)
-    unused: Mapping[str, int] = field(default_factory=dict)
-    num_records: int = 0
-    num_tokens: int = 0
-    num_trained_tokens: int = 0
-    answers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    fingerprint: str = ""
+    examples: Sequence[Example]
+    stats: SplitStats = field(default_factory=SplitStats)
 
 
 def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> Split:
-    """Read a split's sources and render every record, or find all of it in the cache.
+    """Read a split's sources and tokenise every record, or find all of it in the cache.
 
-    The sources are read to their end before anything is refused, so that one message counts all that is wrong. Memory
-    does not grow with the rows: with `data.cache` the samples lie in a memory-mapped file.
+    The sources are read to their end before anything is refused, so that one message counts all faults. Memory does not
+    grow with the number of records: with `data.cache` the examples are in a memory-mapped file.
 
     Args:
-        config: sources, length limit and what to do with rows that cannot be used.
+        config: sources, length limit and the policy for records that cannot be used.
         split: which of the recipe's splits.
-        check: refuse what a run must not be given; off, to show it: a split may then be empty.
+        check: refuse a split that a run must not be given. Off for commands that show it: a split may then be empty.
 
     Raises:
         ConfigError: the recipe has no source for this split, or a source's settings name what is not there.
-        InputError: a source cannot be read; a row cannot be used and `on_bad_record` is `stop`; more than
-            `max_skipped_ratio` of the rows would be skipped; or no usable row is left.
+        InputError: a source cannot be read; a record cannot be used and `on_bad_record` is `stop`; more than
+            `max_skipped_ratio` of the records would be skipped; or no usable record is left.
         MachineError: the cache cannot be written, or a package is missing.
     """
     sources_of(config, split)
-    if config.cache:
-        tables, facts = cached(config, split)
-    else:
+    if not config.cache:
         writer = TableWriter(None)
-        facts = build(config, split, writer)
+        stats = tokenise(config, split, writer)
         tables = writer.close()
+    else:
+        with locked_entry(config, split) as entry:
+            if (found := entry.read()) is not None:
+                tables, stats = found[0], SplitStats.from_json(found[1])
+            else:
+                with entry.writer() as writer:
+                    stats = tokenise(config, split, writer)
+                    entry.complete(writer, dataclasses.asdict(stats))
+                tables = entry.open()
     if check:
-        _check_left_out(config, split, facts)
-    return Split(
-        split,
-        RecordTable(tables),
-        ExampleTable(tables),
-        tuple(facts.bad_records),
-        tuple(facts.dropped),
-        facts.num_truncated,
-        facts.source_sizes,
-        facts.forms,
-        facts.unused,
-        facts.num_records,
-        facts.num_tokens,
-        facts.num_trained_tokens,
-        facts.answers,
-        facts.fingerprint,
-    )
+        _check_left_out(config, split, stats)
+    return Split(split, RecordTable(tables), ExampleTable(tables), stats)
+
+
+def tokenise(config: DataConfig, split: SplitName, writer: TableWriter) -> SplitStats:
+    """Read a split's sources to their end and write the examples of every usable record.
+
+    Args:
+        config: sources, rendering and length.
+        split: which of the recipe's splits.
+        writer: stores the examples.
+
+    Raises:
+        ConfigError: see `read_raw_records`; or no training record has the field of `validation_split.key`.
+        InputError: see `read_raw_records`.
+    """
+    stats, digest = SplitStats(), hashlib.sha256()
+    with log.Progress(f"tokenising {split}", None, "records") as progress:
+        for name, source in sources_of(config, split).items():
+            split_key, counts_broken = _SplitKey(config, name), counts_broken_records(config, split, name)
+            stats.source_sizes[name] = 0
+            answers = stats.answers.setdefault(name, {})
+            for raw in read_raw_records(name, source):
+                progress.advance()
+                if isinstance(raw, BadRecord):
+                    if counts_broken:
+                        stats.bad_records.append(raw)
+                    continue
+                split_key.see(raw.fields)
+                if not belongs_to(raw.fields, config, split):
+                    continue
+                examples = _usable_examples(raw, source, config, stats)
+                if not examples:
+                    continue
+                writer.add(raw, source.form, examples)
+                stats.num_records += 1
+                _count_answer(raw.fields.get("answer"), answers)
+                stats.source_sizes[name] += len(examples)
+                for example in examples:
+                    _count(example, stats, digest)
+            if split != "test":  # test records are not split, and need no such field
+                split_key.check()
+    stats.fingerprint = digest.hexdigest()
+    return stats
+
+
+def _usable_examples(raw: RawRecord, source: SourceConfig, config: DataConfig, stats: SplitStats) -> Sequence[Example]:
+    """Make a record's examples; a record or example that is left out is counted."""
+    try:
+        record, examples = _make_examples(raw, source, config)
+    except BadRecordError as error:
+        left_out = stats.dropped if error.kind == "too long" and config.too_long != "error" else stats.bad_records
+        left_out.append(bad_record(raw.where, error))
+        return ()
+    kept = [shortened for example in examples if (shortened := _shorten(example, config, stats)) is not None]
+    if kept:
+        form = record.conversation.form
+        stats.forms[form] = stats.forms.get(form, 0) + 1
+        for key in unused_keys(raw.raw, form):
+            if key not in source.where and key != config.validation_split.key:
+                stats.unused_keys[key] = stats.unused_keys.get(key, 0) + 1
+    return kept
+
+
+def _make_examples(raw: RawRecord, source: SourceConfig, config: DataConfig) -> tuple[Record, list[Example]]:
+    """From a record to messages to tokens with loss weights: the examples that have a token to train.
+
+    Raises:
+        BadRecordError: the record cannot be used, has nothing to train, or is too long and `too_long` is `error`.
+    """
+    record = parse_record(raw, source.form)
+    # Encoding takes quadratic time in a long word (3 s for 100,000 letters), so text that can never fit is not encoded.
+    num_characters = record.conversation.num_characters
+    if record.conversation.text is None and num_characters > LONGEST_TOKEN_BYTES * config.max_length:
+        reason = f"{num_characters:,} characters cannot fit data.max_length ({config.max_length:,} tokens)"
+        raise BadRecordError("too long", reason)
+    examples = [example for example in render_examples(record, config) if example.num_trained_tokens]
+    if not examples:
+        raise BadRecordError("nothing to train", "no token of it would be trained")
+    longest = max(len(example.ids) for example in examples)
+    if longest > config.max_length and config.too_long == "error":
+        reason = f"{longest:,} tokens are more than data.max_length ({config.max_length:,})"
+        raise BadRecordError("too long", reason)
+    return record, examples
+
+
+def _shorten(example: Example, config: DataConfig, stats: SplitStats) -> Example | None:
+    if len(example.ids) <= config.max_length:
+        return example
+    short = truncate(example, config.max_length) if config.too_long == "truncate" else None
+    if short is not None:
+        stats.num_truncated += 1
+        return short
+    reason = f"{len(example.ids):,} tokens are more than data.max_length ({config.max_length:,})"
+    if config.too_long == "truncate":
+        reason += ", and the trained part alone does not fit"
+    stats.dropped.append(bad_record(example.where, BadRecordError("too long", reason)))
+    return None
+
+
+def _count_answer(answer: str | None, answers: dict[str, int]) -> None:
+    if answer is not None and (answer in answers or len(answers) < MOST_ANSWERS):
+        answers[answer] = answers.get(answer, 0) + 1
+
+
+def _count(example: Example, stats: SplitStats, digest: hashlib._Hash) -> None:
+    stats.num_tokens += len(example.ids)
+    stats.num_trained_tokens += example.num_trained_tokens
+    digest.update(len(example.ids).to_bytes(8, "little"))
+    digest.update(example.ids.astype("<i4").tobytes())
+    digest.update(example.weights.astype("<f4").tobytes())
+
+
+class _SplitKey:
+    """Checks that some record has the field that `validation_split` goes by."""
+
+    def __init__(self, config: DataConfig, source: str) -> None:
+        self._key, self._source = config.validation_split.key, source
+        self._seen: set[str] = set()
+
+    def see(self, fields: Mapping[str, str]) -> None:
+        if self._key is not None and self._key not in self._seen:
+            self._seen.update(fields)
+
+    def check(self) -> None:
+        if self._key is not None and self._seen and self._key not in self._seen:
+            known = sorted(self._seen)
+            raise ConfigError(
+                f"data.validation_split.key: no record of source `{self._source}` has a field `{self._key}`",
+                fix=suggest_word(self._key, known) or f"fields are {', '.join(known)}",
+            )
 
 
 def describe(split: Split) -> str:
-    """One line on a split: rows, tokens, which forms they came in if not all as `messages`, and what was skipped.
+    """One line on a split: examples, tokens, forms if not all are `messages`, and what was left out.
 
     >>> describe(Split("train", (), ()))
-    'train: 0 rows, 0 tokens, 0 trained (0.0 %)'
+    'train: 0 examples, 0 tokens, 0 trained (0.0 %)'
     """
-    share = split.num_trained_tokens / max(1, split.num_tokens)
+    stats = split.stats
+    share = stats.num_trained_tokens / max(1, stats.num_tokens)
     text = (
-        f"{split.name}: {len(split.samples):,} rows, {split.num_tokens:,} tokens, "
-        f"{split.num_trained_tokens:,} trained ({share:.1%})".replace("%", " %")
+        f"{split.name}: {len(split.examples):,} examples, {stats.num_tokens:,} tokens, "
+        f"{stats.num_trained_tokens:,} trained ({share:.1%})".replace("%", " %")
     )
-    if set(split.forms) - {"messages"}:
-        text += "; read as " + ", ".join(f"{form} ({count:,})" for form, count in split.forms.items())
-    if split.unused:
-        text += f"; keys not used: {', '.join(split.unused)}"
-    if split.num_truncated:
-        text += f"; {split.num_truncated:,} truncated"
-    if split.dropped:
-        text += f"; {len(split.dropped):,} dropped ({count_kinds(split.dropped)})"
-    if split.bad_records:
-        text += f"; {len(split.bad_records):,} rows skipped ({count_kinds(split.bad_records)})"
+    if set(stats.forms) - {"messages"}:
+        text += "; read as " + ", ".join(f"{form} ({count:,})" for form, count in stats.forms.items())
+    if stats.unused_keys:
+        text += f"; keys not used: {', '.join(stats.unused_keys)}"
+    if stats.num_truncated:
+        text += f"; {stats.num_truncated:,} truncated"
+    if stats.dropped:
+        text += f"; {len(stats.dropped):,} dropped ({count_kinds(stats.dropped)})"
+    if stats.bad_records:
+        text += f"; {len(stats.bad_records):,} records skipped ({count_kinds(stats.bad_records)})"
     return text
 
 
 def count_kinds(bad_records: Sequence[BadRecord]) -> str:
-    """How many bad rows there are of each kind, most frequent first, such as `2 unknown role, 1 too long`."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in Counter(row.kind for row in bad_records).most_common())
+    """How many bad records there are of each kind, most frequent first, such as `2 unknown role, 1 too long`."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in Counter(bad.kind for bad in bad_records).most_common())
 
 
-def _check_left_out(config: DataConfig, split: SplitName, facts: Facts) -> None:
-    bad_records, num_good = facts.bad_records, facts.num_records
-    num_rows = num_good + len(bad_records) + len(facts.dropped)
-    shown = [f"{row.where}: {row.reason}" for row in bad_records[:_ROWS_SHOWN]]
-    if len(bad_records) > _ROWS_SHOWN:
-        shown.append(f"and {len(bad_records) - _ROWS_SHOWN:,} more")
-    why = "\n       ".join([count_kinds(bad_records), *shown]) if bad_records else None
-    what = f"data.{split}: {len(bad_records):,} of {num_rows:,} rows cannot be used"
+def _check_left_out(config: DataConfig, split: SplitName, stats: SplitStats) -> None:
+    bad, num_good = stats.bad_records, stats.num_records
+    num_records = num_good + len(bad) + len(stats.dropped)
+    places = [f"{record.where}: {record.reason}" for record in bad[:_RECORDS_SHOWN]]
+    if len(bad) > _RECORDS_SHOWN:
+        places.append(f"and {len(bad) - _RECORDS_SHOWN:,} more")
+    why = "\n       ".join([count_kinds(bad), *places]) if bad else None
+    what = f"data.{split}: {len(bad):,} of {num_records:,} records cannot be used"
     if num_good == 0:
-        if num_rows == 0:
-            raise _nothing_falls_to(config, split)
+        if num_records == 0:
+            raise _empty_split(config, split)
         if why is None:
-            first = facts.dropped[0]
+            first = stats.dropped[0]
             why = f"data.too_long={config.too_long} drops them all ({first.where}: {first.reason})"
-        raise InputError(f"data.{split}: none of {num_rows:,} rows can be used", why=why)
-    if bad_records and config.on_bad_record == "stop":
+        raise InputError(f"data.{split}: none of {num_records:,} records can be used", why=why)
+    if bad and config.on_bad_record == "stop":
         raise InputError(what, why=why, fix="correct them, or set data.on_bad_record=skip to leave them out")
-    if len(bad_records) > config.max_skipped_ratio * num_rows:
+    if len(bad) > config.max_skipped_ratio * num_records:
         raise InputError(
             f"{what}: more than data.max_skipped_ratio ({100 * config.max_skipped_ratio:g} %) allows",
             why=why,
@@ -151,15 +313,15 @@ def _check_left_out(config: DataConfig, split: SplitName, facts: Facts) -> None:
         )
 
 
-def _nothing_falls_to(config: DataConfig, split: SplitName) -> InputError:
-    """A split without a row, good or bad: all are on the other side of `validation_split`, or broken for all splits."""
+def _empty_split(config: DataConfig, split: SplitName) -> InputError:
+    """The error for a split without a record: `validation_split` assigns none to it, or all are broken."""
     given = config.validation_split
     if given.key is None or split == "test":
-        why = "no row of its sources is a record; data.train counts them, since it reads the same file"
-        return InputError(f"data.{split} has no rows", why=why, fix="finetune data stats names them")
-    way = "raise" if split == "validation" else "lower"
+        why = "its sources hold no readable record; data.train counts the faults, since it reads the same file"
+        return InputError(f"data.{split} has no records", why=why, fix="finetune data stats names them")
+    direction = "raise" if split == "validation" else "lower"
     return InputError(
-        f"data.{split} has no rows: none falls to {split}",
+        f"data.{split} has no records: `validation_split` assigns none to it",
         why=f"data.validation_split goes by `{given.key}`, share {given.share:g}",
-        fix=f"{way} data.validation_split.share, go by a key with more values, or name sources in data.validation",
+        fix=f"{direction} data.validation_split.share, use a key with more values, or name sources in data.validation",
     )

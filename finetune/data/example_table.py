@@ -1,9 +1,9 @@
-"""Samples and the records they come from as Arrow tables: written batch by batch and read in place."""
+"""Examples and their records as Arrow tables: written batch by batch and read in place."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, overload
@@ -13,12 +13,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from finetune.config.schema import DataForm
+from finetune.data.checks import JsonObject
 from finetune.data.harmony.render import Example
 from finetune.data.sources import RawRecord, Record, parse_record, raw_record
 
-SAMPLES_FILE, RECORDS_FILE = "samples.arrow", "records.arrow"
+EXAMPLES_FILE, RECORDS_FILE = "examples.arrow", "records.arrow"
 
-_SAMPLES = pa.schema(
+_EXAMPLES = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
         ("weights", pa.list_(pa.float32())),
@@ -30,39 +31,51 @@ _SAMPLES = pa.schema(
     ]
 )
 _RECORDS = pa.schema([("where", pa.string()), ("form", pa.string()), ("raw", pa.large_string())])
-_TOKENS_A_BATCH = 2**20
+_TOKENS_PER_BATCH = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The output of a `TableWriter`.
+
+    Attributes:
+        examples, records: Arrow tables over memory-mapped files, or over memory.
+    """
+
+    examples: pa.Table
+    records: pa.Table
 
 
 class TableWriter:
-    """Writes samples and records as they come; holds about a million tokens.
+    """Writes examples and records as they come; buffers about a million tokens.
 
     Args:
-        directory: where the two files go. None: into memory.
+        directory: where the two files are written. None: into memory.
     """
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
         self._sinks = [
             pa.BufferOutputStream() if directory is None else pa.OSFile(str(directory / name), "wb")
-            for name in (SAMPLES_FILE, RECORDS_FILE)
+            for name in (EXAMPLES_FILE, RECORDS_FILE)
         ]
-        schemas = (_SAMPLES, _RECORDS)
+        schemas = (_EXAMPLES, _RECORDS)
         self._writers = [pa.ipc.new_file(sink, schema) for sink, schema in zip(self._sinks, schemas, strict=True)]
-        self._samples: list[tuple[Example, int]] = []
+        self._examples: list[tuple[Example, int]] = []
         self._records: list[tuple[str, str, str]] = []
         self._num_records = self._num_tokens = 0
 
-    def add(self, row: RawRecord, form: DataForm, samples: Sequence[Example]) -> None:
-        """Add a record and the samples that were made of it."""
-        self._records.append((row.where, form, _as_json(row.raw)))
-        self._samples += [(sample, self._num_records) for sample in samples]
+    def add(self, raw: RawRecord, form: DataForm, examples: Sequence[Example]) -> None:
+        """Add a record and the examples made of it."""
+        self._records.append((raw.where, form, _as_json(raw.raw)))
+        self._examples += [(example, self._num_records) for example in examples]
         self._num_records += 1
-        self._num_tokens += sum(len(sample.ids) for sample in samples)
-        if self._num_tokens >= _TOKENS_A_BATCH:
+        self._num_tokens += sum(len(example.ids) for example in examples)
+        if self._num_tokens >= _TOKENS_PER_BATCH:
             self._flush()
 
     def close(self) -> Tables:
-        """Write what is left and open what was written."""
+        """Write the rest and open the tables."""
         self._flush()
         for writer in self._writers:
             writer.close()
@@ -72,62 +85,50 @@ class TableWriter:
         return open_tables(self._directory) if self._directory is not None else Tables(*map(_opened, buffers))
 
     def abandon(self) -> None:
-        """Close the files after a failure, whatever is in them."""
+        """Close the files after a failure, whatever their contents."""
         for sink in self._sinks:
             sink.close()
 
     def _flush(self) -> None:
-        if self._samples:
-            samples = [sample for sample, _ in self._samples]
+        if self._examples:
+            examples = [example for example, _ in self._examples]
             columns = [
-                _list_array([sample.ids for sample in samples], pa.int32()),
-                _list_array([sample.weights for sample in samples], pa.float32()),
-                _list_array([sample.channels for sample in samples], pa.int8()),
-                pa.array([sample.id for sample in samples], pa.string()),
-                pa.array([record for _, record in self._samples], pa.int64()),
-                pa.array([sample.num_control_spellings for sample in samples], pa.int32()),
-                pa.array([sample.num_without_thinking for sample in samples], pa.int32()),
+                _list_array([example.ids for example in examples], pa.int32()),
+                _list_array([example.weights for example in examples], pa.float32()),
+                _list_array([example.channels for example in examples], pa.int8()),
+                pa.array([example.id for example in examples], pa.string()),
+                pa.array([record for _, record in self._examples], pa.int64()),
+                pa.array([example.num_control_spellings for example in examples], pa.int32()),
+                pa.array([example.num_without_thinking for example in examples], pa.int32()),
             ]
-            self._writers[0].write_batch(pa.record_batch(columns, schema=_SAMPLES))
+            self._writers[0].write_batch(pa.record_batch(columns, schema=_EXAMPLES))
         if self._records:
             fields = zip(*self._records, strict=True)
             columns = [pa.array(values, field.type) for values, field in zip(fields, _RECORDS, strict=True)]
             self._writers[1].write_batch(pa.record_batch(columns, schema=_RECORDS))
-        self._samples, self._records, self._num_tokens = [], [], 0
-
-
-@dataclass(frozen=True, eq=False)
-class Tables:
-    """What a `TableWriter` wrote.
-
-    Attributes:
-        samples, records: Arrow tables over memory-mapped files, or over memory.
-    """
-
-    samples: pa.Table
-    records: pa.Table
+        self._examples, self._records, self._num_tokens = [], [], 0
 
 
 def open_tables(directory: Path) -> Tables:
-    """Map the files of a finished table into memory; their bytes are read when they are looked at."""
-    paths = (str(directory / SAMPLES_FILE), str(directory / RECORDS_FILE))
+    """Map the files of finished tables into memory; their bytes are read on access."""
+    paths = (str(directory / EXAMPLES_FILE), str(directory / RECORDS_FILE))
     return Tables(*(_opened(pa.memory_map(path)) for path in paths))
 
 
 class ExampleTable(Sequence[Example]):
-    """The samples of a table; each is made when it is asked for, over the table's own bytes (so read-only).
+    """The examples of a table; each is created on access, over the table's own bytes (so read-only).
 
     Attributes:
-        lengths: int64 [n], tokens of each sample, known without making any.
+        lengths: int64 [n], tokens of each example, known without creating any.
     """
 
     def __init__(self, tables: Tables) -> None:
-        self._batches = tables.samples.to_batches()
+        self._batches = tables.examples.to_batches()
         self._where = _TextColumn(tables.records, "where")
         self._starts = np.cumsum([0] + [len(batch) for batch in self._batches])
         names = ("ids", "weights", "channels")
-        self._parts = [[_flat(batch.column(name)) for name in names] for batch in self._batches]
-        lengths = [np.diff(part[0][0]) for part in self._parts]
+        self._columns = [[_flat(batch.column(name)) for name in names] for batch in self._batches]
+        lengths = [np.diff(columns[0][0]) for columns in self._columns]
         self.lengths: NDArray[np.int64] = np.concatenate([np.zeros(0), *lengths]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -146,28 +147,30 @@ class ExampleTable(Sequence[Example]):
         chunk = int(np.searchsorted(self._starts, number, side="right")) - 1
         place = number - int(self._starts[chunk])
         batch = self._batches[chunk]
-        ids, weights, channels = (values[offsets[place] : offsets[place + 1]] for offsets, values in self._parts[chunk])
+        ids, weights, channels = (
+            values[offsets[place] : offsets[place + 1]] for offsets, values in self._columns[chunk]
+        )
         names = ("id", "record", "num_control_spellings", "num_without_thinking")
         name, record, spellings, without_thinking = (batch.column(column)[place].as_py() for column in names)
         return Example(ids, weights, name, self._where[record], channels, spellings, without_thinking)
 
 
-def example_lengths(samples: Sequence[Example]) -> list[int]:
-    """Tokens of each sample, without making samples of a table."""
-    if isinstance(samples, ExampleTable):
-        return samples.lengths.tolist()
-    return [len(sample.ids) for sample in samples]
+def example_lengths(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example, without creating the examples of a table."""
+    if isinstance(examples, ExampleTable):
+        return examples.lengths.tolist()
+    return [len(example.ids) for example in examples]
 
 
 class RecordTable(Sequence[Record]):
-    """The record of each sample (`records[i]` is what `samples[i]` was made of), parsed when it is asked for."""
+    """The record of each example (`records[i]` is the one of `examples[i]`), parsed on access."""
 
     def __init__(self, tables: Tables) -> None:
-        self._of_sample = tables.samples.column("record").to_numpy()
+        self._of_example = tables.examples.column("record").to_numpy()
         self._where, self._form, self._raw = (_TextColumn(tables.records, name) for name in ("where", "form", "raw"))
 
     def __len__(self) -> int:
-        return len(self._of_sample)
+        return len(self._of_example)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -178,13 +181,13 @@ class RecordTable(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | tuple[Record, ...]:
         if isinstance(index, slice):
             return tuple(self[number] for number in range(len(self))[index])
-        record = int(self._of_sample[range(len(self))[index]])
+        record = int(self._of_example[range(len(self))[index]])
         raw = json.loads(self._raw[record])
         return parse_record(raw_record(self._where[record], raw), cast(DataForm, self._form[record]))
 
-    def first_samples(self) -> NDArray[np.int64]:
-        """Number of the first sample of each record, for looking at every record once."""
-        return np.unique(self._of_sample, return_index=True)[1].astype(np.int64)
+    def first_examples(self) -> NDArray[np.int64]:
+        """int64 [num_records]: index of each record's first example, for visiting every record once."""
+        return np.unique(self._of_example, return_index=True)[1].astype(np.int64)
 
 
 class _TextColumn:
@@ -199,8 +202,8 @@ class _TextColumn:
         return cast(str, self._chunks[chunk][number - int(self._starts[chunk])].as_py())
 
 
-def _as_json(raw: Mapping[str, Any]) -> str:
-    """JSON without escapes, which are three times the size in most scripts, unless half a character needs one."""
+def _as_json(raw: JsonObject) -> str:
+    """JSON without escapes, which triple the size of most scripts, unless half a character needs one."""
     text = json.dumps(raw, ensure_ascii=False, default=str)
     try:
         text.encode()

@@ -1,63 +1,18 @@
-"""What a file's columns may mean where none is called as a form's keys are: a proposal, never a silent choice."""
+"""Read each form of a record (messages, ShareGPT, Alpaca, prompt and completion, text) as a conversation."""
 
 from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 from finetune.config.schema import DataForm, ReasoningEffortName
 from finetune.config.suggest import suggest_word
-from finetune.data.message import BadRecordError, Message, checked_text, shown, unknown
-from finetune.data.parse_messages import NO_TOOLS, DeclaredTools, parse_json, parse_messages, parse_tools
-
-_MEANINGS = {
-    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
-    "prompt": ("question", "query", "input", "instruction", "user", "problem"),
-    "completion": ("response", "reply", "output", "target", "assistant", "long_answer", "answer", "solution"),
-    "text": ("content", "document", "passage", "article", "body"),
-}
-"""Our key -> what others call it, likeliest first."""
-
-
-def propose_columns(raw: Mapping[str, Any]) -> dict[str, str]:
-    """Guess which columns of a record that fits no form hold its conversation.
-
-    Args:
-        raw: the record; its keys may be in any case.
-
-    Returns:
-        A source's `columns`, our key -> its key, or nothing if no guess is good enough.
-    """
-    turns = raw.get("conversations")
-    if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and "role" in turns[0]:
-        return {"messages": "conversations"}
-    lists = {key: value for key, value in raw.items() if not isinstance(value, str) or value.lstrip()[:1] == "["}
-    if listed := _find(lists, "messages", (list, str)):
-        return {"messages": listed}
-    if (prompt := _find(raw, "prompt", str)) and (completion := _find(raw, "completion", str, prompt)):
-        return {ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if ours != theirs}
-    text = _find(raw, "text", str)
-    return {"text": text} if text else {}
-
-
-def _find(raw: Mapping[str, Any], ours: str, kind: type | tuple[type, ...], taken: str | None = None) -> str | None:
-    lowered = {str(key).strip().lower(): key for key, value in raw.items() if isinstance(value, kind) and key != taken}
-    return next((lowered[name] for name in (ours, *_MEANINGS[ours]) if name in lowered), None)
-
-
-def as_yaml(columns: Mapping[str, str]) -> str:
-    """`columns` as a recipe writes it, for names that need no quotes.
-
-    >>> as_yaml({"prompt": "question", "completion": "reply"})
-    'columns: {prompt: question, completion: reply}'
-    """
-    return f"columns: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in columns.items())}}}"
-
-
-# The forms that a record may hold a conversation in, each brought to a list of OpenAI-style messages.
+from finetune.data.checks import BadRecordError, JsonObject, checked_text, parse_json, shown, unknown
+from finetune.data.conversation import Conversation
+from finetune.data.parse_messages import parse_messages, parse_tools
 
 KEYS_OF_FORM: dict[DataForm, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -66,21 +21,17 @@ KEYS_OF_FORM: dict[DataForm, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""The keys that a record of each form must have, and by which it is told."""
+"""The keys that a record of each form must have, and by which it is recognised."""
 
-_MORE_KEYS: dict[DataForm, tuple[str, ...]] = {
+_OPTIONAL_KEYS: dict[DataForm, tuple[str, ...]] = {
     "messages": ("system",),
     "sharegpt": ("system",),
     "alpaca": ("system", "input", "history"),
     "prompt_completion": ("system",),
     "text": (),
 }
-"""The keys that a record of each form may have besides."""
-
-_KEYS_OF_ALL = (
-    "id", "answer", "tools", "functions", "builtin_tools", "reasoning_effort", "model_identity", "conversation_date",
-)  # fmt: skip
-
+_OVERRIDES = ("reasoning_effort", "model_identity", "conversation_date")
+_KEYS_OF_ALL = ("id", "answer", "tools", "functions", "builtin_tools", *_OVERRIDES)
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -93,15 +44,49 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
+_COLUMN_NAMES = {
+    "messages": ("conversation", "dialogue", "dialog", "chat", "turns"),
+    "prompt": ("question", "query", "input", "instruction", "user", "problem"),
+    "completion": ("response", "reply", "output", "target", "assistant", "long_answer", "answer", "solution"),
+    "text": ("content", "document", "passage", "article", "body"),
+}
+"""Our key -> names that other data sets give it, likeliest first."""
+_CONTROL_SPELLING = re.compile(
+    r"<\|(?:start|end|message|channel|constrain|return|call|startoftext|endoftext|endofprompt|reserved_\d+)\|>"
+)
+_LONG_WORD = re.compile(r"[^\W\d_]{20001}")  # encoding takes time quadratic in its length: 3 s for 100,000 letters
 
 
-def fitting_forms(raw: Mapping[str, Any]) -> list[DataForm]:
+def parse_conversation(raw: JsonObject, form: DataForm = "auto") -> Conversation:
+    """Check a record and read its conversation.
+
+    Args:
+        raw: the whole record as JSON gave it, columns renamed; keys that belong to no form (`id`, `answer`, fields of
+            `where`) are ignored.
+        form: the record's form; `auto` recognises it by the keys.
+
+    Raises:
+        BadRecordError: it cannot be used.
+    """
+    if form == "auto":
+        form = detect_form(raw)
+    if form == "text":
+        conversation = _plain_text(raw)
+    else:
+        tools = parse_tools(raw)
+        messages = parse_messages(to_messages(raw, form), tools)
+        conversation = Conversation(messages, form=form, tools=tools, **_parse_overrides(raw))
+    num_spellings = sum(len(_CONTROL_SPELLING.findall(text)) for text in conversation.texts() if "<|" in text)
+    return replace(conversation, num_control_spellings=num_spellings) if num_spellings else conversation
+
+
+def fitting_forms(raw: JsonObject) -> list[DataForm]:
     """The forms whose keys a record has; a key whose value is null counts as absent."""
     return [form for form, keys in KEYS_OF_FORM.items() if all(raw.get(key) is not None for key in keys)]
 
 
-def detect_form(raw: Mapping[str, Any]) -> DataForm:
-    """Tell a record's form from its keys; a key whose value is null counts as absent.
+def detect_form(raw: JsonObject) -> DataForm:
+    """Recognise a record's form by its keys; a key whose value is null counts as absent.
 
     Raises:
         BadRecordError: no form fits, or more than one.
@@ -113,37 +98,64 @@ def detect_form(raw: Mapping[str, Any]) -> DataForm:
         names = " or ".join(f"`{form}`" for form in fitting)
         reason = f"the record could be of form {names}: set the source's `form`, such as `form: {fitting[0]}`"
         raise BadRecordError("ambiguous form", reason)
-    wanted = {key for keys in KEYS_OF_FORM.values() for key in keys}
-    near = next((question for key in raw if (question := suggest_word(str(key), sorted(wanted)))), None)
+    known = sorted({key for keys in KEYS_OF_FORM.values() for key in keys})
+    advice = next((question for key in raw if (question := suggest_word(str(key), known))), None)
     if columns := propose_columns(raw):
-        near = f"write what it has beside the path, such as `{as_yaml(columns)}`"
+        written = ", ".join(f"{ours}: {theirs}" for ours, theirs in columns.items())
+        advice = f"write what it has beside the path, such as `columns: {{{written}}}`"
     raise BadRecordError(
         "no messages",
         f"the record has no `messages` nor another form's keys (conversations; instruction and output; prompt and "
-        f"completion; text), only {', '.join(map(str, raw)) or 'nothing'}" + (f"; {near}" if near else ""),
+        f"completion; text), only {', '.join(map(str, raw)) or 'nothing'}" + (f"; {advice}" if advice else ""),
     )
 
 
-def unused_keys(raw: Mapping[str, Any], form: DataForm) -> list[str]:
-    """Keys of a record that nothing of it is read from, such as `thinking` beside `prompt`; empty ones do not count.
+def propose_columns(raw: JsonObject) -> dict[str, str]:
+    """Guess which columns of a record that fits no form hold its conversation: a proposal for the user to confirm.
+
+    Args:
+        raw: the record; its keys may be in any case.
+
+    Returns:
+        A source's `columns`, our key -> its key, or nothing if no guess is good enough.
+    """
+    turns = raw.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) and "role" in turns[0]:
+        return {"messages": "conversations"}
+    lists = {key: value for key, value in raw.items() if not isinstance(value, str) or value.lstrip()[:1] == "["}
+    if listed := _find_column(lists, "messages", (list, str)):
+        return {"messages": listed}
+    if (prompt := _find_column(raw, "prompt", str)) and (completion := _find_column(raw, "completion", str, prompt)):
+        return {ours: theirs for ours, theirs in (("prompt", prompt), ("completion", completion)) if ours != theirs}
+    text = _find_column(raw, "text", str)
+    return {"text": text} if text else {}
+
+
+def _find_column(raw: JsonObject, ours: str, kind: type | tuple[type, ...], taken: str | None = None) -> str | None:
+    lowered = {str(key).strip().lower(): key for key, value in raw.items() if isinstance(value, kind) and key != taken}
+    return next((lowered[name] for name in (ours, *_COLUMN_NAMES[ours]) if name in lowered), None)
+
+
+def unused_keys(raw: JsonObject, form: DataForm) -> list[str]:
+    """Keys of a record that nothing is read from, such as `thinking` beside `prompt`; empty ones do not count.
 
     Args:
         raw: the whole record.
-        form: the one that it is read as, not `auto`.
+        form: the form that it is read as, not `auto`.
     """
-    read = {*KEYS_OF_FORM[form], *_MORE_KEYS[form], *_KEYS_OF_ALL}
+    read = {*KEYS_OF_FORM[form], *_OPTIONAL_KEYS[form], *_KEYS_OF_ALL}
     return [str(key) for key, value in raw.items() if key not in read and value not in (None, "")]
 
 
-def to_messages(raw: Mapping[str, Any], form: DataForm) -> object:
-    """Bring a record to what `parse_messages` reads.
+def to_messages(raw: JsonObject, form: DataForm) -> object:
+    """Convert a record to the input of `parse_messages`.
 
     Args:
         raw: the whole record.
         form: any but `auto` and `text`.
 
     Returns:
-        The record's own `messages`, unchecked, or messages made from its other keys. The record's `system` text stands
+        The record's own `messages`, unchecked, or messages made from its other keys. The record's `system` text comes
         first in any form, once. An Alpaca `input` follows the instruction after a blank line.
 
     Raises:
@@ -153,7 +165,7 @@ def to_messages(raw: Mapping[str, Any], form: DataForm) -> object:
         if raw.get(key) is None:
             raise BadRecordError("key of form missing", f"a record of form `{form}` needs `{key}`")
     if form == "messages":
-        return _with_system(raw, _decoded("messages", raw))
+        return _with_system(raw, _decoded_list("messages", raw))
     if form == "sharegpt":
         return _from_sharegpt(raw)
     if form == "alpaca":
@@ -162,22 +174,14 @@ def to_messages(raw: Mapping[str, Any], form: DataForm) -> object:
     return _with_system(raw, prompt + _as_messages("completion", raw["completion"], "assistant"))
 
 
-def _with_system(raw: Mapping[str, Any], messages: object) -> object:
-    """The messages after the record's `system` text, unless they begin with the same one."""
-    system = _system(raw)
-    if not isinstance(messages, list) or messages[:1] == system:
-        return messages
-    return system + messages
-
-
-def _from_sharegpt(raw: Mapping[str, Any]) -> object:
-    turns = _decoded("conversations", raw)
+def _from_sharegpt(raw: JsonObject) -> object:
+    turns = _decoded_list("conversations", raw)
     if not isinstance(turns, list):
         raise BadRecordError("no messages", f"`conversations` must be a list, not {shown(turns)}")
     return _with_system(raw, [_sharegpt_turn(number, turn) for number, turn in enumerate(turns, start=1)])
 
 
-def _sharegpt_turn(number: int, turn: object) -> dict[str, Any]:
+def _sharegpt_turn(number: int, turn: object) -> JsonObject:
     place = f"turn {number}"
     if not isinstance(turn, Mapping):
         raise BadRecordError("not a message", f"{place} must be an object with `from` and `value`, not {shown(turn)}")
@@ -193,19 +197,14 @@ def _sharegpt_turn(number: int, turn: object) -> dict[str, Any]:
     if role is None:
         raise BadRecordError("unknown role", f"{place} has {unknown('role', turn.get('from'), list(_SHAREGPT_ROLES))}")
     if role == "function_call":
-        call = parse_json(f"{place}: the call", turn["value"]) if isinstance(turn.get("value"), str) else None
+        text = turn.get("value")
+        call = parse_json(text, f"{place}: the call", inside=True) if isinstance(text, str) else None
         return {"role": "assistant", "tool_calls": call if isinstance(call, list) else [call]}
     return {"role": role, "content": turn.get("value")}
 
 
-def _decoded(key: str, raw: Mapping[str, Any]) -> object:
-    """A value, or what it holds if it is a list as JSON text, which is how tables without nested types hold it."""
-    value = raw[key]
-    return parse_json(f"`{key}`", value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
-
-
-def _from_alpaca(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    messages = _system(raw)
+def _from_alpaca(raw: JsonObject) -> list[JsonObject]:
+    messages = _system_message(raw)
     history = raw.get("history")
     if history is not None and not isinstance(history, list):
         raise BadRecordError("bad history", f"`history` must be a list of pairs of texts, not {shown(history)}")
@@ -221,13 +220,6 @@ def _from_alpaca(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*messages, {"role": "user", "content": instruction}, {"role": "assistant", "content": raw["output"]}]
 
 
-def _system(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The record's `system` text as a message; empty text, which converters write, is none."""
-    if not isinstance(raw.get("system"), str | None):
-        raise BadRecordError("system is not text", f"`system` must be text, not {shown(raw['system'])}")
-    return [{"role": "system", "content": raw["system"]}] if raw.get("system") not in (None, "") else []
-
-
 def _as_messages(key: str, value: object, role: str) -> list[Any]:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
@@ -236,84 +228,28 @@ def _as_messages(key: str, value: object, role: str) -> list[Any]:
     raise BadRecordError(f"{key} is not text", f"`{key}` must be text or a list of messages, not {shown(value)}")
 
 
-# What a record holds, whichever form it came in: a checked conversation, or plain text.
-
-_CONTROL_SPELLING = re.compile(
-    r"<\|(?:start|end|message|channel|constrain|return|call|startoftext|endoftext|endofprompt|reserved_\d+)\|>"
-)
-_LONG_WORD = re.compile(r"[^\W\d_]{20001}")  # encoding takes time quadratic in its length: 3 s for 100,000 letters
-_OVERRIDES = ("reasoning_effort", "model_identity", "conversation_date")
+def _decoded_list(key: str, raw: JsonObject) -> object:
+    """A value, decoded if it is a list as JSON text, which is how tables without nested types store it."""
+    value = raw[key]
+    return parse_json(value, f"`{key}`", inside=True) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """What a record holds.
-
-    Attributes:
-        messages: the messages in order; empty for plain text.
-        text: plain text to be continued, or None for a conversation.
-        form: the form that it was read from.
-        tools: the functions and builtin tools that the assistant may call.
-        reasoning_effort: overrides the recipe's if not None.
-        model_identity: overrides the recipe's if not None.
-        conversation_date: overrides the recipe's if not None.
-        num_control_spellings: how often its texts spell a control token, such as `<|end|>`; they stay text.
-    """
-
-    messages: tuple[Message, ...]
-    text: str | None = None
-    form: DataForm = "messages"
-    tools: DeclaredTools = NO_TOOLS
-    reasoning_effort: ReasoningEffortName | None = None
-    model_identity: str | None = None
-    conversation_date: str | None = None
-    num_control_spellings: int = 0
-
-    @property
-    def num_characters(self) -> int:
-        """Characters of all texts: no token stands for more than `LONGEST_TOKEN_BYTES` bytes of them."""
-        return sum(map(len, self.texts()))
-
-    def texts(self) -> Iterator[str]:
-        """Every text that the record brings into the tokens."""
-        for message in self.messages:
-            yield message.content
-            if message.thinking:
-                yield message.thinking
-            for call in message.tool_calls:
-                yield call.arguments
-        for tool in self.tools.functions:
-            yield tool.description
-            yield tool.schema or ""
-        yield self.model_identity or ""
-        yield self.text or ""
+def _with_system(raw: JsonObject, messages: object) -> object:
+    """The messages after the record's `system` text, unless they begin with the same one."""
+    system = _system_message(raw)
+    if not isinstance(messages, list) or messages[:1] == system:
+        return messages
+    return system + messages
 
 
-def parse_conversation(raw: Mapping[str, Any], form: DataForm = "auto") -> Conversation:
-    """Check a record and read the conversation in it.
-
-    Args:
-        raw: the whole record as JSON gave it, columns renamed; keys that belong to no form (`id`, `answer`, fields that
-            `where` looks at) are passed over.
-        form: how the record holds its conversation; `auto` tells it from the keys.
-
-    Raises:
-        BadRecordError: it cannot be used.
-    """
-    if form == "auto":
-        form = detect_form(raw)
-    if form == "text":
-        conversation = _plain_text(raw)
-    else:
-        tools = parse_tools(raw)
-        conversation = Conversation(
-            parse_messages(to_messages(raw, form), tools), form=form, tools=tools, **_parse_overrides(raw)
-        )
-    num_spellings = sum(len(_CONTROL_SPELLING.findall(text)) for text in conversation.texts() if "<|" in text)
-    return replace(conversation, num_control_spellings=num_spellings) if num_spellings else conversation
+def _system_message(raw: JsonObject) -> list[JsonObject]:
+    """The record's `system` text as a message; none for empty text, which converters write."""
+    if not isinstance(raw.get("system"), str | None):
+        raise BadRecordError("system is not text", f"`system` must be text, not {shown(raw['system'])}")
+    return [{"role": "system", "content": raw["system"]}] if raw.get("system") not in (None, "") else []
 
 
-def _plain_text(raw: Mapping[str, Any]) -> Conversation:
+def _plain_text(raw: JsonObject) -> Conversation:
     for key in (*KEYS_OF_FORM["text"], "tools", "builtin_tools", *_OVERRIDES):
         if key != "text" and raw.get(key) is not None:
             raise BadRecordError("key of another form", f"plain text has no place for `{key}`")
@@ -323,7 +259,7 @@ def _plain_text(raw: Mapping[str, Any]) -> Conversation:
     return Conversation((), text=text, form="text")
 
 
-def _parse_overrides(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _parse_overrides(raw: JsonObject) -> JsonObject:
     given = {key: raw[key] for key in _OVERRIDES if raw.get(key) is not None}
     efforts = get_args(ReasoningEffortName)
     if "reasoning_effort" in given and given["reasoning_effort"] not in efforts:

@@ -1,4 +1,4 @@
-"""Put samples into rows of limited length: none is split, and little room is left over."""
+"""Choose the examples of each epoch from several sources, and pack examples into sequences of limited length."""
 
 from __future__ import annotations
 
@@ -14,59 +14,60 @@ WINDOW = 64
 
 
 def pack(lengths: Sequence[int], capacity: int, rng: np.random.Generator) -> list[list[int]]:
-    """Pack samples into rows and shuffle the rows.
+    """Pack examples into sequences and shuffle the sequences; no example is split.
 
-    The samples are shuffled. A row starts with the next of them and takes, from the `WINDOW` that follow, the subset
-    that fills it best; 64 samples almost always hold one that fills it to the token. Best fit over the same order
-    was measured to leave 5 % of 2,048-token rows empty on the shipped legal data (this: 0.04 %), whose samples are all
-    longer than the gaps. Sorting by length would put like with like in every epoch.
+    The examples are shuffled. A sequence starts with the next of them and takes, from the `WINDOW` that follow, the
+    subset that fills it best; 64 examples almost always hold one that fills it to the token. Best fit over the same
+    order was measured to leave 5 % of 2,048-token sequences empty on the shipped legal data (this: 0.04 %), whose
+    examples are all longer than the gaps. Sorting by length would put examples of like length together in every epoch.
 
     Args:
-        lengths: tokens of each sample, each from 1 to `capacity`.
-        capacity: most tokens in a row.
+        lengths: tokens of each example, each from 1 to `capacity`.
+        capacity: most tokens in a sequence.
         rng: the only source of randomness; its state decides the result.
 
     Returns:
-        Rows of sample numbers; each number from 0 to len(lengths) - 1 stands once.
+        Sequences of example indices; each index from 0 to len(lengths) - 1 occurs once.
 
     Raises:
-        ValueError: a length is below 1 or above `capacity` (reading refuses such samples as bad rows).
+        ValueError: a length is below 1 or above `capacity` (reading refuses such examples).
     """
     if lengths and not 1 <= min(lengths) <= max(lengths) <= capacity:
-        raise ValueError(f"lengths go from {min(lengths)} to {max(lengths)}; rows hold 1 to {capacity} tokens")
+        raise ValueError(f"lengths go from {min(lengths)} to {max(lengths)}; sequences hold 1 to {capacity} tokens")
     waiting = deque(rng.permutation(len(lengths)).tolist())
     window: deque[int] = deque()
-    rows: list[list[int]] = []
+    sequences: list[list[int]] = []
     while waiting or window:
-        row: list[int] = []
+        sequence: list[int] = []
         room = capacity
         while True:
             while waiting and len(window) < WINDOW:
                 window.append(waiting.popleft())
-            if not window or (row and sum(lengths[sample] for sample in window) > room):
+            if not window or (sequence and sum(lengths[example] for example in window) > room):
                 break
-            row.append(window.popleft())
-            room -= lengths[row[-1]]
-        chosen = set(_fullest_subset([lengths[sample] for sample in window], room))
-        row += [sample for place, sample in enumerate(window) if place in chosen]
-        window = deque(sample for place, sample in enumerate(window) if place not in chosen)
-        rows.append(row)
-    return [rows[row] for row in rng.permutation(len(rows)).tolist()]
+            sequence.append(window.popleft())
+            room -= lengths[sequence[-1]]
+        chosen = set(_fullest_subset([lengths[example] for example in window], room))
+        sequence += [example for place, example in enumerate(window) if place in chosen]
+        window = deque(example for place, example in enumerate(window) if place not in chosen)
+        sequences.append(sequence)
+    return [sequences[number] for number in rng.permutation(len(sequences)).tolist()]
 
 
-def packing_efficiency(lengths: Sequence[int], rows: Sequence[Sequence[int]], capacity: int) -> float:
-    """The share of the rows' capacity that holds tokens, from 0 to 1.
+def packing_efficiency(lengths: Sequence[int], sequences: Sequence[Sequence[int]], capacity: int) -> float:
+    """The share of the sequences' capacity that holds tokens, from 0 to 1.
 
     Args:
-        lengths: tokens of each sample.
-        rows: sample numbers by row.
-        capacity: most tokens in a row.
+        lengths: tokens of each example.
+        sequences: example indices of each sequence.
+        capacity: most tokens in a sequence.
     """
-    return sum(lengths[sample] for row in rows for sample in row) / (len(rows) * capacity) if rows else 0.0
+    num_tokens = sum(lengths[example] for sequence in sequences for example in sequence)
+    return num_tokens / (len(sequences) * capacity) if sequences else 0.0
 
 
 def _fullest_subset(lengths: Sequence[int], room: int) -> list[int]:
-    """Which of these, taken together, come closest to `room` without exceeding it; earlier ones are preferred.
+    """Indices whose lengths together come closest to `room` without exceeding it; earlier ones are preferred.
 
     Subset sum over bit sets: bit s of `reachable[n]` says that some of the first n lengths add up to s.
     """
@@ -83,18 +84,16 @@ def _fullest_subset(lengths: Sequence[int], room: int) -> list[int]:
     return chosen
 
 
-# Which samples each epoch takes of each source.
-
-
 def epoch_sizes(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
-    """How many samples an epoch takes of each source, as fractions that the epochs share out.
+    """How many examples an epoch takes of each source; the epochs share out the fractions.
 
-    A source gives size x weight; temperature raises these to 1 / temperature and scales them so that their sum stays.
+    A source gives size x weight. The temperature raises these to 1 / temperature and scales them so that their sum
+    stays the same.
 
     Args:
-        sizes: samples of each source.
-        weights: how often an epoch takes each of a source's samples.
-        temperature: 1 changes nothing; large values make all sources that have samples equal.
+        sizes: examples of each source.
+        weights: how often an epoch takes each of a source's examples.
+        temperature: 1 changes nothing; large values make all sources that have examples equal.
 
     >>> epoch_sizes([900, 100], [1, 1], 1.0)
     [900.0, 100.0]
@@ -109,13 +108,13 @@ def epoch_sizes(sizes: Sequence[int], weights: Sequence[float], temperature: flo
 
 
 class Mixture:
-    """Says which samples an epoch takes; no state, so any epoch can be asked for.
+    """Chooses the examples of an epoch; it has no state, so any epoch can be asked for.
 
-    Each source is an endless sequence of passes, each pass all its samples in an order of its own; an epoch takes the
-    next stretch of it. So over any number of epochs a source's samples are taken equally often, give or take one.
+    Each source is an endless series of passes, each over all its examples in an order of its own; an epoch takes the
+    next stretch of it. So over any number of epochs a source's examples are taken equally often, give or take one.
 
     Args:
-        source_sizes: samples of each source; their numbers run on from source to source.
+        source_sizes: examples of each source; their indices continue from source to source.
         sources: the recipe's, for their weights.
         temperature: see `epoch_sizes`.
         seed: the run's seed.
@@ -127,11 +126,11 @@ class Mixture:
         self._sizes, self._seed = list(source_sizes.values()), seed
         weights = [sources[name].weight for name in source_sizes]
         self._takes = epoch_sizes(self._sizes, weights, temperature)
-        self._plain = self._takes == [float(size) for size in self._sizes]
+        self._is_plain = self._takes == [float(size) for size in self._sizes]
 
-    def samples(self, epoch: int) -> NDArray[np.int64]:
-        """Numbers of the samples of one epoch (from 0); a sample stands in it as often as it is to be seen."""
-        if self._plain:
+    def examples(self, epoch: int) -> NDArray[np.int64]:
+        """int64 [n]: indices of the examples of one epoch (from 0); an index occurs as often as it is to be trained."""
+        if self._is_plain:
             return np.arange(sum(self._sizes))
         starts = np.cumsum([0, *self._sizes])
         stretches = [

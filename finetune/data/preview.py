@@ -1,4 +1,4 @@
-r"""Samples to look at: what is trained, by channel, what is context, and where the control tokens are.
+r"""Show examples as text, HTML or JSON: trained tokens by channel, context, and control tokens.
 
 Everything from the data is made safe first (`printable`). A control token is shown as it is spelt; text that only
 spells one is shown with a backslash in it, `<\|end|>`, so that the two cannot be confused.
@@ -10,9 +10,8 @@ import html
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
-from typing import Any
 
-from finetune.data.files import printable
+from finetune.data.checks import JsonObject, printable
 from finetune.data.harmony.encode import HEADER, Channel
 from finetune.data.harmony.render import Example
 from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID, harmony_encoding
@@ -30,14 +29,14 @@ _DIM, _INVERSE, _RESET = "2", "7", "\x1b[0m"
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens in a row that are alike.
+    """A run of tokens of one channel and weight.
 
     Attributes:
-        text: what they stand for, safe to print.
+        text: the decoded tokens, safe to print.
         channel: `context`, `analysis`, `commentary`, `tool_call`, `final` or `text`.
-        weight: their loss weight; 0 is context.
-        is_control: they are control tokens.
-        num_tokens: how many they are.
+        weight: their loss weight; 0 means context.
+        is_control: whether they are control tokens.
+        num_tokens: number of tokens.
     """
 
     text: str
@@ -47,10 +46,10 @@ class Piece:
     num_tokens: int
 
 
-def pieces(sample: Example) -> list[Piece]:
-    """Cut a sample into runs of tokens of one channel and weight, control tokens apart."""
-    channels = (sample.channels % HEADER).tolist() or [int(Channel.CONTEXT)] * len(sample.ids)
-    tokens = zip(sample.ids.tolist(), channels, sample.weights.tolist(), strict=True)
+def pieces(example: Example) -> list[Piece]:
+    """Cut an example into runs of tokens of one channel and weight; control tokens are runs of their own."""
+    channels = (example.channels % HEADER).tolist() or [int(Channel.CONTEXT)] * len(example.ids)
+    tokens = zip(example.ids.tolist(), channels, example.weights.tolist(), strict=True)
     found = []
     for (channel, weight, is_control), run in groupby(
         tokens, lambda token: (token[1], token[2], token[0] >= FIRST_CONTROL_ID)
@@ -63,42 +62,42 @@ def pieces(sample: Example) -> list[Piece]:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Numbers of `wanted` of `count` things, evenly spread from the first on; all of them if there are no more."""
+    """Indices of `wanted` of `count` items, evenly spread from the first on; all of them if there are no more."""
     return [number * count // wanted for number in range(wanted)] if wanted < count else list(range(count))
 
 
-def as_text(sample: Example, *, colour: bool) -> str:
-    """A sample for the terminal.
+def as_text(example: Example, *, colour: bool) -> str:
+    """Format an example for the terminal.
 
     Args:
-        sample: as rendered.
-        colour: trained tokens in their channel's colour and context dim; otherwise trained tokens stand in brackets
+        example: as rendered.
+        colour: trained tokens in their channel's colour and context dim; otherwise trained tokens are in brackets
             with the channel's name, and with the weight if it is not 1.
     """
-    body = "".join(_coloured(piece) for piece in pieces(sample)) if colour else _bracketed(pieces(sample))
-    return f"{_title(sample)}\n{body}"
+    body = "".join(_coloured(piece) for piece in pieces(example)) if colour else _bracketed(pieces(example))
+    return f"{_title(example)}\n{body}"
 
 
-def as_json(sample: Example) -> dict[str, Any]:
-    """A sample as plain data; texts are those that the terminal would show."""
+def as_json(example: Example) -> JsonObject:
+    """Convert an example to plain data; the texts are those of the terminal."""
     return {
-        "id": printable(sample.id),
-        "where": printable(sample.where),
-        "tokens": len(sample.ids),
-        "trained_tokens": sample.num_trained_tokens,
-        "pieces": [asdict(piece) for piece in pieces(sample)],
+        "id": printable(example.id),
+        "where": printable(example.where),
+        "tokens": len(example.ids),
+        "trained_tokens": example.num_trained_tokens,
+        "pieces": [asdict(piece) for piece in pieces(example)],
     }
 
 
-def as_html(title: str, samples: Sequence[Example]) -> str:
-    """A page of samples: no script, nothing loaded, and every text from the data escaped."""
+def as_html(title: str, examples: Sequence[Example]) -> str:
+    """Format examples as a page: no script, nothing loaded, and every text from the data escaped."""
     style = "".join(
         f".{channel.name.lower()}{{color:{colour};font-weight:600}}" for channel, (_, colour) in _COLOURS.items()
     )
     legend = " ".join(f'<span class="{channel.name.lower()}">{channel.name.lower()}</span>' for channel in _COLOURS)
     sections = "\n".join(
-        f"<h2>{html.escape(_title(sample))}</h2>\n<pre>{''.join(map(_span, pieces(sample)))}</pre>"
-        for sample in samples
+        f"<h2>{html.escape(_title(example))}</h2>\n<pre>{''.join(map(_span, pieces(example)))}</pre>"
+        for example in examples
     )
     return f"""<!doctype html>
 <html lang="en">
@@ -125,11 +124,11 @@ pre{{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:1
 """
 
 
-def _title(sample: Example) -> str:
-    share = sample.num_trained_tokens / max(1, len(sample.ids))
-    place = "" if sample.id == sample.where else f" ({sample.where})"  # a record without an id is named by its place
+def _title(example: Example) -> str:
+    share = example.num_trained_tokens / max(1, len(example.ids))
+    place = "" if example.id == example.where else f" ({example.where})"  # a record without an id is named by its place
     return printable(
-        f"{sample.id}{place}: {len(sample.ids):,} tokens, {sample.num_trained_tokens:,} trained ({share:.1%})"
+        f"{example.id}{place}: {len(example.ids):,} tokens, {example.num_trained_tokens:,} trained ({share:.1%})"
     ).replace("\n", "\\n")
 
 

@@ -1,4 +1,4 @@
-"""Which sources and which of their records make a split."""
+"""From a recipe's sources to checked records; a record that cannot be used is named with file and line."""
 
 from __future__ import annotations
 
@@ -7,17 +7,76 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from finetune.config.schema import DataConfig, DataForm, SourceConfig
 from finetune.config.suggest import suggest_word
-from finetune.data.files import printable, read_rows
-from finetune.data.forms import Conversation, parse_conversation
-from finetune.data.message import BadRecordError, Message
+from finetune.data.checks import BadRecordError, JsonObject, printable
+from finetune.data.conversation import Conversation, Message
+from finetune.data.forms import parse_conversation
+from finetune.data.readers import read_source
 from finetune.errors import ConfigError, InputError
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+_JSON_KEYS = ("messages", "conversations", "tools", "functions")
+"""Keys whose text is never a field: a CSV cell or a table's text column holds JSON there."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One item of a source, checked.
+
+    Attributes:
+        id: the record's own `id`, or `where` if it has none.
+        where: `file:line` with the file as the recipe writes it; `file#n` for the n-th record of a format without
+            lines.
+        conversation: the messages, with tools and the record's own settings.
+        answer: the label that evaluation scores, or None.
+        fields: the record's text, numbers and booleans, as text; `id` and `answer` too.
+    """
+
+    id: str
+    where: str
+    conversation: Conversation
+    answer: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation's messages."""
+        return self.conversation.messages
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """A record before its conversation is checked.
+
+    Attributes:
+        where: as in `Record`.
+        raw: its keys and values, columns renamed.
+        fields: as in `Record`.
+    """
+
+    where: str
+    raw: JsonObject
+    fields: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that cannot be used.
+
+    Attributes:
+        where: as in `Record`.
+        kind: the group that it is counted in.
+        reason: its fault.
+    """
+
+    where: str
+    kind: str
+    reason: str
 
 
 def split_names(config: DataConfig) -> tuple[SplitName, ...]:
@@ -37,11 +96,18 @@ def sources_of(config: DataConfig, split: SplitName) -> Mapping[str, SourceConfi
     return sources
 
 
-def counts_broken_records(config: DataConfig, split: SplitName, name: str) -> bool:
-    """Whether a source counts the rows that are no records, which belong to no value of `where` or `validation_split`.
+def _sources(config: DataConfig, split: SplitName) -> Mapping[str, SourceConfig]:
+    if split == "validation" and config.validation_split.key is not None:
+        return config.train
+    sources: Mapping[str, SourceConfig] = getattr(config, split)
+    return sources
 
-    The first source that reads the file to its end does, in the order train, validation, test, so that each such row
-    is counted once.
+
+def counts_broken_records(config: DataConfig, split: SplitName, name: str) -> bool:
+    """Whether a source counts the file's broken records, which have no field for `where` or `validation_split`.
+
+    The first source that reads the file to its end counts them, in the order train, validation, test, so that each is
+    counted once.
     """
     source = sources_of(config, split)[name]
     for earlier in SPLITS:
@@ -56,7 +122,7 @@ def counts_broken_records(config: DataConfig, split: SplitName, name: str) -> bo
 def belongs_to(fields: Mapping[str, str], config: DataConfig, split: SplitName) -> bool:
     """Whether a record of one of the split's sources is in the split.
 
-    `validation_split` decides by a hash of the field's value alone: no seed, so that a record stays where it is when
+    `validation_split` decides by a hash of the field's value alone: no seed, so that a record stays on its side when
     others are added, and records that share the value are never on both sides. A record without the field is trained.
     """
     key = config.validation_split.key
@@ -71,147 +137,74 @@ def share_of(value: str) -> float:
     return int.from_bytes(hashlib.sha256(value.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
-def _sources(config: DataConfig, split: SplitName) -> Mapping[str, SourceConfig]:
-    if split == "validation" and config.validation_split.key is not None:
-        return config.train
-    sources: Mapping[str, SourceConfig] = getattr(config, split)
-    return sources
-
-
-# From the rows of a source to checked records; a row that cannot be used is named with file and line.
-
-_NO_FIELDS = ("messages", "conversations", "tools", "functions")
-"""Keys whose value is never a plain text: in a CSV cell or a table's text column it is JSON."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One conversation.
-
-    Attributes:
-        id: the record's own `id`, or `file:line` if it has none.
-        where: `file:line` as the recipe writes the file; `file#n` for the n-th record of a format without lines.
-        conversation: the messages, with tools and whatever of the recipe's settings the record overrides.
-        answer: the label that evaluation scores, or None.
-        fields: the record's other values that are text, numbers or booleans, as text; `id` and `answer` too.
-    """
-
-    id: str
-    where: str
-    conversation: Conversation
-    answer: str | None = None
-    fields: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def messages(self) -> tuple[Message, ...]:
-        """The conversation's messages."""
-        return self.conversation.messages
-
-
-@dataclass(frozen=True)
-class BadRecord:
-    """A row that cannot be used.
-
-    Attributes:
-        where: `file:line`, or `file#n` for the n-th record of a format without lines.
-        kind: the group that it is counted in.
-        reason: what is wrong with it.
-    """
-
-    where: str
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class RawRecord:
-    """A row before its conversation is checked.
-
-    Attributes:
-        where: as in `Record`.
-        raw: what stood there, columns renamed.
-        fields: as in `Record`.
-    """
-
-    where: str
-    raw: Mapping[str, Any]
-    fields: Mapping[str, str]
-
-
 def read_raw_records(name: str, source: SourceConfig) -> Iterator[RawRecord | BadRecord]:
-    """Read one source's rows in file order, those that `where` keeps, at most `limit`, with its columns renamed.
+    """Read one source's records in file order, those that `where` keeps, at most `limit`, with its columns renamed.
 
-    A row that is no JSON object belongs to no value of `where`, so it comes as a BadRecord whatever `where` says. Blank
-    lines are passed over.
+    A record that is no JSON object has no fields for `where`: it is yielded as a BadRecord in any case. Blank lines are
+    skipped.
 
     Args:
         name: the source's name in the recipe, for messages.
-        source: which files, and what to keep of them.
+        source: which files, and which of their records.
 
     Raises:
         ConfigError: `columns` or `where` names what no record has, or `limit` is below 1.
-        InputError: a file is missing, empty, unreadable or cut short, or `where` keeps none of it.
+        InputError: a file is missing, empty, unreadable or cut short, or `where` keeps none of its records.
     """
     if source.limit is not None and source.limit < 1:
         raise ConfigError(f"source `{name}`: limit must be at least 1, not {source.limit}")
-    columns, kept_rows = _Columns(name, source), _Filter(name, source)
-    for where, content in read_rows(name, source):
+    columns, kept_records = _Columns(name, source), _Filter(name, source)
+    for where, content in read_source(name, source):
         if isinstance(content, BadRecordError):
             yield bad_record(where, content)
             continue
-        raw = columns.rename(content)
-        fields = _fields(raw)
-        if kept_rows.keep(fields):
-            yield RawRecord(where, raw, fields)
-        if kept_rows.num_kept == source.limit:
+        record = raw_record(where, columns.rename(content))
+        if kept_records.keep(record.fields):
+            yield record
+        if kept_records.num_kept == source.limit:
             break
     columns.check()
-    kept_rows.check()
+    kept_records.check()
 
 
-def parse_record(row: RawRecord, form: DataForm) -> Record:
-    """Check what a row holds.
+def read_records(name: str, source: SourceConfig) -> Iterator[Record | BadRecord]:
+    """Read and check one source's records; arguments and errors as in `read_raw_records`."""
+    for raw in read_raw_records(name, source):
+        try:
+            yield raw if isinstance(raw, BadRecord) else parse_record(raw, source.form)
+        except BadRecordError as error:
+            yield bad_record(raw.where, error)
+
+
+def raw_record(where: str, raw: JsonObject) -> RawRecord:
+    """A record whose columns are renamed already, as the cache keeps it."""
+    return RawRecord(where, raw, _fields(raw))
+
+
+def parse_record(raw: RawRecord, form: DataForm) -> Record:
+    """Check a record's contents.
 
     Raises:
         BadRecordError: it cannot be used.
     """
-    return Record(
-        _id(row.raw, row.where), row.where, parse_conversation(row.raw, form), _answer(row.raw), dict(row.fields)
-    )
-
-
-def read_records(name: str, source: SourceConfig) -> Iterator[Record | BadRecord]:
-    """Read and check one source's records; arguments and errors as in `read_raw_records`.
-
-    Yields:
-        A Record or a BadRecord for each row that `where` keeps.
-    """
-    for row in read_raw_records(name, source):
-        try:
-            yield row if isinstance(row, BadRecord) else parse_record(row, source.form)
-        except BadRecordError as error:
-            yield bad_record(row.where, error)
+    conversation = parse_conversation(raw.raw, form)
+    return Record(_id(raw.raw, raw.where), raw.where, conversation, _answer(raw.raw), dict(raw.fields))
 
 
 def bad_record(where: str, error: BadRecordError) -> BadRecord:
-    """Name a row's fault; text quoted from the row is made safe to print."""
+    """Name a record's fault; text quoted from the record is made safe to print."""
     return BadRecord(printable(where), error.kind, printable(error.reason))
 
 
-def raw_record(where: str, raw: Mapping[str, Any]) -> RawRecord:
-    """A row whose columns are renamed already, as the cache keeps it."""
-    return RawRecord(where, raw, _fields(raw))
-
-
 class _Columns:
-    """Renames a source's columns and remembers what it saw, for the message when one is never there."""
+    """Renames a source's columns and tracks the names that it saw, for the message when one is never there."""
 
     def __init__(self, name: str, source: SourceConfig) -> None:
         self._name, self._source = name, source
         self._missing = dict(source.columns)
         self._seen: set[str] = set()
 
-    def rename(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+    def rename(self, raw: JsonObject) -> JsonObject:
         columns = self._source.columns
         if self._missing:
             self._seen.update(raw)
@@ -221,7 +214,7 @@ class _Columns:
         return renamed | {ours: raw[theirs] for ours, theirs in columns.items() if theirs in raw}
 
     def check(self) -> None:
-        """Raise if a column that the recipe names stood in no row."""
+        """Raise if no record has a column that the recipe names."""
         for ours, theirs in self._missing.items():
             if self._seen:
                 raise ConfigError(
@@ -231,7 +224,7 @@ class _Columns:
 
 
 class _Filter:
-    """Applies a source's `where` and remembers what it saw, for the message when nothing is kept."""
+    """Applies a source's `where` and tracks the values that it saw, for the message when it keeps no record."""
 
     def __init__(self, name: str, source: SourceConfig) -> None:
         self._name, self._source = name, source
@@ -270,34 +263,34 @@ class _Filter:
 
 
 def _listed(values: Counter[str], most: int = 8) -> str:
-    shown = ", ".join(f"{value} ({count:,})" for value, count in values.most_common(most))
-    return f"{shown} and {len(values) - most:,} others" if len(values) > most else shown
+    text = ", ".join(f"{value} ({count:,})" for value, count in values.most_common(most))
+    return f"{text} and {len(values) - most:,} others" if len(values) > most else text
 
 
-def _fields(raw: Mapping[str, Any]) -> dict[str, str]:
+def _fields(raw: JsonObject) -> dict[str, str]:
     """The record's scalar values as text; booleans as JSON writes them, since recipes say `true`."""
     return {
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in raw.items()
-        if isinstance(value, str | int | float) and key not in _NO_FIELDS
+        if isinstance(value, str | int | float) and key not in _JSON_KEYS
     }
 
 
-def _id(raw: Mapping[str, Any], where: str) -> str:
+def _id(raw: JsonObject, where: str) -> str:
     value = raw.get("id")
     if value is None:
         return where
-    if not isinstance(value, str | int | float) or value == "" or not _is_whole(str(value)):
+    if not isinstance(value, str | int | float) or value == "" or not _is_encodable(str(value)):
         raise BadRecordError("bad id", "`id` must be text or a number")
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _is_whole(text: str) -> bool:
-    """Whether no character is half of a pair, as JSON can spell it."""
+def _is_encodable(text: str) -> bool:
+    """Whether no character is half of a surrogate pair, as JSON can spell it."""
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _answer(raw: Mapping[str, Any]) -> str | None:
+def _answer(raw: JsonObject) -> str | None:
     value = raw.get("answer")
     if value is not None and (not isinstance(value, str) or not value.strip()):
         raise BadRecordError(

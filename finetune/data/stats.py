@@ -1,18 +1,19 @@
-"""What is in a recipe's data, in figures: plain data for JSON, and the same as lines to read."""
+"""Count a recipe's data: records, tokens, lengths, packing, records left out, and duplicates."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config.schema import RunConfig
+from finetune.data.checks import JsonObject
 from finetune.data.dataset import Split, load_split
-from finetune.data.duplicates import Text, find_duplicates, text_of
+from finetune.data.duplicates import Overlap, Text, find_duplicates, text_of
 from finetune.data.example_table import RecordTable, example_lengths
 from finetune.data.harmony.encode import HEADER, Channel
 from finetune.data.packing import Mixture, pack, packing_efficiency
@@ -23,91 +24,186 @@ _BAR = 40
 _PLACES_SHOWN = 5
 
 
-def collect(config: RunConfig, *, duplicates: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True)
+class LengthStats:
+    """Quantiles of the examples' lengths in tokens.
+
+    Attributes:
+        shortest, median, mean, percentile_95, longest: in tokens.
+        histogram: (low, high, count) of equal bins; a bin holds lengths above low, up to high.
+    """
+
+    shortest: int
+    median: float
+    mean: float
+    percentile_95: float
+    longest: int
+    histogram: tuple[tuple[int, int, int], ...]
+
+    def as_json(self) -> JsonObject:
+        """As plain data."""
+        bins = [{"from": low, "to": high, "samples": count} for low, high, count in self.histogram]
+        return {
+            "shortest": self.shortest,
+            "median": self.median,
+            "mean": self.mean,
+            "95_percent": self.percentile_95,
+            "longest": self.longest,
+            "histogram": bins,
+        }
+
+
+@dataclass(frozen=True)
+class PackingStats:
+    """The sequences of the first epoch, as a run would pack them.
+
+    Attributes:
+        max_length: tokens that a sequence holds.
+        examples: examples that the epoch takes.
+        examples_by_source: of each source.
+        sequences: sequences that they fill.
+        efficiency: share of the sequences' capacity that holds tokens.
+    """
+
+    max_length: int
+    examples: int
+    examples_by_source: dict[str, int]
+    sequences: int
+    efficiency: float
+
+    def as_json(self) -> JsonObject:
+        """As plain data."""
+        return {
+            "max_length": self.max_length,
+            "samples": self.examples,
+            "samples_by_source": self.examples_by_source,
+            "rows": self.sequences,
+            "efficiency": self.efficiency,
+        }
+
+
+@dataclass(frozen=True)
+class SplitFigures:
+    """Counts of one split.
+
+    Attributes:
+        split: the split; its `stats` are part of the figures.
+        trained, context: tokens with and without a loss weight, by channel.
+        lengths: None for a split without examples.
+        packing: the first epoch's sequences.
+        num_spelling_control_tokens: examples whose text spells a control token.
+        num_without_thinking: examples with assistant messages that are untrained because their thinking was dropped.
+    """
+
+    split: Split
+    trained: dict[str, int]
+    context: dict[str, int]
+    lengths: LengthStats | None
+    packing: PackingStats
+    num_spelling_control_tokens: int
+    num_without_thinking: int
+
+    def as_json(self) -> JsonObject:
+        """As plain data."""
+        stats = self.split.stats
+        return {
+            "records": stats.num_records,
+            "samples": len(self.split.examples),
+            "tokens": stats.num_tokens,
+            "trained": self.trained,
+            "context": self.context,
+            "lengths": self.lengths.as_json() if self.lengths else {},
+            "packing": self.packing.as_json(),
+            "sources": stats.source_sizes,
+            "forms": stats.forms,
+            "unused_keys": stats.unused_keys,
+            "truncated": stats.num_truncated,
+            "dropped": _left_out_json(stats.dropped),
+            "skipped": _left_out_json(stats.bad_records),
+            "samples_spelling_control_tokens": self.num_spelling_control_tokens,
+            "samples_with_answers_untrained_for_lost_thinking": self.num_without_thinking,
+            "fingerprint": stats.fingerprint,
+        }
+
+
+@dataclass(frozen=True)
+class DataFigures:
+    """The answer of `finetune data stats`.
+
+    Attributes:
+        splits: figures by split.
+        duplicates: by pair of splits, as in `find_duplicates`. None: not compared.
+    """
+
+    splits: dict[str, SplitFigures]
+    duplicates: dict[str, Overlap] | None
+
+    def as_json(self) -> JsonObject:
+        """As plain data; `duplicates` only if they were looked for."""
+        splits = {name: figures.as_json() for name, figures in self.splits.items()}
+        if self.duplicates is None:
+            return {"splits": splits}
+        return {"splits": splits, "duplicates": {name: _overlap_json(found) for name, found in self.duplicates.items()}}
+
+
+def collect(config: RunConfig, *, duplicates: bool = True) -> DataFigures:
     """Read every split and count.
 
-    Rows that cannot be used are counted here even where the recipe would stop at them.
+    Records that cannot be used are counted here even where the recipe would stop at them.
 
     Args:
         config: the whole run.
-        duplicates: also look for rows that repeat each other, which holds every row's text in memory and about 2 KB
-            beside it.
-
-    Returns:
-        `splits` by name, and `duplicates` by pair of splits if asked for; plain data.
+        duplicates: also look for records that repeat each other, which keeps every record's text in memory and about
+            2 KB more per record.
 
     Raises:
         FinetuneError: see `load_split`.
     """
-    splits = {name: load_split(config.data, name, check=False) for name in split_names(config.data)}
-    result: dict[str, Any] = {"splits": {name: _figures(split, config) for name, split in splits.items()}}
-    if duplicates:
-        found = find_duplicates({name: _texts(split) for name, split in splits.items()})
-        result["duplicates"] = {name: dataclasses.asdict(overlap) for name, overlap in found.items()}
-    return result
+    splits: dict[str, Split] = {name: load_split(config.data, name, check=False) for name in split_names(config.data)}
+    figures = {name: _figures(split, config) for name, split in splits.items()}
+    found = find_duplicates({name: _texts(split) for name, split in splits.items()}) if duplicates else None
+    return DataFigures(figures, found)
 
 
-def describe_stats(result: Mapping[str, Any]) -> Iterator[str]:
-    """What `collect` found, as lines."""
-    for name, figures in result["splits"].items():
-        yield from _split_lines(name, figures)
-        yield ""
-    if "duplicates" in result:
-        yield from _duplicate_lines(result["duplicates"])
-
-
-def _figures(split: Split, config: RunConfig) -> dict[str, Any]:
+def _figures(split: Split, config: RunConfig) -> SplitFigures:
     trained, context = np.zeros(HEADER, dtype=np.int64), np.zeros(HEADER, dtype=np.int64)
     spellings = without_thinking = 0
-    for sample in split.samples:
-        channels = (sample.channels % HEADER).astype(np.int64)
-        weighted = sample.weights > 0
+    for example in split.examples:
+        channels = (example.channels % HEADER).astype(np.int64)
+        weighted = example.weights > 0
         trained += np.bincount(channels[weighted], minlength=HEADER)
         context += np.bincount(channels[~weighted], minlength=HEADER)
-        spellings += sample.num_control_spellings > 0
-        without_thinking += sample.num_without_thinking > 0
-    lengths = example_lengths(split.samples)
-    return {
-        "records": split.num_records,
-        "samples": len(split.samples),
-        "tokens": split.num_tokens,
-        "trained": _by_channel(trained),
-        "context": _by_channel(context),
-        "lengths": _lengths(lengths),
-        "packing": _packing(split, lengths, config),
-        "sources": dict(split.source_sizes),
-        "forms": dict(split.forms),
-        "unused_keys": dict(split.unused),
-        "truncated": split.num_truncated,
-        "dropped": _left_out(split.dropped),
-        "skipped": _left_out(split.bad_records),
-        "samples_spelling_control_tokens": spellings,
-        "samples_with_answers_untrained_for_lost_thinking": without_thinking,
-        "fingerprint": split.fingerprint,
-    }
+        spellings += example.num_control_spellings > 0
+        without_thinking += example.num_without_thinking > 0
+    lengths = example_lengths(split.examples)
+    return SplitFigures(
+        split,
+        _by_channel(trained),
+        _by_channel(context),
+        _length_stats(lengths) if lengths else None,
+        _packing_stats(split, lengths, config),
+        spellings,
+        without_thinking,
+    )
 
 
 def _by_channel(counts: NDArray[np.int64]) -> dict[str, int]:
     return {channel.name.lower(): int(counts[channel]) for channel in Channel if counts[channel]}
 
 
-def _lengths(lengths: Sequence[int]) -> dict[str, Any]:
-    """Quantiles, and a histogram of equal steps; a bin holds lengths above `from`, up to `to`. Nothing of no sample."""
-    if len(lengths) == 0:
-        return {}
+def _length_stats(lengths: Sequence[int]) -> LengthStats:
     values = np.array(lengths)
     step = _round_step((values.max() - values.min()) / _BINS)
     edges = np.arange((values.min() - 1) // step * step, values.max() + step, step)
     counts, _ = np.histogram(values - 0.5, edges)
-    bins = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
-    return {
-        "shortest": int(values.min()),
-        "median": float(np.median(values)),
-        "mean": round(float(values.mean()), 1),
-        "95_percent": float(np.percentile(values, 95)),
-        "longest": int(values.max()),
-        "histogram": [{"from": low, "to": high, "samples": count} for low, high, count in bins],
-    }
+    return LengthStats(
+        shortest=int(values.min()),
+        median=float(np.median(values)),
+        mean=round(float(values.mean()), 1),
+        percentile_95=float(np.percentile(values, 95)),
+        longest=int(values.max()),
+        histogram=tuple(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)),
+    )
 
 
 def _round_step(least: float) -> int:
@@ -120,98 +216,109 @@ def _round_step(least: float) -> int:
         power *= 10
 
 
-def _packing(split: Split, lengths: Sequence[int], config: RunConfig) -> dict[str, Any]:
-    """The rows of the first epoch, as a run would pack them."""
-    data = config.data
+def _packing_stats(split: Split, lengths: Sequence[int], config: RunConfig) -> PackingStats:
+    data, source_sizes = config.data, split.stats.source_sizes
     taken = list(range(len(lengths)))
     if taken and split.name == "train":
-        taken = Mixture(split.source_sizes, data.train, data.mix_temperature, config.seed).samples(0).tolist()
-    sizes = [lengths[number] for number in taken]
-    rows = pack(sizes, data.max_length, np.random.default_rng([config.seed, 0])) if data.pack else [
-        [place] for place in range(len(taken))
-    ]  # fmt: skip
-    ends = np.cumsum([0, *split.source_sizes.values()])
-    per_source = np.histogram(np.array(taken), ends)[0].tolist() if taken else [0] * len(split.source_sizes)
-    return {
-        "max_length": data.max_length,
-        "samples": len(taken),
-        "samples_by_source": dict(zip(split.source_sizes, per_source, strict=True)),
-        "rows": len(rows),
-        "efficiency": round(packing_efficiency(sizes, rows, data.max_length), 5),
-    }
-
-
-def _left_out(rows: Sequence[BadRecord]) -> dict[str, Any]:
-    kinds = Counter(row.kind for row in rows)
-    places: dict[str, list[str]] = {kind: [] for kind, _ in kinds.most_common()}
-    for row in rows:
-        places[row.kind].append(f"{row.where}: {row.reason}")
-    return {"rows": len(rows), "kinds": dict(kinds.most_common()), "places": places}
+        taken = Mixture(source_sizes, data.train, data.mix_temperature, config.seed).examples(0).tolist()
+    sizes = [lengths[index] for index in taken]
+    sequences = [[place] for place in range(len(taken))]
+    if data.pack:
+        sequences = pack(sizes, data.max_length, np.random.default_rng([config.seed, 0]))
+    ends = np.cumsum([0, *source_sizes.values()])
+    per_source = np.histogram(np.array(taken), ends)[0].tolist() if taken else [0] * len(source_sizes)
+    efficiency = round(packing_efficiency(sizes, sequences, data.max_length), 5)
+    by_source = dict(zip(source_sizes, per_source, strict=True))
+    return PackingStats(data.max_length, len(taken), by_source, len(sequences), efficiency)
 
 
 def _texts(split: Split) -> list[Text]:
     records = split.records
-    numbers = records.first_samples().tolist() if isinstance(records, RecordTable) else range(len(records))
-    return [text_of(records[number].where, records[number].conversation) for number in numbers]
+    indices = records.first_examples().tolist() if isinstance(records, RecordTable) else range(len(records))
+    return [text_of(records[index].where, records[index].conversation) for index in indices]
 
 
-def _split_lines(name: str, figures: Mapping[str, Any]) -> Iterator[str]:
-    total = max(1, figures["tokens"])
-    yield f"{name}: {figures['records']:,} records, {figures['samples']:,} samples, {figures['tokens']:,} tokens"
-    if not figures["samples"]:
+def _places(bad_records: Sequence[BadRecord]) -> dict[str, list[str]]:
+    """Places and reasons by kind, the most frequent kind first."""
+    kinds = Counter(bad.kind for bad in bad_records).most_common()
+    return {kind: [f"{bad.where}: {bad.reason}" for bad in bad_records if bad.kind == kind] for kind, _ in kinds}
+
+
+def _left_out_json(bad_records: Sequence[BadRecord]) -> JsonObject:
+    places = _places(bad_records)
+    return {"rows": len(bad_records), "kinds": {kind: len(found) for kind, found in places.items()}, "places": places}
+
+
+def _overlap_json(overlap: Overlap) -> JsonObject:
+    counts = dataclasses.asdict(overlap)
+    return {"rows": counts.pop("num_records"), **counts}
+
+
+def describe_stats(figures: DataFigures) -> Iterator[str]:
+    """The result of `collect` as lines of text."""
+    for name, split in figures.splits.items():
+        yield from _split_lines(name, split)
+        yield ""
+    if figures.duplicates is not None:
+        yield from _duplicate_lines(figures.duplicates)
+
+
+def _split_lines(name: str, figures: SplitFigures) -> Iterator[str]:
+    stats, packing = figures.split.stats, figures.packing
+    num_examples = len(figures.split.examples)
+    yield f"{name}: {stats.num_records:,} records, {num_examples:,} examples, {stats.num_tokens:,} tokens"
+    if not num_examples:
         yield "  nothing to use: a run stops here"
-    forms = ", ".join(f"{form} {count:,}" for form, count in figures["forms"].items())
-    yield f"  form: {forms}"
-    if figures["unused_keys"]:
-        yield f"  keys not used: {', '.join(f'{key} {count:,}' for key, count in figures['unused_keys'].items())}"
-    for what in ("trained", "context"):
-        parts = ", ".join(f"{channel} {count:,}" for channel, count in figures[what].items()) or "nothing"
-        yield f"  {what}: {parts} ({sum(figures[what].values()) / total:.1%} of all tokens)"
-    packing = figures["packing"]
-    if len(figures["sources"]) > 1:
-        for source, size in figures["sources"].items():
-            yield f"  source {source}: {size:,} samples, {packing['samples_by_source'][source]:,} in the first epoch"
+    yield f"  form: {', '.join(f'{form} {count:,}' for form, count in stats.forms.items())}"
+    if stats.unused_keys:
+        yield f"  keys not used: {', '.join(f'{key} {count:,}' for key, count in stats.unused_keys.items())}"
+    for title, counts in (("trained", figures.trained), ("context", figures.context)):
+        parts = ", ".join(f"{channel} {count:,}" for channel, count in counts.items()) or "nothing"
+        yield f"  {title}: {parts} ({sum(counts.values()) / max(1, stats.num_tokens):.1%} of all tokens)"
+    if len(stats.source_sizes) > 1:
+        for source, size in stats.source_sizes.items():
+            yield f"  source {source}: {size:,} examples, {packing.examples_by_source[source]:,} in the first epoch"
     yield (
-        f"  packing: {packing['samples']:,} samples into {packing['rows']:,} rows of {packing['max_length']:,} tokens, "
-        f"{packing['efficiency']:.2%} filled"
+        f"  packing: {packing.examples:,} examples into {packing.sequences:,} sequences of {packing.max_length:,} "
+        f"tokens, {packing.efficiency:.2%} filled"
     )
-    if figures["lengths"]:
-        yield from _length_lines(figures["lengths"])
-    yield f"  truncated: {figures['truncated']:,} samples"
-    for what in ("dropped", "skipped"):
-        yield from _left_out_lines(what, figures[what])
-    if spelt := figures["samples_spelling_control_tokens"]:
-        yield f"  {spelt:,} samples have text that spells a control token, such as <\\|end|>; it stays text"
-    if lost := figures["samples_with_answers_untrained_for_lost_thinking"]:
-        yield f"  {lost:,} samples have assistant messages that are not trained since their thinking is dropped"
+    if figures.lengths:
+        yield from _length_lines(figures.lengths)
+    yield f"  truncated: {stats.num_truncated:,} examples"
+    yield from _left_out_lines("dropped", stats.dropped)
+    yield from _left_out_lines("skipped", stats.bad_records)
+    if count := figures.num_spelling_control_tokens:
+        yield f"  {count:,} examples have text that spells a control token, such as <\\|end|>; it stays text"
+    if count := figures.num_without_thinking:
+        yield f"  {count:,} examples have assistant messages that are not trained because their thinking is dropped"
 
 
-def _length_lines(lengths: Mapping[str, Any]) -> Iterator[str]:
+def _length_lines(lengths: LengthStats) -> Iterator[str]:
     yield (
-        f"  lengths: {lengths['shortest']:,} to {lengths['longest']:,} tokens, median {lengths['median']:,.0f}, "
-        f"mean {lengths['mean']:,.0f}, 95 % up to {lengths['95_percent']:,.0f}"
+        f"  lengths: {lengths.shortest:,} to {lengths.longest:,} tokens, median {lengths.median:,.0f}, "
+        f"mean {lengths.mean:,.0f}, 95 % up to {lengths.percentile_95:,.0f}"
     )
-    most = max(entry["samples"] for entry in lengths["histogram"])
-    for entry in lengths["histogram"]:
-        bar = "#" * -(-_BAR * entry["samples"] // most)
-        yield f"    {entry['from'] + 1:>7,} to {entry['to']:>7,} {entry['samples']:>9,} {bar}".rstrip()
+    most = max(count for _, _, count in lengths.histogram)
+    for low, high, count in lengths.histogram:
+        bar = "#" * -(-_BAR * count // most)
+        yield f"    {low + 1:>7,} to {high:>7,} {count:>9,} {bar}".rstrip()
 
 
-def _left_out_lines(what: str, left_out: Mapping[str, Any]) -> Iterator[str]:
-    yield f"  {what}: {left_out['rows']:,} rows"
-    for kind, places in left_out["places"].items():
+def _left_out_lines(title: str, bad_records: Sequence[BadRecord]) -> Iterator[str]:
+    yield f"  {title}: {len(bad_records):,} records"
+    for kind, places in _places(bad_records).items():
         yield f"    {len(places):,} {kind}"
         yield from (f"      {place}" for place in places[:_PLACES_SHOWN])
         if len(places) > _PLACES_SHOWN:
             yield f"      and {len(places) - _PLACES_SHOWN:,} more (--json names all)"
 
 
-def _duplicate_lines(duplicates: Mapping[str, Any]) -> Iterator[str]:
-    yield "duplicates (rows that repeat an earlier row, or one of the other split):"
+def _duplicate_lines(duplicates: Mapping[str, Overlap]) -> Iterator[str]:
+    yield "duplicates (records that repeat an earlier record, or one of the other split):"
     for name, overlap in duplicates.items():
         yield (
-            f"  {name}: of {overlap['rows']:,} rows {overlap['exact']:,} the same, "
-            f"{overlap['other_answer']:,} the same question with another answer, {overlap['near']:,} nearly the same"
+            f"  {name}: of {overlap.num_records:,} records {overlap.exact:,} the same, "
+            f"{overlap.other_answer:,} the same question with another answer, {overlap.near:,} nearly the same"
         )
-        for kind, where, other in overlap["examples"]:
+        for kind, where, other in overlap.examples:
             yield f"    {kind.replace('_', ' ')}: {where} and {other}"

@@ -7,13 +7,11 @@ about a record, nor do n-grams that overlap them. A copy of a training record is
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from finetune.data.duplicates import normalise
+from finetune.data.duplicates import normalise, text_digest, word_ngrams
 
 WORDS = 13
 COMMON_SHARE = 0.02
@@ -21,7 +19,6 @@ _FEWEST_COMMON = 5
 EDGE_SHARE = 0.5
 SEEN_SHARE = 0.5
 """A record with at least this share of its n-grams seen counts as seen."""
-_WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
@@ -62,17 +59,17 @@ def find_contamination(train: Iterable[str], test: Sequence[str]) -> Contaminati
             repetition does not make its wording the task's own.
     """
     texts = [normalise(text) for text in test]
-    ngrams = [_ngrams(text) for text in texts]
+    ngrams = [word_ngrams(text, WORDS).tolist() for text in texts]
     of_interest = {each for of_text in ngrams for each in of_text}
     records_with: Counter[int] = Counter()
     trained: set[bytes] = set()
     for text in map(normalise, train):
-        if (digest := _digest(text)) not in trained:
+        if (digest := text_digest(text)) not in trained:
             trained.add(digest)
-            records_with.update(of_interest.intersection(_ngrams(text)))
+            records_with.update(of_interest.intersection(word_ngrams(text, WORDS).tolist()))
     limit = max(_FEWEST_COMMON, COMMON_SHARE * len(trained))
     own = [_own_ngrams(of_text, records_with, limit) for of_text in ngrams]
-    is_copy = [_digest(text) in trained for text in texts]
+    is_copy = [text_digest(text) in trained for text in texts]
     shares = tuple(
         1.0 if copied else sum(records_with[each] > 0 for each in of_text) / max(1, len(of_text))
         for of_text, copied in zip(own, is_copy, strict=True)
@@ -95,13 +92,3 @@ def _own_ngrams(ngrams: Sequence[int], records_with: Counter[int], limit: float)
         for start, each in enumerate(ngrams)
         if counts[start] <= limit and not any(is_wording[start : start + WORDS])
     }
-
-
-def _ngrams(text: str) -> list[int]:
-    """Hashes of every n-gram of WORDS words of a normalised text, by first word."""
-    words = _WORD.findall(text)
-    return [hash(tuple(words[start : start + WORDS])) for start in range(len(words) - WORDS + 1)]
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -16,8 +16,8 @@ from finetune import log
 from finetune.config.paths import SHIPPED_PREFIX, matching_files, resolve_data_path
 from finetune.config.schema import DataConfig, RunConfig, SourceConfig, ValidationSplitConfig
 from finetune.config.suggest import suggest_word
+from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
-from finetune.data.forms import Conversation
 from finetune.data.harmony.render import Example, render_examples
 from finetune.data.sources import Record
 from finetune.errors import ConfigError
@@ -222,7 +222,7 @@ def _subset(
     labels: tuple[str, ...] | None,
     notes: tuple[str, ...] = (),
 ) -> EvalSet:
-    records, examples = tuple(split.records[n] for n in chosen), tuple(split.samples[n] for n in chosen)
+    records, examples = tuple(split.records[n] for n in chosen), tuple(split.examples[n] for n in chosen)
     return EvalSet(name, data, records, examples, labels, notes)
 
 

@@ -11,34 +11,33 @@ Needs `pip install gpt-oss-finetune[eval]`; nothing else of the toolkit imports 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from finetune import log
-from finetune.data.forms import Conversation
+from finetune.data.conversation import Conversation, Message
 from finetune.data.harmony.encode import encode_text, header_ids
 from finetune.data.harmony.render import render_prompt
 from finetune.data.harmony.tokenizer import END_OF_TEXT_ID, FIRST_CONTROL_ID, harmony_encoding
-from finetune.data.message import Message
 from finetune.data.sources import Record
 from finetune.errors import ConfigError, InputError
 from finetune.evaluate.generation import STOP_IDS, Sampling, generate
 from finetune.evaluate.likelihood import Group, score_groups
 from finetune.evaluate.opening import open_model
+from finetune.results import Json
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
-"""What the harness asks for: (context, continuation) as text, and the token ids of both. None: not to be cached."""
+"""A request of the harness: (context, continuation) as text, and the token ids of both. None: not to be cached."""
 Batch = tuple[list[int], list[str], Sampling]
-"""Requests that are answered together: their numbers, their stop strings, and how tokens are chosen."""
+"""Requests that are answered together: their numbers, stop strings and sampling."""
 
-ROW_TOKENS = 4096
+SEQUENCE_TOKENS = 4096
 PROMPTS_AT_ONCE = 8
 _GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p"}
 _MARK = "\ue0ff"
@@ -47,16 +46,16 @@ _CONTROL = re.compile(f"{_MARK}(<\\|[a-z_0-9]+\\|>){_MARK}")
 
 
 class AdaptedModel(TemplateLM):
-    """A base with or without its adapter, as the harness wants it.
+    """A base with or without its adapter, behind the harness's model interface.
 
     Args:
         run: a run directory, or an adapter directory.
         adapter: False scores the base alone.
         base, revision, device: see `finetune.evaluate.opening.open_model`.
-        max_length: tokens of a context and its continuation together; longer contexts are cut from the left, and how
-            many were is said.
-        max_gen_toks: new tokens where a task does not say.
-        seed: of sampling, where a task asks for it.
+        max_length: tokens of a context and its continuation together; longer contexts are cut from the left, with a
+            warning that says how many.
+        max_gen_toks: new tokens, for tasks that do not set them.
+        seed: of sampling, for tasks that sample.
 
     Raises:
         FinetuneError: whatever is wrong with adapter or base.
@@ -79,16 +78,16 @@ class AdaptedModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """`<|startoftext|>`, which stands before a text without context, as in the harness's own `hf` model."""
+        """`<|startoftext|>`, the context of a text without one, as in the harness's own `hf` model."""
         return FIRST_CONTROL_ID
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's caches."""
+        """Key of the harness's caches."""
         return "o200k_harmony"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: object) -> list[int]:
-        """Encode text; what looks like a control token stays text, except those that `apply_chat_template` marked."""
+        """Encode text; what looks like a control token is text, except those that `apply_chat_template` marked."""
         ids: list[int] = []
         for number, piece in enumerate(_CONTROL.split(string)):
             control = number % 2 == 1
@@ -96,14 +95,14 @@ class AdaptedModel(TemplateLM):
         return ids
 
     def tok_decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens; half a character at an end becomes the replacement character."""
+        """Decode tokens; an incomplete character becomes the replacement character."""
         return harmony_encoding().decode(list(tokens))
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """A name for what `apply_chat_template` does; there is only one.
+        """The name of the one chat template, for `apply_chat_template`.
 
         Raises:
-            ConfigError: another one is asked for by name.
+            ConfigError: another one is requested by name.
         """
         if isinstance(chat_template, str) and chat_template != "harmony":
             raise ConfigError(f"unknown chat template {chat_template!r}", fix="--apply_chat_template without a name")
@@ -112,7 +111,7 @@ class AdaptedModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Render a conversation as harmony, up to and including the header of the final channel.
 
-        The model is held to answer at once: the harness compares answers, and knows no analysis channel. With
+        The model has to answer at once: the harness compares answers, and does not support an analysis channel. With
         `add_generation_prompt=False` the last message is the beginning of the answer.
 
         Raises:
@@ -122,9 +121,9 @@ class AdaptedModel(TemplateLM):
         begun = "" if add_generation_prompt else history.pop()["content"]
         for message in history:
             if _MARK in message["content"] + begun:
-                raise InputError("a message holds U+E0FF, which this class keeps for itself", fix="remove it")
+                raise InputError("a message contains U+E0FF, which this class reserves", fix="remove it")
             if message["role"] not in ("system", "developer", "user", "assistant"):
-                raise InputError(f"harmony has no role {message['role']!r} here")
+                raise InputError(f"harmony has no role {message['role']!r} in a prompt")
         messages = tuple(Message(message["role"], message["content"]) for message in history)  # type: ignore[arg-type]
         record = Record("chat", "chat", Conversation(messages))
         final = header_ids("assistant", "final")[2:]  # the prompt ends with `<|start|>assistant`
@@ -145,26 +144,26 @@ class AdaptedModel(TemplateLM):
                     fix="raise max_length",
                 )
             cut += len(context) > room
-            # The harness moves white space at a context's end into the continuation, and may leave nothing.
+            # The harness moves white space at a context's end into the continuation, which may leave an empty context.
             groups.setdefault(tuple(context[-room:] or [self.prefix_token_id]), []).append(number)
-        self._say_cut(cut, len(requests))
+        self._warn_of_cuts(cut, len(requests))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
-        with self._as_asked(), log.Progress("likelihoods", len(groups), "contexts") as progress:
-            for row in _rows([(list(context), numbers) for context, numbers in groups.items()], answers):
+        with self._adapter_as_configured(), log.Progress("likelihoods", len(groups), "contexts") as progress:
+            for sequence in _sequences([(list(context), numbers) for context, numbers in groups.items()], answers):
                 scores = score_groups(
                     self.opened.base.model,
-                    [Group(context, [answers[number] for number in numbers]) for context, numbers in row],
+                    [Group(context, [answers[number] for number in numbers]) for context, numbers in sequence],
                 )
-                for (_, numbers), score in zip(row, scores, strict=True):
+                for (_, numbers), score in zip(sequence, scores, strict=True):
                     for place, number in enumerate(numbers):
                         found[number] = float(score.log_likelihood[place]), bool(score.is_greedy[place])
                         if (request := requests[number][0]) is not None:
                             self.cache_hook.add_partial("loglikelihood", request, found[number])
-                progress.advance(len(row))
+                progress.advance(len(sequence))
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts; those longer than `max_length` in windows, as the harness's own models do."""
+        """Log-likelihood of whole texts, in windows if they exceed `max_length`, as in the harness's own models."""
         asked: list[Scored] = []
         owner: list[int] = []
         for number, request in enumerate(requests):
@@ -181,16 +180,16 @@ class AdaptedModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue contexts until a stop string, a stop token or the limit.
+        """Continue contexts up to a stop string, a stop token or the limit.
 
         Raises:
-            ConfigError: a generation setting that is not known here.
-            InputError: a task asks for so many new tokens that no room is left for a context.
+            ConfigError: an unknown generation setting.
+            InputError: a task asks for so many new tokens that none are left for a context.
         """
         texts = [""] * len(requests)
         batches = list(_batches(requests, self.max_gen_toks, self._seed))
         prompts = self._prompts(requests, batches)
-        with self._as_asked(), log.Progress("answers", len(requests), "prompts") as progress:
+        with self._adapter_as_configured(), log.Progress("answers", len(requests), "prompts") as progress:
             for numbers, until, sampling in batches:
                 written = generate(
                     self.opened.base.model,
@@ -207,7 +206,7 @@ class AdaptedModel(TemplateLM):
         return texts
 
     def _prompts(self, requests: Sequence[Instance], batches: Sequence[Batch]) -> dict[int, list[int]]:
-        """Contexts as tokens, cut from the left to leave room for the answers; all before the first answer."""
+        """Contexts as tokens, cut from the left to leave room for the answers; done before the first answer."""
         prompts: dict[int, list[int]] = {}
         cut = 0
         for numbers, _, sampling in batches:
@@ -222,43 +221,43 @@ class AdaptedModel(TemplateLM):
                 ids = self.tok_encode(requests[number].args[0])
                 cut += len(ids) > room
                 prompts[number] = ids[-room:] or [self.prefix_token_id]
-        self._say_cut(cut, len(requests))
+        self._warn_of_cuts(cut, len(requests))
         return prompts
 
-    def _say_cut(self, cut: int, total: int) -> None:
+    def _warn_of_cuts(self, cut: int, total: int) -> None:
         if cut:
             log.warning(
                 f"{cut} of {total} contexts are cut from the left, to {self.max_length} tokens with what follows them"
             )
 
     def _has_stopped(self, until: Sequence[str], tokens: Sequence[int]) -> bool:
-        """Whether the last token completed a stop string; only as much of the end is read as can hold one."""
+        """Whether the last token completed a stop string; only as many tokens are decoded as can contain one."""
         longest = max((len(stop.encode()) for stop in until), default=0)
         return _stop_place(self.tok_decode(tokens[-longest - 1 :]), until) is not None
 
-    def _as_asked(self) -> AbstractContextManager[object]:
+    def _adapter_as_configured(self) -> AbstractContextManager[object]:
         return nullcontext() if self._with_adapter else self.opened.adapter.disabled()
 
 
-def _rows(
+def _sequences(
     groups: Sequence[tuple[list[int], list[int]]], answers: Sequence[Sequence[int]]
 ) -> Iterator[list[tuple[list[int], list[int]]]]:
-    """Deal groups (context, numbers of its answers) into rows of about ROW_TOKENS; longer ones stand alone."""
-    row: list[tuple[list[int], list[int]]] = []
+    """Pack groups (context, numbers of its answers) into sequences of about SEQUENCE_TOKENS; longer ones are alone."""
+    sequence: list[tuple[list[int], list[int]]] = []
     used = 0
     for context, numbers in sorted(groups, key=lambda group: len(group[0])):
         size = len(context) + sum(len(answers[number]) for number in numbers)
-        if row and used + size > ROW_TOKENS:
-            yield row
-            row, used = [], 0
-        row.append((context, numbers))
+        if sequence and used + size > SEQUENCE_TOKENS:
+            yield sequence
+            sequence, used = [], 0
+        sequence.append((context, numbers))
         used += size
-    if row:
-        yield row
+    if sequence:
+        yield sequence
 
 
 def _batches(requests: Sequence[Instance], max_tokens: int, seed: int) -> Iterator[Batch]:
-    """Requests with the same settings, PROMPTS_AT_ONCE together."""
+    """Batches of up to PROMPTS_AT_ONCE requests with the same settings."""
     alike: dict[tuple[tuple[str, ...], Sampling], list[int]] = {}
     for number, request in enumerate(requests):
         until, sampling = _settings(request.args[1], max_tokens, seed)
@@ -268,12 +267,12 @@ def _batches(requests: Sequence[Instance], max_tokens: int, seed: int) -> Iterat
             yield numbers[start : start + PROMPTS_AT_ONCE], list(until), sampling
 
 
-def _settings(given: Mapping[str, Any], max_tokens: int, seed: int) -> tuple[tuple[str, ...], Sampling]:
+def _settings(given: Json, max_tokens: int, seed: int) -> tuple[tuple[str, ...], Sampling]:
     unknown = sorted(set(given) - _GENERATION_KEYS)
     if unknown:
         raise ConfigError(
-            f"generation settings {', '.join(unknown)} are not known here",
-            fix=f"known are {', '.join(sorted(_GENERATION_KEYS))}",
+            f"generation settings {', '.join(unknown)} are not supported",
+            fix=f"supported are {', '.join(sorted(_GENERATION_KEYS))}",
         )
     until = given.get("until") or ()
     stops = (until,) if isinstance(until, str) else tuple(until)
@@ -284,12 +283,12 @@ def _settings(given: Mapping[str, Any], max_tokens: int, seed: int) -> tuple[tup
 
 
 def _stop_place(text: str, until: Sequence[str]) -> int | None:
-    """Where the first stop string begins; None if there is none."""
+    """The place where the first stop string begins; None if there is none."""
     return min((place for place in (text.find(stop) for stop in until) if place >= 0), default=None)
 
 
 def _spell(ids: Sequence[int]) -> Iterator[str]:
-    """Token ids as text, control tokens marked."""
+    """Decode token ids, marking control tokens."""
     encoding, plain = harmony_encoding(), list[int]()
     for token in ids:
         if token < FIRST_CONTROL_ID:

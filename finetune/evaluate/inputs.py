@@ -23,14 +23,14 @@ class EvaluationOptions:
     Attributes:
         recipe: whose data to score; None: the run's.
         recipe_name: names the directory of the results.
-        rows, retention, generate: number of examples of each kind; `rows` None: as the recipe says.
+        examples, retention, generate: number of examples of each kind; `examples` None: as the recipe says.
         max_tokens, temperature, top_p, seed: of generated answers.
         base, revision, device: see `open_model`.
     """
 
     recipe: RunConfig | None = None
     recipe_name: str | None = None
-    rows: int | None = None
+    examples: int | None = None
     retention: int = 100
     generate: int = 0
     max_tokens: int = 256
@@ -85,7 +85,7 @@ def read_evaluation_data(
         split = load_split(config.data, "test")
         log.info(describe(split))
         beside, problem = _training_split(config.data)
-        test = choose_test_set(split, config, beside.answers if beside else {})
+        test = choose_test_set(split, config, beside.stats.answers if beside else {})
     evalsets = [test]
     notes = [*_left_out_notes(split, config.data), *test.notes, *_repeated_note(test)]
     trained, trained_data = beside, config.data
@@ -104,7 +104,11 @@ def read_evaluation_data(
         log.warning(notes[-1])
     if options.generate and not test.answered_examples(options.generate):
         raise InputError("--generate: all test records are plain text, which has no prompt to answer", fix="omit it")
-    left_out = {"skipped": len(split.bad_records), "dropped": len(split.dropped), "truncated": split.num_truncated}
+    left_out = {
+        "skipped": len(split.stats.bad_records),
+        "dropped": len(split.stats.dropped),
+        "truncated": split.stats.num_truncated,
+    }
     return EvaluationData(tuple(evalsets), trained.records if trained else None, left_out, tuple(notes))
 
 
@@ -120,14 +124,14 @@ def _training_split(data: DataConfig) -> tuple[Split | None, str]:
 
 def _left_out_notes(split: Split, data: DataConfig) -> list[str]:
     notes = []
-    for kind, records in (("skipped", split.bad_records), ("dropped", split.dropped)):
+    for kind, records in (("skipped", split.stats.bad_records), ("dropped", split.stats.dropped)):
         if records:
             kinds = count_kinds(records)
             notes.append(f"{len(records):,} records of data.test were {kind} and are in no figure ({kinds})")
-    if split.num_truncated:
+    if split.stats.num_truncated:
         notes.append(
-            f"{split.num_truncated:,} records of data.test lost context to fit data.max_length ({data.max_length:,} "
-            "tokens): the loss is of what was left, labels and answers use the whole prompt"
+            f"{split.stats.num_truncated:,} records of data.test lost context to fit data.max_length "
+            f"({data.max_length:,} tokens): the loss is of what was left, labels and answers use the whole prompt"
         )
     return notes
 

@@ -22,7 +22,6 @@ from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import CheckError, InputError
 from finetune.evaluate.likelihood import BetweenBatches, Group, score_groups
-from finetune.evaluate.statistics import wilson_interval
 
 SEQUENCE_TOKENS = 4096
 
@@ -45,18 +44,9 @@ class LabelScores:
     shared: NDArray[np.float64]
 
     @property
-    def num_right(self) -> int:
-        """Records whose own answer is the likeliest."""
-        return int((self.log_likelihood.argmax(1) == self.right).sum())
-
-    @property
     def accuracy(self) -> float:
-        """Share of them among all records."""
-        return self.num_right / len(self.right)
-
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """Wilson interval of the accuracy."""
-        return wilson_interval(self.num_right, len(self.right), confidence)
+        """Share of records whose own answer is the likeliest."""
+        return int((self.log_likelihood.argmax(1) == self.right).sum()) / len(self.right)
 
 
 @torch.no_grad()

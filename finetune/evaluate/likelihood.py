@@ -20,7 +20,6 @@ from finetune import log
 from finetune.data.batches import collate
 from finetune.data.harmony.render import Example
 from finetune.data.packing import pack
-from finetune.evaluate.statistics import bootstrap_ratio_interval
 from finetune.kernels.loss_head import answer_scores, token_nll
 from finetune.model.forward import hidden_states, shift_labels
 
@@ -46,10 +45,6 @@ class HeldOutLoss:
     def mean(self) -> float:
         """Nats per trained token over all examples."""
         return float(self.nll.sum() / self.weight.sum())
-
-    def interval(self, confidence: float) -> tuple[float, float] | None:
-        """Bootstrap interval of the mean, resampling examples; None of a single one."""
-        return bootstrap_ratio_interval(self.nll, self.weight, confidence) if len(self.nll) > 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,11 +143,6 @@ class Group:
             raise ValueError(
                 f"a prompt of {len(self.prompt)} tokens, {self.num_scored} of them scored, predicts nothing"
             )
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that it takes in a sequence."""
-        return len(self.prompt) + sum(map(len, self.answers))
 
 
 @dataclass(frozen=True, eq=False)

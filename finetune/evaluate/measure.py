@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from transformers import GptOssForCausalLM
 
@@ -25,7 +25,7 @@ from finetune.evaluate.labels import score_labels
 from finetune.evaluate.likelihood import BetweenBatches, held_out_loss
 from finetune.evaluate.opening import LoadedModel
 from finetune.files import write_text
-from finetune.results import MODELS, Model
+from finetune.results import MODELS, Json, Model
 
 EXAMPLES_AT_ONCE = 128
 PROMPTS_AT_ONCE = 8
@@ -209,7 +209,7 @@ class MeasurementLog:
         ConfigError: the file belongs to something else.
     """
 
-    def __init__(self, path: Path, belongs_to: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, belongs_to: Json) -> None:
         self._path, self._measured = path, dict[Key, ExampleScore | GeneratedAnswer]()
         lines = list(_whole_lines(path))
         if not lines:
@@ -263,13 +263,13 @@ class MeasurementLog:
                 self._measured[key] = each
                 file.write(json.dumps(key._asdict() | asdict(each)) + "\n")
 
-    def _add(self, line: dict[str, Any]) -> None:
+    def _add(self, line: Json) -> None:
         key = Key(*(line[name] for name in Key._fields))
         values = {name: value for name, value in line.items() if name not in Key._fields}
         self._measured[key] = ExampleScore(**values) if key.measured == "score" else GeneratedAnswer(**values)
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+def _whole_lines(path: Path) -> Iterator[Json]:
     """The lines of a file up to one that a kill has cut short."""
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:

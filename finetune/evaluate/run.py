@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from finetune import log
-from finetune.adapters.config_file import resolve_run
-from finetune.adapters.store import CONFIG, ROUTER_BIAS, WEIGHTS
+from finetune.adapters.config_file import CONFIG, resolve_run
+from finetune.adapters.provenance import ROUTER_BIAS
+from finetune.adapters.store import WEIGHTS
 from finetune.config.schema import RunConfig
 from finetune.config.validate import load_run_config
 from finetune.data.harmony.render import render_prompt
@@ -26,7 +26,7 @@ from finetune.evaluate.measure import MeasurementLog, measure
 from finetune.evaluate.opening import LoadedModel, open_model
 from finetune.evaluate.summary import summarise_answers, summarise_log
 from finetune.files import sha256_of, write_json
-from finetune.results import BaseName, ContaminationFigures, Evaluation, to_json
+from finetune.results import BaseName, ContaminationFigures, Evaluation, Json, to_json
 
 
 def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[Path, Evaluation]:
@@ -84,7 +84,7 @@ def _config(directory: Path, own: RunConfig | None, options: EvaluationOptions) 
         )
     if not config.data.test:
         raise ConfigError("the recipe has no data.test", fix="add test sources, or name another recipe with --recipe")
-    count = options.rows if options.rows is not None else config.evaluate.test_examples
+    count = options.examples if options.examples is not None else config.evaluate.test_examples
     return replace(config, evaluate=replace(config.evaluate, test_examples=count))
 
 
@@ -112,7 +112,7 @@ def _check_positions(opened: LoadedModel, test: EvalSet, options: EvaluationOpti
         )
 
 
-def _belongs_to(opened: LoadedModel, evalsets: Sequence[EvalSet], sampling: Sampling) -> dict[str, Any]:
+def _belongs_to(opened: LoadedModel, evalsets: Sequence[EvalSet], sampling: Sampling) -> Json:
     """What figures depend on: model, examples as tokens, and sampling; JSON data."""
     adapter = hashlib.sha256()
     for name in (WEIGHTS, CONFIG, ROUTER_BIAS):  # alpha, on which every figure depends, is in the second

@@ -61,7 +61,7 @@ def measure_test_set(
     base.model.eval()
     scores = score_set(base.model, test, model, between_batches=between_batches)
     figures = summarise_set(test, {model: scores}, confidence)
-    log.info(f"{model}: {_describe(figures, model)}")
+    log.info(f"{'before' if model == 'base' else 'after'}: {_describe(figures, model)}")
     return figures
 
 

@@ -1,4 +1,8 @@
-"""Rows of the data in a model card: only where the recipe says that they may leave (`export.share_examples`)."""
+"""The model card of an export: origin, data, recipe, figures, limits of use; rows of the data only if allowed.
+
+Attributions are handed on: a base lists its own in its README.md under `## Attribution`, and our cards have that
+section too, so that a model trained on an export keeps the attributions of the export.
+"""
 
 from __future__ import annotations
 
@@ -10,109 +14,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.adapters.store import BaseRecord
 from finetune.config.expert_selection import highest_rank
 from finetune.config.paths import resolve_data_path, shipped_dir
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.config.validate import load_run_config
 from finetune.data.dataset import load_split
 from finetune.errors import FinetuneError
-from finetune.export.options import MERGED_TARGETS
+from finetune.export.record import AdapterCheck, ExportRecord, MergeCheck, Skipped
+from finetune.export.survival.effect import Effect
 from finetune.model.tiny import ATTRIBUTION
 from finetune.results import Evaluation, read_evaluation
 
 NUM_EXAMPLES = 3
-
-
-def examples_section(config: RunConfig | None) -> str:
-    """The first test (or training) conversations as a section of a card; "" unless the recipe allows it.
-
-    Args:
-        config: the run's, or None if there is no run.
-    """
-    if config is None or not config.export.share_examples:
-        return ""
-    try:
-        split = load_split(config.data, "test" if config.data.test else "train")
-    except FinetuneError as error:
-        return f"## Examples\n\nThe data could not be read when this card was written: {error.what}."
-    parts = []
-    for record in split.records[:NUM_EXAMPLES]:
-        texts: list[tuple[str, str]] = [(message.role, message.content) for message in record.messages]
-        if record.conversation.text is not None:
-            texts.append(("text", record.conversation.text))
-        parts.append("\n".join(f"{role}: {text}" for role, text in texts))
-    # Indented text is shown as it is: nothing in the data becomes markup.
-    blocks = ["\n".join(f"    {line}" for line in part.splitlines()) for part in parts]
-    return f"## Examples\n\nThe first rows of the {split.name} data, as they are.\n\n" + "\n\n---\n\n".join(blocks)
-
-
-# Whose texts a model was made from, for its card: those of the base's own pretraining, and those of the recipe's data.
-#
-# A base says it in its README.md under `## Attribution`; our own cards have that section too, so that what is trained
-# on an export carries on what the export carried.
-
-_SHIPPED = "shipped://"
 UNKNOWN_LICENCE = "licence not recorded; establish it before you publish this model"
-
-
-def attribution_section(base: Mapping[str, Any], sources: Iterable[str] | None) -> str:
-    """The card's section.
-
-    Args:
-        base: what export.json says of the base.
-        sources: paths of the data that the adapter was trained on, as the recipe has them; None: not known.
-    """
-    parts = [f"{ATTRIBUTION}\n\n**The base**:\n\n{of_base(base)}"]
-    if sources is not None:
-        lines = [f"- `{shown_name(path)}`: {of_source(path) or UNKNOWN_LICENCE}" for path in sorted(sources)]
-        parts.append("**What the adapter was trained on**:\n\n" + "\n".join(lines))
-    return "\n\n".join(parts)
-
-
-def of_base(base: Mapping[str, Any]) -> str:
-    """What a base's own README.md says under `## Attribution`; where there is none, that its terms are its maker's."""
-    name = base["name"]
-    if not name:
-        return "Not named by the adapter; its terms apply."
-    if base["revision"]:  # a hub name
-        return f"`{name}`; its licence and usage policy go with this model."
-    card = Path(name).expanduser() / "README.md"
-    try:
-        text = card.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return f"`{Path(name).name}`. Its README.md was not there: carry its terms and attributions on yourself."
-    section = text.partition(f"\n{ATTRIBUTION}\n")[2].partition("\n## ")[0].strip()
-    return section or f"`{Path(name).name}`. Its README.md names no attributions; its licence goes with this model."
-
-
-def of_source(path: str) -> str | None:
-    """Source, licence and changes of a shipped file as data/LICENSES.md has them, None if it is not one."""
-    entries = [_entry(path, key) for key in ("Source", "Licence", "Changed")]
-    return " ".join(entry for entry in entries if entry) or None
-
-
-def licence_of(path: str) -> str | None:
-    """What data/LICENSES.md says of a shipped file's licence, None if it is not one."""
-    return _entry(path, "Licence")
-
-
-def shown_name(path: str) -> str:
-    """A data path without where it lies on this machine."""
-    return path.removeprefix(_SHIPPED) if path.startswith(_SHIPPED) else Path(path).name
-
-
-def _entry(path: str, key: str) -> str | None:
-    listing = shipped_dir("data") / "LICENSES.md"
-    if not path.startswith(_SHIPPED) or not listing.is_file():
-        return None
-    name = re.escape(path.removeprefix(_SHIPPED))
-    section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", listing.read_text(encoding="utf-8"), re.M | re.S)
-    entry = section and re.search(rf"- \*\*{key}\*\*: (.*?)(?=\n- \*\*|\Z)", section[1], re.S)
-    return " ".join(entry[1].split()) if entry else None
-
-
-# The model card beside an export: origin, data, recipe, figures, limits of use; data rows only if allowed.
-
+_SHIPPED = "shipped://"
 _SERVING = {
     "bf16": "vllm serve .\npython -m sglang.launch_server --model-path .",
     "mxfp4": "vllm serve .\nmlx_lm.server --model .",
@@ -139,99 +55,97 @@ _LIMITS = """## Limits of use
 - Figures above hold for the test rows they were measured on. Measure on your own before you rely on it."""
 
 
-def write_card(path: Path, facts: Mapping[str, Any], run: Path | None, serving: Sequence[str] = ()) -> None:
+def write_card(path: Path, record: ExportRecord, run: Path | None, commands: Sequence[str] = ()) -> None:
     """Write the card.
 
     Args:
         path: of the README.md.
-        facts: what export.json says.
+        record: of the export.
         run: the run directory, for recipe, data and evaluation; None: without those parts.
-        serving: of an adapter: the command that serves it, and what to know about it.
+        commands: of an adapter: the command that serves it, and notes on it.
     """
     manifest, evaluation = _read(run, "manifest.json"), _results(run)
     config = _config(run)
+    when = "before merging" if record.is_merged else "as it was trained"
     sections = [
-        _front(facts),
-        f"# {_title(facts, manifest)}\n\n{_origin(facts)}, made by {facts['written_by']} on {facts['written'][:10]}. "
+        _front(record),
+        f"# {_title(record, manifest)}\n\n{_origin(record)}, made by {record.written_by} on {record.written[:10]}. "
         "`export.json` has every check and file hash.",
-        _survival(facts),
+        _survival(record),
         _data(config, manifest),
-        attribution_section(facts["base"], [source.path for source in config.data.train.values()] if config else None),
+        attribution_section(record.base, [source.path for source in config.data.train.values()] if config else None),
         _recipe(config, manifest),
         examples_section(config),
-        _evaluation(evaluation, "before merging" if _is_merged(facts) else "as it was trained"),
-        _checks(facts) if _is_merged(facts) else _adapter_checks(facts),
+        _evaluation(evaluation, when),
+        _checks(record),
         _LIMITS,
-        _serving(facts, serving),
+        _serving(record, commands),
     ]
     path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
 
 
-def _front(facts: Mapping[str, Any]) -> str:
-    lines = ["---", f"library_name: {_LIBRARIES.get(facts['target'], 'transformers')}"]
-    if facts["base"]["revision"]:  # a hub name: the hub links the card to it
-        lines.append(f"base_model: {facts['base']['name']}")
-    return "\n".join([*lines, f"tags: [gpt-oss, lora{', merged' if _is_merged(facts) else ''}]", "---"])
+def _front(record: ExportRecord) -> str:
+    lines = ["---", f"library_name: {_LIBRARIES.get(record.target, 'transformers')}"]
+    if record.base.revision:  # a hub name: the hub links the card to it
+        lines.append(f"base_model: {record.base.name}")
+    return "\n".join([*lines, f"tags: [gpt-oss, lora{', merged' if record.is_merged else ''}]", "---"])
 
 
-def _is_merged(facts: Mapping[str, Any]) -> bool:
-    return facts["target"] in MERGED_TARGETS
+def _origin(record: ExportRecord) -> str:
+    what = f"This is {_KINDS[record.target]}"
+    if record.is_merged:
+        return f"{what}: {_base(record.base)} with a LoRA adapter folded in"
+    return f"{what}, to be put over its base {_base(record.base)}, whose weights are not here"
 
 
-def _origin(facts: Mapping[str, Any]) -> str:
-    what = f"This is {_KINDS[facts['target']]}"
-    if _is_merged(facts):
-        return f"{what}: {_base(facts)} with a LoRA adapter folded in"
-    return f"{what}, to be put over its base {_base(facts)}, whose weights are not here"
-
-
-def _serving(facts: Mapping[str, Any], lines: Sequence[str]) -> str:
-    command, *notes = lines or [_SERVING[facts["target"]].format(file=facts.get("file", "model.gguf"))]
-    name = facts["base"]["name"]
+def _serving(record: ExportRecord, commands: Sequence[str]) -> str:
+    command, *notes = commands or [_SERVING[record.target].format(file=record.file or "model.gguf")]
+    name = record.base.name
     if name and (Path(name).is_absolute() or Path(name).exists()):
-        command = command.replace(name, Path(name).name)  # where it lies on this machine is nobody's business
+        command = command.replace(name, Path(name).name)  # its place on this machine is nobody's business
     return "\n\n".join([f"## Serving\n\n```\n{command}\n```", *notes])
 
 
-def _title(facts: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
-    base = Path(facts["base"]["name"] or "gpt-oss").name
+def _title(record: ExportRecord, manifest: Mapping[str, Any]) -> str:
+    base = Path(record.base.name or "gpt-oss").name
     return f"{base}, fine-tuned with {manifest['recipe']}" if "recipe" in manifest else f"{base}, fine-tuned"
 
 
-def _base(facts: Mapping[str, Any]) -> str:
-    base = facts["base"]
-    if not base["name"]:
+def _base(base: BaseRecord) -> str:
+    if not base.name:
         return "(not named by the adapter)"
-    name = base["name"] if base["revision"] else Path(base["name"]).name
-    revision = f" at `{base['revision']}`" if base["revision"] else ""
-    identity = f"identity `{base['identity']}`" if base["identity"] else "identity not recorded"
+    name = base.name if base.revision else Path(base.name).name
+    revision = f" at `{base.revision}`" if base.revision else ""
+    identity = f"identity `{base.identity}`" if base.identity else "identity not recorded"
     return f"`{name}`{revision} ({identity})"
 
 
-def _survival(facts: Mapping[str, Any]) -> str:
-    if "survival" not in facts:
+def _survival(record: ExportRecord) -> str:
+    if record.survival is None:
         return ""
-    overall, end_to_end = facts["survival"]["overall"], facts["survival"].get("end_to_end", {})
-    left = overall["survival"]
+    overall, effect = record.survival.overall, record.survival.end_to_end
     measured = ""
-    if "variants" in end_to_end:
-        written = end_to_end["variants"][facts["survival"]["rounding"]]
-        measured = (
-            f" On {end_to_end['rows']} held-out rows it keeps {written['gain_kept']:.1%} of the adapter's gain, "
-            f"and {written['kl_removed']:.1%} of the distance (KL) between base and adapter is gone."
-            if written["gain_kept"] is not None
-            else ""
-        )
-    if "outputs" in overall:
+    if isinstance(effect, Effect):
+        written = effect.variants[record.survival.rounding]
+        if written.gain_kept is not None:
+            measured = (
+                f" On {effect.rows} held-out rows it keeps {written.gain_kept:.1%} of the adapter's gain, "
+                f"and {written.kl_removed:.1%} of the distance (KL) between base and adapter is gone."
+            )
+    if overall.outputs is not None:
         return (
             "**The experts were rounded back to 4 bits with compensation: "
-            f"{overall['outputs']['projection']:.1%} of the fine-tune's update survives in what they put out** on its "
+            f"{overall.outputs.projection:.1%} of the fine-tune's update survives in what they put out** on its "
             f"own training rows (attention is exact).{measured}"
         )
     return (
-        f"**The experts were rounded back to 4 bits, and {left:.1%} of the fine-tune's update of them is left** "
-        f"(projection; attention is exact). Prefer the bfloat16 merge or the adapter where that matters.{measured}"
+        "**The experts were rounded back to 4 bits, and "
+        f"{overall.survival:.1%} of the fine-tune's update of them is left** "
+        "(projection; attention is exact). Prefer the bfloat16 merge or the adapter where that matters." + measured
     )
+
+
+# ---- data and attributions
 
 
 def _data(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
@@ -242,8 +156,8 @@ def _data(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
         source.path for split in ("train", "validation", "test") for source in getattr(config.data, split).values()
     }
     for path in sorted(sources):
-        licence = licence_of(path) or UNKNOWN_LICENCE
-        lines.append(f"- `{shown_name(path)}`, sha256 of its content `{_content_hash(path)}`: {licence}")
+        licence = _licence_entry(path, "Licence") or UNKNOWN_LICENCE
+        lines.append(f"- `{_shown_name(path)}`, sha256 of its content `{_content_hash(path)}`: {licence}")
     for split, figures in manifest.get("data", {}).items():
         lines.append(
             f"- {split}: {figures['rows']:,} rows, {figures['trained_tokens']:,} of {figures['tokens']:,} tokens "
@@ -253,12 +167,84 @@ def _data(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
 
 
 def _content_hash(path: str) -> str:
-    """sha256 of a data file, decompressed, as data/LICENSES.md lists it."""
+    """SHA-256 of a data file, decompressed, as data/LICENSES.md lists it."""
     try:
         content = resolve_data_path(path).read_bytes()
     except (OSError, FinetuneError):
         return "not available: the file is not here any more"
     return hashlib.sha256(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).hexdigest()
+
+
+def attribution_section(base: BaseRecord, sources: Iterable[str] | None) -> str:
+    """The attributions of the base's own training and of the recipe's data.
+
+    Args:
+        base: of the export.
+        sources: paths of the data that the adapter was trained on, as the recipe has them; None: not known.
+    """
+    parts = [f"{ATTRIBUTION}\n\n**The base**:\n\n{base_attributions(base)}"]
+    if sources is not None:
+        lines = [f"- `{_shown_name(path)}`: {_source_attribution(path) or UNKNOWN_LICENCE}" for path in sorted(sources)]
+        parts.append("**What the adapter was trained on**:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def base_attributions(base: BaseRecord) -> str:
+    """What a base's README.md has under `## Attribution`; without one, that the terms of its maker apply."""
+    if not base.name:
+        return "Not named by the adapter; its terms apply."
+    if base.revision:  # a hub name
+        return f"`{base.name}`; its licence and usage policy go with this model."
+    path = Path(base.name).expanduser()
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return f"`{path.name}`. Its README.md was not there: carry its terms and attributions on yourself."
+    section = text.partition(f"\n{ATTRIBUTION}\n")[2].partition("\n## ")[0].strip()
+    return section or f"`{path.name}`. Its README.md names no attributions; its licence goes with this model."
+
+
+def _source_attribution(path: str) -> str | None:
+    """Source, licence and changes of a shipped file as data/LICENSES.md has them; None if it is not shipped."""
+    entries = [_licence_entry(path, key) for key in ("Source", "Licence", "Changed")]
+    return " ".join(entry for entry in entries if entry) or None
+
+
+def _shown_name(path: str) -> str:
+    """A data path without its place on this machine."""
+    return path.removeprefix(_SHIPPED) if path.startswith(_SHIPPED) else Path(path).name
+
+
+def _licence_entry(path: str, key: str) -> str | None:
+    listing = shipped_dir("data") / "LICENSES.md"
+    if not path.startswith(_SHIPPED) or not listing.is_file():
+        return None
+    name = re.escape(path.removeprefix(_SHIPPED))
+    section = re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", listing.read_text(encoding="utf-8"), re.M | re.S)
+    entry = section and re.search(rf"- \*\*{key}\*\*: (.*?)(?=\n- \*\*|\Z)", section[1], re.S)
+    return " ".join(entry[1].split()) if entry else None
+
+
+def examples_section(config: RunConfig | None) -> str:
+    """The first test (or training) conversations; "" unless the recipe allows it (`export.share_examples`)."""
+    if config is None or not config.export.share_examples:
+        return ""
+    try:
+        split = load_split(config.data, "test" if config.data.test else "train")
+    except FinetuneError as error:
+        return f"## Examples\n\nThe data could not be read when this card was written: {error.what}."
+    parts = []
+    for record in split.records[:NUM_EXAMPLES]:
+        texts: list[tuple[str, str]] = [(message.role, message.content) for message in record.messages]
+        if record.conversation.text is not None:
+            texts.append(("text", record.conversation.text))
+        parts.append("\n".join(f"{role}: {text}" for role, text in texts))
+    # Indented text is shown as it is: nothing in the data becomes markup.
+    blocks = ["\n".join(f"    {line}" for line in part.splitlines()) for part in parts]
+    return f"## Examples\n\nThe first rows of the {split.name} data, as they are.\n\n" + "\n\n---\n\n".join(blocks)
+
+
+# ---- recipe, evaluation, checks
 
 
 def _recipe(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
@@ -292,35 +278,30 @@ def _evaluation(evaluation: Evaluation | None, when: str) -> str:
     return "## Evaluation\n\n" + "\n".join(rows) + f"\n\n{note}"
 
 
-def _checks(facts: Mapping[str, Any]) -> str:
-    found = facts["verification"]
-    if "skipped" in found:
-        return f"## Checks\n\nNot verified ({found['skipped']})."
+def _checks(record: ExportRecord) -> str:
+    found = record.verification
+    if isinstance(found, AdapterCheck):
+        return (
+            "## Checks\n\nThe files were read back in a fresh process, by the layout that the target publishes: all "
+            f"{found.sites:,} sites (projections of layers and experts) act on random vectors as the trained adapter's"
+            f", to a relative difference of {found.max_relative_difference:.1e}. No server was run for this."
+        )
+    if not isinstance(found, MergeCheck):
+        return f"## Checks\n\nNot verified ({found.skipped})." if isinstance(found, Skipped) else ""
     lines = [
         f"- every weight was compared with base + update by others' code in a fresh process: "
-        f"{found['weights']['tensors_changed']} changed, all others as in the base"
+        f"{found.weights.tensors_changed} changed, all others as in the base"
     ]
-    logits = found["logits"]
-    if "skipped" in logits:
-        lines.append(f"- logits were not compared: {logits['skipped']}")
+    logits = found.logits
+    if isinstance(logits, Skipped):
+        lines.append(f"- logits were not compared: {logits.skipped}")
     else:
-        adapted = logits["adapted"]
+        adapted = logits.adapted
         lines.append(
-            f"- logits by transformers against base + adapter on {logits['samples']} samples: mean KL "
-            f"{adapted['mean_kl']:.2e}, same likeliest token at {adapted['argmax_agreement']:.1%} of positions"
+            f"- logits by transformers against base + adapter on {logits.samples} samples: mean KL "
+            f"{adapted.mean_kl:.2e}, same likeliest token at {adapted.argmax_agreement:.1%} of positions"
         )
     return "## Checks\n\n" + "\n".join(lines)
-
-
-def _adapter_checks(facts: Mapping[str, Any]) -> str:
-    found = facts["verification"]
-    if "skipped" in found:
-        return f"## Checks\n\nNot verified ({found['skipped']})."
-    return (
-        "## Checks\n\nThe files were read back in a fresh process, by the layout that the target publishes: all "
-        f"{found['sites']:,} sites (projections of layers and experts) act on random vectors as the trained adapter's, "
-        f"to a relative difference of {found['max_relative_difference']:.1e}. No server was run for this."
-    )
 
 
 def _config(run: Path | None) -> RunConfig | None:
@@ -341,7 +322,7 @@ def _results(run: Path | None) -> Evaluation | None:
 
 
 def _read(run: Path | None, name: str) -> dict[str, Any]:
-    """One of the run's JSON files; {} if it is not there or broken: a card says less then."""
+    """One of the run's JSON files; {} if it is missing or broken: a card has less in it then."""
     try:
         content = json.loads((run / name).read_text(encoding="utf-8")) if run else {}
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Combine adapters of one base into one: exactly, by putting their ranks side by side, or at a lower rank by SVD."""
+"""Combine adapters of one base into one: exactly, by concatenating their ranks, or at a lower rank by SVD."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ import torch
 from torch import Tensor
 
 from finetune import log
-from finetune.adapters.store import WEIGHTS, AdapterFile, Factors, open_adapter, warn_held_as, write_peft_directory
+from finetune.adapters.provenance import warn_other_storage
+from finetune.adapters.store import WEIGHTS, AdapterFile, write_directory
 from finetune.errors import ConfigError, InputError
-from finetune.export.adapters import known_shape
-from finetune.export.factors import layers_of, refuse_swapped
-from finetune.export.peft import adapts_every_layer, peft_contents
-from finetune.files import sha256_of
-from finetune.staging import refuse_existing
+from finetune.export.base import known_arch
+from finetune.export.factors import refuse_swapped
+from finetune.export.targets.peft import adapts_every_layer, peft_contents
+from finetune.files import refuse_existing, sha256_of
+from finetune.kernels.experts import LoraFactors
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """One adapter and how much of it is taken."""
+    """An adapter and its weight in the sum."""
 
-    source: AdapterFile
+    file: AdapterFile
     weight: float
 
 
 @dataclass(frozen=True)
 class RankReduction:
-    """What lowering the rank cost at one site: Frobenius norms of the exact update and of what was cut off."""
+    """The loss at one site from a lower rank: Frobenius norms of the exact update and of what was cut off."""
 
     layer: int
     name: str
@@ -54,14 +55,14 @@ def parse_weighted(text: str) -> tuple[Path, float]:
         weight = math.nan
     if not directory or not math.isfinite(weight) or weight == 0:
         raise ConfigError(
-            f"{text}: {number!r} is no weight",
+            f"{text}: {number!r} is not a weight",
             why="each adapter is given as DIR:WEIGHT, a finite number other than 0",
             fix="for example: finetune adapter combine runs/a/adapter:0.7 runs/b/adapter:0.3 --out merged",
         )
     return Path(directory), weight
 
 
-def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | None) -> list[RankReduction]:
+def combine_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | None) -> list[RankReduction]:
     """Write the weighted sum of adapters as a PEFT directory.
 
     Args:
@@ -70,7 +71,7 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | N
         rank: of the result, at most; None: the sum of the ranks, which is exact but for one rounding of b in float32.
 
     Returns:
-        Per site what the lower rank cost; empty without `rank`.
+        The loss at each site from the lower rank; empty without `rank`.
 
     Raises:
         ConfigError: `out` exists, or the rank is below 1.
@@ -79,58 +80,57 @@ def merge_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int | N
     refuse_existing(out)
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank} is below 1")
-    adapters = [Weighted(open_adapter(directory), weight) for directory, weight in parts]
+    adapters = [Weighted(AdapterFile.open(directory), weight) for directory, weight in parts]
     _refuse_different_bases(adapters)
-    sources = [adapter.source for adapter in adapters]
-    for source in sources:
-        refuse_swapped(source, known_shape(source))
-    layers: dict[int, dict[str, Factors]] = {}
-    costs: list[RankReduction] = []
-    numbers = sorted({number for source in sources for number in layers_of(source)})
+    files = [adapter.file for adapter in adapters]
+    for file in files:
+        refuse_swapped(file, known_arch(file))
+    layers: dict[int, dict[str, LoraFactors]] = {}
+    reductions: list[RankReduction] = []
+    numbers = sorted({number for file in files for number in file.layers})
     with log.Progress("merging", len(numbers), "layers") as progress:
         for number in numbers:
             layers[number] = {}
             for name, factors in _summed(adapters, number).items():
                 if rank is not None:
-                    factors, cost = _cut(factors, rank, number, name)
-                    costs.append(cost)
+                    factors, reduction = _cut(factors, rank, number, name)
+                    reductions.append(reduction)
                 layers[number][name] = factors
             progress.advance()
-    tensors, fields = peft_contents(layers.items(), every_layer=_every_layer(sources, layers))
-    write_peft_directory(out, tensors, fields, _facts(adapters, rank), router_bias=_summed_biases(adapters))
-    return costs
+    tensors, fields = peft_contents(layers.items(), every_layer=_every_layer(files, layers))
+    base = next((file.base for file in files if file.base.identity), files[0].base)
+    write_directory(out, tensors, fields, base, _origin(adapters, rank), router_bias=_summed_biases(adapters))
+    return reductions
 
 
-def describe_costs(costs: Sequence[RankReduction]) -> list[str]:
-    """What re-ranking cost: overall, and the site that lost most."""
-    if not costs:
+def describe_reductions(reductions: Sequence[RankReduction]) -> list[str]:
+    """The loss from a lower rank: overall, and the site that lost most."""
+    if not reductions:
         return []
-    total = math.hypot(*(cost.norm for cost in costs))
-    lost = math.hypot(*(cost.error for cost in costs))
-    worst = max(costs, key=lambda cost: cost.error / (cost.norm or 1))
+    total = math.hypot(*(each.norm for each in reductions))
+    lost = math.hypot(*(each.error for each in reductions))
+    worst = max(reductions, key=lambda each: each.error / (each.norm or 1))
     return [
         f"re-ranking cut off {lost / (total or 1):.2%} of the update (relative Frobenius error)",
         f"most at layer {worst.layer} {worst.name}: {worst.error / (worst.norm or 1):.2%}",
     ]
 
 
-def _summed(adapters: Sequence[Weighted], number: int) -> dict[str, Factors]:
-    """Exact weighted sums of one layer's updates: ranks side by side, weights and scales inside b."""
-    parts: dict[str, list[Factors]] = {}
+def _summed(adapters: Sequence[Weighted], number: int) -> dict[str, LoraFactors]:
+    """Exact weighted sums of one layer's updates: ranks concatenated, weights and scales inside b."""
+    parts: dict[str, list[LoraFactors]] = {}
     for adapter in adapters:
-        for name, factors in adapter.source.layer(number).items():
-            weighted = Factors(factors.a, factors.b * (factors.scale * adapter.weight), 1.0)
+        for name, factors in adapter.file.layer(number).items():
+            weighted = LoraFactors(factors.a, factors.b * (factors.scale * adapter.weight), 1.0)
             others = parts.setdefault(name, [])
             if others and (others[0].a.shape[-1], others[0].b.shape[:-1]) != (
                 factors.a.shape[-1],
                 factors.b.shape[:-1],
             ):
-                raise InputError(
-                    f"{adapter.source.directory}: {name} of layer {number} has other sizes than the first's"
-                )
+                raise InputError(f"{adapter.file.directory}: {name} of layer {number} has other sizes than the first's")
             others.append(weighted)
     return {
-        name: Factors(torch.cat([f.a for f in here], dim=-2), torch.cat([f.b for f in here], dim=-1), 1.0)
+        name: LoraFactors(torch.cat([f.a for f in here], dim=-2), torch.cat([f.b for f in here], dim=-1), 1.0)
         for name, here in parts.items()
     }
 
@@ -139,13 +139,13 @@ def _summed_biases(adapters: Sequence[Weighted]) -> dict[str, Tensor]:
     """Weighted sums of the changes of routers' biases."""
     total: dict[str, Tensor] = {}
     for adapter in adapters:
-        for name, change in adapter.source.router_bias.items():
+        for name, change in adapter.file.router_bias.items():
             total[name] = total.get(name, torch.zeros_like(change)) + adapter.weight * change
     return total
 
 
-def _cut(factors: Factors, rank: int, layer: int, name: str) -> tuple[Factors, RankReduction]:
-    """The best update of a rank (Eckart and Young), each expert for itself, its factors of equal size."""
+def _cut(factors: LoraFactors, rank: int, layer: int, name: str) -> tuple[LoraFactors, RankReduction]:
+    """The best update of a rank (Eckart and Young), for each expert by itself, with factors of equal size."""
     q_b, r_b = torch.linalg.qr(factors.b.double())
     q_a, r_a = torch.linalg.qr(factors.a.double().mT)
     u, values, vt = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)  # r x r: cheap beside in and out
@@ -154,43 +154,43 @@ def _cut(factors: Factors, rank: int, layer: int, name: str) -> tuple[Factors, R
     root = values[..., :kept].sqrt()
     b = (q_b @ u[..., :kept]) * root[..., None, :]
     a = root[..., :, None] * (vt[..., :kept, :] @ q_a.mT)
-    cost = RankReduction(layer, name, float(values.norm()), float(values[..., kept:].norm()))
-    return Factors(a.float().contiguous(), b.float().contiguous(), 1.0), cost
+    reduction = RankReduction(layer, name, float(values.norm()), float(values[..., kept:].norm()))
+    return LoraFactors(a.float().contiguous(), b.float().contiguous(), 1.0), reduction
 
 
-def _every_layer(sources: Sequence[AdapterFile], layers: dict[int, dict[str, Factors]]) -> bool:
-    shapes = [shape for source in sources if (shape := known_shape(source)) is not None]
-    whole = any(adapts_every_layer(source, None) for source in sources)
-    num_layers = shapes[0].num_layers if shapes else len(layers) if whole else None
+def _every_layer(files: Sequence[AdapterFile], layers: dict[int, dict[str, LoraFactors]]) -> bool:
+    archs = [arch for file in files if (arch := known_arch(file)) is not None]
+    whole = any(adapts_every_layer(file, None) for file in files)
+    num_layers = archs[0].num_layers if archs else len(layers) if whole else None
     alike = len({frozenset(layer) for layer in layers.values()}) == 1
     return alike and list(layers) == list(range(num_layers or 0))
 
 
 def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
-    known = {adapter.source.base_identity: adapter.source for adapter in adapters if adapter.source.base_identity}
+    files = [adapter.file for adapter in adapters]
+    known = {file.base.identity: file for file in files if file.base.identity}
     if len(known) > 1:
         one, other = list(known.values())[:2]
         raise InputError(
             f"{one.directory} and {other.directory} were trained on different bases",
-            why=f"{one.base_name} ({str(one.base_identity)[:12]}) and {other.base_name} "
-            f"({str(other.base_identity)[:12]}); updates of one mean nothing to the other",
-            fix="merge adapters of one base only",
+            why=f"{one.base.name} ({str(one.base.identity)[:12]}) and {other.base.name} "
+            f"({str(other.base.identity)[:12]}); an update of one means nothing on the other",
+            fix="combine adapters of one base only",
         )
-    for adapter in adapters[1:]:
-        warn_held_as(adapters[0].source.base_facts, adapter.source.base_held_as, adapters[0].source.directory)
-    if any(adapter.source.base_identity is None for adapter in adapters):
+    for file in files[1:]:
+        warn_other_storage(files[0].base, file.base.storage, files[0].directory)
+    if any(file.base.identity is None for file in files):
         log.warning("not every adapter records its base: whether they belong together is compared by shapes only")
 
 
-def _facts(adapters: Sequence[Weighted], rank: int | None) -> dict[str, Any]:
-    first = next((a.source for a in adapters if a.source.base_identity), adapters[0].source)
+def _origin(adapters: Sequence[Weighted], rank: int | None) -> dict[str, Any]:
+    """What finetune.json records of the parts."""
     return {
-        **first.base_facts,
         "merged_from": [
             {
-                "directory": str(adapter.source.directory.resolve()),
+                "directory": str(adapter.file.directory.resolve()),
                 "weight": adapter.weight,
-                "sha256": sha256_of(adapter.source.directory / WEIGHTS),
+                "sha256": sha256_of(adapter.file.directory / WEIGHTS),
             }
             for adapter in adapters
         ],

@@ -1,6 +1,6 @@
-"""Write the shards of a plan, one after the other, each tensor in pieces: memory does not grow with the model.
+"""Writes the shards of a plan one after the other, each tensor in pieces: memory does not grow with the model.
 
-Experts are computed a few at a time by worker threads (torch lets go of the interpreter lock) while this thread hashes
+Experts are computed a few at a time by worker threads (torch releases the interpreter lock) while this thread hashes
 and writes what is ready, in order.
 """
 
@@ -21,22 +21,25 @@ import torch
 from torch import Tensor
 
 from finetune import log
-from finetune.adapters.store import Factors
+from finetune.export.factors import part_of
 from finetune.export.plan import MergePlan, Operation, Shard
+from finetune.files import ResumableDirectory
+from finetune.kernels.experts import LoraFactors
 from finetune.machine import num_cores
 from finetune.model.checkpoint import Checkpoint
-from finetune.rounding.merge import Tally, add_to_experts, merge_weight, round_experts
-from finetune.rounding.nearest import seeded_noise
-from finetune.rounding.run import RoundedExperts
-from finetune.staging import Staging
+from finetune.rounding.merge import Tally, add_to_experts, merge_weight
+from finetune.rounding.nearest import round_experts, seeded_noise
+from finetune.rounding.results import RoundedExperts
 
-PIECE_BYTES = 48 << 20  # of the result; every worker holds one, and one waits
+PIECE_BYTES = 48 << 20  # of the result; every worker has one in memory, and one waits
 _MAX_WORKERS = 8
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def write_shards(plan: MergePlan, staging: Staging, rounded: RoundedExperts | None = None) -> dict[str, Tally]:
+def write_shards(
+    plan: MergePlan, staging: ResumableDirectory, rounded: RoundedExperts | None = None
+) -> dict[str, Tally]:
     """Write every shard that is not there yet.
 
     Args:
@@ -45,23 +48,25 @@ def write_shards(plan: MergePlan, staging: Staging, rounded: RoundedExperts | No
         rounded: experts that were rounded before. None: they are rounded here.
 
     Returns:
-        What became of each update, by the name of the tensor written (blocks, for rounded experts).
+        Sums of each update, by the name of the tensor written (blocks, for rounded experts).
     """
-    done = sum(shard.num_bytes for shard in plan.shards if shard.file in staging.shards)
+    done = sum(shard.num_bytes for shard in plan.shards if shard.file in staging.files)
     with log.Progress("merging", plan.num_bytes >> 20, "MiB") as progress, worker_pool() as pool:
         progress.start_at(done >> 20)
         for shard in plan.shards:
-            if shard.file in staging.shards:
+            if shard.file in staging.files:
                 continue
             try:
-                digest, tallies = _write_shard(plan, shard, staging.half(shard.file), pool, progress, done, rounded)
+                digest, tallies = _write_shard(
+                    plan, shard, staging.unfinished(shard.file), pool, progress, done, rounded
+                )
             except BaseException:
-                staging.drop_halves()
+                staging.remove_unfinished()
                 raise
-            staging.finish_shard(shard.file, {"sha256": digest, "tallies": _plain(tallies)})
+            staging.finish(shard.file, {"sha256": digest, "tallies": _plain(tallies)})
             done += shard.num_bytes
-    facts = [staging.shards[shard.file]["tallies"] for shard in plan.shards]
-    return {name: Tally(**values) for tallies in facts for name, values in tallies.items()}
+    stored = [staging.files[shard.file]["tallies"] for shard in plan.shards]
+    return {name: Tally(**values) for tallies in stored for name, values in tallies.items()}
 
 
 def worker_pool() -> ThreadPoolExecutor:
@@ -89,13 +94,12 @@ def expert_ranges(operation: Operation) -> list[tuple[int, int]]:
 
 
 def read_experts(
-    checkpoint: Checkpoint, operation: Operation, factors: Factors | None, first: int, last: int
-) -> tuple[Tensor, Tensor, Factors | None]:
+    checkpoint: Checkpoint, operation: Operation, factors: LoraFactors | None, first: int, last: int
+) -> tuple[Tensor, Tensor, LoraFactors | None]:
     """Blocks, scales and factors of a range of experts."""
     blocks = checkpoint.read_rows(operation.base, first, last)
     scales = checkpoint.read_rows(operation.base.removesuffix("_blocks") + "_scales", first, last)
-    part = None if factors is None else Factors(factors.a[first:last], factors.b[first:last], factors.scale)
-    return blocks, scales, part
+    return blocks, scales, None if factors is None else part_of(factors, slice(first, last))
 
 
 def _write_shard(
@@ -107,7 +111,7 @@ def _write_shard(
     done: int,
     rounded: RoundedExperts | None,
 ) -> tuple[str, dict[str, Tally]]:
-    """Write one file; its sha256 and what became of the updates in it."""
+    """Write one file; its SHA-256, and the sums of the updates in it."""
     digest = hashlib.sha256()
     tallies: dict[str, Tally] = {}
     scales: dict[str, Tensor] = {}  # of rounded experts, until their turn comes
@@ -147,9 +151,9 @@ def _pieces(
     if rounded is not None and operation.kind in ("round experts", "scales", "expert bias"):
         if operation.name in rounded.tallies:
             tally.add(rounded.tallies[operation.name])
-        yield from (rounded.read_rows(operation.name, *span) for span in expert_ranges(operation))
+        yield from (rounded.read_experts(operation.name, *span) for span in expert_ranges(operation))
         return
-    factors = plan.source.read(operation.site) if operation.site and operation.kind != "scales" else None
+    factors = plan.adapter.read(operation.site) if operation.site and operation.kind != "scales" else None
     match operation.kind:
         case "copy":
             yield from _copied(checkpoint, operation)
@@ -177,13 +181,13 @@ def _pieces(
 def merge_bias(plan: MergePlan, operation: Operation) -> Tensor:
     """A router's bias with its change, bfloat16 [E], rounded once."""
     bias = plan.checkpoint.read_rows(operation.base, 0, operation.shape[0])
-    return (bias.float() + plan.source.router_bias[operation.name]).to(bias.dtype)
+    return (bias.float() + plan.adapter.router_bias[operation.name]).to(bias.dtype)
 
 
 def _rounded(
     plan: MergePlan,
     operation: Operation,
-    factors: Factors | None,
+    factors: LoraFactors | None,
     pool: ThreadPoolExecutor,
     tally: Tally,
     scales: dict[str, Tensor],
@@ -200,7 +204,7 @@ def _rounded(
     def rounded(span: tuple[int, int]) -> tuple[Tensor, Tensor, Tally]:
         blocks, old, part = read_experts(checkpoint, operation, factors, *span)
         assert part is not None
-        noise = seeded_noise(plan, operation, span[0]) if plan.rounding == "stochastic" else None
+        noise = seeded_noise(checkpoint, operation.base, span[0]) if plan.rounding == "stochastic" else None
         return round_experts(blocks, old, part, noise, first_expert=span[0])
 
     found = []

@@ -1,20 +1,27 @@
-"""What exporters do to a site's factors without changing the update they stand for.
+"""Rewriting an adapter's factors without changing the updates they stand for, and the swapped factors of PEFT 0.19.0.
 
 Shape legend: E experts, r rank. Attention and the router: a [r, in], b [out, r]. Experts: a [E, r, in], b [E, out, r].
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from finetune.adapters.store import AdapterFile, Factors, StoredSite
+from finetune.adapters.layout import ATTENTION, EXPERTS, ROUTER, StoredSite
+from finetune.adapters.store import AdapterFile
 from finetune.arch import Arch
 from finetune.errors import InputError
+from finetune.kernels.experts import LoraFactors
+
+SWAPPING_RELEASE = "0.19.0"
+Layer = Mapping[str, LoraFactors]
+"""The factors of one layer by weight name."""
 
 
-def padded(factors: Factors, rank: int) -> Factors:
+def padded(factors: LoraFactors, rank: int) -> LoraFactors:
     """The same update with zero rows in a and zero columns in b up to a rank. The scale stays.
 
     Args:
@@ -26,22 +33,29 @@ def padded(factors: Factors, rank: int) -> Factors:
         raise ValueError(f"rank {factors.a.shape[-2]} cannot be padded to {rank}")
     if not missing:
         return factors
-    return Factors(F.pad(factors.a, (0, 0, 0, missing)), F.pad(factors.b, (0, missing)), factors.scale)
+    return LoraFactors(F.pad(factors.a, (0, 0, 0, missing)), F.pad(factors.b, (0, missing)), factors.scale)
 
 
-def rescaled(factors: Factors, scale: float) -> Factors:
-    """The same update under another scale; what differs is folded into b (rounded once, in float32)."""
+def rescaled(factors: LoraFactors, scale: float) -> LoraFactors:
+    """The same update under another scale; the quotient is folded into b (rounded once, in float32)."""
     if factors.scale == scale:
         return factors
-    return Factors(factors.a, factors.b * (factors.scale / scale), scale)
+    return LoraFactors(factors.a, factors.b * (factors.scale / scale), scale)
 
 
-def gate_and_up(factors: Factors) -> tuple[Factors, Factors]:
-    """Split gate_up_proj's update: both read the same a, gate writes the even outputs, up the odd ones."""
-    return tuple(Factors(factors.a, factors.b[:, start::2].contiguous(), factors.scale) for start in (0, 1))  # type: ignore[return-value]
+def part_of(factors: LoraFactors, experts: slice | int, rows: slice = slice(None)) -> LoraFactors:
+    """The update of some experts (or of one, two-dimensional), and of some of its output rows."""
+    b = factors.b[experts]
+    return LoraFactors(factors.a[experts], b if rows == slice(None) else b[..., rows, :].contiguous(), factors.scale)
 
 
-def joined_gate_up(gate: Factors, up: Factors) -> Factors:
+def split_gate_up(factors: LoraFactors) -> tuple[LoraFactors, LoraFactors]:
+    """gate_up_proj's update as those of gate (even outputs) and up (odd ones), which share a."""
+    gate, up = (LoraFactors(factors.a, factors.b[:, start::2].contiguous(), factors.scale) for start in (0, 1))
+    return gate, up
+
+
+def join_gate_up(gate: LoraFactors, up: LoraFactors) -> LoraFactors:
     """One update of gate_up_proj from those of gate and up.
 
     Args:
@@ -53,104 +67,86 @@ def joined_gate_up(gate: Factors, up: Factors) -> Factors:
     b = gate.b.new_zeros(experts, 2 * out, total)
     b[:, 0::2, :rank] = gate.b
     b[:, 1::2, total - up.b.shape[2] :] = up.b
-    return Factors(gate.a if shared else torch.cat([gate.a, up.a], dim=1), b, gate.scale)
+    return LoraFactors(gate.a if shared else torch.cat([gate.a, up.a], dim=1), b, gate.scale)
 
 
-def with_both_projections(layer: dict[str, Factors]) -> dict[str, Factors]:
-    """A layer's factors with zeros for the expert projection that is not adapted, when one of the two is.
+def with_both_projections(layer: Layer) -> dict[str, LoraFactors]:
+    """A layer's factors with zeros for the other expert projection where only one of the two is adapted.
 
-    vLLM 0.32 leaves all expert buffers zero, or fails an assertion, when a file holds one projection alone; and PEFT
+    vLLM 0.32 leaves all expert buffers zero, or fails an assertion, when a file has one projection alone; and PEFT
     calls a lone projection by the same keys whichever it is.
     """
-    present = {"gate_up_proj", "down_proj"} & layer.keys()
+    present = set(EXPERTS) & layer.keys()
     if len(present) != 1:
-        return layer
+        return dict(layer)
     (name,) = present
     known = layer[name]
     experts, rank, inputs, out = *known.a.shape, known.b.shape[1]
     # gate_up reads H and writes 2I, down reads I and writes H.
     other_inputs, other_out = (out, 2 * inputs) if name == "down_proj" else (out // 2, inputs)
-    zeros = Factors(torch.zeros(experts, rank, other_inputs), torch.zeros(experts, other_out, rank), known.scale)
-    filled = layer | {("down_proj" if name == "gate_up_proj" else "gate_up_proj"): zeros}
-    return {key: filled[key] for key in (*(k for k in layer if k not in present), "gate_up_proj", "down_proj")}
+    zeros = LoraFactors(torch.zeros(experts, rank, other_inputs), torch.zeros(experts, other_out, rank), known.scale)
+    (other,) = set(EXPERTS) - present
+    filled = {**layer, other: zeros}
+    return {key: filled[key] for key in (*(k for k in layer if k not in present), *EXPERTS)}
 
 
-def squared_norm(factors: Factors) -> Tensor:
-    """Squared Frobenius norm of the update, float64: [] or [E]. Nothing larger than the factors and r x r is formed."""
-    a, b = factors.a.double(), factors.b.double()
-    gram = (a @ a.mT) * (b.mT @ b)
-    return gram.sum((-2, -1)).clamp(min=0) * factors.scale**2
+def ordered(layer: Layer) -> list[tuple[str, LoraFactors]]:
+    """A layer's weights in the order of every file: attention, router, experts."""
+    return [(name, layer[name]) for name in (*ATTENTION, ROUTER, *EXPERTS) if name in layer]
 
 
-def layers_of(source: AdapterFile) -> list[int]:
-    """Numbers of the layers that an adapter changes."""
-    return sorted({site.layer for site in source.sites})
-
-
-def largest_rank(source: AdapterFile) -> int:
-    """The highest rank of any site."""
-    return max(site.rank for site in source.sites)
-
-
-# PEFT 0.19.0, and only that release, wrote A and B of gpt-oss experts the wrong way round; here they are told apart.
-#
+# ---- PEFT 0.19.0, and only that release, swapped A and B of gpt-oss experts.
 # It took transformers' expert weights [E, in, out] for [E, out, in]: A has the rows that belong to `out`, B those of
 # `in`. gate_up_proj shows it (in and out differ in every model); down_proj is square in the published ones and does
 # not.
 
-SWAPPING_RELEASE = "0.19.0"
+
+def swapped_back(factors: LoraFactors) -> LoraFactors:
+    """Experts' factors a [E, r, out] and b [E, in, r] as a [E, r, in] and b [E, out, r]."""
+    return LoraFactors(factors.b.mT.contiguous(), factors.a.mT.contiguous(), factors.scale)
 
 
-def is_swapped(source: AdapterFile, shape: Arch | None) -> bool:
-    """Whether an adapter's expert factors are PEFT 0.19.0's.
+def is_swapped(adapter: AdapterFile, arch: Arch | None) -> bool:
+    """Whether an adapter's expert factors are swapped as PEFT 0.19.0 wrote them.
 
     Args:
-        source: the adapter.
-        shape: of its base; None: widths are compared within the adapter.
+        adapter: opened.
+        arch: of its base; None: widths are compared within the adapter.
     """
-    gate_ups = [site for site in source.sites if site.name == "gate_up_proj"]
-    downs = [site for site in source.sites if site.name == "down_proj"]
-    by_release = source.config.get("peft_version") == SWAPPING_RELEASE
+    gate_ups = [site for site in adapter.sites if site.name == "gate_up_proj"]
+    downs = [site for site in adapter.sites if site.name == "down_proj"]
+    by_release = adapter.config.peft_version == SWAPPING_RELEASE
     if gate_ups:
-        return _gate_up_is_swapped(gate_ups[0], downs, source, shape, by_release)
-    if downs and shape is not None and shape.hidden != shape.expert_width:
-        return downs[0].inputs == shape.hidden
+        return _gate_up_is_swapped(gate_ups[0], downs, adapter, arch, by_release)
+    if downs and arch is not None and arch.hidden != arch.expert_width:
+        return downs[0].inputs == arch.hidden
     return bool(downs) and by_release
 
 
-def turned(factors: Factors) -> Factors:
-    """Experts' factors the other way round: a [E, r, out] and b [E, in, r] become a [E, r, in] and b [E, out, r]."""
-    return Factors(factors.b.mT.contiguous(), factors.a.mT.contiguous(), factors.scale)
-
-
-def refuse_swapped(source: AdapterFile, shape: Arch | None) -> None:
-    """Stop at an adapter that would be exported the wrong way round.
-
-    Raises:
-        InputError: it is PEFT 0.19.0's.
-    """
-    if is_swapped(source, shape):
+def refuse_swapped(adapter: AdapterFile, arch: Arch | None) -> None:
+    """Raise InputError if an adapter's factors are swapped: an export of them would be another update."""
+    if is_swapped(adapter, arch):
         raise InputError(
-            f"{source.directory} holds expert factors the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them",
-            fix=f"finetune adapter import {source.directory} --out NEW, then export NEW",
+            f"{adapter.directory} has expert factors the wrong way round, as PEFT {SWAPPING_RELEASE} wrote them",
+            fix=f"finetune adapter import {adapter.directory} --out NEW, then export NEW",
         )
 
 
 def _gate_up_is_swapped(
-    gate_up: StoredSite, downs: list[StoredSite], source: AdapterFile, shape: Arch | None, by_release: bool
+    gate_up: StoredSite, downs: list[StoredSite], adapter: AdapterFile, arch: Arch | None, by_release: bool
 ) -> bool:
     """gate_up reads H and writes 2I."""
-    if shape is not None:
-        hidden: int | None = shape.hidden
+    if arch is not None:
+        hidden: int | None = arch.hidden
     elif downs:
-        # The right way round down reads I and writes H; turned, its two widths are the other way round too.
+        # The right way round down reads I and writes H; swapped, its two widths are exchanged too.
         right = (gate_up.inputs, gate_up.out) == (downs[0].out, 2 * downs[0].inputs)
         wrong = (gate_up.out, gate_up.inputs) == (downs[0].inputs, 2 * downs[0].out)
         if right != wrong:
             return wrong
         return by_release
     else:
-        hidden = next((site.inputs for site in source.sites if site.name in ("q_proj", "k_proj", "v_proj")), None)
+        hidden = next((site.inputs for site in adapter.sites if site.name in ("q_proj", "k_proj", "v_proj")), None)
     if hidden is None or gate_up.inputs == gate_up.out:
         return by_release
     return gate_up.inputs != hidden and gate_up.out == hidden

@@ -1,47 +1,36 @@
-"""Read adapters that others wrote, PEFT of any version or factors expert by expert, and write them in our layout."""
+"""Import adapters of other tools: PEFT of any version, factors for each expert, or our compact form."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from finetune import log
-from finetune.adapters.compact import COMPACT_WEIGHTS, expanded, is_compact, read_compact
-from finetune.adapters.config_file import read_adapter_config
-from finetune.adapters.store import (
-    CONFIG,
-    EXPERTS,
-    WEIGHTS,
-    AdapterFile,
-    Factors,
-    StoredSite,
-    open_adapter,
-    read_provenance,
-    refuse_unsupported,
-    write_peft_directory,
-)
+from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
+from finetune.adapters.config_file import PeftConfig
+from finetune.adapters.layout import EXPERTS, StoredSite
+from finetune.adapters.store import WEIGHTS, AdapterFile, read_description, write_directory
 from finetune.arch import Arch
 from finetune.errors import InputError
-from finetune.export.adapters import known_shape
-from finetune.export.factors import SWAPPING_RELEASE, is_swapped, layers_of, turned
+from finetune.export.base import check_base, check_fits, find_base, known_arch
+from finetune.export.factors import SWAPPING_RELEASE, is_swapped, swapped_back
 from finetune.export.options import ExportOptions
-from finetune.export.peft import adapts_every_layer, peft_contents
-from finetune.export.plan import check_fits
-from finetune.export.sglang import PerExpertFile, holds_per_expert_keys
-from finetune.files import sha256_of
+from finetune.export.targets.peft import adapts_every_layer, peft_contents
+from finetune.export.targets.sglang import PerExpertFile, has_per_expert_keys
+from finetune.files import refuse_existing, sha256_of
+from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.headers import join, read_header
 from finetune.model.hub import BaseLocation
-from finetune.staging import refuse_existing
 
 _NOT_SAFETENSORS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template)\..*")
 
 
-class Base(NamedTuple):
-    """A base that was given: where it lies, opened."""
+@dataclass(frozen=True)
+class GivenBase:
+    """A base named on the command line, opened."""
 
     location: BaseLocation
     checkpoint: Checkpoint
@@ -49,30 +38,30 @@ class Base(NamedTuple):
 
 @dataclass(frozen=True)
 class Imported:
-    """An adapter in memory, the right way round.
+    """An adapter in memory, in our orientation.
 
     Attributes:
-        source: what it was read from; its sites are those of `layers`.
+        file: what it was read from; its sites are those of `layers`.
         base: the base that was given with it.
-        shape: of its base, if known.
-        layers: layer number -> site name -> factors.
-        layout: how the file was laid out, for the person.
+        arch: of its base, if known.
+        layers: layer number -> weight name -> factors.
+        layout: of the file, for the message.
         rslora: scales are to be written as alpha / sqrt(rank).
     """
 
-    source: AdapterFile
-    base: Base | None
-    shape: Arch | None
-    layers: dict[int, dict[str, Factors]]
+    file: AdapterFile
+    base: GivenBase | None
+    arch: Arch | None
+    layers: dict[int, dict[str, LoraFactors]]
     layout: str
     rslora: bool
 
 
 def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
-    """Write someone's adapter in our PEFT layout.
+    """Write an adapter of another tool in our PEFT layout.
 
     Args:
-        directory: what they wrote.
+        directory: of the adapter.
         out: must not exist.
         options: `base` and `revision`: the base it belongs to, to check it and to record its identity.
 
@@ -82,25 +71,24 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
     """
     refuse_existing(out)
     adapter = _read(directory, options)
-    facts = adapter.source.base_facts
-    if adapter.shape is not None:
-        check_fits(adapter.shape, adapter.source)
+    base = adapter.file.base
+    if adapter.arch is not None:
+        check_fits(adapter.arch, adapter.file)
     if adapter.base is not None:
-        from finetune.export.merged import check_base
-
-        facts |= {"base_name": adapter.base.location.name, "base_revision": adapter.base.location.revision}
-        facts["base_identity"] = check_base(adapter.base.checkpoint, adapter.source)
-    elif facts["base_identity"] is None:
+        location = adapter.base.location
+        identity = check_base(adapter.base.checkpoint, adapter.file)
+        base = replace(base, name=location.name, revision=location.revision, identity=identity)
+    elif base.identity is None:
         log.warning("which base it belongs to is not recorded; --base BASE checks it and records it")
     tensors, fields = peft_contents(
         sorted(adapter.layers.items()),
         rslora=adapter.rslora,
-        every_layer=adapts_every_layer(adapter.source, adapter.shape),
+        every_layer=adapts_every_layer(adapter.file, adapter.arch),
     )
-    file = directory / (COMPACT_WEIGHTS if is_compact(directory) else WEIGHTS)
-    bias = adapter.source.router_bias
-    write_peft_directory(out, tensors, fields, facts | {"imported_from": sha256_of(file)}, router_bias=bias)
-    log.info(f"read {adapter.layout}: {len(adapter.source.sites)} sites in {len(adapter.layers)} layers")
+    source = directory / (COMPACT_WEIGHTS if is_compact(directory) else WEIGHTS)
+    imported_from = {"imported_from": sha256_of(source)}
+    write_directory(out, tensors, fields, base, imported_from, router_bias=adapter.file.router_bias)
+    log.info(f"read {adapter.layout}: {len(adapter.file.sites)} sites in {len(adapter.layers)} layers")
     left_out = sorted(path.name for path in directory.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
     if left_out:
         log.warning(f"left out: {join(left_out)}; an adapter's tokens are its base's")
@@ -118,69 +106,57 @@ def _read(directory: Path, options: ExportOptions) -> Imported:
             why=f"it has {others[0]}, a format that can run code when it is read" if others else None,
             fix="save it as safetensors with the PEFT that wrote it" if others else "give an adapter's own directory",
         )
-    if holds_per_expert_keys(read_header(directory / WEIGHTS)):
+    if has_per_expert_keys(read_header(directory / WEIGHTS)):
         return _read_per_expert(directory, options)
-    source = open_adapter(directory)
-    base, shape = _base(source, options)
-    layers = {number: source.layer(number) for number in layers_of(source)}
-    layout = f"PEFT {source.config.get('peft_version') or 'of an unknown version'}"
-    if is_swapped(source, shape):
+    file = AdapterFile.open(directory)
+    base, arch = _base(file, options)
+    layers = {number: file.layer(number) for number in file.layers}
+    layout = f"PEFT {file.config.peft_version or 'of an unknown version'}"
+    if is_swapped(file, arch):
         layers = {
-            number: {name: turned(factors) if name in EXPERTS else factors for name, factors in layer.items()}
+            number: {name: swapped_back(factors) if name in EXPERTS else factors for name, factors in layer.items()}
             for number, layer in layers.items()
         }
-        sites = tuple(replace(s, inputs=s.out, out=s.inputs) if s.name in EXPERTS else s for s in source.sites)
-        source = replace(source, sites=sites)
+        sites = tuple(replace(s, inputs=s.out, out=s.inputs) if s.name in EXPERTS else s for s in file.sites)
+        file = replace(file, sites=sites)
         layout += f", expert factors swapped as {SWAPPING_RELEASE} did, turned the right way round"
-    return Imported(source, base, shape, layers, layout, bool(source.config.get("use_rslora")))
+    return Imported(file, base, arch, layers, layout, file.config.use_rslora)
 
 
 def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
-    provenance = read_provenance(directory) or {}
-    config = read_adapter_config(directory / CONFIG)
-    refuse_unsupported(config, directory)
-    source = AdapterFile(
-        directory,
-        config,
-        provenance.get("base_name") or config.get("base_model_name_or_path"),
-        provenance.get("base_revision") or config.get("revision"),
-        provenance.get("base_identity"),
-        sites=(),
-        base_held_as=provenance.get("base_held_as") or {},
-    )
-    base, shape = _base(source, options)
-    file = PerExpertFile.open(directory / WEIGHTS, config, shape.num_experts if shape else None)
-    layers = {number: file.layer(number) for number in file.layers}
-    sites = tuple(_site(number, name, factors) for number, layer in layers.items() for name, factors in layer.items())
-    layout = f"factors expert by expert ({file.num_experts} experts)"
-    return Imported(replace(source, sites=sites), base, shape, layers, layout, rslora=False)
+    config, recorded = read_description(directory)
+    file = AdapterFile(directory, config, recorded, sites=())
+    base, arch = _base(file, options)
+    stored = PerExpertFile.open(directory / WEIGHTS, config, arch.num_experts if arch else None)
+    layers = {number: stored.layer(number) for number in stored.layers}
+    layout = f"factors expert by expert ({stored.num_experts} experts)"
+    return Imported(replace(file, sites=_sites(layers)), base, arch, layers, layout, rslora=False)
 
 
 def _read_compact(directory: Path, options: ExportOptions) -> Imported:
     compact = read_compact(directory)
-    name, revision, identity = (compact.facts.get(f"base_{key}") for key in ("name", "revision", "identity"))
-    held_as = compact.facts.get("base_held_as") or {}
-    source = AdapterFile(directory, {}, name, revision, identity, (), held_as, compact.router_bias)
-    base, shape = _base(source, options)
-    layers = expanded(compact)
-    sites = tuple(_site(number, name, factors) for number, layer in layers.items() for name, factors in layer.items())
+    file = AdapterFile(directory, PeftConfig({}), compact.base, (), compact.router_bias)
+    base, arch = _base(file, options)
+    layers = compact.layers()
     layout = "an adapter in compact form"
-    return Imported(replace(source, sites=sites), base, shape, layers, layout, rslora=compact.rslora)
+    return Imported(replace(file, sites=_sites(layers)), base, arch, layers, layout, rslora=compact.rslora)
 
 
-def _base(source: AdapterFile, options: ExportOptions) -> tuple[Base | None, Arch | None]:
+def _base(file: AdapterFile, options: ExportOptions) -> tuple[GivenBase | None, Arch | None]:
     """The base that was given, and the sizes of it or of the one the adapter names; None where not known."""
     if options.base is None:
-        return None, known_shape(source)
-    from finetune.export.merged import find_base
-
-    location = find_base(source, options)
+        return None, known_arch(file)
+    location = find_base(file, options)
     checkpoint = Checkpoint.open(location.directory)
-    return Base(location, checkpoint), checkpoint.arch
+    return GivenBase(location, checkpoint), checkpoint.arch
 
 
-def _site(number: int, name: str, factors: Factors) -> StoredSite:
-    """What a site would be in a file of ours; it has no keys yet."""
-    rank, inputs = factors.a.shape[-2:]
-    experts = len(factors.a) if name in EXPERTS else 0
-    return StoredSite(number, name, rank, factors.scale, experts, inputs, factors.b.shape[-2], "", "")
+def _sites(layers: dict[int, dict[str, LoraFactors]]) -> tuple[StoredSite, ...]:
+    """Sites of factors in memory; they have no keys yet."""
+    sites = []
+    for number, layer in layers.items():
+        for name, factors in layer.items():
+            rank, inputs = factors.a.shape[-2:]
+            experts = len(factors.a) if name in EXPERTS else 0
+            sites.append(StoredSite(number, name, rank, factors.scale, experts, inputs, factors.b.shape[-2]))
+    return tuple(sites)

@@ -1,4 +1,4 @@
-"""What an adapter can be exported to, and what the command line may ask of it (no torch: `--help` reads this)."""
+"""Targets of an export and the options of the command (no torch: `--help` reads this)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Rounding = Literal["compensated", "nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 ADAPTER_TARGETS: tuple[AdapterTarget, ...] = get_args(AdapterTarget)
 DEFAULT_ROUNDING: Rounding = "compensated"
-FACTS = "export.json"
+RECORD = "export.json"
 CARD = "README.md"
 
 SUMMARIES: dict[str, str] = {
@@ -28,7 +28,7 @@ SUMMARIES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What the command line asked for beside the target.
+    """Options of `finetune export`.
 
     Attributes:
         base: directory or hub name of the base; None: the one the adapter names.
@@ -37,7 +37,7 @@ class ExportOptions:
         verify: open the result in a fresh process and compare it with what it was made from.
         gguf_experts: how a merged GGUF stores experts.
         rounding: how experts go back to MXFP4; None: the default where something is rounded.
-        calibration: run or recipe whose training rows compensated rounding sees; None: the adapter's own run.
+        calibration: run or recipe whose training data calibrate compensated rounding; None: the adapter's own run.
         pad_rank: pad the rank to one that vLLM serves (`peft`).
     """
 

@@ -1,7 +1,7 @@
-"""What a merge will do, tensor by tensor, worked out from headers alone: nothing is read and nothing is written.
+"""The plan of a merge, tensor by tensor, worked out from headers alone: no tensor is read and nothing is written.
 
 A native checkpoint is planned in the base's own files, order and headers, so that an update of zero gives the same
-bytes. A bfloat16 one gets files of its own, cut below 5 GB: that is also how much is done again after an interruption.
+bytes. A bfloat16 one gets files of its own, cut below 5 GB: an interruption costs at most one of them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from finetune.adapters.store import AdapterFile, StoredSite
-from finetune.arch import DTYPE_BYTES, Arch
-from finetune.errors import InputError
-from finetune.export.options import MergedTarget, Rounding
+from finetune.adapters.layout import EXPERTS, StoredSite
+from finetune.adapters.store import AdapterFile
+from finetune.arch import DTYPE_BYTES
+from finetune.errors import ConfigError
+from finetune.export.base import check_fits
+from finetune.export.options import DEFAULT_ROUNDING, ExportOptions, MergedTarget, Rounding
 from finetune.model.checkpoint import Checkpoint
-from finetune.mxfp4.constants import BLOCK
+from finetune.mxfp4.format import BLOCK
 
 SHARD_BYTES = 5_000_000_000  # what transformers cut at for years; smaller is only more files
 Kind = Literal["copy", "merge", "bias", "dequantise", "merge experts", "round experts", "scales", "expert bias"]
@@ -30,10 +32,10 @@ class Operation:
     """How one tensor of the result is made.
 
     Attributes:
-        kind: `copy` the base's bytes; `merge` a bfloat16 weight with its update; `bias` a router's with its
-            change; `dequantise` experts as they are or
-            `merge experts` with their update, into bfloat16 [E, in, out]; `round experts` with their update to MXFP4
-            blocks, and write the `scales` found there and the `expert bias` that takes up their mean error.
+        kind: `copy` the base's bytes; `merge` a bfloat16 weight with its update; `bias` a router's bias with
+            its change; `dequantise` experts as they are or `merge experts` with their update, into bfloat16
+            [E, in, out]; `round experts` with their update to MXFP4 blocks, and write the `scales` found there and the
+            `expert bias` that compensates their mean error.
         name: of the tensor in the result.
         base: of the tensor in the base (blocks, for experts).
         site: the update; None where there is none.
@@ -80,7 +82,7 @@ class MergePlan:
 
     target: MergedTarget
     checkpoint: Checkpoint
-    source: AdapterFile
+    adapter: AdapterFile
     shards: tuple[Shard, ...]
     rounding: Rounding = "nearest"
 
@@ -102,58 +104,52 @@ class MergePlan:
 
 
 def plan_merge(
-    checkpoint: Checkpoint, source: AdapterFile, target: MergedTarget, rounding: Rounding = "nearest"
+    checkpoint: Checkpoint, adapter: AdapterFile, target: MergedTarget, rounding: Rounding = "nearest"
 ) -> MergePlan:
     """Plan a merged checkpoint.
 
     Args:
         checkpoint: the base.
-        source: the adapter.
-        target: `bf16` or `mxfp4`; `gguf` is planned as one of them and written by `finetune.export.gguf_file`.
+        adapter: opened.
+        target: `bf16` or `mxfp4`; `gguf` is planned as one of them and written by `finetune.export.targets.gguf`.
         rounding: of `mxfp4`; compensated rounding changes the experts' biases as well.
 
     Raises:
         InputError: the adapter does not fit the base's shapes.
     """
-    check_fits(checkpoint.arch, source)
+    check_fits(checkpoint.arch, adapter)
     if target == "mxfp4":
-        shards = _native_shards(checkpoint, source, biases=rounding == "compensated")
+        shards = _native_shards(checkpoint, adapter, biases=rounding == "compensated")
     else:
-        shards = _dense_shards(checkpoint, source)
-    return MergePlan(target, checkpoint, source, shards, rounding)
+        shards = _dense_shards(checkpoint, adapter)
+    return MergePlan(target, checkpoint, adapter, shards, rounding)
 
 
-def check_fits(shape: Arch, source: AdapterFile) -> None:
-    """Compare every site's shapes with the base's weights.
+def choose_rounding(layout: MergedTarget, adapter: AdapterFile, options: ExportOptions) -> Rounding:
+    """The rounding of an export; `nearest`, which then has no effect, where no expert is rounded.
+
+    Args:
+        layout: how experts are stored: `bf16` or `mxfp4`.
+        adapter: opened.
+        options: of the command line.
 
     Raises:
-        InputError: names the first site that does not fit.
+        ConfigError: a rounding or a calibration is asked for that would do nothing.
     """
-    tensors = shape.expected_tensors()
-    for name, change in source.router_bias.items():
-        if name not in tensors or tensors[name][1] != tuple(change.shape):
-            raise InputError(f"{source.directory} changes {name} {list(change.shape)}, which the base has not")
-    for site in source.sites:
-        name = site.module + (_BLOCKS if site.num_experts else ".weight")
-        if name not in tensors:
-            raise InputError(
-                f"{source.directory} adapts {site.module}, which the base has not ({shape.num_layers} layers)",
-                fix="give the base the adapter was trained on with --base",
-            )
-        sizes = tensors[name][1]
-        experts, out, inputs = (*sizes[:2], sizes[2] * BLOCK) if site.num_experts else (0, *sizes)
-        if (site.num_experts, site.out, site.inputs) != (experts, out, inputs):
-            of = f"{experts} experts of " if experts else ""
-            has = f"{site.num_experts} experts of " if site.num_experts else ""
-            raise InputError(
-                f"{source.directory}: {site.module} updates {has}{site.out} x {site.inputs}, the base has "
-                f"{of}{out} x {inputs}",
-                fix="give the base the adapter was trained on with --base",
-            )
+    rounds = layout == "mxfp4" and any(site.name in EXPERTS for site in adapter.sites)
+    rounding = options.rounding or (DEFAULT_ROUNDING if rounds else "nearest")
+    if options.rounding and not rounds:
+        why = "experts stay in bfloat16" if layout != "mxfp4" else "the adapter changes no expert"
+        raise ConfigError(f"--rounding {options.rounding} does nothing here: {why}", fix="leave it out")
+    if options.calibration and rounding != "compensated":
+        raise ConfigError(
+            "--calibration is for compensated rounding alone", fix="leave it out, or ask for --rounding compensated"
+        )
+    return rounding
 
 
 def describe_plan(plan: MergePlan) -> list[str]:
-    """One line a tensor with its bytes, file by file, and the totals."""
+    """One line per tensor with its bytes, file by file, and the totals."""
     lines = []
     for shard in plan.shards:
         lines.append(f"{shard.file}  {shard.num_bytes:,} bytes")
@@ -175,8 +171,8 @@ def describe_plan(plan: MergePlan) -> list[str]:
     return lines
 
 
-def _native_shards(checkpoint: Checkpoint, source: AdapterFile, *, biases: bool) -> tuple[Shard, ...]:
-    sites = {site.module: site for site in source.sites}
+def _native_shards(checkpoint: Checkpoint, adapter: AdapterFile, *, biases: bool) -> tuple[Shard, ...]:
+    sites = {site.module: site for site in adapter.sites}
     ends = (_BLOCKS, _SCALES, _BIAS, ".weight") if biases else (_BLOCKS, _SCALES, ".weight")
     by_file: dict[str, list[Operation]] = {}
     for name, entry in checkpoint.entries.items():
@@ -185,7 +181,7 @@ def _native_shards(checkpoint: Checkpoint, source: AdapterFile, *, biases: bool)
         kind: Kind = "copy"
         if site is not None:
             kind = _KINDS[end]
-        elif name in source.router_bias:
+        elif name in adapter.router_bias:
             kind = "bias"
         base = name.removesuffix(_SCALES) + _BLOCKS if kind == "scales" else name
         by_file.setdefault(entry.file, []).append(Operation(kind, name, base, site, entry.dtype, entry.shape))
@@ -206,8 +202,8 @@ def _scales_follow_blocks(names: Sequence[str]) -> bool:
     )
 
 
-def _dense_shards(checkpoint: Checkpoint, source: AdapterFile) -> tuple[Shard, ...]:
-    sites = {site.module: site for site in source.sites}
+def _dense_shards(checkpoint: Checkpoint, adapter: AdapterFile) -> tuple[Shard, ...]:
+    sites = {site.module: site for site in adapter.sites}
     operations = []
     kind: Kind
     for name, (dtype, sizes) in checkpoint.arch.expected_tensors().items():
@@ -220,7 +216,7 @@ def _dense_shards(checkpoint: Checkpoint, source: AdapterFile) -> tuple[Shard, .
             operations.append(Operation(kind, dense, name, sites.get(dense), "BF16", (experts, groups * BLOCK, out)))
             continue
         site = sites.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        kind = "merge" if site else "bias" if name in source.router_bias else "copy"
+        kind = "merge" if site else "bias" if name in adapter.router_bias else "copy"
         operations.append(Operation(kind, name, name, site, dtype, sizes))
     return _cut(operations)
 

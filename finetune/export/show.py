@@ -1,4 +1,4 @@
-"""What is in an adapter directory: its sites, their ranks and scales, and how large the updates are."""
+"""`finetune adapter show`: the sites of an adapter, their ranks and scales, and the sizes of the updates."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune.adapters.store import AdapterFile, Factors
-from finetune.export.factors import squared_norm
+from finetune.adapters.lora import squared_norm
+from finetune.adapters.store import AdapterFile
+from finetune.kernels.experts import LoraFactors
 
 
 @dataclass(frozen=True)
@@ -16,13 +17,13 @@ class SiteMeasurement:
     """One site, measured.
 
     Attributes:
-        layer, name: where.
+        layer, name: of the weight.
         rank, scale: of its update.
         num_experts: 0 for attention and the router.
         norm: Frobenius norm of the update scale · b @ a, over all experts.
         largest_expert_norm: of a single expert; None without experts.
-        untouched_experts: experts whose update is exactly zero; None without experts.
-        ranks_in_use: of each expert, how many of its ranks have an update; None without experts.
+        untouched_experts: number of experts whose update is exactly zero; None without experts.
+        ranks_in_use: number of ranks with an update, by expert; None without experts.
         num_parameters: in both factors.
     """
 
@@ -38,15 +39,15 @@ class SiteMeasurement:
     num_parameters: int
 
 
-def measure(source: AdapterFile) -> list[SiteMeasurement]:
+def measure(adapter: AdapterFile) -> list[SiteMeasurement]:
     """Read every site, one at a time.
 
     Raises:
         InputError: a value is not finite.
     """
     measured = []
-    for site in source.sites:
-        factors = source.read(site)
+    for site in adapter.sites:
+        factors = adapter.read(site)
         squared = squared_norm(factors)
         per_expert = squared.sqrt() if site.num_experts else None
         measured.append(
@@ -66,34 +67,34 @@ def measure(source: AdapterFile) -> list[SiteMeasurement]:
     return measured
 
 
-def as_json(source: AdapterFile, sites: list[SiteMeasurement]) -> dict[str, Any]:
-    """All of it as plain data."""
+def as_json(adapter: AdapterFile, sites: list[SiteMeasurement]) -> dict[str, Any]:
+    """All of it as JSON."""
     return {
-        "directory": str(source.directory),
-        "base_name": source.base_name,
-        "base_revision": source.base_revision,
-        "base_identity": source.base_identity,
-        "base_held_as": source.base_held_as,
-        "peft_version": source.config.get("peft_version"),
-        "use_rslora": bool(source.config.get("use_rslora")),
+        "directory": str(adapter.directory),
+        "base_name": adapter.base.name,
+        "base_revision": adapter.base.revision,
+        "base_identity": adapter.base.identity,
+        "base_held_as": dict(adapter.base.storage),
+        "peft_version": adapter.config.peft_version,
+        "use_rslora": adapter.config.use_rslora,
         "num_parameters": sum(site.num_parameters for site in sites),
         "norm": math.hypot(*(site.norm for site in sites)),
         "sites": [asdict(site) for site in sites],
     }
 
 
-def as_lines(source: AdapterFile, sites: list[SiteMeasurement]) -> list[str]:
+def as_lines(adapter: AdapterFile, sites: list[SiteMeasurement]) -> list[str]:
     """A few lines and a table with one row for each kind of site."""
-    identity = (source.base_identity or "not recorded")[:12]
-    revision = f" at {source.base_revision}" if source.base_revision else ""
+    identity = (adapter.base.identity or "not recorded")[:12]
+    revision = f" at {adapter.base.revision}" if adapter.base.revision else ""
     parameters = sum(site.num_parameters for site in sites)
-    scale = "alpha / sqrt(rank), rsLoRA" if source.config.get("use_rslora") else "alpha / rank"
+    scale = "alpha / sqrt(rank), rsLoRA" if adapter.config.use_rslora else "alpha / rank"
     lines = [
-        f"{source.directory}: {parameters:,} parameters in {len(sites)} sites, scale = {scale}",
-        f"base: {source.base_name or 'not named'}{revision}, identity {identity}",
+        f"{adapter.directory}: {parameters:,} parameters in {len(sites)} sites, scale = {scale}",
+        f"base: {adapter.base.name or 'not named'}{revision}, identity {identity}",
         *(
-            f"trained over {part} in {held['format']}, {held['relative_rms']:.1%} off the checkpoint's"
-            for part, held in source.base_held_as.items()
+            f"trained over {part} in {change['format']}, {float(change['relative_rms']):.1%} off the checkpoint's"
+            for part, change in adapter.base.storage.items()
         ),
         f"{'site':<13} {'layers':<12} {'rank':>5} {'scale':>8} {'norm':>10}  largest",
     ]
@@ -110,7 +111,7 @@ def as_lines(source: AdapterFile, sites: list[SiteMeasurement]) -> list[str]:
     return lines
 
 
-def _ranks_in_use(factors: Factors) -> tuple[int, ...]:
+def _ranks_in_use(factors: LoraFactors) -> tuple[int, ...]:
     """Of each expert, ranks whose row of A [E, L, in] and column of B [E, out, L] are both not zero."""
     used = factors.a.any(2) & factors.b.any(1)
     return tuple(int(count) for count in used.sum(1))

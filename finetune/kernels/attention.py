@@ -1,14 +1,15 @@
-"""Attention with learned sinks over packed rows, in plain PyTorch: the specification that faster kernels must equal.
+"""Attention with learned sinks over packed sequences, in plain PyTorch: the reference that faster kernels must equal.
 
-A row holds several samples. Which keys a query sees is a property of the batch, worked out once on the host
-(`AttentionPlan`), not a T x T mask: a query sees keys at or before its own index that belong to its own segment, or to
-the one segment it continues (its prefix), and that lie within the layer's window by position. The forward pass keeps
-only the output and each query's log-sum; the backward pass recomputes probabilities block by block.
+A packed sequence has several examples. The keys that a query attends to follow from the batch's segments and are
+computed once on the host (`AttentionPlan`); there is no T x T mask. A query attends to keys at or before its own index
+that belong to its own segment, or to the one segment that it continues (its prefix), and that are within the layer's
+window by position. The forward pass saves only the output and each query's log-sum-exp; the backward pass recomputes
+probabilities block by block.
 
 A sink is one logit per head that takes part in the softmax and has no value: it only takes probability away.
 
-Shape legend: N tokens of all rows joined, H query heads, J key heads, G = H / J, d head width, Q queries in a block,
-S keys a block can see.
+Shape legend: N tokens of all sequences joined, H query heads, J key heads, G = H / J, d head width, Q queries in a
+block, S keys that a block attends to.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ PAIRS_PER_BLOCK = QUERIES_PER_BLOCK * 4096  # scores of a block for one head: 0.
 
 
 class _Block(NamedTuple):
-    """Queries `first` to `last` (exclusive) and the earliest key any of them sees."""
+    """Queries `first` to `last` (exclusive) and the earliest key that any of them attends to."""
 
     first: int
     last: int
@@ -39,14 +40,14 @@ class _Block(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedSegments:
-    """The segments as variable-length kernels take them: the queries of a segment see the end of its keys, causally.
+    """The segments as variable-length kernels take them: a segment's queries are aligned with the end of its keys.
 
-    A segment that continues another has that one's keys (in a window layer: as many of the last as are ever seen)
-    before its own, copied: which keys those are is `key_index`.
+    A segment that continues another has copies of that one's keys before its own (in a sliding layer only the last
+    ones, as far as the window reaches); `key_index` lists them.
 
     Attributes:
         lengths, key_lengths: queries and keys of each of the S segments.
-        starts, key_starts: int32 [S + 1], where each begins among all queries or keys.
+        starts, key_starts: int32 [S + 1], start of each segment among all queries or keys.
         key_index: int64, the token of each key; None when keys are the tokens themselves.
     """
 
@@ -57,7 +58,7 @@ class PackedSegments:
     key_index: Tensor | None
 
     def to(self, device: torch.device) -> PackedSegments:
-        """The same with its tensors on `device`."""
+        """The same segments with their tensors on `device`."""
         return replace(
             self,
             starts=self.starts.to(device),
@@ -68,16 +69,16 @@ class PackedSegments:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Which keys each query sees, for one kind of layer.
+    """The keys that each query attends to, for one kind of layer.
 
     Attributes:
-        segments: int64 [N], the segment of each token, numbered across rows.
+        segments: int64 [N], the segment of each token, numbered across sequences.
         prefixes: int64 [N], the segment each token's own segment continues; itself when it continues none.
-        positions: int64 [N], place in the (prefix and) segment, as the rotary embedding uses it.
-        window: keys seen at most, counting the token itself; None in full layers.
+        positions: int64 [N], position in the (prefix and) segment, as the rotary embedding uses it.
+        window: most keys that a query attends to, its own token included; None in full layers.
         blocks: query blocks with their key ranges, for the reference.
-        packed: the segments, for variable-length kernels. None where such a kernel cannot say what is seen: it counts a
-            window in tokens, the plan in positions, and those do not run on. Training batches always have it.
+        packed: the segments, for variable-length kernels. None where such a kernel cannot express the plan: it counts a
+            window in tokens, the plan in positions, and here positions have gaps. Training batches always have it.
     """
 
     segments: Tensor
@@ -97,8 +98,8 @@ class AttentionPlan:
             packed=None if self.packed is None else self.packed.to(device),
         )
 
-    def hidden(self, block: _Block) -> Tensor:
-        """bool [Q, S]: is this key hidden from this query of the block?"""
+    def masked(self, block: _Block) -> Tensor:
+        """bool [Q, S], whether each key is masked for each query of the block."""
         queries, keys = slice(block.first, block.last), slice(block.first_key, block.last)
         index = torch.arange(block.first_key, block.last, device=self.segments.device)
         allowed = index[None, :] <= index[block.first - block.first_key :, None]
@@ -114,24 +115,24 @@ class AttentionPlan:
 def plan_attention(
     segments: Tensor, positions: Tensor, window: int | None, *, prefixes: Tensor | None = None
 ) -> AttentionPlan:
-    """Work out query blocks and key ranges for a batch of packed rows.
+    """Compute query blocks and key ranges for a batch of packed sequences.
 
     Args:
-        segments: int64 [B, T]: sample number within its row; padding has its own number (such as -1). Tokens of a
-            segment stand together.
-        positions: int64 [B, T]: position of each token in its sample.
+        segments: int64 [B, T], number of the example within its sequence; padding has its own number (such as -1).
+            Tokens of a segment are contiguous.
+        positions: int64 [B, T], position of each token in its example.
         window: the layer's sliding window, or None.
-        prefixes: int64 [B, T]: the segment (of the same row, standing earlier) that each token's segment continues.
-            None: no segment continues another.
+        prefixes: int64 [B, T], the earlier segment of the same sequence that each token's segment continues. None: no
+            segment continues another.
 
     Returns:
         The plan, its tensors on `segments`' device.
     """
-    rows, length = segments.shape
-    row_numbers = torch.arange(rows, device=segments.device)[:, None]
-    stride = length + 2  # more than the segments a row can have, padding's -1 included
-    joined = (segments + 1 + row_numbers * stride).reshape(-1)
-    joined_prefixes = joined if prefixes is None else (prefixes + 1 + row_numbers * stride).reshape(-1)
+    batch, length = segments.shape
+    sequence_numbers = torch.arange(batch, device=segments.device)[:, None]
+    stride = length + 2  # more than the segments a sequence can have, padding's -1 included
+    joined = (segments + 1 + sequence_numbers * stride).reshape(-1)
+    joined_prefixes = joined if prefixes is None else (prefixes + 1 + sequence_numbers * stride).reshape(-1)
     flat_positions = positions.reshape(-1)
     on_host = joined.cpu().numpy(), joined_prefixes.cpu().numpy()
     packed = _packed_segments(*on_host, flat_positions.cpu().numpy(), window)
@@ -146,7 +147,7 @@ def plan_attention(
 
 
 def _blocks(first_keys: np.ndarray) -> tuple[_Block, ...]:
-    """Cut the queries into blocks, shorter ones where they see many keys: memory must not grow with the row."""
+    """Cut the queries into blocks, shorter ones where they attend to many keys: memory must not grow with length."""
     blocks = []
     first, length = 0, len(first_keys)
     while first < length:
@@ -161,7 +162,7 @@ def _blocks(first_keys: np.ndarray) -> tuple[_Block, ...]:
 def _packed_segments(
     segments: np.ndarray, prefixes: np.ndarray, positions: np.ndarray, window: int | None
 ) -> PackedSegments | None:
-    """The segments of joined rows ([N] each), or None where positions do not run on and a window counts them."""
+    """The segments of joined sequences ([N] each), or None where positions have gaps and a window counts them."""
     firsts = np.flatnonzero(np.diff(segments, prepend=np.nan))
     lasts = np.append(firsts[1:], len(segments))
     number_of = {segment: number for number, segment in enumerate(segments[firsts].tolist())}
@@ -196,7 +197,7 @@ def _starts(lengths: np.ndarray) -> Tensor:
 
 
 def _first_keys(segments: np.ndarray, prefixes: np.ndarray, window: int | None) -> np.ndarray:
-    """For each query [N] an index at or before the first key that it may see."""
+    """For each query an index [N] at or before the first key that it attends to."""
     index = np.arange(len(segments))
     _, first_of, inverse = np.unique(segments, return_index=True, return_inverse=True)
     own_start = first_of[inverse]
@@ -215,7 +216,7 @@ def sink_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, plan: Attenti
     Args:
         q: [N, H, d]. k, v: [N, J, d], H a multiple of J; head h reads key head h // G.
         sinks: [H] logits.
-        plan: which keys each query sees.
+        plan: the keys that each query attends to.
         scaling: factor on the scores.
 
     Returns:
@@ -225,9 +226,9 @@ def sink_attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, plan: Attenti
 
 
 class _SinkAttention(torch.autograd.Function):
-    """Blockwise forward and backward; exact in sinks too, whose gradient is only formed when wanted.
+    """Blockwise forward and backward; exact in the sinks too, whose gradient is only computed when needed.
 
-    Scores are worked on in place and exponentiated once a pass: on a CPU these passes are most of the cost.
+    Scores are updated in place and exponentiated once per pass: on a CPU these passes are most of the cost.
     """
 
     @staticmethod
@@ -293,10 +294,10 @@ def _heads_last(x: Tensor, grouped: torch.Size) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, plan: AttentionPlan, block: _Block, scaling: float) -> Tensor:
-    """Scaled scores [J, G, Q, S], -inf where the plan hides the key."""
+    """Scaled scores [J, G, Q, S], -inf where the plan masks the key."""
     exact = _accurate(q.dtype)
     keys = k[block.first_key : block.last].transpose(0, 1)  # [J, S, d]
     queries = _heads_first(q[block.first : block.last].to(exact) * scaling, k.shape[1])
     scores = queries @ keys.to(exact).transpose(1, 2)
     scores = scores.view(k.shape[1], -1, block.last - block.first, block.last - block.first_key)
-    return scores.masked_fill_(plan.hidden(block), float("-inf"))
+    return scores.masked_fill_(plan.masked(block), float("-inf"))

@@ -21,8 +21,7 @@ from finetune.kernels.attention import Attention, plan_attention, sink_attention
 from finetune.kernels.experts import ExpertBlock, ExpertWeights, LoraFactors, Mxfp4Experts, expert_block
 from finetune.kernels.flash import flash_sink_attention
 from finetune.kernels.grouped import runs_in_one_launch
-from finetune.mxfp4.constants import BLOCK
-from finetune.mxfp4.format import quantise
+from finetune.mxfp4.format import BLOCK, quantise
 
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 in hardware, and what torch's flash kernels are built for
 OLDEST_TRITON = (3, 6)  # what torch 2.11 comes with, and the oldest that the tests compile with

@@ -156,7 +156,7 @@ def _write_values(words, scales, out, num_words, width, program, groups: tl.cons
     """Dequantise words (8 codes, a quarter of a block) number `program` · W and on; row r begins at out[r · width].
 
     A thread takes one word, because its 8 values in bfloat16 are one 16-byte store and its neighbour's follow them.
-    Seen as float32, a code's bits in place give its value times 2^-126, subnormal 0.5 included. The factors put 2^126
+    Read as float32, a code's bits in place give its value times 2^-126, subnormal 0.5 included. The factors put 2^126
     and the block's scale back in two steps, neither of which overflows on its own; so infinities and zeros come out as
     in `finetune.mxfp4.format.dequantise`.
     """

@@ -1,10 +1,10 @@
-"""Matrix products of rows sorted by expert, each expert's rows with its own matrix.
+"""Grouped matrix products: routed tokens sorted by expert, those of each expert times its own matrix.
 
-torch's `grouped_mm` runs without waiting for the host on compute capability 9 and 10 (CUTLASS) and on a CPU. Elsewhere
-it copies the offsets to the host in every call; there the loop over experts below does the same with the counts that
-the host already has. Source: `_grouped_mm_cuda` and `_grouped_mm_fallback` in pytorch 2.13.
+torch's `grouped_mm` runs without synchronising with the host on compute capability 9 and 10 (CUTLASS) and on a CPU.
+Elsewhere it copies the offsets to the host in every call; there a loop over experts uses the counts that the host
+already has. Source: `_grouped_mm_cuda` and `_grouped_mm_fallback` in pytorch 2.13.
 
-Shape legend: R' rows of a chunk, C experts in it.
+Shape legend: R' routed tokens of a chunk, C experts in it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from finetune.kernels.dispatch import Chunk
 
-STRIDE_BYTES = 16  # grouped_mm wants every stride to be a multiple of this
-FAST_MAJORS = (9, 10)  # compute capabilities with a grouped product that does not wait for the host
+STRIDE_BYTES = 16  # grouped_mm requires every stride to be a multiple of this
+FAST_MAJORS = (9, 10)  # compute capabilities whose grouped product does not synchronise with the host
 
 
 @lru_cache
 def runs_in_one_launch(device: torch.device) -> bool:
-    """Whether `grouped_mm` takes all experts at once on this device, without waiting for the host."""
+    """Whether `grouped_mm` computes all experts at once on this device, without synchronising with the host."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in FAST_MAJORS
 
 
@@ -33,8 +33,8 @@ def grouped(rows: Tensor, matrices: Tensor, chunk: Chunk, *, loop: bool = False)
     Args:
         rows: with unit stride along either axis.
         matrices: likewise; pass a transposed view as it is.
-        chunk: whose rows they are.
-        loop: take the experts one by one, as on devices without a fast `grouped_mm`.
+        chunk: of these rows.
+        loop: compute the experts one by one, as on devices without a fast `grouped_mm`.
     """
     if runs_in_one_launch(rows.device) and not loop:
         return F.grouped_mm(rows, matrices, offs=chunk.offsets)
@@ -45,7 +45,7 @@ def grouped(rows: Tensor, matrices: Tensor, chunk: Chunk, *, loop: bool = False)
 
 
 def grouped_outer(left: Tensor, right: Tensor, chunk: Chunk, *, loop: bool = False) -> Tensor:
-    """left[of c] transposed times right[of c]: [R', M], [R', N] -> [C, M, N]; zero for experts without rows."""
+    """left[of c] transposed times right[of c]: [R', M], [R', N] -> [C, M, N]; zero for experts without tokens."""
     if not runs_in_one_launch(left.device) or loop:
         out = left.new_empty(len(chunk.counts), left.shape[1], right.shape[1])
         for here, (start, stop) in zip(out, chunk.spans(), strict=True):
@@ -54,7 +54,7 @@ def grouped_outer(left: Tensor, right: Tensor, chunk: Chunk, *, loop: bool = Fal
     out = F.grouped_mm(left.t(), right, offs=chunk.offsets)
     for number, count in enumerate(chunk.counts):
         if count == 0:
-            out[number].zero_()  # CUTLASS leaves a product over no rows to chance
+            out[number].zero_()  # CUTLASS leaves a product over no rows undefined
     return out
 
 

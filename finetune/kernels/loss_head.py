@@ -1,11 +1,11 @@
-"""Negative log-likelihood over 201,088 logits without ever holding them all.
+"""Loss head: negative log-likelihood over 201,088 logits, in chunks, never a whole [N, V] tensor.
 
 Context tokens are dropped before the head: only positions whose next token is trained are passed in. The head is
 frozen, so its weight gets no gradient. Logits are float32 straight from the product: rounded to bfloat16 on the way, as
 a plain `hidden @ head.T` does, a logit of 20 would be off by up to 0.06.
 
-torch 2.13's own `linear_cross_entropy` is not used: with a loss for each token it works out the logits twice, and on a
-CPU it takes small chunks and several times as long (`bench/loss_head.py`).
+torch 2.13's own `linear_cross_entropy` is not used: with a loss for each token it computes the logits twice, and on a
+CPU it uses small chunks and takes several times as long (`bench/loss_head.py`).
 
 Shape legend: N predicted tokens, M hidden states, D hidden, V vocabulary.
 """
@@ -34,37 +34,39 @@ def token_nll(hidden: Tensor, head: Tensor, targets: Tensor, tokens_per_chunk: i
     return _TokenNll.apply(hidden, head, targets, tokens_per_chunk)
 
 
-def answer_scores(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax(hidden[rows] @ head.T)[targets], without gradient, where many targets share a row.
+def answer_scores(hidden: Tensor, head: Tensor, positions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden[positions] @ head.T)[targets], without gradient, where many targets share a hidden state.
 
     Args:
-        hidden: [M, D]. head: [V, D].
-        rows: int64 [N] into hidden. targets: int64 [N].
+        hidden: [M, D].
+        head: [V, D].
+        positions: int64 [N], indices into hidden.
+        targets: int64 [N].
 
     Returns:
-        float32 [N] in nats, and bool [N]: no token is likelier than the target.
+        float32 [N] in nats, and bool [N], whether no token is likelier than the target.
     """
-    result = hidden.new_empty(len(rows), dtype=torch.float32)
-    is_likeliest = torch.zeros(len(rows), dtype=torch.bool, device=hidden.device)
+    result = hidden.new_empty(len(positions), dtype=torch.float32)
+    is_likeliest = torch.zeros(len(positions), dtype=torch.bool, device=hidden.device)
     for start in range(0, len(hidden), TOKENS_PER_CHUNK):
         logits = _logits(hidden[start : start + TOKENS_PER_CHUNK], head)
-        here = (rows >= start) & (rows < start + TOKENS_PER_CHUNK)
-        picked = rows[here] - start
+        here = (positions >= start) & (positions < start + TOKENS_PER_CHUNK)
+        picked = positions[here] - start
         wanted = logits[picked, targets[here]]
         is_likeliest[here] = wanted == logits.amax(-1)[picked]
         _, log_total = _exponentials(logits)
         result[here] = wanted - log_total[picked]
-        del logits  # or the next chunk's would stand beside them
+        del logits  # or the next chunk's would be allocated beside them
     return result, is_likeliest
 
 
 def token_kl(reference: Tensor, hidden: Tensor, head: Tensor, tokens_per_chunk: int = 128) -> Tensor:
-    """KL(reference || other) of the next-token distributions that two hidden states give under one head.
+    """KL(reference || other) between the next-token distributions of two hidden states under one head.
 
     Args:
         reference, hidden: [N, D], of the same tokens.
         head: [V, D].
-        tokens_per_chunk: 128 x 201,088 float32 logits are 0.1 GB, and there are four of them at a time.
+        tokens_per_chunk: 128 x 201,088 float32 logits are 0.1 GB, and four such tensors are alive at a time.
 
     Returns:
         float32 [N] in nats, without gradient.
@@ -78,7 +80,7 @@ def token_kl(reference: Tensor, hidden: Tensor, head: Tensor, tokens_per_chunk: 
 
 
 def _logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """[N, D] x [V, D] -> [N, V] in float32 (float64 for float64), not rounded in between."""
+    """[N, D] x [V, D] -> [N, V] in float32 (float64 for float64), not rounded in bfloat16 on the way."""
     if hidden.dtype in (torch.float32, torch.float64):
         return hidden @ head.T
     if hidden.is_cuda:
@@ -98,9 +100,9 @@ def _hidden_grad(logit_grads: Tensor, head: Tensor) -> Tensor:
 
 
 def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Work out exp(logits - largest) in place, and log sum exp of the logits [N].
+    """Compute exp(logits - largest) in place, and log-sum-exp of the logits [N].
 
-    One pass of exp over V, where logsumexp and a softmax after it would take two.
+    One pass of exp over V, where logsumexp and a following softmax would take two.
     """
     largest = logits.amax(-1, keepdim=True)
     exponentials = logits.sub_(largest).exp_()
@@ -108,9 +110,9 @@ def _exponentials(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _TokenNll(torch.autograd.Function):
-    """Forms the gradient in the forward pass, while the logits are there.
+    """Computes the gradient in the forward pass, while the logits are in memory.
 
-    The gradient of one token's NLL is a row of its own, which the backward pass only has to scale.
+    The gradient of each token's NLL is a row of its own, which the backward pass only has to scale.
     """
 
     @staticmethod
@@ -129,7 +131,7 @@ class _TokenNll(torch.autograd.Function):
                 probabilities[torch.arange(len(probabilities), device=logits.device), targets[span]] -= 1
                 unit_grad[span] = _hidden_grad(probabilities, head)
                 del probabilities
-            del logits, exponentials  # or the next chunk's would stand beside them
+            del logits, exponentials  # or the next chunk's would be allocated beside them
         ctx.save_for_backward(unit_grad)
         ctx.hidden_dtype = hidden.dtype
         return nll

@@ -66,7 +66,7 @@ class Base:
         return self.model.lm_head.weight.dtype
 
     @property
-    def held_as(self) -> dict[str, dict[str, str | float]]:
+    def storage_changes(self) -> dict[str, dict[str, str | float]]:
         """Parts whose storage format changed their values: `{"experts": {"format": "nf4", "relative_rms": 0.1}}`.
 
         Empty: the base computes what its checkpoint does.
@@ -104,10 +104,47 @@ def build_base(
         MachineError: NF4 is asked for without bitsandbytes.
     """
     storage = storage or BaseStorage()
-    converter, on_host = StorageConverter(device, dtype, storage), StorageConverter(torch.device("cpu"), dtype, storage)
     model = _empty_model(checkpoint, experts_per_chunk, storage)
     if storage.embedding_on_cpu:
         model.model.embed_tokens = CpuEmbedding(model.model.embed_tokens, device, dtype)
+    read = _read_tensors(checkpoint, StorageConverter(device, dtype, storage), shards)
+    if shards is not None:
+        shards.attach(model)
+    model.load_state_dict(read.state, strict=True, assign=True)
+    # Rotary frequencies are not in the checkpoint and are garbage after the meta device: build them again.
+    model.model.rotary_emb = GptOssRotaryEmbedding(model.config).to(device)
+    model.requires_grad_(False)
+    model.eval()
+    _require_filled(model)
+    for part, error in read.rounding_errors.items():
+        log.info(
+            f"{part}: stored in NF4, which changed them by {error:.2%} (relative RMS); "
+            "the adapter is trained over the rounded weights and records it"
+        )
+    base_identity = _identity(checkpoint, read.digests)
+    return Base(model, checkpoint, base_identity, read.state_digests, storage, read.rounding_errors, shards)
+
+
+@dataclass(frozen=True)
+class _ReadTensors:
+    """A checkpoint's tensors, converted to their storage formats.
+
+    Attributes:
+        state: the model's tensors by name.
+        digests: SHA-256 of each tensor as the checkpoint has it, by its name there.
+        state_digests: see `Base.digests`.
+        rounding_errors: see `Base.storage_errors`.
+    """
+
+    state: dict[str, Tensor]
+    digests: dict[str, str]
+    state_digests: dict[str, str]
+    rounding_errors: dict[str, float]
+
+
+def _read_tensors(checkpoint: Checkpoint, converter: StorageConverter, shards: ShardedLayers | None) -> _ReadTensors:
+    """Read, hash and convert every tensor; those of layers go to `shards`, if there are any."""
+    on_host = StorageConverter(torch.device("cpu"), converter.dtype, converter.storage)
     state: dict[str, Tensor] = {}
     digests: dict[str, str] = {}
     converted_digests: dict[str, str] = {}
@@ -127,21 +164,8 @@ def build_base(
             progress.advance()
     if shards is not None:
         state |= shards.finish()
-        shards.attach(model)
-    model.load_state_dict(state, strict=True, assign=True)
-    # Rotary frequencies are not in the checkpoint and are garbage after the meta device: build them again.
-    model.model.rotary_emb = GptOssRotaryEmbedding(model.config).to(device)
-    model.requires_grad_(False)
-    model.eval()
-    _require_filled(model)
-    errors = converter.rounding_errors()
-    for part, error in errors.items():
-        log.info(
-            f"{part}: stored in NF4, which changed them by {error:.2%} (relative RMS); "
-            "the adapter is trained over the rounded weights and records it"
-        )
     state_digests = {name: digest for name, digest in digests.items() if name in state} | converted_digests
-    return Base(model, checkpoint, _identity(checkpoint, digests), state_digests, storage, errors, shards)
+    return _ReadTensors(state, digests, state_digests, converter.rounding_errors())
 
 
 def _empty_model(checkpoint: Checkpoint, experts_per_chunk: int, storage: BaseStorage) -> GptOssForCausalLM:

@@ -8,7 +8,7 @@ identity is that of the files.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ _BLOCKS, _SCALES = "_blocks", "_scales"
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8}
 _FETCH_AGAIN = "download or copy the checkpoint again"
 
+ConfigJson = dict[str, Any]
+"""Content of a config.json: transformers' keys, passed on as they are; `Arch` has those that we read."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -44,10 +47,10 @@ class Checkpoint:
     """
 
     directory: Path
-    config: dict[str, Any]
+    config: ConfigJson
     arch: Arch
     entries: dict[str, TensorEntry]
-    _files: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _files: dict[str, Callable[[str], Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -120,9 +123,8 @@ class Checkpoint:
         """Read one tensor of the files; see `read`."""
         file = self.stored[name].file
         if file not in self._files:
-            self._files[file] = safe_open(self.directory / file, framework="pt")
-        tensor: Tensor = self._files[file].get_tensor(name)
-        return tensor
+            self._files[file] = safe_open(self.directory / file, framework="pt").get_tensor
+        return self._files[file](name)
 
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
         """Read part of a tensor into memory of its own: unlike with `read`, no file stays mapped.
@@ -165,7 +167,7 @@ class DenseCheckpoint(Checkpoint):
     _rounding: dict[tuple[str, int, int], tuple[float, float]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, directory: Path, config: dict[str, Any], arch: Arch, stored: dict[str, TensorEntry]) -> DenseCheckpoint:
+    def of(cls, directory: Path, config: ConfigJson, arch: Arch, stored: dict[str, TensorEntry]) -> DenseCheckpoint:
         """Check the files' tensors and present them in the native layout.
 
         Raises:
@@ -255,7 +257,7 @@ def _squared_sums(dense: Tensor, blocks: Tensor, scales: Tensor) -> tuple[float,
     return lost, total
 
 
-def _is_packed(config: dict[str, Any], directory: Path) -> bool:
+def _is_packed(config: ConfigJson, directory: Path) -> bool:
     """Whether experts are in MXFP4; False: in bfloat16."""
     quantisation = config.get("quantization_config")
     if quantisation is None:

@@ -86,7 +86,7 @@ class Decoder:
         shape = (1, -1) if plans else (-1, 1)
         steps = {
             kind: CachedAttention(
-                cache, sequences, positions, cache.note(sequences, positions), plans[kind] if plans else None
+                cache, sequences, positions, cache.reserve(sequences, positions), plans[kind] if plans else None
             )
             for kind, cache in self._caches.items()
         }

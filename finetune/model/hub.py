@@ -14,7 +14,7 @@ from pathlib import Path
 from finetune.config.suggest import PUBLISHED_BASES, TINY_HINT, looks_like_directory, suggest_base
 from finetune.errors import ConfigError, FinetuneError, InputError, MachineError
 
-# The published repositories also hold the same weights as original/* and metal/*: three times the bytes.
+# The published repositories also have the same weights as original/* and metal/*: three times the bytes.
 WANTED_FILES = ("*.safetensors", "*.json", "chat_template.jinja", "LICENSE", "USAGE_POLICY")
 UNWANTED_FILES = ("*/*",)
 

@@ -1,7 +1,7 @@
 """Open a frozen base: the one way from a recipe's `model` part to a model that is ready to compute.
 
 Every command that needs a live base calls `open_base`, so all of them compute the same function, in the same storage
-formats and with the same kernels. `tests/model/test_open.py` holds that no other module builds a base.
+formats and with the same kernels. `tests/model/test_open.py` checks that no other module builds a base.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import shutil
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -33,14 +33,16 @@ from finetune.arch import EMBEDDING, OUTPUT_HEAD, Arch
 from finetune.config.paths import shipped_dir
 from finetune.errors import ConfigError, MachineError
 from finetune.files import sha256_of, staged_directory, write_json
-from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE
+from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, ConfigJson
 from finetune.mxfp4.format import quantise
 
 Kind = Literal["pretrained", "random"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+Sizes = dict[str, int | list[str]]
+"""Keys of config.json in which a tiny base differs from the published 20b."""
 # hidden != expert width: a transposed expert tensor then has the wrong shape, which it has not in the real models.
-SIZES: dict[str, Any] = {
+SIZES: Sizes = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 2,
@@ -50,12 +52,12 @@ SIZES: dict[str, Any] = {
     "head_dim": 32,
     "num_local_experts": 8,
 }
-"""The keys of config.json in which a random base differs from the published 20b."""
+"""Of a random base."""
 ATTRIBUTION = "## Attribution"
 """Heading in a base's README.md of what has to go with every model made from it (finetune/export/card.py)."""
 COMPACT_FILE = Path("base") / "tiny.safetensors.gz"
 HEAD_NOISE = 20.0
-"""Of the rest's head rows, times 1 / D. A final hidden state has norm sqrt(D): this lets it lift any one by 20 nats."""
+"""Of the rest's head rows, times 1 / D. A final hidden state has norm sqrt(D): this lets it raise any logit by 20."""
 EMBEDDING_NOISE = 0.5
 """Of the rest's embedding rows, as a share of the RMS of all trained ones."""
 _TOKENS, _ROWS, _SCALES, _REST = "tokens", "embedding.rows", "embedding.scales", "embedding.rest"
@@ -79,7 +81,7 @@ class CompactBase:
         others: every other tensor of the checkpoint by its name, as it is stored there.
     """
 
-    sizes: dict[str, Any]
+    sizes: Sizes
     tokens: Tensor
     embedding: Tensor
     rest: Tensor
@@ -199,10 +201,10 @@ def write_tiny_base(
         write_checksums(staging)
 
 
-def _write_configs(directory: Path, sizes: dict[str, Any]) -> dict[str, Any]:
+def _write_configs(directory: Path, sizes: Sizes) -> ConfigJson:
     """Write config.json and generation_config.json: the published 20b's with other dims."""
     published = shipped_dir("data") / "tokenizer" / "gpt-oss-20b"
-    config: dict[str, Any] = json.loads((published / CONFIG_FILE).read_text(encoding="utf-8"))
+    config: ConfigJson = json.loads((published / CONFIG_FILE).read_text(encoding="utf-8"))
     config.update(sizes)
     write_json(directory / CONFIG_FILE, config)
     shutil.copyfile(published / "generation_config.json", directory / "generation_config.json")

@@ -100,8 +100,8 @@ def count_usage(
         between_batches: called between two forward passes; raises to stop early.
     """
     base.model.eval()
-    shape = base.checkpoint.arch
-    counter = UsageCounter(shape.num_layers, shape.num_experts, num_groups, base.device)
+    arch = base.checkpoint.arch
+    counter = UsageCounter(arch.num_layers, arch.num_experts, num_groups, base.device)
     choices = []
     sequences = pack([len(example.ids) for example in examples], row_tokens, np.random.default_rng(0))
     with log.Progress(task, len(examples), "examples") as progress:

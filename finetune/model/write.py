@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from finetune.errors import MachineError
 from finetune.model.build import Base
-from finetune.model.checkpoint import CONFIG_FILE, INDEX_FILE, DenseCheckpoint, dense_tensors
+from finetune.model.checkpoint import CONFIG_FILE, INDEX_FILE, ConfigJson, DenseCheckpoint, dense_tensors
 from finetune.model.nf4 import dequantise_nf4
 
 # The published checkpoints' own setting; transformers reads it to know which weights are packed.
@@ -68,9 +67,7 @@ def write_dense(base: Base, directory: Path) -> None:
     _write_checkpoint(directory, config, wanted, lambda name: _dense(base, state, name).contiguous())
 
 
-def _write_checkpoint(
-    directory: Path, config: Mapping[str, Any], names: Iterable[str], read: Callable[[str], Tensor]
-) -> None:
+def _write_checkpoint(directory: Path, config: ConfigJson, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
     """Write config.json, one file per layer and one for the rest, and the index; a file's tensors are read together."""
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     files: dict[str, list[str]] = {}

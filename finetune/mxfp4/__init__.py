@@ -1,0 +1,1 @@
+"""MXFP4, the number format of the published experts: packing, dequantising and quantising."""

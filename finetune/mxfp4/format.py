@@ -16,8 +16,12 @@ from itertools import pairwise
 
 import torch
 
-from finetune.mxfp4.constants import BLOCK, BYTES_PER_BLOCK, SCALE_BIAS
+from finetune.arch import MXFP4_BLOCK
 
+BLOCK = MXFP4_BLOCK
+"""Values that share a scale."""
+BYTES_PER_BLOCK = BLOCK // 2
+SCALE_BIAS = 127
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST_CHOSEN_SCALE = 252  # 6 * 2^125 is finite in float32 and bfloat16, 4 * 2^126 is not
 

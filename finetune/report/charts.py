@@ -268,7 +268,7 @@ def reliability_diagram(title: str, bins: Mapping[Model, Sequence[ReliabilityBin
 
     Args:
         title: what is drawn.
-        bins: by model. A bin's dot grows with its share of the rows, and a line spans its interval.
+        bins: by model. A bin's dot grows with its share of the examples, and a line spans its interval.
     """
     shown = [model for model in MODELS if bins.get(model)]
     if not shown:
@@ -298,7 +298,9 @@ def _reliability_line(model: Model, bins: Sequence[ReliabilityBin]) -> list[str]
     parts.append(f'<polyline class="{model}" points="{" ".join(f"{x},{y}" for x, y in places)}"/>')
     for each, (x, y) in zip(bins, places, strict=True):
         radius = round(_SMALLEST + (_LARGEST - _SMALLEST) * (each.rows / total) ** 0.5, 1)
-        words = f"{TITLES[model]}: {each.rows:,} rows, confidence {each.confidence:.3f}, accuracy {each.accuracy:.3f}"
+        words = (
+            f"{TITLES[model]}: {each.rows:,} examples, confidence {each.confidence:.3f}, accuracy {each.accuracy:.3f}"
+        )
         parts.append(f'<circle class="{model}" cx="{x}" cy="{y}" r="{radius}"><title>{words}</title></circle>')
     return parts
 

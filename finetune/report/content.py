@@ -136,8 +136,8 @@ def introduction(evaluation: Evaluation) -> str:
     """The base, and what the intervals mean, as Markdown."""
     base, test = evaluation.base, evaluation.test
     named = f"Base {code(base.name)}, identity {code(base.identity[:16])}. " if base else ""
-    paired = ", differences are paired row by row" if test and test.loss.difference else ""
-    return f"{named}Both saw the same rows; intervals are {evaluation.confidence:.0%}{paired}."
+    paired = ", differences are paired example by example" if test and test.loss.difference else ""
+    return f"{named}Both were scored on the same examples; intervals are {evaluation.confidence:.0%}{paired}."
 
 
 def evaluation_parts(evaluation: Evaluation) -> list[Part]:
@@ -173,7 +173,7 @@ def _filled(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def _mcnemar(found: McNemar) -> str:
-    return f"{found.gained} rows became right and {found.lost} wrong (exact McNemar test: p = {found.p_value:.2g})."
+    return f"{found.gained} examples became right and {found.lost} wrong (exact McNemar test: p = {found.p_value:.2g})."
 
 
 def _losses(suites: Sequence[SuiteFigures]) -> Part:
@@ -185,23 +185,23 @@ def _losses(suites: Sequence[SuiteFigures]) -> Part:
         )
         for suite in suites
     ]
-    head = ("rows", *_MODEL_TITLES, *(f"perplexity, {TITLES[model]}" for model in MODELS))
+    head = ("examples", *_MODEL_TITLES, *(f"perplexity, {TITLES[model]}" for model in MODELS))
     content: list[Piece] = [_filled(head, rows)]
     if any(suite.records == 1 for suite in suites):
-        content.append("One row or record alone has no interval: nothing tells how another would have come out.")
+        content.append("One record alone has no interval: another one might come out quite differently.")
     if len(suites) > 1:
-        content.append("Retention rows are of domains that were not trained on: a rise there is what was forgotten.")
+        content.append("Retention sets are of domains that were not trained on: a rise there means forgetting.")
     return Part("Loss, nats per trained token", content)
 
 
 def _contamination(found: ContaminationFigures) -> Part:
     content: list[Piece] = [
-        f"{found.seen} of {found.rows} test rows have half or more of their 13-word runs in the training rows "
+        f"{found.seen} of {found.rows} test records have half or more of their 13-word runs in the training records "
         f"({found.copies} are copies of one); {found.touched} have any; {found.too_short} are too short to tell."
     ]
     if (without := found.without_seen) is not None:
         rows = [("loss", *_comparison(without.loss)), *_label_rows(without)]
-        content += [f"Without the seen ones, on {without.rows} rows:", Table(("", *_MODEL_TITLES), rows)]
+        content += [f"Without the seen ones, on {without.rows} examples:", Table(("", *_MODEL_TITLES), rows)]
     return Part("Seen in training", content)
 
 
@@ -212,7 +212,7 @@ def _labels(suite: SuiteFigures, confidence: float) -> Part:
     """Accuracy and calibration; the details are confusion tables and each label's figures."""
     content: list[Piece] = [
         f"{suite.num_labels} labels scored by likelihood; always giving the most frequent one is right for "
-        f"{suite.best_constant:.3f} of the rows.",
+        f"{suite.best_constant:.3f} of the examples.",
         _filled(("", *_MODEL_TITLES), _label_rows(suite)),
     ]
     if suite.accuracy is not None and suite.accuracy.mcnemar is not None:
@@ -240,7 +240,7 @@ def _label_rows(suite: SuiteFigures) -> list[tuple[str, ...]]:
 
 def _each_label(labels: Sequence[LabelFigures]) -> list[Piece]:
     """Precision, recall and F1 of each label, before and after."""
-    head = ["label", "rows"]
+    head = ["label", "examples"]
     for name in ("chosen", "F1", "precision", "recall"):
         head += [f"{name} before", f"{name} after"]
     rows = [
@@ -257,15 +257,15 @@ def _each_label(labels: Sequence[LabelFigures]) -> list[Piece]:
         for each in labels
     ]
     note = (
-        "Label by label, before (base) and after (base + adapter). Precision: of the rows that were given the label, "
-        "how many have it; recall: of the rows that have it, how many were given it. A label with few rows has a wide "
-        "interval."
+        "Label by label, before (base) and after (base + adapter). Precision: of the examples that were given the "
+        "label, how many have it; recall: of the examples that have it, how many were given it. A label with few "
+        "examples has a wide interval."
     )
     return [note, Table(head, rows, names=True)]
 
 
 def reliability_rows(bins: Sequence[ReliabilityBin]) -> list[tuple[str, str, str, str]]:
-    """Each bin as texts: its range of confidence, its rows, their mean confidence and their accuracy."""
+    """Each bin as texts: its range of confidence, its examples, their mean confidence and their accuracy."""
     rows = []
     for each in bins:
         number = min(int(each.confidence * NUM_BINS), NUM_BINS - 1)
@@ -284,10 +284,10 @@ def _answers(found: AnswerFigures) -> Part:
         for key, title in _FORM.items()
     ]
     if found.exact is not None:
-        rows.append((f"equal to the answer ({found.exact_rows} rows)", *_comparison(found.exact)))
+        rows.append((f"equal to the answer ({found.exact_rows} examples)", *_comparison(found.exact)))
     content: list[Piece] = [
         Table(("", *_MODEL_TITLES), rows),
-        "Behind a count stands the interval of its share of the rows.",
+        "The interval after a count is that of its share of the examples.",
     ]
     if found.exact is not None and found.exact.mcnemar is not None:
         content.append(f"Equal to the answer: {_mcnemar(found.exact.mcnemar)}")
@@ -295,7 +295,7 @@ def _answers(found: AnswerFigures) -> Part:
         content.append(_prose(found.prose, found.prose_rows))
         if found.prose.authors is not None:
             content.append(_voices(found.prose.authors))
-    return Part(f"Generated answers ({found.rows} rows)", content)
+    return Part(f"Generated answers ({found.rows} examples)", content)
 
 
 def _form_cell(found: FormFigures, key: str, total: int) -> str:
@@ -316,12 +316,12 @@ def _prose(prose: ProseFigures, num_rows: int) -> Table:
         values = [getattr(figures, key) for figures in written.values()]
         if any(value is not None for value in values):
             rows.append((title, *(NO_VALUE if value is None else f"{value:.4g}" for value in values)))
-    return Table((f"prose ({num_rows} rows)", *(TITLES[writer] for writer in written)), rows)
+    return Table((f"prose ({num_rows} examples)", *(TITLES[writer] for writer in written)), rows)
 
 
 def _voices(authors: AuthorFigures) -> str:
     return (
         f"Voices: {authors.known} authors are known from training. Always naming the same one is right for at most "
-        f"{authors.largest_share:.3f} of the rows, and for {1 / authors.known:.3f} as a mean over authors. "
-        f"Rows of unknown authors, which do not count: {authors.unknown_rows}."
+        f"{authors.largest_share:.3f} of the examples, and for {1 / authors.known:.3f} as a mean over authors. "
+        f"Examples of unknown authors, which do not count: {authors.unknown_rows}."
     )

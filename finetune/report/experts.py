@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from finetune.files import write_text
 from finetune.report.charts import heat_map
+from finetune.results import Json
 
 USAGE_FILE = "expert_usage.parquet"
 FIGURES = "figures"
@@ -21,7 +22,7 @@ FEWEST_TOKENS = 100
 """A channel or source with fewer tokens gets no map of its own."""
 
 
-def experts_section(run: Path, manifest: dict[str, Any]) -> str:
+def experts_section(run: Path, manifest: Json) -> str:
     """Write the heat maps into the run directory and return the section; empty where nothing was measured."""
     routing = manifest.get("routing")
     if not routing:
@@ -37,7 +38,7 @@ def experts_section(run: Path, manifest: dict[str, Any]) -> str:
         write_text(run / FIGURES / f"{name}.svg", drawn)
         lines.append(f"![{name.replace('_', ' ')}]({FIGURES}/{name}.svg)")
     note = (
-        f"Measured on {routing['samples']} {routing['split']} samples; 1 is even use of a layer's experts. Every "
+        f"Measured on {routing['samples']} {routing['split']} examples; 1 is even use of a layer's experts. Every "
         f"number is in `{USAGE_FILE}`, by channel and source."
     )
     return "\n\n".join(["## Experts", note, *lines, _by_layer(routing)])
@@ -74,7 +75,7 @@ def _relative(rows: dict[str, NDArray[Any]], mask: NDArray[np.bool_]) -> NDArray
     return chosen / np.maximum(chosen.sum(1, keepdims=True), 1) * chosen.shape[1]
 
 
-def _by_layer(routing: dict[str, Any]) -> str:
+def _by_layer(routing: Json) -> str:
     before, after = routing["before"], routing["after"]
     table = [
         "| layer | entropy | variation | dead | hot | tokens with other experts |",

@@ -16,18 +16,19 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from markupsafe import Markup
 
-from finetune.config.differences import as_typed, defaults, differences
+from finetune.config.differences import ABSENT, as_typed, defaults, differences
+from finetune.config.fields import Plain
 from finetune.files import write_text
 from finetune.report.charts import Series, line_chart, reliability_diagram, smoothed
 from finetune.report.content import TITLES, evaluation_parts, introduction, plain, reliability_rows
 from finetune.report.experts import FIGURES
 from finetune.report.markdown import check_lines, summary, write_report
-from finetune.report.read import RunFiles
-from finetune.results import MODELS, Model, ReliabilityBin
+from finetune.report.read import RunFiles, ShownAnswer
+from finetune.results import MODELS, Json, Model, ReliabilityBin
 
 _ANSWERS_SHOWN = 6
 _NUMBER = re.compile(r"[+-]?[\d,]+(\.\d+)?(e[+-]?\d+)?%?")
-Arguments = Mapping[str, Any]
+Arguments = Json
 """Arguments of a section's macro."""
 Bins = Mapping[Model, Sequence[ReliabilityBin]]
 
@@ -108,9 +109,13 @@ def _environment_of_templates() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    filters = (plain, _base64, _number_columns, _bin_rows, _calibration)
+    filters = (plain, _base64, _number_columns, _bin_rows, _calibration, _model_title)
     environment.filters |= {made.__name__.lstrip("_"): made for made in filters}
     return environment
+
+
+def _model_title(model: str) -> str:
+    return TITLES[model]
 
 
 def _base64(svg: bytes) -> str:
@@ -122,7 +127,7 @@ def _bin_rows(bins: Bins) -> list[tuple[str, ...]]:
 
 
 def _calibration(bins: Bins) -> Markup:
-    return Markup(reliability_diagram("Calibration: accuracy of the rows given a confidence", bins))
+    return Markup(reliability_diagram("Calibration: accuracy of the examples at each confidence", bins))
 
 
 _TEMPLATES = _environment_of_templates()
@@ -190,26 +195,12 @@ def _charts(run: RunFiles) -> Arguments:
     return {"drawings": [Markup(drawing) for drawing in drawings if drawing]}
 
 
-@dataclass(frozen=True)
-class AnswersToRow:
-    """Generated answers to one example: (title of the model, text) pairs."""
-
-    number: int
-    question: str
-    answer: str | None
-    texts: Sequence[tuple[str, str]]
-
-
 def _answers(run: RunFiles) -> Arguments | None:
-    by_row: dict[int, dict[str, dict[str, Any]]] = {}
-    for line in run.answers:
-        by_row.setdefault(int(line.get("row", 0)), {})[str(line.get("who"))] = line
-    rows = []
-    for number, found in list(by_row.items())[:_ANSWERS_SHOWN]:
-        line = next(iter(found.values()))
-        texts = [(TITLES[model], str(found[model].get("final") or "")) for model in MODELS if model in found]
-        rows.append(AnswersToRow(number, str(line.get("question") or ""), line.get("answer"), texts))
-    return {"rows": rows} if rows else None
+    by_row: dict[int, list[ShownAnswer]] = {}
+    for answer in run.answers:
+        by_row.setdefault(answer.row, []).append(answer)
+    shown = list(by_row.values())[:_ANSWERS_SHOWN]
+    return {"examples": [sorted(found, key=lambda one: MODELS.index(one.who)) for found in shown]} if shown else None
 
 
 def _experts(run: RunFiles) -> Arguments | None:
@@ -229,9 +220,7 @@ def _data(run: RunFiles) -> Arguments:
         (name, *(f"{split.get(key, 0):,}" for key in ("rows", "tokens", "trained_tokens", "skipped_rows")))
         for name, split in run.manifest.get("data", {}).items()
     ]
-    pieces = [piece for piece in run.sample.get("pieces") or [] if isinstance(piece, dict)]
-    shown = [{"text": str(piece.get("text", "")), "weight": piece.get("weight")} for piece in pieces]
-    return {"splits": splits, "where": str(run.sample.get("where", "")), "pieces": shown}
+    return {"splits": splits, "example": run.example}
 
 
 def _adapter(run: RunFiles) -> Arguments:
@@ -242,7 +231,7 @@ def _adapter(run: RunFiles) -> Arguments:
 
 def _survival(run: RunFiles) -> Arguments:
     """Each merge: the ways of serving compared, and its weights tensor by tensor."""
-    return {"merges": [(merge, merge.svg.encode(), merge.weight_rows()) for merge in run.survival]}
+    return {"merges": [(merge, merge.svg.encode()) for merge in run.survival]}
 
 
 def _checks(run: RunFiles) -> Arguments | None:
@@ -262,12 +251,13 @@ def _configuration(run: RunFiles) -> Arguments | None:
     }
 
 
-def _changed(config: Mapping[str, Any]) -> Sequence[tuple[str, str, str]]:
+def _changed(config: Plain) -> Sequence[tuple[str, str, str]]:
     try:
         found = differences(defaults(config), config)
     except (KeyError, TypeError, AttributeError):  # a run of another version: its keys may be others
         return ()
-    return [(difference.key, as_typed(difference.before), as_typed(difference.after)) for difference in found]
+    present = [each for each in found if each.after != ABSENT]  # an older version's config.yaml lacks newer keys
+    return [(each.key, as_typed(each.before), as_typed(each.after)) for each in present]
 
 
 def _environment(run: RunFiles) -> Arguments:

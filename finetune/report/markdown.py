@@ -5,9 +5,8 @@ Made from a run's files alone, so it works on a run that is still going or was s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from finetune.files import write_text
 from finetune.report.content import (
@@ -24,10 +23,9 @@ from finetune.report.content import (
 from finetune.report.experts import experts_section
 from finetune.report.read import RunFiles
 from finetune.report.survival import survival_section
-from finetune.results import MODELS, Evaluation, to_json
+from finetune.results import MODELS, Evaluation, Json, to_json
 
 NUM_CURVE_POINTS = 12
-Manifest = Mapping[str, Any]
 
 
 def write_report(run: Path) -> Path:
@@ -70,7 +68,7 @@ def outcome(run: Path) -> str:
     return "\n".join(lines)
 
 
-def outcome_record(run: Path) -> dict[str, Any]:
+def outcome_record(run: Path) -> Json:
     """What `outcome` says, and evaluation.json, as JSON data."""
     files = RunFiles.read(run)
     figures = {key: files.manifest.get(key) for key in ("status", "minutes", "peak_memory_gib", "total_steps")}
@@ -78,7 +76,7 @@ def outcome_record(run: Path) -> dict[str, Any]:
     return {**places, **figures, "evaluation": to_json(files.trained) if files.trained else {}}
 
 
-def summary(manifest: Manifest, evaluation: Evaluation | None) -> str:
+def summary(manifest: Json, evaluation: Evaluation | None) -> str:
     """What a run did, in a few sentences of Markdown."""
     status = manifest.get("status", "unknown")
     parts = [f"Recipe {code(manifest.get('recipe', '?'))}, status: **{status}**."]
@@ -95,7 +93,7 @@ def summary(manifest: Manifest, evaluation: Evaluation | None) -> str:
     return " ".join(parts)
 
 
-def check_lines(manifest: Manifest) -> list[str]:
+def check_lines(manifest: Json) -> list[str]:
     """The checks of a run, as items of a Markdown list."""
     lines = [f"- {line}" for line in manifest.get("audit") or []]
     match manifest.get("read_back"):
@@ -109,7 +107,7 @@ def check_lines(manifest: Manifest) -> list[str]:
         case {"max_difference": difference, "effect": effect, "samples": samples}:
             lines.append(
                 f"- read back by stock PEFT in a fresh process: logits differ by {difference:.1e} at most on {samples} "
-                f"samples (the adapter itself moves them by {effect:.1f})"
+                f"examples (the adapter itself moves them by {effect:.1f})"
             )
     if "adapter_of_step" in manifest:
         lines.append(f"- the adapter is the one of step {manifest['adapter_of_step']} (best validation loss)")
@@ -130,7 +128,7 @@ def _evaluation(evaluation: Evaluation | None) -> str:
             for title, figures in evaluation.headlines()
         ],
     )
-    note = f"{test.rows} test rows, {evaluation.confidence:.0%} intervals"
+    note = f"{test.rows} test examples, {evaluation.confidence:.0%} intervals"
     if test.num_labels is not None:
         note += (
             f"; labels scored by likelihood among {test.num_labels}, "
@@ -147,18 +145,9 @@ def _training(files: RunFiles) -> str:
     shown = [*steps[::every], *([steps[-1]] if (len(steps) - 1) % every else [])]
     validations = {line["step"]: line["validation_loss"] for line in files.metrics if line.get("kind") == "evaluation"}
     head = ("step", "loss", "balance", "gradient norm", "learning rate", "tokens/s", "memory GiB")
-    rows = [
-        (
-            str(step["step"]),
-            f"{step['loss']:.4f}",
-            f"{step['balance_loss']:.3f}",
-            f"{step['gradient_norm']:.3f}",
-            f"{step['learning_rate']:.2e}",
-            f"{step['tokens_per_second']:,.0f}",
-            f"{step['memory_gib']:.2f}",
-        )
-        for step in shown
-    ]
+    keys = ("step", "loss", "balance_loss", "gradient_norm", "learning_rate", "tokens_per_second", "memory_gib")
+    forms = ("d", ".4f", ".3f", ".3f", ".2e", ",.0f", ".2f")
+    rows = [[format(step[key], form) for key, form in zip(keys, forms, strict=True)] for step in shown]
     text = f"## Training\n\n{_table(Table(head, rows))}"
     if validations:
         best = min(validations, key=lambda step: validations[step])
@@ -167,14 +156,14 @@ def _training(files: RunFiles) -> str:
     return text
 
 
-def _figures(manifest: Manifest) -> str:
+def _figures(manifest: Json) -> str:
     """Base, data, memory, parameters and environment."""
     if "base" not in manifest:
         return ""
     base, environment = manifest["base"], manifest["environment"]
     lines = [f"- base: {code(base['name'])}, revision {base['revision'] or 'none'}, identity `{base['identity'][:16]}`"]
     lines += [
-        f"- data, {name}: {split['rows']:,} rows, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained, "
+        f"- data, {name}: {split['rows']:,} examples, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained, "
         f"{split['skipped_rows']:,} skipped, fingerprint `{split['fingerprint'][:16]}`"
         for name, split in manifest["data"].items()
     ]
@@ -185,7 +174,7 @@ def _figures(manifest: Manifest) -> str:
     return "## Facts\n\n" + "\n".join(lines)
 
 
-def _memory(manifest: Manifest) -> list[str]:
+def _memory(manifest: Json) -> list[str]:
     """How the base was stored and what updated the adapter, as far as the manifest says."""
     base = manifest["base"]
     lines = []
@@ -231,7 +220,7 @@ def _markdown(piece: Piece) -> str:
             note = "A row for each own label, a column for each chosen one."
             return f"### {piece.title}\n\n{note}\n\n{_table(_numbered(piece))}"
         case Reliability():
-            head = ("confidence", "rows", "mean confidence", "accuracy")
+            head = ("confidence", "examples", "mean confidence", "accuracy")
             tables = (
                 f"### Calibration ({TITLES[model]})\n\n{_table(Table(head, reliability_rows(bins)))}"
                 for model, bins in piece.bins.items()

@@ -3,15 +3,54 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from finetune.config.old_keys import current_data
 from finetune.errors import InputError
 from finetune.report.survival import Survival, read_survival
-from finetune.results import Evaluation, read_evaluation
+from finetune.results import Evaluation, Json, read_evaluation
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """A generated answer: the number of its example, the model, what was asked, the record's answer, the final text."""
+
+    row: int
+    who: str
+    question: str
+    answer: str | None
+    final: str
+
+    @classmethod
+    def of(cls, line: Json) -> ShownAnswer:
+        """From a line of rows.jsonl; whatever is missing is empty."""
+        answer = line.get("answer")
+        return cls(
+            int(line.get("row", 0)),
+            str(line.get("who")),
+            str(line.get("question") or ""),
+            None if answer is None else str(answer),
+            str(line.get("final") or ""),
+        )
+
+
+@dataclass(frozen=True)
+class TrainedExample:
+    """A training example: its record, and its text in pieces, which are trained or context."""
+
+    where: str
+    pieces: Sequence[tuple[str, bool]]
+
+    @classmethod
+    def of(cls, content: Json) -> TrainedExample:
+        """From sample.json."""
+        pieces = [piece for piece in content.get("pieces") or [] if isinstance(piece, Mapping)]
+        texts = [(str(piece.get("text", "")), bool(piece.get("weight"))) for piece in pieces]
+        return cls(str(content.get("where", "")), texts)
 
 
 @dataclass(frozen=True)
@@ -26,19 +65,19 @@ class RunFiles:
         compared: evaluation/summary.json, which `finetune evaluate` wrote.
         metrics: lines of metrics.jsonl.
         answers: generated answers, lines of evaluation/rows.jsonl.
-        sample: sample.json, a training example's pieces with their weights.
+        example: sample.json, a training example.
         survival: what merges to MXFP4 kept (survival-TARGET.json).
         unreadable: names of files that are there and could not be read.
     """
 
     path: Path
-    config: dict[str, Any]
-    manifest: dict[str, Any]
+    config: Json
+    manifest: Json
     trained: Evaluation | None
     compared: Evaluation | None
-    metrics: list[dict[str, Any]]
-    answers: list[dict[str, Any]]
-    sample: dict[str, Any]
+    metrics: list[Json]
+    answers: list[ShownAnswer]
+    example: TrainedExample
     survival: list[Survival]
     unreadable: list[str] = field(default_factory=list)
 
@@ -46,6 +85,7 @@ class RunFiles:
     def read(cls, run: Path) -> RunFiles:
         """Read a run directory."""
         unreadable: list[str] = []
+        rows = read_lines(run / "evaluation" / "rows.jsonl")
         return cls(
             path=run,
             config=_read_config(run / "config.yaml", unreadable),
@@ -53,13 +93,13 @@ class RunFiles:
             trained=_evaluation(run / "evaluation.json", unreadable),
             compared=_evaluation(run / "evaluation" / "summary.json", unreadable),
             metrics=read_lines(run / "metrics.jsonl"),
-            answers=[line for line in read_lines(run / "evaluation/rows.jsonl") if line.get("measured") == "text"],
-            sample=read_json(run / "sample.json", unreadable),
+            answers=[ShownAnswer.of(line) for line in rows if line.get("measured") == "text"],
+            example=TrainedExample.of(read_json(run / "sample.json", unreadable)),
             survival=read_survival(run),
             unreadable=unreadable,
         )
 
-    def lines(self, kind: str, *keys: str) -> list[dict[str, Any]]:
+    def lines(self, kind: str, *keys: str) -> list[Json]:
         """Metrics lines of a kind that have numbers under all of `keys`."""
         numbers = (int, float)
         return [
@@ -69,7 +109,7 @@ class RunFiles:
         ]
 
 
-def read_json(path: Path, unreadable: list[str] | None = None) -> dict[str, Any]:
+def read_json(path: Path, unreadable: list[str] | None = None) -> Json:
     """A JSON object, {} if the file is missing or holds anything else (then `unreadable` gets its name)."""
     if not path.is_file():
         return {}
@@ -84,9 +124,9 @@ def read_json(path: Path, unreadable: list[str] | None = None) -> dict[str, Any]
     return {}
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[Json]:
     """Complete JSON objects of a JSONL file; other lines, such as a half-written last one, are left out."""
-    lines = []
+    lines: list[Json] = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
         try:
@@ -106,7 +146,7 @@ def _evaluation(path: Path, unreadable: list[str]) -> Evaluation | None:
         return None
 
 
-def _read_config(path: Path, unreadable: list[str]) -> dict[str, Any]:
+def _read_config(path: Path, unreadable: list[str]) -> Json:
     if not path.is_file():
         return {}
     try:
@@ -114,6 +154,6 @@ def _read_config(path: Path, unreadable: list[str]) -> dict[str, Any]:
     except yaml.YAMLError:
         content = None
     if isinstance(content, dict):
-        return content
+        return current_data(content)
     unreadable.append(path.name)
     return {}

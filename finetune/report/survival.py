@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from finetune.files import write_text
+from finetune.results import Json
 
 _FILES = "survival-*.json"
 _TITLES = {
@@ -36,7 +36,7 @@ class Survival:
         head, rows: a table of the ways of serving; no rows if they were not measured.
         note: under the table.
         svg: the figure, or "".
-        weights: JSON data of survival-TARGET.json: `tensors` by name and `overall`.
+        weights: of each expert tensor and overall: name, size of the update, surviving share, error.
     """
 
     target: str
@@ -45,16 +45,7 @@ class Survival:
     rows: list[list[str]]
     note: str
     svg: str
-    weights: Mapping[str, Any]
-
-    def weight_rows(self) -> list[tuple[str, str, str, str]]:
-        """Of each expert tensor and overall: its name, size of the update, surviving share and error."""
-        tensors = self.weights.get("tensors") or {}
-        return [
-            (name, f"{figures['update']:.2%}", f"{figures['survival']:.1%}", f"{figures['error']:.2f}")
-            for name, figures in [*tensors.items(), ("overall", self.weights.get("overall"))]
-            if isinstance(figures, Mapping) and {"update", "survival", "error"} <= figures.keys()
-        ]
+    weights: list[tuple[str, str, str, str]]
 
 
 def read_survival(run: Path) -> list[Survival]:
@@ -89,7 +80,7 @@ def survival_section(merges: Sequence[Survival], run: Path) -> str:
     return "## Merged back to MXFP4\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def _survival(target: str, content: Mapping[str, Any]) -> Survival:
+def _survival(target: str, content: Json) -> Survival:
     overall, found = content["overall"], content.get("end_to_end", {})
     text = f"{content['rounding']} rounding. The experts' update is {overall['update']:.2%} of their weights"
     if "outputs" in overall:
@@ -98,20 +89,28 @@ def _survival(target: str, content: Mapping[str, Any]) -> Survival:
     text += "."
     if "variants" not in found:
         text += f" Not measured end to end: {found.get('skipped', 'no figures')}."
-        return Survival(target, text, [], [], "", "", content)
+        return Survival(target, text, [], [], "", "", _weights(content))
     verdict = found.get("verdict", {"kept": True, "reasons": [], "notes": []})
     outcome = "**Kept**." if verdict["kept"] else "**Lost**: " + "; ".join(verdict["reasons"]) + "."
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in verdict["notes"])
     head, rows = _table(found)
     note = (
-        f"{found['rows']} {found['split']} rows, {found['confidence']:.0%} intervals by bootstrap over rows; "
+        f"{found['rows']} {found['split']} examples, {found['confidence']:.0%} intervals by bootstrap over them; "
         f"gain {found['gain']:.4f} nats per trained token."
     )
     svg = survival_svg(found, content["rounding"])
-    return Survival(target, f"{text} {outcome}{notes}", head, rows, note, svg, content)
+    return Survival(target, f"{text} {outcome}{notes}", head, rows, note, svg, _weights(content))
 
 
-def _table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _weights(content: Json) -> list[tuple[str, str, str, str]]:
+    return [
+        (name, f"{figures['update']:.2%}", f"{figures['survival']:.1%}", f"{figures['error']:.2f}")
+        for name, figures in [*(content.get("tensors") or {}).items(), ("overall", content["overall"])]
+        if isinstance(figures, Mapping) and {"update", "survival", "error"} <= figures.keys()
+    ]
+
+
+def _table(found: Json) -> tuple[list[str], list[list[str]]]:
     variants = found["variants"]
     accuracy, old = "accuracy" in variants["base"], "old_domain_loss" in variants["base"]
     head = ["served as", "loss", "gain kept", "KL to adapter", "KL removed"]
@@ -130,7 +129,7 @@ def _table(found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def survival_svg(found: Mapping[str, Any], written: str) -> str:
+def survival_svg(found: Json, written: str) -> str:
     """An SVG figure with two bars per way of serving: share of the gain kept, and of KL(adapter || base) removed.
 
     Args:

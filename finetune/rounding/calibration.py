@@ -1,4 +1,11 @@
-"""Which rows a merge is calibrated on: the run's own training rows, checked to be what the adapter was trained on."""
+"""Calibration tokens of a rounding, from the adapter's own training data, and the moments that each expert sees.
+
+A routed token counts with the square of its router weight, since that is what its error counts in the layer's output.
+An expert with fewer tokens than input dimensions has moments without full rank; it borrows from the layer, the more the
+fewer it has: other tokens of the layer are sent through it as well.
+
+Shape legend: T tokens, D hidden, E experts, A active experts per token, R routed tokens, K in features.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +31,22 @@ from finetune.data.harmony.render import Example
 from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID, TOKENIZER_JSON_SHA256
 from finetune.data.packing import pack
 from finetune.errors import CheckError, ConfigError, InputError
+from finetune.files import read_json, sha256_of
 from finetune.model.checkpoint import Checkpoint
 
-ROWS_PER_INPUT = 4  # routed rows for each input dimension, with even routing; one works, more than four hardly helps
-LEAST_TOKENS = 32_768  # a small model asks for few rows, which would be a few samples of one kind
+TOKENS_PER_INPUT = 4  # routed tokens per input dimension, with even routing; one works, more than four hardly helps
+LEAST_TOKENS = 32_768  # a small model needs few tokens, which would be a few examples of one kind
+_BORROWED_PER_INPUT = 2  # tokens borrowed from the layer per input dimension
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Rows that a rounding is calibrated on.
+    """Examples that a rounding is calibrated on.
 
     Attributes:
-        batches: one packed row each.
+        batches: one packed sequence each.
         num_tokens: of all of them.
-        fingerprint: sha256 over their token ids: another choice of rows is another rounding.
+        fingerprint: SHA-256 over their token ids: another choice of examples is another rounding.
     """
 
     batches: tuple[Batch, ...]
@@ -45,17 +54,17 @@ class Calibration:
     fingerprint: str
 
 
-def tokens_wanted(shape: Arch) -> int:
-    """Tokens that give each expert ROWS_PER_INPUT routed rows for each input dimension if routing is even."""
-    inputs = max(shape.hidden, shape.expert_width)
-    return max(LEAST_TOKENS, ROWS_PER_INPUT * inputs * shape.num_experts // shape.num_active_experts)
+def tokens_wanted(arch: Arch) -> int:
+    """Tokens that give each expert TOKENS_PER_INPUT routed tokens per input dimension if routing is even."""
+    inputs = max(arch.hidden, arch.expert_width)
+    return max(LEAST_TOKENS, TOKENS_PER_INPUT * inputs * arch.num_experts // arch.num_active_experts)
 
 
 def calibration_config(named: str | None, run: Path | None) -> RunConfig:
     """The configuration whose training data an adapter is calibrated on.
 
     Args:
-        named: a run directory or a recipe, as the person gave it; None: the adapter's own run.
+        named: a run directory or a recipe, as the user gave it; None: the adapter's own run.
         run: that run; None if the adapter belongs to none.
 
     Raises:
@@ -63,8 +72,8 @@ def calibration_config(named: str | None, run: Path | None) -> RunConfig:
     """
     if named is None and run is None:
         raise ConfigError(
-            "compensated rounding needs the rows the adapter was trained on, and this adapter belongs to no run",
-            why="it keeps what the adapter does on them; other rounding erases small updates",
+            "compensated rounding needs the data the adapter was trained on, and this adapter belongs to no run",
+            why="it keeps the adapter's effect on them; other rounding erases small updates",
             fix="give --calibration RUN_OR_RECIPE, or ask for --rounding nearest",
         )
     directory = run if named is None else Path(named)
@@ -76,10 +85,10 @@ def calibration_config(named: str | None, run: Path | None) -> RunConfig:
 
 
 def check_belongs(named: str | None, run: Path | None, identity: str, data: str) -> None:
-    """Compare what a run recorded with the base and the training data of now.
+    """Compare a run's manifest with the base and the training data as they are now.
 
     Args:
-        named, run: as in `calibration_config`; a recipe records nothing.
+        named, run: as in `calibration_config`; a recipe has no manifest.
         identity: of the base that is merged into.
         data: fingerprint of the training split as it is read now.
 
@@ -89,27 +98,27 @@ def check_belongs(named: str | None, run: Path | None, identity: str, data: str)
     directory = run if named is None else Path(named)
     manifest: dict[str, Any] = {}
     if directory is not None and (directory / "manifest.json").is_file():
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(directory / "manifest.json", "a run's manifest")
     base = manifest.get("base", {}).get("identity", identity)
     if base != identity:
         raise InputError(
             f"{directory} was trained over another base ({base[:12]}), not the one that is merged into "
             f"({identity[:12]})",
-            why="its rows would be routed and calibrated through another model",
+            why="its data would be routed and calibrated through another model",
             fix="give --calibration a run over this base, or a recipe",
         )
     recorded = manifest.get("data", {}).get("train", {}).get("fingerprint", data)
     if recorded != data:
         raise InputError(
-            f"the training data of {directory} are not what it was trained on: fingerprint {data[:12]}, the run "
+            f"the training data of {directory} have changed since it was trained: fingerprint {data[:12]}, the run "
             f"recorded {recorded[:12]}",
-            why="calibrating on other rows costs part of what the adapter learnt",
-            fix="restore the data, or give --calibration RECIPE to say that other rows are meant",
+            why="calibrating on other data costs part of what the adapter learnt",
+            fix="restore the data, or give --calibration RECIPE if other data are meant",
         )
 
 
-def choose_rows(config: RunConfig, checkpoint: Checkpoint, num_tokens: int | None) -> tuple[Calibration, str]:
-    """Pick calibration rows from a configuration's training data, the same for the same seed.
+def choose_calibration(config: RunConfig, checkpoint: Checkpoint, num_tokens: int | None) -> tuple[Calibration, str]:
+    """Draw calibration examples from a configuration's training data, the same ones for the same seed.
 
     Args:
         config: data and seed.
@@ -117,7 +126,7 @@ def choose_rows(config: RunConfig, checkpoint: Checkpoint, num_tokens: int | Non
         num_tokens: at least so many, if there are; None: `tokens_wanted`.
 
     Returns:
-        The rows, and the fingerprint of the whole split.
+        The examples, and the fingerprint of the whole split.
 
     Raises:
         InputError: the data cannot be read, or the base has another tokenizer.
@@ -125,13 +134,14 @@ def choose_rows(config: RunConfig, checkpoint: Checkpoint, num_tokens: int | Non
     require_tokenizer(checkpoint.directory)
     split = load_split(config.data, "train")
     wanted = num_tokens or tokens_wanted(checkpoint.arch)
-    return pick(split.samples, wanted, config.data.max_length, config.seed, checkpoint.arch.vocab_size), (
-        split.fingerprint
-    )
+    chosen = draw_examples(split.examples, wanted, config.data.max_length, config.seed, checkpoint.arch.vocab_size)
+    return chosen, split.stats.fingerprint
 
 
-def pick(samples: Sequence[Example], num_tokens: int, row_tokens: int, seed: int, vocab_size: int) -> Calibration:
-    """Draw samples until there are enough tokens, and pack them.
+def draw_examples(
+    examples: Sequence[Example], num_tokens: int, sequence_tokens: int, seed: int, vocab_size: int
+) -> Calibration:
+    """Draw examples until there are enough tokens, and pack them into sequences.
 
     Raises:
         InputError: a token is not in the base's vocabulary.
@@ -139,59 +149,49 @@ def pick(samples: Sequence[Example], num_tokens: int, row_tokens: int, seed: int
     rng = np.random.default_rng([seed, 7])
     chosen: list[Example] = []
     count = 0
-    for number in rng.permutation(len(samples)).tolist():
+    for number in rng.permutation(len(examples)).tolist():
         if count >= num_tokens:
             break
-        chosen.append(samples[number])
+        chosen.append(examples[number])
         count += len(chosen[-1].ids)
     digest = hashlib.sha256()
-    for sample in chosen:
-        digest.update(np.ascontiguousarray(sample.ids, dtype=np.int32).tobytes() + b"|")
-        if int(sample.ids.max()) >= vocab_size:
+    for example in chosen:
+        digest.update(np.ascontiguousarray(example.ids, dtype=np.int32).tobytes() + b"|")
+        largest = int(example.ids.max())
+        if largest >= vocab_size:
             raise InputError(
-                f"calibration row {sample.where} has token {int(sample.ids.max())}, the base has {vocab_size} tokens",
-                why="the rows were made with another tokenizer than the base's",
+                f"calibration example {example.where} has token {largest}, the base has {vocab_size} tokens",
+                why="the examples were made with another tokenizer than the base's",
                 fix="give --calibration a run or recipe for this base",
             )
-    rows = pack([len(sample.ids) for sample in chosen], row_tokens, rng)
-    batches = tuple(collate([[chosen[number] for number in row]]) for row in rows)
+    sequences = pack([len(example.ids) for example in chosen], sequence_tokens, rng)
+    batches = tuple(collate([[chosen[number] for number in sequence]]) for sequence in sequences)
     return Calibration(batches, count, digest.hexdigest())
 
 
 def require_tokenizer(directory: Path) -> None:
-    """Check that a base's tokenizer.json, if it has one, is the published one, in which rows are rendered.
+    """Check that a base's tokenizer.json, if it has one, has the tokens of the published one.
 
     Raises:
         InputError: it has other tokens.
     """
     path = directory / "tokenizer.json"
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() == TOKENIZER_JSON_SHA256:
+    if not path.is_file() or sha256_of(path) == TOKENIZER_JSON_SHA256:
         return
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer = read_json(path, "a tokenizer")
     special = json.loads((shipped_dir("data") / "tokenizer" / "special_tokens.json").read_text())["hf_added_tokens"]
     found = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
     if len(tokenizer["model"]["vocab"]) != FIRST_CONTROL_ID or any(found.get(k) != v for k, v in special.items()):
         raise InputError(
             f"{path} is another tokenizer than gpt-oss's",
-            why="training rows are rendered with o200k_harmony; this base would read other words in the same ids",
+            why="training data are rendered with o200k_harmony; to this base the same ids are other words",
             fix="export with --rounding nearest, or put the published tokenizer.json there if the file is wrong",
         )
 
 
-# What each expert's matrices see: weighted mean and second moments of their inputs on calibration rows.
-#
-# A routed row counts with the square of its router weight, since that is what its error counts in the layer's output.
-# An expert with fewer rows than input dimensions has moments without full rank; it borrows from the layer, the more the
-# fewer rows it has: other tokens of the layer are sent through it as well.
-#
-# Shape legend: T tokens, D hidden, E experts, A active experts a token, R routed rows, F expert width, K in features.
-
-_BORROWED_PER_INPUT = 2  # tokens borrowed from the layer for each input dimension
-
-
 @dataclass(frozen=True)
 class LayerInputs:
-    """What a layer's experts received, padding left out.
+    """Inputs of a layer's experts, without padding.
 
     Attributes:
         x: [T, D], in the compute dtype.
@@ -203,24 +203,20 @@ class LayerInputs:
     expert_ids: Tensor
     weights: Tensor
 
-    def rows_of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Tokens that an expert received, int64 [R], and their squared router weights, float32 [R]."""
+    def routed_to(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Tokens routed to an expert, int64 [R], and their squared router weights, float32 [R]."""
         tokens, slots = (self.expert_ids == expert).nonzero(as_tuple=True)
         return tokens, self.weights[tokens, slots].float().square()
 
-    def counts(self, num_experts: int) -> Tensor:
-        """Routed rows of each expert, int64 [E], on the CPU."""
-        return torch.bincount(self.expert_ids.reshape(-1), minlength=num_experts).cpu()
-
 
 @dataclass(frozen=True)
-class ExpertRows:
-    """One expert's calibration rows: own ones first, then those borrowed from the layer.
+class ExpertInputs:
+    """One expert's calibration tokens: its own first, then those borrowed from the layer.
 
     Attributes:
         x: float32 [R, D].
         weights: float32 [R], sum 1.
-        num_own: how many the router sent.
+        num_own: tokens that the router sent.
         mass: sum of their squared router weights: what the expert counts in the layer.
     """
 
@@ -230,12 +226,12 @@ class ExpertRows:
     mass: float
 
 
-def expert_rows(inputs: LayerInputs, expert: int) -> ExpertRows:
-    """Rows of one expert, topped up from the layer if it has fewer than D; none if the router sent it none.
+def expert_inputs(inputs: LayerInputs, expert: int) -> ExpertInputs:
+    """Tokens of one expert, topped up from the layer if it has fewer than D; none if the router sent it none.
 
-    Own rows keep a share of R / D of the weight then, the borrowed ones get the rest.
+    Its own then have a share of R / D of the weight, the borrowed ones the rest.
     """
-    tokens, weights = inputs.rows_of(expert)
+    tokens, weights = inputs.routed_to(expert)
     size, own = inputs.x.shape[1], len(tokens)
     mass = float(weights.sum())
     weights = weights / mass if own else weights
@@ -245,16 +241,16 @@ def expert_rows(inputs: LayerInputs, expert: int) -> ExpertRows:
         tokens = torch.cat((tokens, borrowed))
         share = own / size
         weights = torch.cat((weights * share, torch.full((count,), (1 - share) / count, device=weights.device)))
-    return ExpertRows(inputs.x[tokens].float(), weights, own, mass)
+    return ExpertInputs(inputs.x[tokens].float(), weights, own, mass)
 
 
 def moments(x: Tensor, weights: Tensor, where: str) -> tuple[Tensor, Tensor]:
-    """Mean [K] and second moments about it [K, K] of weighted rows.
+    """Mean [K] and second moments about it [K, K] of weighted inputs.
 
     Args:
         x: float32 [R, K].
         weights: [R], sum 1 (or R = 0, which gives zeros).
-        where: layer, projection and expert, for the error.
+        where: layer, projection and experts, for the error.
 
     Raises:
         CheckError: a value is not finite.
@@ -264,7 +260,7 @@ def moments(x: Tensor, weights: Tensor, where: str) -> tuple[Tensor, Tensor]:
     second = centred.mT @ centred
     if not bool(second.isfinite().all()):
         raise CheckError(
-            f"{where}: inputs on calibration rows are not finite",
+            f"{where}: inputs on calibration data are not finite",
             why="base + adapter leaves the range of the compute dtype there, so there is nothing to round for",
             fix="evaluate the adapter first (finetune evaluate); round with --rounding nearest to look at the weights",
         )

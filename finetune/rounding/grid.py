@@ -1,8 +1,8 @@
-"""MXFP4 as a grid of real numbers: what a solver of rounding problems sees, and the way back to bytes.
+"""MXFP4 as a grid of real numbers, for solvers of rounding problems, and the conversion back to bytes.
 
 A value of a block with step s = 2^(scale byte - 127) is one of 0, .5, 1, 1.5, 2, 3, 4, 6 times ±s.
 
-Solvers keep matrices with the inputs first, [E, K, N], so that what is rounded at a time is contiguous.
+Solvers store matrices with the inputs first, [E, K, N], so that what is rounded at a time is contiguous.
 Shape legend: E experts, N out features, K in features, G = K / 32 blocks along K.
 """
 
@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune.mxfp4.constants import BLOCK, SCALE_BIAS
-from finetune.mxfp4.format import MAGNITUDES, dequantise, pack, unpack
+from finetune.mxfp4.format import BLOCK, MAGNITUDES, SCALE_BIAS, dequantise, pack, unpack
 
 LARGEST = 6.0
-_SMALLEST_STEP = 2.0**-126  # below, float32 has no reciprocal; such a block holds nothing but zeros in practice
+_SMALLEST_STEP = 2.0**-126  # below, float32 has no reciprocal; such a block has nothing but zeros in practice
 
 
 def steps(scales: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ def nearest(target: Tensor, step: Tensor) -> Tensor:
 
 
 def neighbours(target: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """The grid's values on both sides of the target, towards zero and away from it; equal where it lies on one."""
+    """The grid's values on both sides of the target, towards zero and away from it; equal if it is on the grid."""
     scaled = target / step
     size = scaled.abs().clamp(max=LARGEST)
     quantum = 0.5 + 0.5 * (size >= 2) + (size >= 4)
@@ -53,7 +52,7 @@ def neighbours(target: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode(rounded: Tensor, scales: Tensor, old_blocks: Tensor, old_scales: Tensor) -> Tensor:
-    """Bytes of values that lie on the grid. A value that is the base's keeps the base's code, the sign of a zero too.
+    """Bytes of values on the grid. A value equal to the base's keeps the base's code, the sign of a zero included.
 
     Args:
         rounded: float32 [E, K, N] on the grid of `scales`.

@@ -1,6 +1,11 @@
-"""What lies in a checkpoint directory and whether it is whole: names, hashes and the pointer, without reading a tensor.
+"""Checkpoints for resuming: complete or absent, hashed, free of pickle, and written beside the training.
 
-Free of torch, so that `finetune checkpoints` answers at once.
+A checkpoint is written under a `.partial` name, every file flushed to disk and listed with its SHA-256 in a manifest,
+and only then renamed; the pointer `latest` moves last. A kill at any moment leaves older checkpoints as they were.
+Reading starts from the newest and goes back to one whose every hash agrees; the pointer only serves to notice that the
+newest checkpoint is gone altogether.
+
+Importing this module imports no torch, so that `finetune checkpoints` starts at once.
 """
 
 from __future__ import annotations
@@ -13,27 +18,53 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from finetune import log
 from finetune.errors import InputError, MachineError
 from finetune.files import flush, sha256_of, staged_directory, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
 ADAPTER = "adapter.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 LATEST = "latest"
-NAME = re.compile(r"step-(\d{8})")
-LEFT_OVER = "step-*.partial"
+SPACE_FACTOR = 1.1  # file-system overhead on top of the tensors' bytes
+_NAME = re.compile(r"step-(\d{8})")
+_LEFT_OVER = "step-*.partial"
+_NO_SPACE = "free disk space or choose another output_dir, then resume; older checkpoints are untouched"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of training after one step.
+
+    Attributes:
+        adapter: LoRA parameters by name, in the adapter's dtype.
+        optimizer: optimiser tensors by `parameter name/state name`.
+        state: counters and everything else that is plain JSON.
+    """
+
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
+
+    def copy(self) -> Checkpoint:
+        """The same state in memory of its own, which later steps do not change."""
+        adapter, optimizer = (
+            {name: tensor.clone() for name, tensor in tensors.items()} for tensors in (self.adapter, self.optimizer)
+        )
+        return Checkpoint(adapter, optimizer, json.loads(json.dumps(self.state)))
+
+
+# ---- in the directory -----------------------------------------------------------------------------------------------
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives."""
+    """The directory of a step's checkpoint."""
     return directory / f"step-{step:08d}"
 
 
@@ -41,17 +72,17 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     """(step, path) of everything that is named as a checkpoint, oldest first."""
     if not directory.is_dir():
         return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := NAME.fullmatch(path.name))]
+    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(found)
 
 
 def left_overs(directory: Path) -> list[Path]:
-    """What saves that were cut short left behind; the next save removes it."""
-    return sorted(directory.glob(LEFT_OVER))
+    """Unfinished checkpoints of interrupted saves; the next save removes them."""
+    return sorted(directory.glob(_LEFT_OVER))
 
 
 def fault_in(path: Path) -> str | None:
-    """What is wrong with a checkpoint directory, or None when every file is as its manifest says."""
+    """Describe the fault of a checkpoint directory; None when every file is as its manifest says."""
     try:
         files = dict(json.loads((path / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -75,96 +106,76 @@ def fault_in(path: Path) -> str | None:
 def latest_step(directory: Path) -> int | None:
     """The step that the pointer names: the last one saved, even if its directory is gone. None: no readable pointer."""
     try:
-        match = NAME.fullmatch((directory / LATEST).read_text().strip())
+        match = _NAME.fullmatch((directory / LATEST).read_text().strip())
     except (OSError, ValueError):
         return None
     return int(match[1]) if match else None
 
 
-def point_at(directory: Path, step: int) -> None:
-    """Let the pointer name a step, in one step."""
+def _point_at(directory: Path, step: int) -> None:
+    """Let the pointer name a step."""
     write_text(directory / LATEST, checkpoint_path(directory, step).name + "\n")
     flush(directory)
 
 
 def remove_after(directory: Path, step: int) -> None:
-    """Remove checkpoints of later steps: after going back to `step` they count as newest, and are damaged."""
-    point_at(directory, step)
+    """Remove checkpoints of later steps: after a resume from `step` they would count as newest, and are damaged."""
+    _point_at(directory, step)
     for later, path in list_checkpoints(directory):
         if later > step:
             shutil.rmtree(path)
 
 
 def prune_checkpoints(directory: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the `keep` newest and the best, and what interrupted saves left behind."""
+    """Remove all but the `keep` newest and the best, and unfinished files of interrupted saves."""
     checkpoints = list_checkpoints(directory)
     for step, path in checkpoints[: max(0, len(checkpoints) - keep)]:
         if step != best_step:
             shutil.rmtree(path)
     for path in left_overs(directory):
         shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(f".{LATEST}.*.partial"):
+        path.unlink(missing_ok=True)
 
 
-def flush_and_digest(path: Path) -> str:
-    """A file's SHA-256, once it is on disk."""
-    flush(path)
-    return sha256_of(path)
-
-
-# Checkpoints for resuming: whole or absent, hashed, and free of pickle.
-#
-# A checkpoint is written under a `.partial` name, every file flushed to disk and listed with its sha256 in a manifest,
-# and only then renamed; the pointer `latest` moves last. A kill at any moment leaves older checkpoints as they were.
-# Reading starts from the newest and walks back to one whose every hash agrees; the pointer only serves to notice that
-# the one last saved is gone altogether.
-
-SPACE_FACTOR = 1.1  # file-system overhead on top of the tensors' bytes
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One saved moment.
-
-    Attributes:
-        adapter: LoRA parameters by name, in the adapter's dtype.
-        optimizer: optimiser tensors by `parameter name/state name`.
-        state: counters and everything else that is plain JSON.
-    """
-
-    adapter: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    state: dict[str, Any]
-
-    def copy(self) -> Checkpoint:
-        """The same moment in memory of its own, which later steps leave alone."""
-        adapter, optimizer = (
-            {name: tensor.clone() for name, tensor in tensors.items()} for tensors in (self.adapter, self.optimizer)
-        )
-        return Checkpoint(adapter, optimizer, json.loads(json.dumps(self.state)))
+# ---- saving and loading ---------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint. A whole one of the same step stays as it is: replacing it would need a moment without it.
+    """Write a checkpoint. A complete one of the same step stays: replacing it would need a moment without it.
 
     Raises:
-        MachineError: not enough free disk, or the disk filled up while writing; nothing half-written stays.
+        MachineError: not enough free disk, or the disk filled up while writing; no unfinished file stays.
     """
     target = checkpoint_path(directory, step)
-    fix = "free disk space or choose another output_dir, then resume; older checkpoints are untouched"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not target.is_dir() or fault_in(target) is not None:
+        if fault_in(target) is not None:
             _check_space(directory, checkpoint)
-            with staged_directory(target, "a checkpoint", fix=fix, replace=True) as staging:
-                _write(staging, checkpoint)
-        point_at(directory, step)
+            with staged_directory(target, "a checkpoint", fix=_NO_SPACE, replace=True) as staging:
+                _write_files(staging, checkpoint)
+        _point_at(directory, step)
     except OSError as error:
-        raise MachineError(f"cannot write a checkpoint to {directory}: {error}", fix=fix) from error
+        raise MachineError(f"cannot write a checkpoint to {directory}: {error}", fix=_NO_SPACE) from error
     return target
 
 
+def _write_files(staging: Path, checkpoint: Checkpoint) -> None:
+    """Write all files, each on disk before the manifest with its hash."""
+    from safetensors.torch import save_file
+
+    save_file(checkpoint.adapter, staging / ADAPTER)
+    save_file(checkpoint.optimizer, staging / OPTIMIZER)
+    (staging / STATE).write_text(json.dumps(checkpoint.state, indent=1) + "\n")
+    files = {}
+    for path in sorted(staging.iterdir()):
+        flush(path)
+        files[path.name] = sha256_of(path)
+    (staging / MANIFEST).write_text(json.dumps({"algorithm": "sha256", "files": files}, indent=1) + "\n")
+
+
 def load_newest(directory: Path) -> tuple[int, Checkpoint]:
-    """The newest whole checkpoint; damaged or lost ones on the way are named.
+    """Read the newest complete checkpoint; damaged or missing ones on the way are logged.
 
     Raises:
         InputError: there is none.
@@ -182,7 +193,7 @@ def load_newest(directory: Path) -> tuple[int, Checkpoint]:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one certain checkpoint.
+    """Read one checkpoint.
 
     Raises:
         InputError: it is missing or damaged.
@@ -192,16 +203,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     return _read(path)
 
 
-def _write(staging: Path, checkpoint: Checkpoint) -> None:
-    """All files, on disk before the manifest that vouches for them."""
-    save_file(checkpoint.adapter, staging / ADAPTER)
-    save_file(checkpoint.optimizer, staging / OPTIMIZER)
-    (staging / STATE).write_text(json.dumps(checkpoint.state, indent=1) + "\n")
-    files = {path.name: flush_and_digest(path) for path in sorted(staging.iterdir())}
-    (staging / MANIFEST).write_text(json.dumps({"algorithm": "sha256", "files": files}, indent=1) + "\n")
-
-
 def _read(path: Path) -> Checkpoint:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     name = STATE
     try:
         state = json.loads((path / STATE).read_text())
@@ -210,8 +215,8 @@ def _read(path: Path) -> Checkpoint:
         name = OPTIMIZER
         return Checkpoint(adapter, load_file(path / OPTIMIZER), state)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        why = f"the hashes agree, so it was not damaged but written by something else: {error}"
-        raise InputError(f"{path / name} is not what a checkpoint holds", why=why) from error
+        why = f"the hashes agree, so it is not damaged: something else wrote it ({error})"
+        raise InputError(f"{path / name} is not a checkpoint's file", why=why) from error
 
 
 def _check_space(directory: Path, checkpoint: Checkpoint) -> None:
@@ -228,20 +233,20 @@ def _total_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-# Writes checkpoints beside the training: the loop copies what is to be saved and goes on, a thread does the rest.
+# ---- beside the training --------------------------------------------------------------------------------------------
 
 
 class CheckpointWriter:
-    """One write at a time, in the order asked for, into one directory.
+    """Writes checkpoints in a thread, one at a time, in the order asked for, into one directory.
 
-    Hashing, flushing to disk and pruning happen in a thread, so that a step waits for a copy in host memory only; a
-    save that comes while the one before is still being written waits for it. What goes wrong in the thread is raised
-    by the next call of any method, and at the latest at the end of the `with` block. Leaving the block always waits: a
-    run that says "everything is saved" has it on disk.
+    Hashing, flushing to disk and pruning happen in the thread, so that a step waits for a copy in host memory only; a
+    save that comes while the one before is still being written waits for it. An error in the thread is raised by the
+    next call of any method, and at the latest at the end of the `with` block. The end of the block always waits: a run
+    that reports "everything is saved" has it on disk.
 
     Args:
         directory: of the run's checkpoints.
-        keep: newest ones that stay (`save.keep`).
+        keep: how many of the newest stay (`save.keep`).
         background: False: `save` returns when the checkpoint is on disk.
     """
 
@@ -268,12 +273,12 @@ class CheckpointWriter:
             log.warning(f"the checkpoint of step {self._step} was not saved: {failure}")
 
     def save(self, step: int, checkpoint: Checkpoint, best_step: int | None) -> None:
-        """Save a moment and remove the checkpoints no longer kept.
+        """Save a checkpoint and remove the ones no longer kept.
 
         Args:
             step: of the checkpoint.
             checkpoint: on the CPU; it may share memory with what is being trained.
-            best_step: stays beside the newest; None: nothing does.
+            best_step: stays beside the newest; None: no other does.
 
         Raises:
             MachineError: this write (without `background`), or the one before, failed.
@@ -283,14 +288,14 @@ class CheckpointWriter:
             self._write(step, checkpoint, best_step)
             return
         self._step = step
-        # Not a daemon would make a third Ctrl-C wait as well; killing the thread is as harmless as killing the process.
+        # Without `daemon` a third Ctrl-C would wait too; killing the thread is as harmless as killing the process.
         self._thread = threading.Thread(
-            target=self._write_and_keep_failure, args=(step, checkpoint.copy(), best_step), daemon=True
+            target=self._write_in_thread, args=(step, checkpoint.copy(), best_step), daemon=True
         )
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what a finished write met, without waiting for one that is under way.
+        """Raise the error of a finished write, without waiting for one that is under way.
 
         Raises:
             MachineError: the write failed.
@@ -312,10 +317,10 @@ class CheckpointWriter:
         if failure is not None:
             raise failure
 
-    def _write_and_keep_failure(self, step: int, checkpoint: Checkpoint, best_step: int | None) -> None:
+    def _write_in_thread(self, step: int, checkpoint: Checkpoint, best_step: int | None) -> None:
         try:
             self._write(step, checkpoint, best_step)
-        except BaseException as failure:  # raised again where someone is listening
+        except BaseException as failure:  # raised again by `wait`
             self._failure = failure
 
     def _write(self, step: int, checkpoint: Checkpoint, best_step: int | None) -> None:

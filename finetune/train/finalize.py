@@ -1,4 +1,4 @@
-"""What process 0 does of a finished training: the adapter on disk, and reading it back."""
+"""After training, on rank 0: save the adapter and verify it by reading it back."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from finetune import log
 from finetune.adapters.compact import is_smaller, write_compact
 from finetune.adapters.lora import Adapter, lora_parameters, update_norms
+from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.read_back import fits_in_memory, memory_needed_bytes, read_back
 from finetune.adapters.store import write_adapter
 from finetune.data.harmony.render import Example
 from finetune.errors import MachineError
-from finetune.train.run_directory import RunDirectory
+from finetune.train.run_directory import Run
 from finetune.train.session import Session
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished training leaves in memory.
+    """The result of a finished training, in memory.
 
     Attributes:
         adapter: the whole adapter by name, on the CPU.
-        live_logits: what reading back compares with (`finetune.adapters.read_back.live_logits`); None without it.
-        not_read_back: why there will be no reading back.
+        live_logits: of the live model, for comparison (`finetune.adapters.read_back.live_logits`); None: no read-back.
+        not_read_back: why the adapter will not be read back.
     """
 
     adapter: dict[str, Tensor]
@@ -46,54 +47,50 @@ def why_not_read_back(session: Session) -> str | None:
     return None
 
 
-def read_back_samples(session: Session) -> Sequence[Example]:
-    """The samples on which logits are compared."""
+def read_back_examples(session: Session) -> Sequence[Example]:
+    """The examples on which logits are compared."""
     split = session.splits.get("test", session.splits["train"])
-    return split.samples[: session.config.export.read_back_examples]
+    return split.examples[: session.config.export.read_back_examples]
 
 
-def write_result(session: Session, run: RunDirectory, result: Result) -> None:
-    """Write the adapter and read it back; the live model is not run any more.
+def write_result(session: Session, run: Run, result: Result) -> None:
+    """Save the adapter and read it back; the live model does not run any more.
 
     Raises:
-        CheckError: what was read back is not what was trained.
+        CheckError: the adapter read back is not the one that was trained.
     """
     unshard(session.adapter, result.adapter)
     if run.adapter.exists():  # its read-back failed or was killed, and the run was resumed
-        run.remove_adapter()
+        shutil.rmtree(run.adapter)
     location, config = session.location, session.config.adapter
-    base: dict[str, Any] = {
-        "base_name": location.name if location.revision else str(location.directory.resolve()),
-        "base_revision": location.revision,
-        "base_identity": session.base.identity,
-        "base_held_as": session.base.held_as,
-    }
-    write_adapter(run.adapter, session.adapter, config, **base)
+    name = location.name if location.revision else str(location.directory.resolve())
+    base = BaseRecord(name, location.revision, session.base.identity, session.base.storage_changes)
+    write_adapter(run.adapter, session.adapter, config, base)
     run.update_manifest(adapter_norms=update_norms(session.adapter))
     log.info(f"adapter: {run.adapter}")
     if is_smaller(session.adapter):
         compact = run.path / "adapter_compact"
         shutil.rmtree(compact, ignore_errors=True)
         num_experts = session.base.checkpoint.arch.num_experts
-        write_compact(compact, session.adapter, num_experts, rslora=config.rslora, facts=base)
+        write_compact(compact, session.adapter, num_experts, rslora=config.rslora, base=base)
         log.info(f"adapter, compact form: {compact}")
     run.update_manifest(read_back=_read_back(session, run, result))
 
 
 def unshard(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Put whole parameters in the place of this process's parts of them."""
+    """Replace this rank's shards of the parameters by whole parameters."""
     for site, module in zip(adapter.sites, adapter.modules, strict=True):
         for name in lora_parameters(module):
             setattr(module, name, nn.Parameter(tensors[f"{site.module}.{name}"], requires_grad=False))
 
 
-def _read_back(session: Session, run: RunDirectory, result: Result) -> dict[str, Any]:
-    """Read the adapter back, or say why not; what is stored says which."""
+def _read_back(session: Session, run: Run, result: Result) -> dict[str, Any]:
+    """Read the adapter back, or log why not; returns the manifest's entry."""
     if result.live_logits is None:
         log.warning(f"the adapter was not read back with stock PEFT: {result.not_read_back}")
         return {"skipped": result.not_read_back}
     try:
-        found = read_back(session.base, session.adapter, run.adapter, read_back_samples(session), result.live_logits)
+        found = read_back(session.base, session.adapter, run.adapter, read_back_examples(session), result.live_logits)
     except MachineError as error:
         if session.config.export.read_back == "always":
             raise

@@ -1,7 +1,8 @@
-"""Start a run's processes on this machine, pass signals on to them, and say which of them failed first.
+"""Start the ranks of a run on this machine, forward signals to them, and report which of them failed first.
 
-Each is the `finetune` command again, told by torchrun's environment variables who it is; so torchrun, `accelerate
-launch`, `deepspeed` and Slurm can take this module's place. Nothing here imports torch.
+Each rank is the `finetune` command again, with torchrun's environment variables; so torchrun, `accelerate launch`,
+`deepspeed` and Slurm can be used instead of this module. It imports no torch: the parent process stays small, and
+starts the ranks at once.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from typing import NoReturn
 from finetune import log
 from finetune.errors import MachineError
 from finetune.machine import num_cores
-from finetune.train.run_directory import RunDirectory
+from finetune.train.run_directory import Run
 
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 15.0  # for the others to notice that one has gone, and to say so
+GRACE_SECONDS = 15.0  # for the other ranks to notice that one failed, and to report it
 SECOND_CTRL_C_SECONDS = 2.0
 LAST_LINES = 15
 WATCHED = "FINETUNE_WATCH_PARENT"
@@ -32,7 +33,7 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class _Workers:
-    """The started processes; process 0 speaks to the terminal, the others' output goes to files."""
+    """The started ranks; rank 0 prints to the terminal, the output of the others goes to files."""
 
     def __init__(self, arguments: Sequence[str], count: int, logs: Path) -> None:
         self.logs = logs
@@ -50,7 +51,7 @@ class _Workers:
         return self.logs / f"process-{rank}.txt"
 
     def forward(self, number: int, _frame: FrameType | None = None) -> None:
-        """Pass a signal on; after a second Ctrl-C nobody is waited for much longer."""
+        """Forward a signal; after a second Ctrl-C the ranks are given little time to end."""
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 1:
             self.deadline = time.monotonic() + SECOND_CTRL_C_SECONDS
@@ -58,7 +59,7 @@ class _Workers:
             process.send_signal(number)
 
     def wait(self) -> None:
-        """Until all have ended. Once one has failed, the others get a while and are then killed."""
+        """Wait for all ranks to end. Once one has failed, the others get a grace period and are then killed."""
         while self.running:
             for rank, process in list(self.running.items()):
                 if (code := process.poll()) is None:
@@ -77,20 +78,21 @@ class _Workers:
             process.kill()
 
 
-def launch(arguments: Sequence[str], count: int, run: Path) -> None:
-    """Run `finetune ARGUMENTS` in `count` processes and wait for them.
+def launch(arguments: Sequence[str], count: int, run: Run) -> None:
+    """Run `finetune ARGUMENTS` on `count` ranks and wait for them.
 
     Args:
-        arguments: the command line of each.
-        count: how many, all on this machine.
-        run: the run directory; output of all but process 0 goes to `logs/` in it.
+        arguments: the command line of each rank.
+        count: how many ranks, all on this machine.
+        run: output of all ranks but rank 0 goes to `logs/` in its directory.
 
     Raises:
-        MachineError: a process was killed.
-        SystemExit: a process failed; it has said why, and its exit code is passed on.
+        MachineError: a rank was killed.
+        SystemExit: a rank failed; it has reported why, and its exit code is passed on.
     """
-    log.info(f"starting {count} processes; only process 0 prints, the others write to {run / 'logs'}")
-    workers = _Workers(arguments, count, run / "logs")
+    logs = run.path / "logs"
+    log.info(f"starting {count} ranks; only rank 0 prints, the others write to {logs}")
+    workers = _Workers(arguments, count, logs)
     before = {number: signal.signal(number, workers.forward) for number in _FORWARDED}
     try:
         workers.wait()
@@ -100,12 +102,12 @@ def launch(arguments: Sequence[str], count: int, run: Path) -> None:
             signal.signal(number, handler)
         _remove_empty(workers.logs)
     if workers.first_failure is not None:
-        _note_end(RunDirectory(run), *workers.first_failure)
+        _record_end(run, *workers.first_failure)
         _report(workers, *workers.first_failure)
 
 
 def watch_parent() -> None:
-    """In a started process: stop as SIGTERM does when the process that started it is gone, however it went."""
+    """In a started rank: stop as SIGTERM does when the parent process is gone, however it ended."""
     if os.environ.pop(WATCHED, None) is None:
         return
 
@@ -130,7 +132,7 @@ def _start(arguments: Sequence[str], rank: int, count: int, port: int, log_file:
     }  # fmt: skip
     # -P: a folder named `finetune` where the command is run must not be taken for this package.
     command = [sys.executable, "-P", "-m", "finetune", *arguments]
-    # A session of its own: Ctrl-C reaches the parent alone, which passes it on once to each.
+    # A session of its own: Ctrl-C reaches the parent alone, which forwards it once to each rank.
     with log_file.open("ab") as file:
         output = None if rank == 0 else file
         return subprocess.Popen(
@@ -157,30 +159,28 @@ def _remove_empty(logs: Path) -> None:
         logs.rmdir()
 
 
-def _note_end(run: RunDirectory, rank: int, code: int) -> None:
-    """Process 0 says in manifest.json how a run ended, unless it had no time to."""
-    if run.read_json(run.manifest).get("status") == "running":
+def _record_end(run: Run, rank: int, code: int) -> None:
+    """Record in manifest.json how a run ended, where rank 0 had no time to."""
+    if run.status == "running":
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        run.update_manifest(status="stopped", stopped_by=f"process {rank} {how}")
+        run.update_manifest(status="stopped", stopped_by=f"rank {rank} {how}")
 
 
 def _report(workers: _Workers, rank: int, code: int) -> NoReturn:
     if workers.interrupts > 1:
         raise SystemExit(128 + signal.SIGINT)
     log_file = workers.log(rank)
-    stopped = code in (130, 143)  # by a signal, which all have agreed on
+    stopped = code in (130, 143)  # by a signal, which all ranks have agreed on
     if rank != 0 and log_file.exists() and not stopped and code > 0 and workers.codes.get(0) == code:
-        log.info(f"process {rank} stopped first, with the same exit code; what it said is in {log_file}")
+        log.info(f"rank {rank} stopped first, with the same exit code; its output is in {log_file}")
     elif rank != 0 and log_file.exists() and not stopped:
         lines = log_file.read_text(errors="replace").splitlines()[-LAST_LINES:]
-        log.error(
-            f"process {rank} stopped first; the end of {log_file}:\n" + "\n".join(f"  | {line}" for line in lines)
-        )
+        log.error(f"rank {rank} stopped first; the end of {log_file}:\n" + "\n".join(f"  | {line}" for line in lines))
     if code < 0:
         name = signal.Signals(-code).name
         raise MachineError(
-            f"process {rank} was killed by {name}",
-            why="SIGKILL most likely comes from the kernel, for want of memory" if name == "SIGKILL" else None,
+            f"rank {rank} was killed by {name}",
+            why="most likely the kernel sent SIGKILL because memory ran out" if name == "SIGKILL" else None,
             fix="`finetune train --resume` goes on from the last checkpoint, if there is one",
         )
     raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""Where figures go while training: a line a step in metrics.jsonl, a progress line, and a tracker if there is one."""
+"""Metrics of a run: metrics.jsonl, the recipe's tracker, peak memory, and detection of loss spikes."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ class MetricsLog:
 
     Args:
         path: the file.
-        writes: False in a process that leaves it to another.
+        writes: False on all ranks but rank 0: nothing is written.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self.writes = path, writes
 
     def append(self, kind: str, step: int, **figures: Any) -> None:
-        """Write one line."""
+        """Write one line; the figures keep their names and order."""
         if not self.writes:
             return
         with self.path.open("a") as file:
             file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
 
     def cut_after(self, step: int) -> None:
-        """Drop lines of later steps (and a half-written last line): a resumed run writes them again."""
+        """Remove lines of later steps, and an incomplete last line: a resumed run writes them again."""
         if not self.writes or not self.path.exists():
             return
         lines = self.path.read_text(errors="replace").splitlines()
@@ -69,7 +69,7 @@ class MetricsLog:
 
 
 def _step_of(line: str) -> float:
-    """The step of a line, infinity if the line is not whole."""
+    """The step of a line; infinity if the line is incomplete."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -79,13 +79,13 @@ def _step_of(line: str) -> float:
 class Tracker:
     """Sends figures to a tracker through Accelerate; its first failure is reported and ends tracking, never the run.
 
-    Only figures and the configuration are sent: no row of data, no text that a model wrote.
+    Only figures and the configuration are sent: no record, no text that a model wrote.
 
     Args:
-        accelerator: tells the process that sends from the others.
-        config: which tracker, project and mode.
+        accelerator: only its main process sends.
+        config: tracker, project and mode.
         run_config: plain configuration to show beside the figures; it holds no secrets (recipes refuse them).
-        directory: the run's directory, where offline files go.
+        directory: the run's directory, for offline files.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Tracker:
         self._try(self._start, config, run_config, directory)
 
     def log(self, figures: dict[str, float], step: int) -> None:
-        """Send figures of a step: numbers only, so that no row of data can leave by mistake."""
+        """Send figures of a step: numbers only, so that no record can be sent by mistake."""
         if self._tracker is not None:
             self._try(self._send, figures, step)
 
     def log_image(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
-        """Send an image, grey [rows, columns], to a tracker that takes images; the others go without."""
+        """Send a grey image [height, width] to trackers that take images."""
         if isinstance(self._tracker, WandBTracker):
             self._try(self._tracker.log_images, {name: [pixels]}, step=step)
         elif isinstance(self._tracker, TensorBoardTracker):
@@ -130,18 +130,18 @@ class Tracker:
     def _try(self, call: Any, *args: Any, **kwargs: Any) -> None:
         try:
             call(*args, **kwargs)
-        except Exception as error:  # a tracker may fail in any way; none of them is worth a run
+        except Exception as error:  # a tracker may fail in any way; no failure is worth a run
             self._tracker = None
             log.warning(f"tracking is off from here on: {type(error).__name__}: {error}")
 
 
 def make_tracker(config: LoggingConfig, directory: Path) -> GeneralTracker:
-    """Choose Accelerate's class for a tracker and say where it writes; nothing is started.
+    """Make Accelerate's object for a tracker and set where it writes; nothing is started.
 
-    With `mode: offline` every file lies in the run directory, whatever the environment says of servers.
+    With `mode: offline` every file goes into the run directory, whatever servers the environment names.
 
     Args:
-        config: which tracker, project and mode; not `none`.
+        config: tracker (not `none`), project and mode.
         directory: the run's directory.
     """
     offline = config.mode == "offline"
@@ -179,32 +179,32 @@ def flat(config: dict[str, Any], above: str = "") -> dict[str, str | int | float
     return values
 
 
-# Notes a step whose loss lies far above those before it: bad rows, or a learning rate on the edge.
+# Loss spikes: a sign of bad records, or of a learning rate on the edge.
 
-WINDOW = 64  # steps looked back on
-FEWEST = 16  # before that, nothing is usual yet
+WINDOW = 64  # steps whose losses the next one is compared with
+FEWEST = 16  # with fewer losses nothing is a spike
 DEVIATIONS = 6.0  # of a Gaussian as wide as the window: one step in a thousand million by chance
-SMALLEST_SHARE = 0.1  # of the usual loss: on a flat curve six deviations are nothing to speak of
+SMALLEST_SHARE = 0.1  # of the usual loss: on a flat curve six deviations are very little
 _MAD_TO_DEVIATION = 1.4826  # of a Gaussian
 
 
 class LossSpikes:
-    """Losses of the last steps, and whether the next one is out of their range.
+    """Detects a loss far above those of the last steps.
 
-    Median and median deviation are used, which the spike itself hardly moves.
+    It compares by median and median absolute deviation, which the spike itself hardly changes.
 
     Args:
-        losses: of the steps so far, so that a resumed run notes what the uninterrupted one would.
+        losses: of the steps so far, so that a resumed run detects the same spikes as an uninterrupted one.
     """
 
     def __init__(self, losses: Iterable[float]) -> None:
         self._window = deque((loss for loss in losses if math.isfinite(loss)), maxlen=WINDOW)
 
     def usual_if_spike(self, loss: float) -> float | None:
-        """Take in a step's loss.
+        """Add a step's loss.
 
         Returns:
-            The usual loss, if this one lies far above it; None otherwise.
+            The median of the losses before, if this one is far above it; None otherwise.
         """
         window = list(self._window)
         self._window.append(loss)

@@ -1,13 +1,13 @@
-"""AdamW in the forms that `trainer.optimizer` names, over LoRA parameters in float32 or bfloat16.
+"""Optimisers over LoRA parameters in float32 or bfloat16, and the learning-rate schedule.
 
-Plain float32 training takes torch's own AdamW as it is. Everything else goes through `PerParameterOptimizer`, which
-updates one parameter at a time with an optimiser of torch or bitsandbytes: beside the states, only one parameter's
-float32 copy or moments need room on the device at any moment.
+Plain float32 training uses torch's own AdamW. Everything else goes through `PerParameterOptimizer`, which updates one
+parameter at a time with an optimiser of torch or bitsandbytes: beside the states, only one parameter's float32 copy or
+moments occupy the device at any moment.
 
-Why bfloat16 needs help: its numbers lie 2^-8 of a weight apart, so an update below about 2^-9 of a weight rounds away,
-step after step. Rounding up or down by chance, with the odds that make the mean right, loses nothing in the mean
-(Gupta et al. 2015). bitsandbytes has no such rounding; torchao's draws from torch's global generator, compiles on every
-machine, and keeps learning rates as tensors (docs/log.md).
+Stochastic rounding in bfloat16: its numbers are 2^-8 of a weight apart, so an update below about 2^-9 of a weight
+rounds away, step after step. Rounding up or down at random, with the odds that make the mean right, loses nothing in
+the mean (Gupta et al. 2015). bitsandbytes has no such rounding; torchao's draws from torch's global generator, compiles
+on every machine, and keeps learning rates as tensors (docs/log.md).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 def check_optimizer(config: RunConfig, device: torch.device) -> None:
-    """Refuse what this machine cannot do, before anything is loaded.
+    """Refuse an optimiser that this machine cannot run, before anything is loaded.
 
     Raises:
         MachineError: bitsandbytes is not installed, or paged states are asked for without a GPU: there bitsandbytes
@@ -56,17 +56,17 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter], config: TrainerConfig, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """The optimiser a recipe asks for; its learning rate is set anew at every step.
+    """Make the optimiser of a recipe; the learning rate is set at every step (`set_learning_rate`).
 
     Also sets the dtype in which gradients are summed over micro-steps (`trainer.gradient_dtype`).
 
     Args:
         parameters: by name, float32 or bfloat16.
         config: `optimizer`, `optimizer_states_on_cpu`, `gradient_dtype` and Adam's own settings.
-        seed: of the stochastic rounding; equal on every process.
+        seed: of the stochastic rounding; equal on every rank.
     """
     for parameter in parameters.values():
-        # Wider gradients than the parameter are torch's to sum; the same dtype is what it does anyway.
+        # torch sums gradients wider than the parameter where this is set; the parameter's own dtype is its default.
         if parameter.dtype == torch.bfloat16 and config.gradient_dtype == "float32":
             parameter.grad_dtype = torch.float32
     make = _maker(config)
@@ -93,7 +93,6 @@ def _maker(config: TrainerConfig) -> MakeOptimizer:
     def make(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         made: torch.optim.Optimizer = kind(
             parameters,
-            lr=config.learning_rate or 0.0,  # every step sets it
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_eps,
             weight_decay=config.weight_decay,
@@ -105,7 +104,7 @@ def _maker(config: TrainerConfig) -> MakeOptimizer:
 
 @dataclass(frozen=True)
 class _Slot:
-    """One parameter, the float32 tensor that stands in for it during its update, and the optimiser of that alone."""
+    """One parameter, a float32 copy that is updated in its place, and the optimiser of that copy alone."""
 
     name: str
     parameter: nn.Parameter
@@ -121,16 +120,15 @@ class _Slot:
 class PerParameterOptimizer(torch.optim.Optimizer):
     """Updates parameters one after the other, in float32, each through an optimiser of its own.
 
-    A bfloat16 parameter is widened for its update and rounded back stochastically, by random numbers that follow from
-    the seed, the parameter's name and its step alone: a resumed run, and every process of a replicated one, draws the
-    same.
+    A bfloat16 parameter is widened for its update and rounded back stochastically. The random numbers depend on the
+    seed, the parameter's name and its step alone: a resumed run, and every rank of a replicated one, draws the same.
 
     Args:
         parameters: by name.
-        make: gives the optimiser that updates a list of float32 parameters.
+        make: makes the optimiser of a list of float32 parameters.
         seed: of the rounding.
-        states_on_cpu: moments live in host memory (pinned, if the parameters are on a GPU) and visit the device for
-            the update of their parameter. The arithmetic stays where it was, so not a bit changes.
+        states_on_cpu: moments are in host memory (pinned, if the parameters are on a GPU) and are copied to the device
+            for the update of their parameter. The arithmetic stays on the device, so results are bit-identical.
     """
 
     def __init__(
@@ -140,7 +138,7 @@ class PerParameterOptimizer(torch.optim.Optimizer):
         self.seed, self.states_on_cpu = seed, states_on_cpu
         self.slots = []
         for name, parameter in parameters.items():
-            # Of full size only during its update.
+            # Full size only during its update.
             stand_in = nn.Parameter(torch.empty(0, device=parameter.device))
             self.slots.append(_Slot(name, parameter, stand_in, make([stand_in])))
 
@@ -154,20 +152,19 @@ class PerParameterOptimizer(torch.optim.Optimizer):
     def _update(self, slot: _Slot) -> None:
         parameter, stand_in = slot.parameter, slot.stand_in
         slot.inner.param_groups[0]["lr"] = self.param_groups[0]["lr"]
-        stand_in.data = parameter.detach().float()  # a float32 parameter is updated where it lies
+        stand_in.data = parameter.detach().float()  # a float32 parameter is updated in place
         stand_in.grad = parameter.grad.float() if parameter.grad is not None else None
         at_home = self._fetch(slot)
         slot.inner.step()
         self._return(slot, at_home)
         if parameter.dtype != torch.float32:
-            generator = seeded_generator(
-                self.seed, "rounding", int(slot.state["step"]), slot.name, device=parameter.device
-            )
+            step = int(slot.state["step"])
+            generator = seeded_generator(self.seed, "rounding", step, slot.name, device=parameter.device)
             parameter.copy_(round_stochastically(stand_in.data, generator))
         stand_in.grad, stand_in.data = None, torch.empty(0, device=parameter.device)
 
     def _fetch(self, slot: _Slot) -> dict[str, Tensor]:
-        """Bring moments to the device; returns their places on the host."""
+        """Copy moments to the device; returns their host tensors."""
         at_home: dict[str, Tensor] = {}
         device = slot.parameter.device
         if self.states_on_cpu and device.type != "cpu":
@@ -176,7 +173,7 @@ class PerParameterOptimizer(torch.optim.Optimizer):
         return at_home
 
     def _return(self, slot: _Slot, at_home: dict[str, Tensor]) -> None:
-        """Bring moments back to the host. Copies are ordered by the stream; `optimizer_tensors` waits for them."""
+        """Copy moments back to the host. The stream orders the copies; `optimizer_tensors` waits for them."""
         if not self.states_on_cpu or slot.parameter.device.type == "cpu":
             return
         for key in _MOMENTS:
@@ -187,11 +184,11 @@ class PerParameterOptimizer(torch.optim.Optimizer):
                 slot.state[key] = place.copy_(slot.state[key], non_blocking=True)
 
     def load_states(self, name: str, saved: Mapping[str, Tensor]) -> None:
-        """Take over one parameter's saved states (see `optimizer_tensors`)."""
+        """Load one parameter's saved states (see `optimizer_tensors`)."""
         slot = next(slot for slot in self.slots if slot.name == name)
         device = slot.parameter.device
         paged = bool(getattr(slot.inner, "is_paged", False))
-        if paged:  # its memory must come from bitsandbytes
+        if paged:  # bitsandbytes must allocate its memory
             slot.stand_in.data = slot.parameter.detach().float()
             slot.inner.init_state(slot.inner.param_groups[0], slot.stand_in, 0, 0)  # type: ignore[attr-defined]
             slot.stand_in.data = torch.empty(0, device=device)
@@ -208,17 +205,17 @@ class PerParameterOptimizer(torch.optim.Optimizer):
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 to one of the two nearest bfloat16 numbers, with the odds that keep the mean.
+    """Round float32 to one of the two nearest bfloat16 numbers, at random, with the odds that keep the mean.
 
     Args:
         values: float32, finite.
         generator: on the values' device.
 
     Returns:
-        bfloat16. Values that bfloat16 holds come back as they are.
+        bfloat16. Values that bfloat16 can represent are unchanged.
     """
-    # The bits of a float32 count up with its magnitude, so adding a random number below one bfloat16 step and cutting
-    # off what is below it rounds up exactly as often as it should.
+    # The bits of a float32, read as an integer, grow with its magnitude: adding a random number below one bfloat16 step
+    # and dropping the lower bits rounds up exactly as often as it should.
     bits = torch.randint(1 << _DROPPED_BITS, values.shape, generator=generator, device=values.device, dtype=torch.int32)
     bits += values.contiguous().view(torch.int32)
     bits &= -(1 << _DROPPED_BITS)
@@ -229,8 +226,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     """Every state of an optimiser, as tensors on the CPU by `parameter name/state name`.
 
     Args:
-        optimizer: as `make_optimizer` gives it.
-        parameters: the same as it was made with.
+        optimizer: of `make_optimizer`.
+        parameters: the ones it was made with.
     """
     tensors: dict[str, Tensor] = {}
     for name, state in _states(optimizer, parameters).items():
@@ -242,10 +239,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Take over what `optimizer_tensors` gave, bit for bit.
+    """Load the states that `optimizer_tensors` returned, bit for bit.
 
     Raises:
-        ConfigError: they are another kind of optimiser's states.
+        ConfigError: they are the states of another kind of optimiser.
     """
     saved: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -275,19 +272,19 @@ def _states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
     if not isinstance(optimizer, PerParameterOptimizer):
         return {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
     if optimizer.states_on_cpu and torch.cuda.is_available():
-        torch.cuda.synchronize()  # the last step's copies to the host may still be under way
+        torch.cuda.synchronize()  # the last step's copies to the host may not be done
     return {slot.name: slot.state for slot in optimizer.slots}
 
 
 def describe_optimizer(config: RunConfig, parameters: Mapping[str, nn.Parameter]) -> str:
-    """One line: which optimiser, where its states are, in which dtypes, and the bytes that follow."""
+    """One line: the optimiser, where its states are, their dtypes, and the bytes that follow."""
     trainer, device = config.trainer, next(iter(parameters.values())).device
     name: str = trainer.optimizer
     if name != "adamw":
         name += f" (bitsandbytes {version('bitsandbytes')})"
     where = ""
     if trainer.optimizer_states_on_cpu:
-        where = ", states in host memory" if device.type != "cpu" else ", states where they would be anyway: on the CPU"
+        where = ", states in host memory" + ("" if device.type != "cpu" else ", as all else in this run")
     dtype = config.adapter.dtype
     rounding = ", updates rounded stochastically" if dtype == "bfloat16" else ""
     sizes = state_bytes(config, parameters)
@@ -302,14 +299,14 @@ def state_bytes(config: RunConfig, parameters: Mapping[str, nn.Parameter]) -> di
     moments = 0.0
     for parameter in parameters.values():
         small = parameter.numel() < MIN_8BIT_ELEMENTS
-        # Two moments of a byte, and a float32 for each 256 of either.
+        # Two moments of one byte each, and a float32 per 256 values of either.
         moments += parameter.numel() * (8 if small or not trainer.optimizer.endswith("8bit") else 2 + 8 / 256)
     count = sum(parameter.numel() for parameter in parameters.values())
     itemsize = next(iter(parameters.values())).element_size()
     return {"parameters": count * itemsize, "gradients": count * gradient, "moments": int(moments)}
 
 
-# The learning rate as a function of the step: no state to save or to lose.
+# ---- learning rate --------------------------------------------------------------------------------------------------
 
 
 def warmup_steps(total_steps: int, config: TrainerConfig) -> int:
@@ -318,10 +315,10 @@ def warmup_steps(total_steps: int, config: TrainerConfig) -> int:
 
 
 def learning_rate(step: int, total_steps: int, config: TrainerConfig) -> float:
-    """The rate of optimiser step `step` (from 0) out of `total_steps`.
+    """The learning rate of optimiser step `step` (from 0) out of `total_steps`: a function of the step, without state.
 
-    The warm-up starts at peak / warm-up steps, not at zero: step 0 already moves the adapter, so the audit of A on
-    step 1 means something. After it the rate falls to `min_lr_ratio` of the peak at the last step.
+    The warm-up starts at peak / warm-up steps, not at zero: step 0 already changes the adapter, so that A has a
+    gradient to audit on step 1. After it the rate falls to `min_lr_ratio` of the peak at the last step.
     """
     peak, rising = config.peak_learning_rate, warmup_steps(total_steps, config)
     if step < rising:

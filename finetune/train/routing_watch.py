@@ -1,20 +1,16 @@
-"""Where tokens go, before and after training: which experts are used, and how far routing drifts from the base's."""
+"""Expert usage before and after training, and how far routing drifts from the base's."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from accelerate import Accelerator
 
 from finetune import log
-from finetune.adapters.lora import Adapter
-from finetune.config.schema import RunConfig
-from finetune.data.dataset import Split
 from finetune.errors import CheckError
 from finetune.evaluate.usage import (
     Group,
@@ -25,54 +21,63 @@ from finetune.evaluate.usage import (
     usage_table,
     write_usage,
 )
-from finetune.model.build import Base
 from finetune.model.usage import UsageCounter, UsageCounts, changed_share, count_usage
 from finetune.train.metrics import MetricsLog, Tracker
-from finetune.train.run_directory import RunDirectory
+from finetune.train.run_directory import Run
+from finetune.train.session import Session
 
 USAGE_FILE = "expert_usage.parquet"
 
 
-@dataclass(frozen=True, eq=False)
-class RoutingWatch:
-    """Measures routing on the same samples whenever it is asked; what the base does with them is measured once.
+@dataclass(frozen=True)
+class RoutingSummary:
+    """Expert usage of a run, as manifest.json records it.
 
     Attributes:
-        config: the run's.
-        base, adapter: live.
-        split: where the samples are from.
-        run, tracker, accelerator: where figures go; only the main process writes.
-        between_batches: called between two forward passes; raises to leave early.
-        seen: the newest look, by its step.
+        samples: how many examples were measured.
+        split: they are from.
+        before, after: usage figures by layer, with the base and with the adapter.
+        drift: by layer, share of tokens that take another set of experts than in the base.
     """
 
-    config: RunConfig
-    base: Base
-    adapter: Adapter
-    split: Split
-    run: RunDirectory
-    tracker: Tracker
-    accelerator: Accelerator
-    between_batches: Callable[[], None]
-    seen: dict[int, UsageCounts] = field(default_factory=dict)
+    samples: int
+    split: str
+    before: dict[str, Any]
+    after: dict[str, Any]
+    drift: list[float]
 
-    def look(self, step: int) -> UsageCounts:
-        """Measure now, write the drift by layer to metrics.jsonl, and hold it against the recipe's limit.
+
+class RoutingWatch:
+    """Measures routing on the same examples whenever it is asked; the base's own routing is measured once.
+
+    Args:
+        session: base, adapter and examples: of the test split, else validation, else training.
+        run: where figures are written, on rank 0.
+        tracker: gets the figures too.
+        between_batches: called between two forward passes; it may raise to stop.
+    """
+
+    def __init__(self, session: Session, run: Run, tracker: Tracker, between_batches: Callable[[], None]) -> None:
+        self.config, self.base, self.adapter = session.config, session.base, session.adapter
+        self.accelerator, self.tracker, self.between_batches = session.accelerator, tracker, between_batches
+        self.path, self.metrics = run.path, MetricsLog(run.metrics, writes=run.writes)
+        self.split = next(session.splits[name] for name in ("test", "validation", "train") if name in session.splits)
+        self._newest: tuple[int, UsageCounts] | None = None  # step and counts
+
+    def measure(self, step: int) -> UsageCounts:
+        """Measure now, write the drift by layer to metrics.jsonl, and compare it with the recipe's limit.
 
         Raises:
             CheckError: a layer's drift is above `evaluate.max_routing_drift`.
         """
         counts = self._count("routing")
-        self.seen.clear()
-        self.seen[step] = counts
+        self._newest = step, counts
         drift = changed_share(self._before, counts)
         worst = int(np.argmax(drift))
         text = f"routing: {np.mean(drift):.1%} of tokens take other experts than in the base, most in layer {worst}"
         log.info(f"{text} ({drift[worst]:.1%})")
         figures = usage_figures(counts.chosen.sum(0))
-        if self.accelerator.is_main_process:
-            line = {"drift": drift, "entropy": figures.entropy, "variation": figures.variation}
-            MetricsLog(self.run.metrics).append("routing", step, **line)
+        self.metrics.append("routing", step, drift=drift, entropy=figures.entropy, variation=figures.variation)
         shown = {"routing_drift": float(np.mean(drift)), "routing_drift_most": drift[worst]}
         self.tracker.log(shown | {"routing_entropy": float(np.mean(figures.entropy))}, step)
         limit = self.config.evaluate.max_routing_drift
@@ -80,35 +85,34 @@ class RoutingWatch:
             raise CheckError(
                 f"routing drifted too far after step {step}: {drift[worst]:.1%} of tokens take other experts in layer "
                 f"{worst}, evaluate.max_routing_drift is {limit:.1%}",
-                why="the update moves tokens to experts that the base would not have taken",
+                why="the update moves tokens to experts that the base would not have chosen",
                 fix="lower trainer.learning_rate, set trainer.router_balance_target=base, or allow more",
             )
         return counts
 
-    def finish(self, step: int, in_training: UsageCounter) -> dict[str, Any]:
-        """Measure the end, write expert_usage.parquet, and give the manifest what the report shows.
+    def finish(self, step: int, in_training: UsageCounter) -> RoutingSummary:
+        """Measure the end and write expert_usage.parquet.
 
         Args:
-            step: the one whose adapter is live; what was seen after it is not measured again.
-            in_training: what routers chose on the training tokens of this sitting, of this process.
+            step: the one whose adapter is live; if it was the last to be measured it is not measured again.
+            in_training: experts chosen for this rank's training tokens in this session.
         """
-        after = self.seen.get(step) or self.look(step)
-        names = group_names(list(self.split.source_sizes))
+        after = self._newest[1] if self._newest is not None and self._newest[0] == step else self.measure(step)
+        names = group_names(list(self.split.stats.source_sizes))
         tables = [usage_table("before", self._before, names), usage_table("after", after, names)]
         if table := self._training_table(in_training):
             tables.append(table)
-        facts: dict[str, Any] = {
-            "samples": len(self._numbers),
-            "split": self.split.name,
-            "before": asdict(usage_figures(self._before.chosen.sum(0))),
-            "after": asdict(usage_figures(after.chosen.sum(0))),
-            "drift": changed_share(self._before, after),
-        }
         if self.accelerator.is_main_process:
-            write_usage(self.run.path / USAGE_FILE, tables)
+            write_usage(self.path / USAGE_FILE, tables)
             for when, counts in (("before", self._before), ("after", after)):
                 self.tracker.log_image(f"expert_usage_{when}", heat_pixels(counts.chosen.sum(0)), step)
-        return facts
+        return RoutingSummary(
+            samples=len(self._numbers),
+            split=self.split.name,
+            before=asdict(usage_figures(self._before.chosen.sum(0))),
+            after=asdict(usage_figures(after.chosen.sum(0))),
+            drift=changed_share(self._before, after),
+        )
 
     @functools.cached_property
     def _before(self) -> UsageCounts:
@@ -117,20 +121,20 @@ class RoutingWatch:
 
     @functools.cached_property
     def _numbers(self) -> list[int]:
-        """Samples that are measured, evenly spread over the split."""
-        total, count = len(self.split.samples), self.config.evaluate.routing_examples
+        """Indices of the measured examples, evenly spread over the split."""
+        total, count = len(self.split.examples), self.config.evaluate.routing_examples
         return [number * total // min(count, total) for number in range(min(count, total))]
 
     def _count(self, task: str) -> UsageCounts:
-        samples = [self.split.samples[number] for number in self._numbers]
-        ends = np.cumsum(list(self.split.source_sizes.values()))
+        examples = [self.split.examples[number] for number in self._numbers]
+        ends = np.cumsum(list(self.split.stats.source_sizes.values()))
         sources = np.searchsorted(ends, self._numbers, side="right")
         return count_usage(
             self.base,
-            samples,
+            examples,
             self.config.data.max_length,
-            lambda number: token_groups(samples[number], int(sources[number])),
-            len(group_names(list(self.split.source_sizes))),
+            lambda number: token_groups(examples[number], int(sources[number])),
+            len(group_names(list(self.split.stats.source_sizes))),
             task=task,
             between_batches=self.between_batches,
         )

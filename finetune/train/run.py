@@ -1,11 +1,14 @@
-"""End to end: data, base, adapter, before-figures, training, after-figures, adapter on disk, read-back, report."""
+"""A run from start to end: scores before, training, scores after, the adapter on disk, its read-back, a report.
+
+`train` is the one way in, for a new run, a run directory whose ranks are just starting, and a run that stopped.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,154 +16,139 @@ from typing import Any
 from finetune import log
 from finetune.adapters.read_back import live_logits
 from finetune.config.compose import ComposedConfig
-from finetune.config.derive import deepspeed_settings
 from finetune.config.expert_selection import write_expert_scores
-from finetune.config.schema import AdapterConfig, RunConfig
-from finetune.config.validate import dump_yaml, to_plain
+from finetune.config.schema import RunConfig
+from finetune.config.validate import dump_yaml
 from finetune.data.preview import as_json
-from finetune.errors import ConfigError, InputError, Interrupted
-from finetune.evaluate.evalset import evenly_spread
-from finetune.evaluate.likelihood import held_out_loss
+from finetune.errors import ConfigError, InputError
 from finetune.evaluate.summary import measure_test_set
 from finetune.files import write_json
 from finetune.model.build import check_unchanged
 from finetune.results import BaseName, Evaluation, Model, read_evaluation
 from finetune.train.checkpoint import checkpoint_path, load_checkpoint, load_newest, remove_after
-from finetune.train.engines.base import Engine, open_engine
-from finetune.train.finalize import Result, read_back_samples, why_not_read_back, write_result
-from finetune.train.metrics import Tracker, memory_gib
-from finetune.train.routing_watch import RoutingWatch
-from finetune.train.run_directory import RunDirectory, prepare_run
-from finetune.train.session import Session, open_session, session_facts
+from finetune.train.finalize import Result, read_back_examples, why_not_read_back, write_result
+from finetune.train.metrics import memory_gib
+from finetune.train.run_directory import Run
+from finetune.train.session import Session, manifest_record, open_session
 from finetune.train.trainer import Trainer
-from finetune.train.watchdog import StopRequest, Watchdog
-from finetune.train.world import World, closing, explain_lost_ranks, open_world
+from finetune.train.watchdog import StopRequest
+from finetune.train.world import World, explain_lost_ranks, open_world
 
-EXPERTS = "experts.json"  # which experts are adapted, unless all are
 WriteReport = Callable[[Path], object]
-"""Given the run directory, whether the run finished or not."""
+"""Writes the report of a run directory, finished or not."""
 
 
-def train(composed: ComposedConfig, write_report: WriteReport) -> Path:
-    """Run a recipe from the start, alone or as one of the processes that a launcher has started.
+def train(source: ComposedConfig | Run, write_report: WriteReport) -> Path:
+    """Train a recipe from the start, or continue a run, alone or as one of the ranks that a launcher has started.
 
     Args:
-        composed: the checked recipe.
-        write_report: see `WriteReport`; called once the run directory exists, whatever happens.
+        source: a composed recipe, whose run directory is created once data and base are checked; or an existing run. A
+            run that has begun continues from its newest complete checkpoint. Its `config` may differ from the stored
+            one in `distributed` (`finetune.config.validate.resumed_config`).
+        write_report: called at the end, however the run ends.
 
     Returns:
         The run directory.
-    """
-    started = time.monotonic()
-    config = composed.config
-    if config.name is not None:
-        RunDirectory.refuse_existing(Path(config.output_dir) / config.name)
-    processes = open_world(config)
-    with closing(processes):
-        processes.assert_same("the configuration", dump_yaml(config))
-        session = open_session(config, processes)  # until there is something to save, signals end the command as usual
-        made = prepare_run(config, composed.recipe_name, composed.overrides) if processes.is_first else None
-        run = RunDirectory(Path(processes.broadcast(str(made.path if made else None))), writes=processes.is_first)
-        _begin(session, run, started, write_report)
-    return run.path
-
-
-def train_prepared(path: Path, write_report: WriteReport) -> Path:
-    """Run what `prepare_run` left in a directory, as one of the processes that `launch` has started."""
-    started = time.monotonic()
-    prepared, config = RunDirectory.open(path)
-    processes = open_world(config)
-    with closing(processes):
-        run = replace(prepared, writes=processes.is_first)
-        _begin(open_session(config, processes), run, started, write_report)
-    return run.path
-
-
-def _begin(session: Session, run: RunDirectory, started: float, write_report: WriteReport) -> None:
-    log.info(f"run directory: {run.path}")
-    with StopRequest() as stop, run.locked():
-        run.update_manifest(**session_facts(session))
-        if run.writes:
-            _name_skipped_rows(session, run)
-            write_json(run.path / "sample.json", as_json(session.splits["train"].samples[0]))
-            if session.affinity is not None:
-                write_expert_scores(run.path / EXPERTS, session.affinity)
-        _execute(session, run, stop, started, write_report, resumed=False)
-
-
-def resume(path: Path, write_report: WriteReport, config: RunConfig | None = None) -> Path:
-    """Continue a run from its newest whole checkpoint, alone or as one of the processes that were started.
-
-    Args:
-        path: the run's directory.
-        write_report: see `WriteReport`.
-        config: its configuration, with the processes that now carry it out (`finetune.config.validate`). None: the
-            same as before.
 
     Raises:
-        InputError: no run, or no whole checkpoint, there.
         ConfigError: the run is finished.
+        InputError: the run has begun and has no complete checkpoint.
     """
     started = time.monotonic()
-    run, stored = RunDirectory.open(path.resolve())
-    config = config or stored
-    manifest = run.read_json(run.manifest)
-    if manifest.get("status") == "finished":
-        raise ConfigError(
-            f"{path} is finished",
-            fix=f"to train on from its adapter, start a new run with adapter.init_from={run.adapter}",
-        )
-    processes = open_world(config)
-    with closing(processes):
-        run = replace(run, writes=processes.is_first)
-        # Relative paths of the recipe, and a hub name's moving branch, mean what they meant when the run was started.
-        if (origin := manifest.get("working_directory")) and Path(origin) != Path.cwd() and Path(origin).is_dir():
-            log.warning(f"working in {origin}, where the run was started")
-            os.chdir(origin)
-        if revision := manifest.get("base", {}).get("revision"):
-            config = replace(config, model=replace(config.model, revision=revision))
-        if (run.path / EXPERTS).is_file():  # measured once: a resumed run adapts the experts that it started with
-            config = replace(config, adapter=_with_choice(config.adapter, str(run.path / EXPERTS)))
-        with run.locked():
-            session = open_session(config, processes, resumed=True)
-            with StopRequest() as stop:
-                _execute(session, run, stop, started, write_report, resumed=True)
+    resumed = isinstance(source, Run) and _has_begun(source)
+    config = _config_to_resume(source) if isinstance(source, Run) and resumed else source.config
+    if isinstance(source, ComposedConfig) and config.name is not None:
+        Run.check_new(Path(config.output_dir) / config.name)
+    with open_world(config) as world, ExitStack() as lock:
+        if isinstance(source, Run):
+            run = replace(source, config=config, writes=world.is_main)
+            lock.enter_context(run.locked())
+            session = open_session(config, world, resumed=resumed)
+        else:
+            world.assert_same("the configuration", dump_yaml(config))
+            session = open_session(config, world)
+            run = _create(source, world)
+            lock.enter_context(run.locked())
+        log.info(f"run directory: {run.path}")
+        with StopRequest() as stop:  # until there is something to save, signals end the command as usual
+            if not resumed:
+                _record_start(session, run)
+            _execute(session, run, stop, started, write_report, resumed=resumed)
     return run.path
 
 
-def _with_choice(adapter: AdapterConfig, file: str) -> AdapterConfig:
-    """The recipe with the experts, and their ranks, that a file has."""
-    rank_by = "uniform" if adapter.experts.rank_by == "uniform" else file
-    return replace(adapter, experts=replace(adapter.experts, select=file, rank_by=rank_by))
+def _has_begun(run: Run) -> bool:
+    status = run.status
+    if status == "finished":
+        raise ConfigError(
+            f"{run.path} is finished",
+            fix=f"to continue training from its adapter, start a new run with adapter.init_from={run.adapter}",
+        )
+    return status is not None
+
+
+def _config_to_resume(run: Run) -> RunConfig:
+    """The recipe of a run that has begun, pinned to the revision of the base and to the experts it began with."""
+    config = run.config
+    if revision := run.read_manifest().get("base", {}).get("revision"):
+        config = replace(config, model=replace(config.model, revision=revision))
+    if run.expert_scores.is_file():
+        experts, file = config.adapter.experts, str(run.expert_scores)
+        rank_by = "uniform" if experts.rank_by == "uniform" else file
+        experts = replace(experts, select=file, rank_by=rank_by)
+        config = replace(config, adapter=replace(config.adapter, experts=experts))
+    return config
+
+
+def _create(composed: ComposedConfig, world: World) -> Run:
+    """Create the run directory on rank 0 for all ranks."""
+    config = composed.config
+    path = None
+    if world.is_main:
+        path = str(Run.create(config, composed.recipe_name, composed.overrides).path)
+    return Run(Path(world.broadcast(path)), config, writes=world.is_main)
+
+
+def _record_start(session: Session, run: Run) -> None:
+    """Write what is known before the first step."""
+    run.update_manifest(**manifest_record(session))
+    if not run.writes:
+        return
+    _write_skipped_records(session, run)
+    write_json(run.path / "sample.json", as_json(session.splits["train"].examples[0]))
+    if session.scores is not None:
+        write_expert_scores(run.expert_scores, session.scores)
+
+
+def _write_skipped_records(session: Session, run: Run) -> None:
+    """Write every record that was left out, with the reason, to skipped_rows.jsonl."""
+    skipped = [
+        {"split": name, "where": record.where, "kind": record.kind, "reason": record.reason}
+        for name, split in session.splits.items()
+        for record in (*split.stats.bad_records, *split.stats.dropped)
+    ]
+    if skipped:
+        path = run.path / "skipped_rows.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in skipped))
+        first = "; ".join(f"{record['where']}: {record['reason']}" for record in skipped[:3])
+        log.warning(f"{len(skipped):,} records are left out, all listed in {path}: {first}")
 
 
 def _execute(
-    session: Session,
-    run: RunDirectory,
-    stop: StopRequest,
-    started: float,
-    write_report: WriteReport,
-    *,
-    resumed: bool,
+    session: Session, run: Run, stop: StopRequest, started: float, write_report: WriteReport, *, resumed: bool
 ) -> None:
-    """Train and finish; manifest and report say how it ended, whatever happens."""
-    tracker = Tracker(session.accelerator, session.config.logging, to_plain(session.config), run.path)
-    engine = open_engine(session.config, session.base, session.adapter, session.accelerator, session.processes)
-    log.info(f"processes: {engine.describe()}")
-    if run.writes and (settings := deepspeed_settings(session.config)):
-        write_json(run.path / "deepspeed.json", settings)
-    hangs = Watchdog(session.processes, session.config.distributed.timeout_s)
-    trainer = _trainer(session, engine, run, tracker, stop, hangs)
+    """Train and finish; manifest and report record how it ended, whatever happens."""
+    trainer = Trainer(session, run, stop)
     if resumed:
-        _restore(trainer, session, run)
-    earlier = run.read_json(run.manifest)
-    run.update_manifest(status="running", stopped_by=None, processes=engine.describe())
+        _restore(trainer, run)
+    earlier = run.read_manifest()
+    run.update_manifest(status="running", stopped_by=None, processes=trainer.engine.describe())
     ending: dict[str, Any] = {"status": "finished"}
     try:
-        with hangs, explain_lost_ranks(session.processes):
-            result = _train_and_evaluate(session, trainer, run, stop)
-        session.processes.leave()
-        if run.writes:  # long, and process 0 needs no other for it
+        with trainer.watchdog, explain_lost_ranks(session.world):
+            result = _train_and_evaluate(session, trainer, run)
+        session.world.destroy()
+        if run.writes:  # this takes long, and rank 0 needs no other rank for it
             write_result(session, run, result)
     except BaseException as error:
         first_line = (str(error).splitlines() or [""])[0]
@@ -168,7 +156,7 @@ def _execute(
         raise
     finally:
         run.update_manifest(**ending, **session_summary(trainer, earlier, started))
-        tracker.close()
+        trainer.tracker.close()
         try:
             if run.writes:
                 write_report(run.path)
@@ -176,105 +164,93 @@ def _execute(
             log.warning(f"no report: {type(error).__name__}: {error}")
 
 
-def _name_skipped_rows(session: Session, run: RunDirectory) -> None:
-    """Write what was left out, row by row with the reason, to skipped_rows.jsonl."""
-    skipped = [
-        {"split": name, "where": row.where, "kind": row.kind, "reason": row.reason}
-        for name, split in session.splits.items()
-        for row in (*split.bad_records, *split.dropped)
-    ]
-    if skipped:
-        path = run.path / "skipped_rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in skipped))
-        first = "; ".join(f"{row['where']}: {row['reason']}" for row in skipped[:3])
-        log.warning(f"{len(skipped):,} rows are left out, all named in {path}: {first}")
-
-
-def _restore(trainer: Trainer, session: Session, run: RunDirectory) -> None:
-    """Go on from the newest whole checkpoint.
+def _restore(trainer: Trainer, run: Run) -> None:
+    """Continue from the newest complete checkpoint.
 
     Raises:
-        InputError: there is none, or it holds another adapter than config.yaml describes.
-        CheckError: it belongs to other data or another base.
+        InputError: there is none, or it holds another adapter than config.yaml describes, other data or another base.
     """
-    processes = session.processes
-    newest = load_newest(run.checkpoints) if processes.is_first else None
-    step = int(processes.broadcast(newest[0] if newest else None))
+    world = trainer.world
+    newest = load_newest(run.checkpoints) if world.is_main else None
+    step = int(world.broadcast(newest[0] if newest else None))
     checkpoint = newest[1] if newest else load_checkpoint(checkpoint_path(run.checkpoints, step))
     saved = {name: list(tensor.shape) for name, tensor in checkpoint.adapter.items()}
     now = {name: list(tensor.shape) for name, tensor in trainer.engine.parameters.items()}
     if saved != now:
         name = next(name for name in sorted(saved | now) if saved.get(name) != now.get(name))
         raise InputError(
-            f"the checkpoint of step {step} does not hold the adapter that {run.config} describes",
+            f"the checkpoint of step {step} does not hold the adapter that {run.config_file} describes",
             why=f"{name} is {saved.get(name, 'absent')} there and {now.get(name, 'absent')} here",
             fix="make config.yaml as it was when the run was started",
         )
     trainer.restore(checkpoint)
     if run.writes:
         remove_after(run.checkpoints, step)
-    log.info(f"resuming after step {step} of {session.plan.total_steps}")
+    log.info(f"resuming after step {step} of {trainer.source.total_steps}")
 
 
-def _train_and_evaluate(session: Session, trainer: Trainer, run: RunDirectory, stop: StopRequest) -> Result:
-    """Before-figures, training, after-figures: all that needs every process.
+def _train_and_evaluate(session: Session, trainer: Trainer, run: Run) -> Result:
+    """Scores before, training, scores after: all that needs every rank.
 
     The adapter is written after all of it: a run that was stopped has none that could be taken for its result.
     """
-    config, base, test, processes = session.config, session.base, session.test, session.processes
+    config, base, test, world = session.config, session.base, session.test, session.world
     names = BaseName(str(base.checkpoint.directory), base.identity)
     notes = list(test.notes) if test else []
     new = Evaluation("adapter", names, config.evaluate.confidence, notes, {}, [], None, None)
-    evaluation: Evaluation = processes.broadcast(read_evaluation(run.evaluation)) or new
+    evaluation: Evaluation = world.broadcast(read_evaluation(run.evaluation)) or new
 
-    def evaluate(model: Model, save: Callable[[], None] | None) -> None:
+    def evaluate(model: Model, *, save: bool) -> None:
         nonlocal evaluation
         if test is None:
             return
 
-        def between() -> None:
-            trainer.hangs.beat(f"evaluating the {model}")
-            _leave_if_asked(stop, run, save, processes)
+        def between_batches() -> None:
+            trainer.watchdog.heartbeat(f"evaluating the {model}")
+            trainer.stop_if_asked(save=save)
 
-        figures = measure_test_set(base, test, model, config.evaluate.confidence, between_batches=between)
-        evaluation = evaluation.updated(model, processes.broadcast(figures))
+        figures = measure_test_set(base, test, model, config.evaluate.confidence, between_batches=between_batches)
+        evaluation = evaluation.updated(model, world.broadcast(figures))
         run.write_evaluation(evaluation)
 
     if not evaluation.has("base"):
         with session.adapter.disabled():
-            evaluate("base", trainer.save)
-    trainer.train(stop)
-    _choose_best(session, trainer, run)
-    trainer.hangs.beat("checking the base")
+            evaluate("base", save=True)
+    trainer.train()
+    _choose_best(trainer, run)
+    trainer.watchdog.heartbeat("checking the base")
     check_unchanged(base)
     # The last step is saved already; saving now could store the best step's adapter under its name.
-    evaluate("adapter", None)
-    if trainer.watch is not None:
+    evaluate("adapter", save=False)
+    if trainer.routing is not None:
         best = trainer.state.best_step if config.save.best_metric != "none" else None
-        usage = trainer.step.router_loss.usage
-        run.update_manifest(routing=trainer.watch.finish(best or trainer.state.step, usage))
-    trainer.hangs.beat("gathering the adapter")
-    skipped: str | None = processes.broadcast(why_not_read_back(session))
-    live = live_logits(base, session.adapter, read_back_samples(session)) if skipped is None else None
+        summary = trainer.routing.finish(best or trainer.state.step, trainer.step.usage)
+        run.update_manifest(routing=asdict(summary))
+    trainer.watchdog.heartbeat("gathering the adapter")
+    skipped: str | None = world.broadcast(why_not_read_back(session))
+    live = live_logits(base, session.adapter, read_back_examples(session)) if skipped is None else None
     return Result(trainer.engine.adapter_tensors(), live, skipped)
 
 
-def _leave_if_asked(stop: StopRequest, run: RunDirectory, save: Callable[[], None] | None, processes: World) -> None:
-    """Save and leave if a signal came to any process: evaluations are long, and who stops a machine does not wait."""
-    asked = processes.largest(stop.signal_number or 0)
-    if not asked:
+def _choose_best(trainer: Trainer, run: Run) -> None:
+    """Load the best checkpoint's adapter when the recipe says so."""
+    best = trainer.state.best_step
+    if trainer.config.save.best_metric == "none" or best is None:
         return
-    if save is not None:
-        save()
-    raise Interrupted(
-        "stopped by a signal while evaluating; everything is saved",
-        signal_number=asked,
-        fix=f"go on with `finetune train --resume {run.path}`",
-    )
+    if best != trainer.state.step:
+        trainer.load_adapter(load_checkpoint(checkpoint_path(run.checkpoints, best)))
+    log.info(f"adapter of step {best}: best validation loss {trainer.state.best_loss:.4f}")
+    run.update_manifest(adapter_of_step=best)
 
 
 def session_summary(trainer: Trainer, earlier: dict[str, Any], started: float) -> dict[str, Any]:
-    """What manifest.json says at the end of a sitting: figures over all sittings of the run."""
+    """What manifest.json records at the end of a session: figures over all sessions of the run.
+
+    Args:
+        trainer: of this session.
+        earlier: manifest.json at its start.
+        started: `time.monotonic()` at its start.
+    """
     minutes = (time.monotonic() - started) / 60
     return {
         "audit": trainer.audit_lines,
@@ -283,52 +259,3 @@ def session_summary(trainer: Trainer, earlier: dict[str, Any], started: float) -
         "minutes": round(earlier.get("minutes", 0.0) + minutes, 2),
         "peak_memory_gib": round(max(earlier.get("peak_memory_gib", 0.0), memory_gib(trainer.base.device)), 3),
     }
-
-
-def _trainer(
-    session: Session, engine: Engine, run: RunDirectory, tracker: Tracker, stop: StopRequest, hangs: Watchdog
-) -> Trainer:
-    config, base = session.config, session.base
-    validation: Callable[[], float] | None = None
-
-    def between() -> None:
-        hangs.beat("validating")
-        _leave_if_asked(stop, run, trainer.save, session.processes)
-
-    if "validation" in session.splits:
-        samples = evenly_spread(session.splits["validation"].samples, config.evaluate.validation_examples)
-
-        def validation() -> float:
-            return held_out_loss(
-                base.model, samples, config.data.max_length, task="validation", between_batches=between
-            ).mean
-
-    watch = None
-    if config.evaluate.routing_examples:
-        split = next(session.splits[name] for name in ("test", "validation", "train") if name in session.splits)
-        watch = RoutingWatch(
-            config,
-            base,
-            session.adapter,
-            split,
-            run,
-            tracker,
-            session.accelerator,
-            between,
-        )
-    fingerprint = session.splits["train"].fingerprint
-    trainer = Trainer(
-        config, base, session.adapter, session.plan, engine, run, tracker, validation, fingerprint, hangs, watch
-    )
-    return trainer
-
-
-def _choose_best(session: Session, trainer: Trainer, run: RunDirectory) -> None:
-    """Go back to the best checkpoint's adapter when the recipe says so."""
-    best = trainer.state.best_step
-    if session.config.save.best_metric == "none" or best is None:
-        return
-    if best != trainer.state.step:
-        trainer.load_adapter(load_checkpoint(checkpoint_path(run.checkpoints, best)))
-    log.info(f"adapter of step {best}: best validation loss {trainer.state.best_loss:.4f}")
-    run.update_manifest(adapter_of_step=best)

@@ -1,9 +1,11 @@
-"""A run's directory: what lies where, and how its files are written so that a kill leaves them readable."""
+"""The directory of a run: its files, how it is created, opened, locked and updated.
+
+Imports no torch, so that commands that only look at a run start at once.
+"""
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import time
@@ -13,59 +15,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.config.derive import absolute_paths
 from finetune.config.schema import RunConfig
 from finetune.config.suggest import suggest_run
 from finetune.config.validate import dump_yaml, load_run_config
 from finetune.errors import ConfigError, InputError, MachineError
-from finetune.files import write_json, write_text
+from finetune.files import read_json, write_json, write_text
 from finetune.results import Evaluation, to_json
 
 
 @dataclass(frozen=True)
-class RunDirectory:
-    """Paths inside one run's directory.
+class Run:
+    """A run: its directory and its recipe.
 
     Attributes:
         path: the directory.
-        writes: False in all processes of a run but the first: what would write does nothing.
+        config: the recipe.
+        writes: False on all ranks but rank 0: every method that would write does nothing.
     """
 
     path: Path
+    config: RunConfig
     writes: bool = True
 
     @property
-    def config(self) -> Path:
-        """The composed configuration, as the run was started with it."""
+    def config_file(self) -> Path:
+        """The recipe as composed, with absolute paths."""
         return self.path / "config.yaml"
 
     @property
     def manifest(self) -> Path:
-        """Facts about the run: base, data, checks, how it ended."""
+        """JSON record of the run: base, data, checks, how it ended."""
         return self.path / "manifest.json"
 
     @property
     def metrics(self) -> Path:
-        """A line a step and a line a validation."""
+        """One line per step and per validation."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
-        """What resuming needs."""
+        """Checkpoints for resuming."""
         return self.path / "checkpoints"
 
     @property
     def adapter(self) -> Path:
-        """The result, in PEFT's layout; there once training is done."""
+        """The trained adapter in PEFT's layout; written when training is done."""
         return self.path / "adapter"
 
     @property
     def evaluation(self) -> Path:
-        """Figures before and after."""
+        """Test scores before and after training."""
         return self.path / "evaluation.json"
 
+    @property
+    def expert_scores(self) -> Path:
+        """Which experts are adapted; missing if all are."""
+        return self.path / "experts.json"
+
     @classmethod
-    def create(cls, config: RunConfig, recipe_name: str) -> RunDirectory:
-        """Make a new directory and write the composed configuration into it.
+    def create(cls, config: RunConfig, recipe_name: str, overrides: Sequence[str]) -> Run:
+        """Make a new directory with config.yaml and the first lines of manifest.json.
+
+        Args:
+            config: the recipe. Its relative paths are stored as absolute ones: a resumed run may start elsewhere.
+            recipe_name: names the directory where the recipe does not.
+            overrides: of the command line, for the record.
 
         Raises:
             ConfigError: the directory exists; runs are never overwritten.
@@ -73,7 +88,7 @@ class RunDirectory:
         """
         name = config.name or f"{recipe_name.replace('/', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = Path(config.output_dir) / name
-        cls.refuse_existing(path)
+        cls.check_new(path)
         try:
             path.mkdir(parents=True)
         except OSError as error:
@@ -81,13 +96,14 @@ class RunDirectory:
                 f"cannot make the run directory {path}: {error.strerror}",
                 fix="set output_dir to a place you may write to",
             ) from error
-        run = cls(path)
-        write_text(run.config, dump_yaml(config))
+        run = cls(path, config)
+        write_text(run.config_file, dump_yaml(absolute_paths(config, Path.cwd())))
+        run.update_manifest(recipe=recipe_name, overrides=list(overrides))
         return run
 
     @staticmethod
-    def refuse_existing(path: Path) -> None:
-        """Raise ConfigError if there is something at `path`."""
+    def check_new(path: Path) -> None:
+        """Raise ConfigError if something exists at `path`."""
         if path.exists():
             raise ConfigError(
                 f"run directory {path} exists already",
@@ -96,39 +112,47 @@ class RunDirectory:
             )
 
     @classmethod
-    def open(cls, path: Path) -> tuple[RunDirectory, RunConfig]:
+    def open(cls, path: Path) -> Run:
         """Open an existing run.
 
         Raises:
             InputError: not a run directory.
         """
-        run = cls(path)
-        if not run.config.is_file():
+        if not (path / "config.yaml").is_file():
             raise InputError(f"{path} is not a run directory: it has no config.yaml", fix=suggest_run(path))
-        return run, load_run_config(run.config)
+        return cls(path, load_run_config(path / "config.yaml"))
 
-    def read_json(self, path: Path) -> dict[str, Any]:
-        """Content of one of the run's JSON files, {} if it is not there yet.
+    @property
+    def status(self) -> str | None:
+        """`running`, `stopped` or `finished`; None before training has begun."""
+        return self.read_manifest().get("status")
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Content of manifest.json, {} if there is none yet.
 
         Raises:
             InputError: it is not JSON.
         """
-        if not path.exists():
-            return {}
-        try:
-            content: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"{path} is not valid JSON", why=str(error)) from error
-        return content
+        return read_json(self.manifest, "a run's manifest") if self.manifest.exists() else {}
+
+    def update_manifest(self, **entries: Any) -> None:
+        """Add entries to manifest.json."""
+        if self.writes:
+            write_json(self.manifest, self.read_manifest() | entries)
+
+    def write_evaluation(self, evaluation: Evaluation) -> None:
+        """Replace evaluation.json."""
+        if self.writes:
+            write_json(self.evaluation, to_json(evaluation))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run: two processes in one directory would remove each other's checkpoints.
+        """Lock the run: two processes in one directory would remove each other's checkpoints.
 
         The lock is the kernel's and ends with the process, however it ends.
 
         Raises:
-            ConfigError: another process holds it.
+            ConfigError: another process has locked it.
         """
         if not self.writes:
             yield
@@ -139,7 +163,7 @@ class RunDirectory:
             except BlockingIOError as error:
                 file.seek(0)
                 raise ConfigError(
-                    f"run {self.path} is being worked on by process {file.read().strip() or 'unknown'}",
+                    f"run {self.path} is in use by process {file.read().strip() or 'unknown'}",
                     fix="wait for it, or stop it first",
                 ) from error
             file.truncate(0)
@@ -147,37 +171,12 @@ class RunDirectory:
             file.flush()
             yield
 
-    def remove_adapter(self) -> None:
-        """Remove an adapter written before the run was resumed."""
-        shutil.rmtree(self.adapter)
-
-    def update_manifest(self, **facts: Any) -> None:
-        """Add facts to manifest.json."""
-        if self.writes:
-            write_json(self.manifest, self.read_json(self.manifest) | facts)
-
-    def write_evaluation(self, evaluation: Evaluation) -> None:
-        """Replace evaluation.json."""
-        if self.writes:
-            write_json(self.evaluation, to_json(evaluation))
-
     @contextmanager
     def discarded_if_unused(self) -> Iterator[None]:
-        """Remove the directory again if the block fails before the run was under way: nothing of worth is in it."""
+        """Remove the directory if the block fails before training has begun: it holds no result."""
         try:
             yield
         except BaseException:
-            if self.writes and not self.read_json(self.manifest).get("status"):
+            if self.writes and not self.status:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
-
-
-def prepare_run(config: RunConfig, recipe_name: str, overrides: Sequence[str]) -> RunDirectory:
-    """Make the directory of a run whose processes are yet to start: they read its config.yaml.
-
-    Raises:
-        ConfigError: it exists already.
-    """
-    run = RunDirectory.create(config, recipe_name)
-    run.update_manifest(recipe=recipe_name, overrides=list(overrides))
-    return run

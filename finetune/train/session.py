@@ -1,4 +1,4 @@
-"""What a run holds in memory, opened and checked before anything is written: data, plan, base, adapter, processes."""
+"""The session of a run: data, batch plan, base and adapter in memory, opened and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from finetune import __version__, log
-from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.lora import Adapter
 from finetune.adapters.sites import describe_sites, ranks_by_expert
 from finetune.adapters.store import read_adapter_into
 from finetune.config.derive import check_inputs, router_notes
@@ -39,9 +40,9 @@ from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.open import choose_device, open_base
 from finetune.model.shards import ShardedLayers
 from finetune.model.storage import storage_table
+from finetune.objectives.router import describe_router_reach
 from finetune.train.optim import check_optimizer, describe_optimizer
-from finetune.train.router_loss import describe_balance_reach
-from finetune.train.world import ALONE, World
+from finetune.train.world import SINGLE_PROCESS, World
 
 _FOREIGN_SETTINGS = (
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
@@ -54,18 +55,18 @@ _FOREIGN_SETTINGS = (
 
 @dataclass(frozen=True)
 class Session:
-    """Everything a run holds in memory.
+    """What a run works with, in memory.
 
     Attributes:
         config: the recipe.
-        location: where the base's files are.
+        location: of the base's files.
         base: frozen, with `adapter` attached.
         splits: `train` and, where the recipe has them, `validation` and `test`.
-        plan: which rows each step takes.
-        accelerator: device and tracker.
-        processes: who takes part.
-        test: rows scored before and after; None without a test split.
-        affinity: which experts are adapted, and why; None: all.
+        plan: the sequences of each step.
+        accelerator: device and trackers.
+        world: the ranks of the run.
+        test: examples scored before and after; None without a test split.
+        scores: scores of the experts by which some are adapted; None: all are.
     """
 
     config: RunConfig
@@ -75,26 +76,26 @@ class Session:
     splits: dict[str, Split]
     plan: BatchPlan
     accelerator: Accelerator
-    processes: World
+    world: World
     test: EvalSet | None
-    affinity: ExpertScores | None = None
+    scores: ExpertScores | None = None
 
 
-def open_session(config: RunConfig, processes: World = ALONE, *, resumed: bool = False) -> Session:
+def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: bool = False) -> Session:
     """Read data and base, attach the adapter, and check all of it.
 
     Args:
         config: the recipe.
-        processes: who takes part; each opens a session of its own.
+        world: the ranks of the run; each opens a session of its own.
         resumed: a checkpoint will fill the adapter, so `adapter.init_from` is not read again.
 
     Raises:
-        FinetuneError: whatever is wrong with data, base, adapter or processes; nothing was written yet.
+        FinetuneError: a fault of data, base, adapter or ranks; nothing was written yet.
     """
     if resumed:
         config = replace(config, adapter=replace(config.adapter, init_from=None))
     check_inputs(config)
-    device, accelerator = choose_device(config.model), _accelerator(config, processes)
+    device, accelerator = choose_device(config.model), _accelerator(config, world)
     _check_offload(config, device)
     if device.type == "cuda":
         log.info(_describe_allocator())
@@ -102,60 +103,75 @@ def open_session(config: RunConfig, processes: World = ALONE, *, resumed: bool =
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         log.info(describe(split))
-    test = choose_test_set(splits["test"], config, splits["train"].answers) if "test" in splits else None
+    train = splits["train"]
+    test = choose_test_set(splits["test"], config, train.stats.answers) if "test" in splits else None
     plan = BatchPlan(
-        splits["train"].samples,
+        train.examples,
         config.data,
         config.trainer,
         config.seed,
-        source_sizes=splits["train"].source_sizes,
-        rank=processes.rank,
-        world_size=processes.count,
+        source_sizes=train.stats.source_sizes,
+        rank=world.rank,
+        world_size=world.world_size,
     )
-    _describe_plan(plan, splits["train"], config)
+    _describe_plan(plan, train, config)
     location = locate_base(config.model.path, config.model.revision)
+    base = _open_base(location, config, device, world)
+    scores = _expert_scores(base, location.name, train, config, accelerator)
+    adapter = _attach(base, config, scores)
+    world.assert_same("the base", base.identity)
+    for split_name, split in splits.items():
+        world.assert_same(f"the {split_name} data", split.stats.fingerprint)
+    return Session(config, location, base, adapter, splits, plan, accelerator, world, test, scores)
+
+
+def _open_base(location: BaseLocation, config: RunConfig, device: torch.device, world: World) -> Base:
+    """Load and check the base."""
     checkpoint = Checkpoint.open(location.directory)
     _check_length(checkpoint, config)
     if config.trainer.activation_offload:
         log.info(_describe_offload(checkpoint, config))
     is_sharded = config.distributed.kind in SHARDED_BASE
-    shards = ShardedLayers(processes.rank, processes.count, device) if is_sharded else None
+    shards = ShardedLayers(world.rank, world.world_size, device) if is_sharded else None
     base = open_base(config.model, checkpoint=checkpoint, shards=shards)
     if config.data.pack:
-        log.info(f"packing: samples are separate ({check_packing(base.model):.1e} of a leak)")
-    affinity = _chosen_experts(base, location.name, splits["train"], config, accelerator)
-    selection = None if affinity is None else affinity.selected
-    ranks = None if affinity is None else ranks_by_expert(affinity)
-    adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection, ranks=ranks)
-    if config.adapter.init_from is not None:
-        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.held_as)
-        log.info(f"adapter: training on from {config.adapter.init_from}")
-    log.info("adapter sites:\n" + describe_sites(list(adapter.sites), checkpoint.arch))
-    log.info(describe_optimizer(config, adapter.parameters()))
-    if config.trainer.router_balance_coefficient or config.trainer.router_z_loss_coefficient:
-        log.info(describe_balance_reach(list(adapter.sites), checkpoint.arch, config.adapter.router.mode))
-    for note in router_notes(config):
-        log.info(note)
-    processes.assert_same("the base", base.identity)
-    for split_name, split in splits.items():
-        processes.assert_same(f"the {split_name} data", split.fingerprint)
-    return Session(config, location, base, adapter, splits, plan, accelerator, processes, test, affinity)
+        leak = check_packing(base.model)
+        log.info(f"packing check passed: cross-sample leakage {leak:.1e} of an unmasked sequence")
+    return base
 
 
-def _chosen_experts(
+def _expert_scores(
     base: Base, name: str, split: Split, config: RunConfig, accelerator: Accelerator
 ) -> ExpertScores | None:
-    """Which experts are adapted; processes whose sums differ in the last bit must not differ in that."""
+    """The scores by which experts are adapted; from rank 0, since sums may differ between ranks in the last bit."""
     if not config.adapter.experts.rank:
         return None
-    affinity = choose_experts(base, name, split.samples, config.data, config.adapter)
+    scores = choose_experts(base, name, split.examples, config.data, config.adapter)
     if accelerator.num_processes > 1:
-        (affinity,) = broadcast_object_list([affinity])
-    return affinity
+        (scores,) = broadcast_object_list([scores])
+    return scores
 
 
-def session_facts(session: Session) -> dict[str, Any]:
-    """What manifest.json records at the start."""
+def _attach(base: Base, config: RunConfig, scores: ExpertScores | None) -> Adapter:
+    """Attach the adapter, fill it from `adapter.init_from`, and describe it."""
+    selection = None if scores is None else scores.selected
+    ranks = None if scores is None else ranks_by_expert(scores)
+    adapter = attach_adapter(base, config.adapter, seed=config.seed, selection=selection, ranks=ranks)
+    if config.adapter.init_from is not None:
+        read_adapter_into(Path(config.adapter.init_from), adapter, config.adapter, base.identity, base.storage_changes)
+        log.info(f"adapter: training starts from {config.adapter.init_from}")
+    arch = base.checkpoint.arch
+    log.info("adapter sites:\n" + describe_sites(list(adapter.sites), arch))
+    log.info(describe_optimizer(config, adapter.parameters()))
+    if config.trainer.router_balance_coefficient or config.trainer.router_z_loss_coefficient:
+        log.info(describe_router_reach(adapter.sites, arch, config.adapter.router.mode))
+    for note in router_notes(config):
+        log.info(note)
+    return adapter
+
+
+def manifest_record(session: Session) -> dict[str, Any]:
+    """What manifest.json records at the start of a run."""
     sites = session.adapter.sites
     return {
         "finetune_version": __version__,
@@ -166,16 +182,16 @@ def session_facts(session: Session) -> dict[str, Any]:
             "identity": session.base.identity,
             "expert_rounding_error": session.base.expert_rounding_error,
             "expert_kernel": expert_kernel(session.base.model),
-            "held_as": session.base.held_as,
+            "held_as": session.base.storage_changes,
             "storage": [asdict(line) for line in storage_table(session.base.model)],
         },
         "data": {
             name: {
-                "rows": len(split.samples),
-                "tokens": split.num_tokens,
-                "trained_tokens": split.num_trained_tokens,
-                "skipped_rows": len(split.bad_records),
-                "fingerprint": split.fingerprint,
+                "rows": len(split.examples),
+                "tokens": split.stats.num_tokens,
+                "trained_tokens": split.stats.num_trained_tokens,
+                "skipped_rows": len(split.stats.bad_records),
+                "fingerprint": split.stats.fingerprint,
             }
             for name, split in session.splits.items()
         },
@@ -199,11 +215,11 @@ def session_facts(session: Session) -> dict[str, Any]:
     }
 
 
-def _accelerator(config: RunConfig, processes: World) -> Accelerator:
-    """Accelerate's view of the same processes, checked.
+def _accelerator(config: RunConfig, world: World) -> Accelerator:
+    """Make Accelerate's view of the same ranks, and check it.
 
-    Accelerate reads ACCELERATE_* variables, which a launcher or a shell may have left; what would change the training
-    behind the recipe's back is refused.
+    Accelerate reads ACCELERATE_* variables, which a launcher or a shell may have set; those that would change the
+    training without the recipe saying so are refused.
 
     Raises:
         MachineError: another topology than the recipe's.
@@ -211,16 +227,16 @@ def _accelerator(config: RunConfig, processes: World) -> Accelerator:
     set_here = sorted(name for name in _FOREIGN_SETTINGS if os.environ.get(name, "false") not in ("false", "no", "1"))
     if set_here:
         raise MachineError(
-            f"{', '.join(set_here)} would change the run behind the recipe's back",
-            why="accumulation, precision and engine are the recipe's to say",
+            f"{', '.join(set_here)} would override the recipe",
+            why="accumulation, precision and engine are set in the recipe alone",
             fix=f"unset {' '.join(set_here)}",
         )
     on_cpu = choose_device(config.model).type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
-    if (accelerator.num_processes, accelerator.process_index) != (processes.count, processes.rank):
+    if (accelerator.num_processes, accelerator.process_index) != (world.world_size, world.rank):
         raise MachineError(
-            f"Accelerate sees process {accelerator.process_index} of {accelerator.num_processes}, this is "
-            f"{processes.rank} of {processes.count}",
+            f"Accelerate sees rank {accelerator.process_index} of {accelerator.num_processes}, this is {world.rank} of "
+            f"{world.world_size}",
             why="processes that do not know of each other train separate adapters and overwrite one another",
             fix="start it with `finetune train`, without a launcher",
         )
@@ -228,14 +244,14 @@ def _accelerator(config: RunConfig, processes: World) -> Accelerator:
 
 
 def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
-    trainer, rows = config.trainer, plan.rows(0)
+    trainer, rows = config.trainer, plan.sequences(0)
     count = config.distributed.num_processes
-    processes = f" x {count} processes" if count > 1 else ""
-    efficiency = packing_efficiency(example_lengths(split.samples), rows, config.data.max_length)
+    ranks = f" x {count} ranks" if count > 1 else ""
+    efficiency = packing_efficiency(example_lengths(split.examples), rows, config.data.max_length)
     log.info(
-        f"steps: {len(rows):,} rows of {config.data.max_length:,} tokens an epoch, {efficiency:.1%} filled; "
-        f"{trainer.micro_batch_size} rows x {trainer.gradient_accumulation_steps} micro-steps{processes} = "
-        f"{trainer.micro_batch_size * trainer.gradient_accumulation_steps * count} rows a step => "
+        f"steps: {len(rows):,} sequences of {config.data.max_length:,} tokens per epoch, {efficiency:.1%} filled; "
+        f"{trainer.micro_batch_size} sequences x {trainer.gradient_accumulation_steps} micro-batches{ranks} = "
+        f"{trainer.micro_batch_size * trainer.gradient_accumulation_steps * count} sequences per step => "
         f"{plan.total_steps:,} steps for {trainer.epochs:g} epochs"
     )
 
@@ -253,19 +269,19 @@ def _check_offload(config: RunConfig, device: torch.device) -> None:
     if config.trainer.activation_offload and device.type == "cpu":
         raise ConfigError(
             "trainer.activation_offload is true, but the model is on a CPU",
-            why="what it moves to the CPU's memory is there already",
+            why="it moves activations to the CPU's memory, where they are already",
             fix="leave it false, or set model.device=cuda on a machine with a GPU",
         )
 
 
 def _describe_allocator() -> str:
-    """Which settings torch's GPU allocator was started with (`finetune.cli.main` sets them unless the person did)."""
+    """The settings of torch's GPU allocator (`finetune.cli.main` sets them unless the user did)."""
     names = [name for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF") if name in os.environ]
     settings = " ".join(f"{name}={os.environ[name]}" for name in names)
     return f"GPU memory: {settings or 'allocator settings are torch defaults'}"
 
 
 def _describe_offload(checkpoint: Checkpoint, config: RunConfig) -> str:
-    shape, tokens = checkpoint.arch, config.trainer.micro_batch_size * config.data.max_length
-    gib = shape.num_layers * tokens * shape.hidden * 2 / 2**30  # bfloat16, as on every GPU
+    arch, tokens = checkpoint.arch, config.trainer.micro_batch_size * config.data.max_length
+    gib = arch.num_layers * tokens * arch.hidden * 2 / 2**30  # bfloat16, as on every GPU
     return f"activation checkpoints: in the CPU's memory, {gib:.2f} GiB of it (pinned) for {tokens:,} tokens at a time"

@@ -1,11 +1,13 @@
-"""One optimiser step: micro-steps forward and backward, the checks before the update, the update."""
+"""One optimiser step: micro-batches forward and backward, the checks before the update, the update."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,182 +18,233 @@ from finetune.config.schema import TrainerConfig
 from finetune.data.batches import Batch
 from finetune.errors import CapacityError, CheckError, is_out_of_memory
 from finetune.model.build import Base
-from finetune.model.forward import hidden_states, record_router, shift_labels
+from finetune.model.forward import record_router
 from finetune.model.offload import CheckpointOffload
+from finetune.model.usage import UsageCounter
+from finetune.objectives.base import LOSS, Objective, Policy, Term
+from finetune.objectives.router import RouterContext, RouterTerms, real_tokens
+from finetune.objectives.sft import Sft
 from finetune.train.engines.base import Engine
-from finetune.train.failures import NotFinite, OutOfMemory, named_rows
-from finetune.train.router_loss import RouterLoss, StepRouting, language_loss
+from finetune.train.failures import NotFinite, OutOfMemory, named_examples
 
 
 @dataclass(frozen=True)
-class StepFigures:
-    """What one optimiser step measured.
+class StepStats:
+    """Measurements of one optimiser step.
 
     Attributes:
-        loss: weighted mean NLL in nats per trained token, over the whole step.
-        balance: router balance against its target, mean over the step's tokens; 1 where routing is as wanted.
-        router_z: router z-loss, mean over the step's tokens.
+        terms: by name, the objective's terms (`loss` first) and the router's, over the whole step.
         gradient_norm: before clipping.
-        tokens, trained_tokens: without padding, of all processes.
+        tokens, trained_tokens: without padding, of all ranks.
     """
 
-    loss: float
-    balance: float
-    router_z: float
+    terms: dict[str, float]
     gradient_norm: float
     tokens: int
     trained_tokens: int
 
+    @property
+    def loss(self) -> float:
+        """The objective's loss."""
+        return self.terms[LOSS]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number of the step is finite."""
+        return all(map(math.isfinite, (*self.terms.values(), self.gradient_norm)))
+
 
 class OptimiserStep:
-    """Callable that makes one step.
+    """Callable that makes one optimiser step.
 
-    The language loss is the sum of weight x NLL over the whole step (all micro-steps, all processes) divided by the sum
-    of weights, so that 8 micro-steps of 1 row equal 1 of 8, ragged and partial ones included. The terms on the
-    router are those of `finetune.train.router_loss`.
+    What is minimised is the objective's loss plus the router's terms times their coefficients. Every term is a share of
+    the whole step (all micro-batches, all ranks), so that 8 micro-batches of 1 sequence equal 1 of 8, ragged and
+    partial ones included.
 
     Args:
-        config: coefficients, and what to do when memory runs out.
+        config: the router's coefficients, and what to do when memory runs out.
         base: frozen, with the adapter attached.
-        engine: holds the adapter and its optimiser, and knows who takes part.
-        adapter: needed for the balance target `base` alone.
+        engine: stores the adapter and its optimiser.
+        adapter: to be disabled for reference values; the balance target `base` and some objectives need it.
+        objective: what is minimised. None: supervised fine-tuning.
 
     Attributes:
-        parts: batches that each micro-step is made in; doubled when memory ran out.
+        parts: batches that each micro-batch is split into; doubled when memory ran out.
+        usage: counts the experts chosen for all training tokens of this rank.
     """
 
-    def __init__(self, config: TrainerConfig, base: Base, engine: Engine, adapter: Adapter | None = None) -> None:
-        self.config, self.base, self.engine, self.processes = config, base, engine, engine.processes
+    def __init__(
+        self,
+        config: TrainerConfig,
+        base: Base,
+        engine: Engine,
+        adapter: Adapter | None = None,
+        objective: Objective | None = None,
+    ) -> None:
+        self.config, self.base, self.engine, self.world, self.adapter = config, base, engine, engine.world, adapter
+        self.objective: Objective = objective or Sft()
         self.parts = 1
-        self.router_loss = RouterLoss(config, base, adapter, engine.accelerator)
-        coefficients = (1.0, config.router_balance_coefficient, config.router_z_loss_coefficient)
-        self._coefficients = torch.tensor(coefficients, device=base.device)
-        self.offload: AbstractContextManager[object] = nullcontext()
+        self.router = RouterTerms(config, base, adapter, engine.accelerator)
+        arch = base.checkpoint.arch
+        self.usage = UsageCounter(arch.num_layers, arch.num_experts, 1, base.device)
+        offload: AbstractContextManager[object] = nullcontext()
         if config.activation_offload:
-            self.offload = CheckpointOffload(base.device, base.checkpoint.arch.hidden, base.compute_dtype)
+            offload = CheckpointOffload(base.device, arch.hidden, base.compute_dtype)
+        self.policy = Policy(base.model, offload)
+        self._factors = {LOSS: 1.0} | self.router.coefficients  # of the terms that are minimised
+        self._reductions: dict[str, Literal["sum", "max"]] = {}  # of every term, in the order of the columns
+        self._coefficients = torch.empty(0, device=base.device)
 
     def __call__(
         self,
         batches: list[Batch],
-        rate: float,
+        learning_rate: float,
         number: int,
         *,
         begin: Callable[[], None] = lambda: None,
         before_update: Callable[[], None] = lambda: None,
-        beat: Callable[[str], None] = lambda _: None,
-    ) -> StepFigures:
-        """Accumulate gradients over micro-steps and update once.
+        heartbeat: Callable[[str], None] = lambda _: None,
+    ) -> StepStats:
+        """Accumulate gradients over micro-batches and update once.
 
         Args:
-            batches: this process's micro-steps.
-            rate: learning rate of this step.
+            batches: this rank's micro-batches.
+            learning_rate: of this step.
             number: of the step from 1, for messages.
             begin: seeds torch; called again when the step is begun again.
             before_update: called when all gradients are there and finite.
-            beat: told what is being done.
+            heartbeat: called with what begins now.
 
         Raises:
             CheckError: no token of the step is trained.
-            NotFinite: loss or gradients are not; no update was made.
-            CapacityError: another process is out of memory, and smaller micro-steps are not wanted or not possible.
+            NotFinite: a term or a gradient is not finite; no update was made.
+            CapacityError: another rank is out of memory, and smaller micro-batches are not wanted or not possible.
         """
         self.base.model.train()
-        total_weight = self._total_weight(batches, number)
+        totals = self._totals(batches, number)
         while True:
             begin()
             pieces = [piece for batch in batches for piece in batch.parts(self.parts)]
             try:
-                sums = self._accumulate(pieces, total_weight, beat)
+                terms = self._accumulate(pieces, totals, heartbeat)
                 break
             except OutOfMemory as error:
-                self._make_smaller(batches, error.cause)
-        beat("exchanging gradients")
-        self.engine.exchange()
-        figures = self._figures(batches, torch.stack(sums).sum(0), self.engine.gradient_norm())
-        if not all(map(math.isfinite, (figures.loss, figures.balance, figures.router_z, figures.gradient_norm))):
-            self.engine.drop()
-            what = f"step {number} is not finite: loss {figures.loss}, gradient norm {figures.gradient_norm}"
-            raise NotFinite(what, sums, pieces, self.processes)
+                self._split_further(batches, error.cause)
+        heartbeat("exchanging gradients")
+        self.engine.reduce_gradients()
+        stats = self._stats(batches, torch.stack(terms), self.engine.gradient_norm())
+        if not stats.is_finite:
+            self.engine.zero_grad()
+            what = f"step {number} is not finite: loss {stats.loss}, gradient norm {stats.gradient_norm}"
+            raise NotFinite(what, terms, pieces, self.world)
         before_update()
-        self.engine.update(rate)
-        return figures
+        set_learning_rate(self.engine, learning_rate)
+        self.engine.step()
+        self.engine.zero_grad()
+        return stats
 
-    def _accumulate(self, pieces: list[Batch], total_weight: float, beat: Callable[[str], None]) -> list[Tensor]:
-        """Forward and backward of all micro-steps: each one's shares of the step's terms.
+    def _totals(self, batches: Sequence[Batch], number: int) -> dict[str, float]:
+        """Denominators of the step's terms, over all micro-batches and ranks."""
+        weights = [self.objective.weights(batch) for batch in batches]
+        names = list(weights[0])
+        totals = self.world.all_reduce_sum(*(sum(of_batch[name] for of_batch in weights) for name in names))
+        if totals[names.index(LOSS)] == 0:
+            raise CheckError(
+                f"step {number} has no trained token: its loss would be 0 / 0",
+                why=f"examples: {named_examples(batches)}",
+                fix="look at the loss weights of the data",
+            )
+        return dict(zip(names, totals, strict=True))
+
+    def _accumulate(
+        self, batches: Sequence[Batch], totals: dict[str, float], heartbeat: Callable[[str], None]
+    ) -> list[Tensor]:
+        """Forward and backward of all micro-batches: the shares of the step's terms, float32 [terms] each.
 
         Raises:
-            OutOfMemory: in this process or another.
+            OutOfMemory: on this rank or another.
         """
-        routing = self.router_loss.prepare(pieces)
-        sums: list[Tensor] = []
+        contexts = self.objective.prepare(batches, self.policy, self.adapter, self.world)
+        routing = self.router.prepare(batches)
+        shares: list[Tensor] = []
         failure: BaseException | None = None
-        for place, batch in enumerate(pieces):
-            beat(f"micro-step {place + 1} of {len(pieces)}")
+        for number, batch in enumerate(batches):
+            heartbeat(f"micro-batch {number + 1} of {len(batches)}")
             try:
-                last = place + 1 == len(pieces)
-                terms = self.engine.forward(self._micro_step(place, total_weight, routing), batch, last=last)
-                # World average their gradients; each term is already a share of the whole step's, so undo that.
-                self.engine.backward((terms * self._coefficients).sum() * self.processes.count)
+                forward = partial(self._forward, batch, totals, contexts[number], routing, number)
+                terms = self.engine.prepare_forward(forward, last=number + 1 == len(batches))()
+                # Engines average gradients over ranks; each term is a share of the whole step's already, so undo that.
+                self.engine.backward((terms * self._coefficients).sum() * self.world.world_size)
             except (MemoryError, RuntimeError) as error:
-                # Without retry the others are waiting inside a layer, and cannot be asked.
+                # Without retry the other ranks are waiting inside a layer, and cannot be asked.
                 if not is_out_of_memory(error) or not self.engine.can_retry:
                     raise
-                failure = error.with_traceback(None)  # it holds tensors
+                failure = error.with_traceback(None)  # a traceback keeps tensors alive
                 break
-            sums.append(terms.detach())
-        beat("waiting for the others")
-        if self.processes.largest(int(failure is not None)):
+            shares.append(terms.detach())
+        heartbeat("waiting for the other ranks")
+        if self.world.all_reduce_max(int(failure is not None)):
             raise OutOfMemory(failure)
-        return sums
+        return shares
 
-    def _micro_step(self, place: int, total_weight: float, routing: StepRouting) -> Callable[[Batch], Tensor]:
-        """A micro-step's forward pass: shares of the step's language loss, balance loss and z-loss, float32 [3]."""
-        model, device = self.base.model, self.base.device
-
-        def forward(batch: Batch) -> Tensor:
-            where, targets, weights = shift_labels(batch.input_ids, batch.weights, batch.segments)
-            with record_router(model) as tape, self.offload:
-                hidden = hidden_states(model, batch.input_ids, batch.positions, batch.segments)
-            head = model.lm_head.weight
-            loss = language_loss(hidden, head, where.to(device), targets.to(device), weights.to(device))
-            balance, router_z = self.router_loss.shares(tape.layers, batch, routing, place)
-            return torch.stack([loss / total_weight, balance, router_z])
-
-        return forward
-
-    def _make_smaller(self, batches: list[Batch], cause: BaseException | None) -> None:
-        """Halve the rows of a micro-step, in every process.
-
-        Raises:
-            CapacityError: that is not wanted or not possible; where memory ran out the error itself is raised.
-        """
-        self.engine.drop()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        who = [str(rank) for rank, failed in enumerate(self.processes.gather(cause is not None)) if failed]
-        most_rows = self.processes.largest(max(len(batch.example_ids) for batch in batches))
-        if not self.config.halve_micro_batch_on_oom or self.parts >= most_rows:
-            raise cause or CapacityError(f"process {', '.join(who)} is out of memory", fix="see what it wrote")
-        self.parts *= 2
-        where = f"process {', '.join(who)} is " if self.processes.count > 1 else ""
-        log.warning(
-            f"{where}out of memory: micro-steps are made in {self.parts} parts from here on; steps stay the same"
+    def _forward(
+        self, batch: Batch, totals: dict[str, float], context: Any, routing: RouterContext, number: int
+    ) -> Tensor:
+        """A micro-batch's shares of the step's terms, float32 [terms]: the objective's, then the router's."""
+        with record_router(self.base.model) as tape:
+            terms = self.objective.terms(self.policy, batch, totals, context)
+        tokens = real_tokens(batch).to(self.base.device)
+        self.usage.add(tape.layers, tokens)
+        terms = terms | self.router.terms(tape.layers, tokens, routing, number)
+        self._set_columns(terms)
+        return torch.stack(
+            [term.value if name in self._factors else term.value.detach() for name, term in terms.items()]
         )
 
-    def _figures(self, batches: list[Batch], terms: Tensor, norm: float) -> StepFigures:
-        loss, balance, router_z, tokens, trained = self.processes.sums(
-            *terms.tolist(),
+    def _set_columns(self, terms: Mapping[str, Term]) -> None:
+        """Take the terms of the first micro-batch as the columns of every later one."""
+        reductions = {name: term.reduce for name, term in terms.items()}
+        if not self._reductions:
+            self._reductions = reductions
+            factors = [self._factors.get(name, 0.0) for name in reductions]
+            self._coefficients = torch.tensor(factors, device=self.base.device)
+        elif reductions != self._reductions:
+            raise ValueError(f"an objective's terms are the same in every batch: {self._reductions}, then {reductions}")
+
+    def _split_further(self, batches: Sequence[Batch], cause: BaseException | None) -> None:
+        """Halve the micro-batches, on every rank; groups of sequences stay together.
+
+        Raises:
+            CapacityError: that is not wanted or not possible; the rank where memory ran out raises its own error.
+        """
+        self.engine.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        failed = [str(rank) for rank, has_failed in enumerate(self.world.all_gather(cause is not None)) if has_failed]
+        most_groups = self.world.all_reduce_max(max(batch.num_groups for batch in batches))
+        if not self.config.halve_micro_batch_on_oom or self.parts >= most_groups:
+            raise cause or CapacityError(f"rank {', '.join(failed)} is out of memory", fix="see its output")
+        self.parts *= 2
+        where = f"rank {', '.join(failed)} is " if self.world.world_size > 1 else ""
+        log.warning(
+            f"{where}out of memory: micro-batches are split into {self.parts} from here on; steps stay the same"
+        )
+
+    def _stats(self, batches: Sequence[Batch], shares: Tensor, gradient_norm: float) -> StepStats:
+        """Combine shares [micro-batches, terms] over micro-batches and ranks."""
+        *sums, tokens, trained = self.world.all_reduce_sum(
+            *shares.sum(0).tolist(),
             sum(batch.num_tokens for batch in batches),
             sum(int(batch.weights.count_nonzero()) for batch in batches),
         )
-        return StepFigures(loss, balance, router_z, norm, int(tokens), int(trained))
+        terms = dict(zip(self._reductions, sums, strict=True))
+        for column, (name, reduction) in enumerate(self._reductions.items()):
+            if reduction == "max":
+                terms[name] = self.world.all_reduce_max(float(shares[:, column].max()))
+        return StepStats(terms, gradient_norm, int(tokens), int(trained))
 
-    def _total_weight(self, batches: list[Batch], number: int) -> float:
-        (total,) = self.processes.sums(sum(batch.weight_sum for batch in batches))
-        if total == 0:
-            raise CheckError(
-                f"step {number} has no trained token: its loss would be 0 / 0",
-                why=f"samples: {named_rows(batches)}",
-                fix="look at the loss weights of the data",
-            )
-        return total
+
+def set_learning_rate(engine: Engine, learning_rate: float) -> None:
+    """Set the learning rate of the next update."""
+    for group in engine.param_groups:
+        group["lr"] = learning_rate

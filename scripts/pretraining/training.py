@@ -32,7 +32,7 @@ from finetune.data.packing import pack
 from finetune.model.forward import hidden_states, record_router, shift_labels
 from finetune.model.tiny import HEAD_NOISE, CompactBase
 from finetune.mxfp4.format import quantise
-from finetune.train.router_loss import balance_loss
+from finetune.objectives.router import balance_loss
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,

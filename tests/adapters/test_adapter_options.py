@@ -13,17 +13,18 @@ from peft import LoraConfig, get_peft_model
 from test_adapters import new_base, randomised, sample, write
 from transformers import GptOssConfig, GptOssForCausalLM
 
-from finetune.adapters.layout import Strength, lora_config_fields, peft_config_fields
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.config_file import CONFIG
+from finetune.adapters.layout import Strength, lora_config_fields
 from finetune.adapters.read_back import read_back
 from finetune.adapters.sites import describe_sites, plan_sites
-from finetune.adapters.store import CONFIG, WEIGHTS, read_adapter_into
+from finetune.adapters.store import WEIGHTS, adapter_config_fields, read_adapter_into
 from finetune.config.compose import compose
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import collate
 from finetune.errors import ConfigError, InputError
 from finetune.model.forward import checkpoint_activations, logits
-from finetune.train.engines.base import alone
+from finetune.train.engines.base import single_engine
 from finetune.train.optim import make_optimizer
 from finetune.train.step import OptimiserStep
 from finetune.train.trainer import seed_step
@@ -130,7 +131,7 @@ def test_equal_adapters_give_equal_bytes(tiny_base: Path, tmp_path: Path) -> Non
     assert {p.name: p.read_bytes() for p in one.iterdir()} == {p.name: p.read_bytes() for p in other.iterdir()}
     stored = json.loads((one / CONFIG).read_text())
     assert stored["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    assert peft_config_fields(BOTH).items() <= stored.items()
+    assert adapter_config_fields(adapter, BOTH).items() <= stored.items()
 
 
 class TestDropout:
@@ -145,7 +146,7 @@ class TestDropout:
         checkpoint_activations(base.model)  # a layer computed again must draw the same again
         parameters = adapter.parameters()
         config = TrainerConfig()
-        step = OptimiserStep(config, base, alone(parameters, make_optimizer(parameters, config), config))
+        step = OptimiserStep(config, base, single_engine(parameters, make_optimizer(parameters, config), config))
         for number in numbers:
             torch.rand(draws)  # what an evaluation in between might draw
             if seeded:
@@ -183,7 +184,8 @@ def test_a_stopped_run_with_dropout_resumes_bit_for_bit(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole job: four steps at once, and two, a checkpoint, then two more."""
-    from finetune.train.run import resume, train
+    from finetune.train.run import train
+    from finetune.train.run_directory import Run
 
     lines = [
         {"messages": [{"role": "user", "content": f"word {n} " * 20}, {"role": "assistant", "content": f"answer {n}"}]}
@@ -200,9 +202,9 @@ def test_a_stopped_run_with_dropout_resumes_bit_for_bit(
     whole = train(compose("quickstart", [*settings, "name=whole"]), lambda path: None)
     resumed, unseeded = (stopped_after_two_steps(whole, tmp_path / name) for name in ("resumed", "unseeded"))
     torch.rand(100)  # another process has drawn other numbers
-    resume(resumed, lambda path: None)
+    train(Run.open(resumed), lambda path: None)
     monkeypatch.setattr("finetune.train.trainer.seed_step", lambda *_: None)
-    resume(unseeded, lambda path: None)
+    train(Run.open(unseeded), lambda path: None)
     weights = [(run / "adapter" / WEIGHTS).read_bytes() for run in (whole, resumed, unseeded)]
     assert weights[0] == weights[1] != weights[2], "without seeding by step the comparison fails"
     losses = [[line["loss"] for line in metrics(run) if line["kind"] == "step"] for run in (whole, resumed)]

@@ -12,12 +12,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
+from finetune.adapters.attach import attach_adapter
 from finetune.adapters.audit import audit_gradients
-from finetune.adapters.layout import from_peft, peft_config_fields, to_peft
-from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.config_file import CONFIG
+from finetune.adapters.layout import factor_keys, flatten_a, flatten_b, unflatten
+from finetune.adapters.lora import Adapter
+from finetune.adapters.provenance import PROVENANCE, BaseRecord
 from finetune.adapters.read_back import _result, read_back, run_child
 from finetune.adapters.sites import describe_sites, plan_sites
-from finetune.adapters.store import CONFIG, PROVENANCE, WEIGHTS, peft_tensors, read_adapter_into, write_adapter
+from finetune.adapters.store import WEIGHTS, adapter_config_fields, adapter_tensors, read_adapter_into, write_adapter
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig
 from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, InputError, MachineError
@@ -58,7 +61,7 @@ def randomised(base: Base, config: AdapterConfig, seed: int = 0) -> Adapter:
 
 
 def write(directory: Path, adapter: Adapter, config: AdapterConfig, base: Base) -> Path:
-    write_adapter(directory, adapter, config, base_name="tiny", base_revision=None, base_identity=base.identity)
+    write_adapter(directory, adapter, config, BaseRecord("tiny", None, base.identity))
     return directory
 
 
@@ -111,8 +114,8 @@ def test_lora_gradients_equal_autograd_through_pefts_dense_weights(tiny_base: Pa
     dense = AutoModelForCausalLM.from_pretrained(
         tiny_base, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
     ).float()
-    peft = get_peft_model(dense, LoraConfig(**peft_config_fields(BOTH)))
-    stored = peft_tensors(adapter)
+    peft = get_peft_model(dense, LoraConfig(**adapter_config_fields(adapter, BOTH)))
+    stored = adapter_tensors(adapter)
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_" in name:
@@ -126,18 +129,18 @@ def test_lora_gradients_equal_autograd_through_pefts_dense_weights(tiny_base: Pa
     theirs = torch.nn.functional.cross_entropy(peft(input_ids=ids[None]).logits[0, :-1], ids[1:])
     theirs.backward()
     assert abs(loss.item() - theirs.item()) < 1e-5
-    from finetune.adapters.layout import peft_keys
-
     by_key = {name.replace(".default", ""): p.grad for name, p in peft.named_parameters() if "lora_" in name}
     parameters, compared = adapter.parameters(), 0
     for site in adapter.sites:
-        for name, key in peft_keys(site).items():
-            ours = parameters[f"{site.module}.{name}"].grad
-            wanted = from_peft(name, by_key[key], ours.shape)
-            assert wanted.abs().max() > 0
-            error = (ours - wanted).abs().max() / wanted.abs().max()
-            assert error < 1e-5, f"{key}: {error}"
-            compared += 1
+        experts = base.checkpoint.arch.num_experts if site.kind == "experts" else 0
+        for weight in site.weights:
+            stem = f"{site.module}.{weight.removesuffix('_proj')}" if experts else f"{site.module}.lora"
+            theirs = unflatten(*(by_key[key] for key in factor_keys(site.layer, weight)), experts, site.rank)
+            for factor, wanted in zip("ab", theirs, strict=True):
+                assert wanted.abs().max() > 0
+                error = (parameters[f"{stem}_{factor}"].grad - wanted).abs().max() / wanted.abs().max()
+                assert error < 1e-5, f"{stem}_{factor}: {error}"
+                compared += 1
     assert compared == 2 * 4 * 2 + 2 * 4
 
 
@@ -188,11 +191,11 @@ def test_layout_round_trip_and_formula() -> None:
     """The facts' formula: B.reshape(out, r, E).permute(2, 0, 1), A.reshape(E, r, in)."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(5, 3, 7, generator=g), torch.randn(5, 11, 3, generator=g)
-    assert torch.equal(to_peft("gate_up_a", a).reshape(5, 3, 7), a)
-    assert torch.equal(to_peft("gate_up_b", b).reshape(11, 3, 5).permute(2, 0, 1), b)
-    assert torch.equal(from_peft("gate_up_b", to_peft("gate_up_b", b), b.shape), b)
-    with pytest.raises(ValueError, match="expected"):
-        from_peft("gate_up_a", to_peft("gate_up_b", b), a.shape)
+    flat_a, flat_b = flatten_a(a), flatten_b(b)
+    assert torch.equal(flat_a.reshape(5, 3, 7), a)
+    assert torch.equal(flat_b.reshape(11, 3, 5).permute(2, 0, 1), b)
+    back = unflatten(flat_a, flat_b, 5, 3)
+    assert torch.equal(back[0], a) and torch.equal(back[1], b)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +211,7 @@ def test_an_adapter_can_be_trained_on(written: tuple[Path, Base], tiny_base: Pat
     adapter = attach_adapter(base, BOTH, seed=9)
     read_adapter_into(directory, adapter, BOTH, base.identity)
     stored = load_file(directory / WEIGHTS)
-    assert all(torch.equal(stored[key], tensor) for key, tensor in peft_tensors(adapter).items())
+    assert all(torch.equal(stored[key], tensor) for key, tensor in adapter_tensors(adapter).items())
 
 
 @pytest.mark.parametrize(
@@ -219,9 +222,10 @@ def test_an_adapter_can_be_trained_on(written: tuple[Path, Base], tiny_base: Pat
         ("truncated", "is not the file that was written"),
         ("no weights", "lacks adapter_model.safetensors"),
         ("another rank", "the recipe's adapter has"),
-        ("truncated, no provenance", "is damaged"),
+        ("truncated, no provenance", "is truncated"),
         ("not finite, no provenance", "not finite"),
-        ("missing tensor, no provenance", "does not hold the tensors"),
+        ("missing factor, no provenance", "without its other factor"),
+        ("missing site, no provenance", "does not have the tensors"),
         ("no directory", "no adapter directory"),
     ],
 )
@@ -247,11 +251,13 @@ def test_a_wrong_adapter_is_refused(
             weights.unlink()
         case "another rank":
             config = CONFIGS["both, one rank"]
-        case "not finite" | "missing tensor":
+        case "not finite" | "missing factor" | "missing site":
             tensors = load_file(weights)
-            key = next(iter(tensors))
+            key = "base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"
             if damage.startswith("missing"):
                 del tensors[key]
+                if "site" in damage:
+                    del tensors[key.replace("lora_A", "lora_B")]
             else:
                 tensors[key][0, 0] = float("nan")
             save_file(tensors, weights)

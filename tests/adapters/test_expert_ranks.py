@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from small_run import Train, signal_after
 from test_expert_selection import DATA, SELECTION, write
 
+from finetune.adapters.attach import attach_adapter
 from finetune.adapters.audit import audit_gradients
-from finetune.adapters.lora import Adapter, attach_adapter, update_norms
+from finetune.adapters.lora import Adapter, update_norms
 from finetune.adapters.read_back import read_back
 from finetune.adapters.sites import ExpertRanks, describe_sites, ranks_by_use
 from finetune.adapters.store import WEIGHTS, read_adapter_into
@@ -265,7 +266,7 @@ def test_a_run_deals_out_ranks_resumes_and_leaves_files_that_others_read(
     code, _ = train(*again, f"adapter.init_from={run / 'adapter'}", "trainer.max_steps=1", "name=on")
     assert code == 0, "trained on from, with the ranks it has"
     assert "training on from" in capsys.readouterr().err
-    assert main(["experts", "score", recipe, "--samples", "6", "--out", str(scores)]) == 0
+    assert main(["experts", "score", recipe, "--examples", "6", "--out", str(scores)]) == 0
     assert f"adapter.experts.rank_by={scores}" in capsys.readouterr().out
     assert main(["train", recipe, "--dry-run", f"adapter.experts.rank_by={scores}"]) == 0
     out = capsys.readouterr().out

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from small_run import Train, manifest_of
 from torch import Tensor
 
+from finetune.adapters.attach import attach_adapter
 from finetune.adapters.audit import audit_gradients
-from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.lora import Adapter
+from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.read_back import read_back
 from finetune.adapters.sites import describe_sites
-from finetune.adapters.store import WEIGHTS, peft_tensors, read_adapter_into, write_adapter
+from finetune.adapters.store import WEIGHTS, adapter_tensors, read_adapter_into, write_adapter
 from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.expert_selection import SelectRule, read_expert_scores, write_expert_scores
@@ -52,13 +54,13 @@ def trained(
 
 def write(out: Path, base: Base, adapter: Adapter, config: AdapterConfig) -> Path:
     name = str(base.checkpoint.directory)
-    write_adapter(out, adapter, config, base_name=name, base_revision=None, base_identity=base.identity)
+    write_adapter(out, adapter, config, BaseRecord(name, None, base.identity))
     return out
 
 
 def by_expert(adapter: Adapter, layer: int) -> dict[str, Tensor]:
     """A layer's factors in PEFT's file, cut by the facts' formula: B.reshape(out, r, E), A.reshape(E, r, in)."""
-    path, tensors = f"base_model.model.model.layers.{layer}.mlp.experts", peft_tensors(adapter)
+    path, tensors = f"base_model.model.model.layers.{layer}.mlp.experts", adapter_tensors(adapter)
     found = {}
     for name, key in (("gate_up", f"{path}.base_layer"), ("down", path)):
         a, b = tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"]
@@ -273,7 +275,7 @@ def test_a_run_scores_trains_resumes_and_exports_the_chosen(
 ) -> None:
     """The commands: score to a file, train with it, leave the compact form, import that, and merge."""
     recipe, scores = str(workplace / "small.yaml"), tmp_path / "scores.json"
-    assert main(["experts", "score", recipe, "--select", "top_k=3", "--samples", "6", "--out", str(scores)]) == 0
+    assert main(["experts", "score", recipe, "--select", "top_k=3", "--examples", "6", "--out", str(scores)]) == 0
     assert "6 of 16 experts by gate with top_k=3, on 6 examples" in capsys.readouterr().out
     code, run = train(f"adapter.experts.select={scores}", "adapter.experts.share=a", "trainer.max_steps=2")
     assert code == 0

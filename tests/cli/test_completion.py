@@ -1,4 +1,4 @@
-"""Completion of what stands at the end of a line, in Python and through the real bash function."""
+"""Completion of the end of a line, in Python and through the real bash function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`finetune doctor`: what it calls bad, what it calls a note, and that no check hides another."""
+"""`finetune doctor`: status of each finding, and independent checks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from packaging.requirements import Requirement
 
+from finetune import doctor as checks
 from finetune.cli.main import main
-from finetune.doctor import checks
-from finetune.doctor.checks import Finding, check_hub, package_finding
+from finetune.doctor import Finding, check_hub, package_finding
 
-NAMES = {"python", "torch", "transformers", "expert kernel", "attention", "memory", "disk, runs", "hub", "tokenizer"}
+NAMES = {
+    "python",
+    "torch",
+    "transformers",
+    "expert kernel",
+    "attention kernel",
+    "memory",
+    "disk, runs",
+    "hub",
+    "tokenizer",
+}
 
 
-def test_every_part_of_the_machine_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_part_of_the_machine_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor", "--json"])
     findings = json.loads(capsys.readouterr().out)
     assert {finding["name"] for finding in findings} >= NAMES
@@ -36,13 +46,13 @@ def test_every_part_of_the_machine_is_looked_at(capsys: pytest.CaptureFixture[st
         ("peft>=0.19.1", None, True, "bad"),
     ],
 )
-def test_packages_are_judged(requirement: str, version: str | None, needed: bool, status: str) -> None:
+def test_package_versions(requirement: str, version: str | None, needed: bool, status: str) -> None:
     finding = package_finding(Requirement(requirement), version, needed=needed)
     assert finding.status == status
     assert (finding.fix is None) == (status == "ok")
 
 
-def test_a_check_that_fails_is_a_finding_and_the_exit_code_says_so(
+def test_a_failing_check_is_a_finding_with_exit_code_5(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def check_tokenizer() -> Iterator[Finding]:
@@ -56,7 +66,7 @@ def test_a_check_that_fails_is_a_finding_and_the_exit_code_says_so(
 
 
 @pytest.mark.parametrize(("answer", "status"), [(200, "ok"), (401, "ok"), (503, "note"), (None, "note")])
-def test_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch, answer: int | None, status: str) -> None:
+def test_the_hub_is_probed(monkeypatch: pytest.MonkeyPatch, answer: int | None, status: str) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response(answer or 500)
@@ -80,6 +90,6 @@ def test_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch, answer: int | None, s
         server.server_close()
 
 
-def test_offline_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_mode_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert [finding.found for finding in check_hub()] == ["HF_HUB_OFFLINE is set"]

@@ -1,4 +1,4 @@
-"""`--help` of every command and action: a sentence, what each option means, and examples that parse."""
+"""`--help` of every command and action: a sentence, every option explained, and examples that parse."""
 
 from __future__ import annotations
 

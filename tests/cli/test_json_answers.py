@@ -1,4 +1,4 @@
-"""`--json` of the long commands: standard output is one JSON object, whatever else is said."""
+"""`--json` of train and export: standard output is exactly one JSON object."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_a_run_and_its_export_answer_in_json(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_and_its_export_print_json(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     code, run = train("--json", "trainer.max_steps=2", "evaluate.test_examples=4")
     told = json.loads(capsys.readouterr().out)
     assert code == 0 and told["status"] == "finished" and told["total_steps"] == 2
@@ -29,7 +29,7 @@ def test_a_run_and_its_export_answer_in_json(train: Train, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("words", [["--dry-run"], ["--sweep", "seed=0,1"]])
-def test_json_without_a_run_to_tell_of_is_refused(
+def test_json_without_a_result_is_refused(
     words: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", str(workplace / "small.yaml"), "--json", *words]) == ConfigError.exit_code

@@ -104,7 +104,7 @@ def test_other_ranks_print_errors_only(monkeypatch: pytest.MonkeyPatch, capsys: 
     log.result_table([["not", "printed"]])
     log.error("error: out of memory")
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", "process 1: error: out of memory\n")
+    assert (printed.out, printed.err) == ("", "rank 1: error: out of memory\n")
 
 
 @pytest.mark.parametrize(

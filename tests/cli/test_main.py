@@ -1,4 +1,4 @@
-"""The command line: what it imports, how it answers mistakes, and the exit code of each way to end."""
+"""The command line: its imports, messages for mistakes, and exit codes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_probe_sees_a_heavy_import():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_mistakes_are_named_with_a_way_out(arguments, words, capsys):
+def test_mistakes_are_named_with_a_fix(arguments, words, capsys):
     assert cli.main(arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
@@ -133,7 +133,7 @@ class OutOfMemoryError(RuntimeError):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_how_a_command_ends(error, code, words, monkeypatch, capsys):
+def test_errors_and_signals_have_their_exit_codes(error, code, words, monkeypatch, capsys):
     def end(_arguments):
         raise error
 
@@ -144,7 +144,7 @@ def test_how_a_command_ends(error, code, words, monkeypatch, capsys):
     assert ("Traceback" in message) == (code == 1)
 
 
-def test_a_reader_that_goes_away_is_no_error():
+def test_a_closed_pipe_is_no_error():
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-c", "from finetune.cli.main import entry; entry()", "recipes"]
@@ -160,7 +160,7 @@ def test_help_lists_only_commands_that_exist():
 
 
 @pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_the_allocator_grows_its_segments_unless_the_person_says_otherwise(own, monkeypatch):
+def test_the_allocator_grows_its_segments_unless_the_user_sets_it(own, monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")  # so that what the command sets is undone
         monkeypatch.delenv(name)

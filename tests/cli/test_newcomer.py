@@ -1,4 +1,4 @@
-"""What a newcomer types, and how the answer helps: near names, what comes first, and no line that is of no use."""
+"""Mistakes of new users: suggested names, errors before anything slow, and no useless lines."""
 
 from __future__ import annotations
 
@@ -53,16 +53,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("recipes new other.yaml --from legal_20b --model tiny", 2, "--model goes with --data"),
     ],
 )  # fmt: skip
-def test_a_slip_is_answered_with_what_was_meant(
+def test_a_typing_mistake_gets_a_suggestion(
     here: Path, words: str, code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words.split()) == code
     assert said in capsys.readouterr().err
 
 
-def test_what_is_missing_is_told_before_anything_is_loaded_or_measured(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_inputs_are_reported_before_anything_is_loaded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "mine.yaml"]) == 3
     assert capsys.readouterr().err.startswith("error: model.path: there is no directory ./base/tiny")
 
@@ -87,7 +85,7 @@ def test_a_dry_run_shows_what_the_recipe_sets(here: Path, capsys: pytest.Capture
     assert "adam_beta1" not in printed
 
 
-def test_names_of_the_hub_are_no_directories(here: Path) -> None:
+def test_hub_names_are_no_directories(here: Path) -> None:
     assert not looks_like_directory("openai/gpt-oss-20b") and not looks_like_directory("someone/gpt-oss-mine")
     assert looks_like_directory("./base/tiny") and looks_like_directory("base/tinny") and looks_like_directory("/a/b/c")
     assert "openai/gpt-oss-20b" in suggest_base("gpt-oss-20") and "finetune base tiny" in suggest_base(
@@ -95,13 +93,13 @@ def test_names_of_the_hub_are_no_directories(here: Path) -> None:
     )
 
 
-def test_nothing_near_is_no_question(here: Path) -> None:
+def test_no_suggestion_without_a_similar_name(here: Path) -> None:
     assert suggest_path(Path("zzz"), [here / "mine.yaml"]) is None
     assert suggest_run(here / "nowhere" / "x") is None
     assert suggest_run(here / "runs") == f"runs in {here / 'runs'}: first"
 
 
-def test_only_the_line_about_a_kernel_of_the_hub_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
+def test_only_the_line_about_a_hub_kernel_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     without_kernel_advice()
     without_kernel_advice()
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")

@@ -61,7 +61,7 @@ def test_thinking_keeps_the_effort_and_long_records_are_said(
     config = compose(str(tmp_path / "mine.yaml")).config
     assert config.data.reasoning_effort == "medium"
     assert (config.data.max_length, config.data.too_long) == (16_384, "drop")
-    assert "1 of 1 looked at have more than 16,384 tokens: the recipe drops such" in capsys.readouterr().err
+    assert "1 of 1 tokenised examples have more than 16,384 tokens: the recipe drops such" in capsys.readouterr().err
 
 
 def test_a_copy_of_a_shipped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_few_bad_rows_are_skipped_and_many_are_warned_of(tmp_path: Path, capsys:
     many = write_rows(tmp_path / "many.jsonl", [*good, *[{"instruction": 3}] * 9])
     assert new(tmp_path / "many.yaml", "--data", many) == 0
     assert compose(str(tmp_path / "many.yaml")).config.data.on_bad_record == "stop"
-    assert "9 of 69 rows cannot be used: a run will stop" in capsys.readouterr().err
+    assert "9 of 69 records cannot be used: a run will stop" in capsys.readouterr().err
 
 
 def message(number: int, **fields: object) -> dict[str, object]:
@@ -94,14 +94,14 @@ def seen(
 
 
 def num_rows(data: DataConfig, split: SplitName) -> int:
-    return load_split(dataclasses.replace(data, cache=False), split).num_records
+    return load_split(dataclasses.replace(data, cache=False), split).stats.num_records
 
 
 def test_rows_of_no_split_are_left_out_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held = [message(n, split="holdout" if n % 2 else "train") for n in range(20)]
     data, said = seen(tmp_path, capsys, [*held, message(20)])
     assert num_rows(data, "train") == 10
-    assert "`split` has holdout (10), which names no split" in said and "1 rows have no `split`" in said
+    assert "`split` has holdout (10), which names no split" in said and "no value in 1 records" in said
     late = [message(n, part="train" if n < 2100 else "test") for n in range(2110)]
     data, said = seen(tmp_path, capsys, [*late, message(0, part="later")])
     assert data.train["mine"].where == {"part": "train"} and data.test["mine"].where == {"part": "test"}
@@ -190,10 +190,10 @@ def test_broken_lines_and_late_ones_do_not_stop_the_recipe(
     data.write_text("{\n" * 20 + data.read_text())
     assert new(tmp_path / "mine.yaml", "--data", str(data), "--model", "tiny") == 0
     said = capsys.readouterr().err
-    assert "2,141 records" in said and "21 of 2,141 rows cannot be used: the recipe skips them" in said
+    assert "2,141 records" in said and "21 of 2,141 records cannot be used: the recipe skips them" in said
     overrides = [f"model.path={tiny_base}", "data.cache=false"]
     assert main(["train", str(tmp_path / "mine.yaml"), *overrides, "--dry-run"]) == 0, capsys.readouterr().err
-    assert "21 rows skipped" in capsys.readouterr().out
+    assert "21 records skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ids", [["a"], ["r0", "r1", "r2", "r3", "r4"], ["same"] * 30])
@@ -202,25 +202,21 @@ def test_ids_that_fill_one_side_only_are_no_split(
 ) -> None:
     data, said = seen(tmp_path, capsys, [message(n, id=value) for n, value in enumerate(ids)])
     assert data.validation_split.key is None and num_rows(data, "train") == len(ids)
-    assert "no validation rows (too few different `id`s to split by)" in said
+    assert "no validation records (too few different `id`s to split by)" in said
 
 
 def test_few_ids_take_a_larger_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = [str(n) for n in range(100) if share_of(str(n)) >= 0.1][:30]
     data, said = seen(tmp_path, capsys, [message(n, id=value) for n, value in enumerate(ids)])
-    assert data.validation_split.share == 0.2 and "validation rows: 20% of the `id`s" in said
+    assert data.validation_split.share == 0.2 and "validation records: 20% of the `id`s" in said
     assert num_rows(data, "train") + num_rows(data, "validation") == 30
 
 
 def test_what_is_not_trained_or_lacks_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     talk = [{"role": role, "content": f"{role} {turn}"} for turn in range(2) for role in ("user", "assistant")]
-    _, said = seen(tmp_path, capsys, [message(0, answer="0"), message(1), {"messages": talk}])
+    _, said = seen(tmp_path, capsys, [message(0), message(1), {"messages": talk}])
     assert "1 of 3 records have several turns" in said and "data.loss.turns=all" in said
-    assert "2 of 3 records have no `answer`: labels are not scored" in said
-    assert "no validation rows" in said and "no test rows" in said and "repeat" not in said
-    data, said = seen(tmp_path, capsys, [message(n % 20, id=n) for n in range(60)])
-    assert data.validation_split.key == "id"
-    assert "40 of 60 records repeat an earlier one, question and answer: some may stand in training and in val" in said
+    assert "no validation records" in said and "no test records" in said
 
 
 def test_the_commands_to_go_on_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -229,6 +225,7 @@ def test_the_commands_to_go_on_can_be_typed(tmp_path: Path, capsys: pytest.Captu
     commands = capsys.readouterr().err.rsplit("then: ", 1)[1].split("; ")
     recipe = str(tmp_path / "my first.yaml")
     assert [shlex.split(command.strip())[2:] for command in commands] == [
+        ["stats", recipe],
         ["preview", recipe],
         [recipe, "--dry-run"],
         [recipe],

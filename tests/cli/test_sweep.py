@@ -1,4 +1,4 @@
-"""`--sweep`: which runs a grid makes, what the table says, and that a failing run does not stop the others."""
+"""`--sweep`: the runs of a grid, the table, and a failing run that does not stop the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Composition and checking of configurations: what a person can get wrong, and what they are told."""
+"""Composing and checking configurations: mistakes are named with their place and a fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`finetune config diff` and `config schema`: against jsonschema, and against what recipes set."""
+"""`finetune config diff` and `config schema`, against jsonschema and the settings of recipes."""
 
 from __future__ import annotations
 

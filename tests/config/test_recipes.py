@@ -1,4 +1,4 @@
-"""The recipes do what their comments say: they fit, they train the channels they name, and the debug ones debug."""
+"""The shipped recipes fit their GPU, train the channels that they name, and the debug recipes run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from finetune.data.dataset import load_split
 from finetune.data.harmony.tokenizer import harmony_encoding
 from finetune.data.packing import pack
 from finetune.estimate.fit import Budget
+from finetune.estimate.inputs import find_base
 from finetune.estimate.report import make_estimate
-from finetune.estimate.shapes import find_base
 
 LARGE = [name for name in list_recipes() if name.endswith("20b")]
 
@@ -47,7 +47,7 @@ def test_large_ones_fit_80_gb_and_not_much_less(name: str) -> None:
 
 def test_medical_trains_thinking_and_answer() -> None:
     split = load_split(compose("medical_tiny").config.data, "validation")
-    record, sample = split.records[0], split.samples[0]
+    record, sample = split.records[0], split.examples[0]
     trained = harmony_encoding().decode_utf8(sample.ids[sample.weights > 0].tolist())
     thinking, answer = record.messages[-1].thinking, record.messages[-1].content
     assert trained.startswith("<|channel|>analysis<|message|>") and f"{thinking}<|end|>" in trained
@@ -57,8 +57,8 @@ def test_medical_trains_thinking_and_answer() -> None:
 def test_overfit_one_batch_is_one_batch() -> None:
     config = compose("debug/overfit_one_batch").config
     split = load_split(config.data, "train")
-    rows = pack([len(sample.ids) for sample in split.samples], config.data.max_length, np.random.default_rng(0))
-    assert (len(split.samples), len(rows)) == (7, 1)
+    rows = pack([len(sample.ids) for sample in split.examples], config.data.max_length, np.random.default_rng(0))
+    assert (len(split.examples), len(rows)) == (7, 1)
 
 
 @pytest.mark.slow

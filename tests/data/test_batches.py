@@ -22,7 +22,7 @@ TRAINER = TrainerConfig(epochs=3, micro_batch_size=2, gradient_accumulation_step
 
 @pytest.fixture(scope="module")
 def samples() -> tuple[Example, ...]:
-    return load_split(CONFIG, "train").samples
+    return load_split(CONFIG, "train").examples
 
 
 def sample(name: str, *ids: int) -> Example:
@@ -56,9 +56,9 @@ def test_collate_refuses_what_would_train_across_samples() -> None:
     leaking = dataclasses.replace(sample("a", 1, 2), weights=np.ones(2, dtype=np.float32))
     with pytest.raises(ValueError, match="first token"):
         collate([[sample("b", 3, 4), leaking]])
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="at least one sequence"):
         collate([])
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="at least one sequence"):
         collate([[sample("a", 1, 2)], []])
 
 
@@ -93,8 +93,8 @@ def test_steps_take_every_row_once(
     )
     plan = BatchPlan(samples, dataclasses.replace(CONFIG, pack=pack), trainer, seed=0)
     steps = plan.steps(1)
-    assert [row for step in steps for micro_step in step for row in micro_step] == plan.rows(1)
-    assert sorted(number for row in plan.rows(1) for number in row) == list(range(len(samples)))
+    assert [row for step in steps for micro_step in step for row in micro_step] == plan.sequences(1)
+    assert sorted(number for row in plan.sequences(1) for number in row) == list(range(len(samples)))
     assert (
         all(len(step) == gradient_accumulation_steps for step in steps[:-1])
         and 1 <= len(steps[-1]) <= gradient_accumulation_steps
@@ -102,7 +102,7 @@ def test_steps_take_every_row_once(
     micro = [micro_step for step in steps for micro_step in step]
     assert all(len(rows) == micro_batch_size for rows in micro[:-1]) and 1 <= len(micro[-1]) <= micro_batch_size
     if not pack:
-        assert all(len(row) == 1 for row in plan.rows(1))
+        assert all(len(row) == 1 for row in plan.sequences(1))
 
 
 def test_the_plan_is_random_access(samples: tuple[Example, ...]) -> None:
@@ -140,8 +140,8 @@ def test_epochs_that_max_steps_leaves_out_are_not_packed(
     samples: tuple[Example, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed: list[int] = []
-    rows = BatchPlan.rows
-    monkeypatch.setattr(BatchPlan, "rows", lambda self, epoch: packed.append(epoch) or rows(self, epoch))
+    rows = BatchPlan.sequences
+    monkeypatch.setattr(BatchPlan, "sequences", lambda self, epoch: packed.append(epoch) or rows(self, epoch))
     trainer = dataclasses.replace(TRAINER, epochs=50, max_steps=40)
     plan = BatchPlan(samples, dataclasses.replace(CONFIG, pack=False), trainer, seed=0)
     assert plan.total_steps == 40 and packed == [0, 1]

@@ -32,23 +32,23 @@ def legal() -> Split:
 
 
 def test_shipped_legal_rows_are_all_usable(legal: Split) -> None:
-    assert len(legal.records) == len(legal.samples) == 583 + 1320
-    assert not legal.bad_records
-    assert [record.id for record in legal.records] == [sample.id for sample in legal.samples]
+    assert len(legal.records) == len(legal.examples) == 583 + 1320
+    assert not legal.stats.bad_records
+    assert [record.id for record in legal.records] == [sample.id for sample in legal.examples]
     assert {record.answer for record in legal.records} == {record.messages[-1].content for record in legal.records}
-    assert max(len(sample.ids) for sample in legal.samples) <= 935
-    assert legal.num_tokens == sum(len(sample.ids) for sample in legal.samples)
-    assert 0 < legal.num_trained_tokens < 15 * len(legal.samples)
-    assert describe(legal).startswith("train: 1,903 rows, ")
+    assert max(len(sample.ids) for sample in legal.examples) <= 935
+    assert legal.stats.num_tokens == sum(len(sample.ids) for sample in legal.examples)
+    assert 0 < legal.stats.num_trained_tokens < 15 * len(legal.examples)
+    assert describe(legal).startswith("train: 1,903 examples, ")
 
 
 def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
-    base = load_split(config_for(tmp_path, row("4"), row("5")), "train").fingerprint
-    assert load_split(config_for(tmp_path, "", row("4"), "", row("5")), "train").fingerprint == base
+    base = load_split(config_for(tmp_path, row("4"), row("5")), "train").stats.fingerprint
+    assert load_split(config_for(tmp_path, "", row("4"), "", row("5")), "train").stats.fingerprint == base
     others = [
-        load_split(config_for(tmp_path, row("5"), row("4")), "train").fingerprint,
-        load_split(config_for(tmp_path, row("4")), "train").fingerprint,
-        load_split(config_for(tmp_path, row("4"), row("5"), reasoning_effort="high"), "train").fingerprint,
+        load_split(config_for(tmp_path, row("5"), row("4")), "train").stats.fingerprint,
+        load_split(config_for(tmp_path, row("4")), "train").stats.fingerprint,
+        load_split(config_for(tmp_path, row("4"), row("5"), reasoning_effort="high"), "train").stats.fingerprint,
     ]
     assert base not in others and len(set(others)) == 3
 
@@ -58,7 +58,7 @@ def test_stop_counts_all_and_shows_three(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_split(config_for(tmp_path, *lines, max_length=512), "train")
     text = str(caught.value)
-    assert "data.train: 5 of 6 rows cannot be used" in text
+    assert "data.train: 5 of 6 records cannot be used" in text
     assert "2 empty content, 1 broken JSON, 1 too long, 1 not an object" in text
     for line in (2, 3, 4):
         assert f"rows.jsonl:{line}: " in text
@@ -69,28 +69,28 @@ def test_stop_counts_all_and_shows_three(tmp_path: Path) -> None:
 def test_skip_counts_up_to_the_share(tmp_path: Path) -> None:
     lines = [row()] * 19 + ["{"]
     split = load_split(config_for(tmp_path, *lines, on_bad_record="skip"), "train")
-    assert len(split.samples) == 19
-    assert [bad.where.rsplit(":", 1)[1] for bad in split.bad_records] == ["20"]
-    assert describe(split).endswith("; 1 rows skipped (1 broken JSON)")
-    with pytest.raises(InputError, match=r"2 of 20 rows cannot be used: more than data.max_skipped_ratio \(5 %\)"):
+    assert len(split.examples) == 19
+    assert [bad.where.rsplit(":", 1)[1] for bad in split.stats.bad_records] == ["20"]
+    assert describe(split).endswith("; 1 records skipped (1 broken JSON)")
+    with pytest.raises(InputError, match=r"2 of 20 records cannot be used: more than data.max_skipped_ratio \(5 %\)"):
         load_split(config_for(tmp_path, *lines[1:], "{", on_bad_record="skip"), "train")
 
 
 def test_max_length_is_inclusive(tmp_path: Path) -> None:
-    length = len(load_split(config_for(tmp_path, row()), "train").samples[0].ids)
-    assert len(load_split(config_for(tmp_path, row(), max_length=length), "train").samples) == 1
-    with pytest.raises(InputError, match="none of 1 rows can be used"):
+    length = len(load_split(config_for(tmp_path, row()), "train").examples[0].ids)
+    assert len(load_split(config_for(tmp_path, row(), max_length=length), "train").examples) == 1
+    with pytest.raises(InputError, match="none of 1 records can be used"):
         load_split(config_for(tmp_path, row(), max_length=length - 1), "train")
 
 
 def test_a_huge_row_is_refused_without_encoding_it(tmp_path: Path) -> None:
     config = config_for(tmp_path, row(), row(question="a" * 50_000_000), on_bad_record="skip", max_skipped_ratio=0.5)
-    (bad,) = load_split(config, "train").bad_records
+    (bad,) = load_split(config, "train").stats.bad_records
     assert bad.kind == "too long" and "characters cannot fit" in bad.reason
 
 
 def test_nothing_usable_stops_even_when_skipping(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="none of 2 rows can be used"):
+    with pytest.raises(InputError, match="none of 2 records can be used"):
         load_split(config_for(tmp_path, "{", "{", on_bad_record="skip", max_skipped_ratio=1.0), "train")
 
 

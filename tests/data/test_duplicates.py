@@ -101,7 +101,7 @@ def test_kinds_across_splits() -> None:
     found = find_duplicates({"train": train, "test": test})
     assert list(found) == ["train", "test in train", "test"]
     overlap = found["test in train"]
-    assert (overlap.rows, overlap.exact, overlap.other_answer, overlap.near) == (3, 1, 1, 0)
+    assert (overlap.num_records, overlap.exact, overlap.other_answer, overlap.near) == (3, 1, 1, 0)
     assert overlap.examples == [("exact", "e:1", "t:1"), ("other_answer", "e:2", "t:1")]
     assert (found["train"].exact, found["test"].other_answer) == (0, 1)
 

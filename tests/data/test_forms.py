@@ -10,9 +10,10 @@ import pytest
 from conversations import SCHEMA_RECORD, Maker, broken
 
 from finetune.config.schema import DataConfig
+from finetune.data.checks import BadRecordError
+from finetune.data.conversation import Message, ToolCall
 from finetune.data.forms import detect_form, parse_conversation
 from finetune.data.harmony.render import render_examples
-from finetune.data.message import BadRecordError, Message, ToolCall
 from finetune.data.sources import Record
 
 USER = {"role": "user", "content": "2 + 2?"}
@@ -141,7 +142,11 @@ BAD: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
         ("must be an object",),
     ),
     "arguments with NaN": (with_f(calling(call(arguments='{"x": NaN}'))), "bad arguments", ("NaN",)),
-    "arguments repeat a key": (with_f(calling(call(arguments='{"x": 1, "x": 2}'))), "bad arguments", ("a key twice",)),
+    "arguments repeat a key": (
+        with_f(calling(call(arguments='{"x": 1, "x": 2}'))),
+        "bad arguments",
+        ("the key `x` twice",),
+    ),
     "no arguments": (with_f(calling({"function": {"name": "f"}})), "bad arguments", ("not nothing",)),
     "calls not a list": (with_f({"role": "assistant", "tool_calls": call()}), "bad tool call", ("a list",)),
     "call without a name": (with_f(calling(call(name=None))), "bad tool call", ("a name",)),

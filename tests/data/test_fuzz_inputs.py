@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.adapters.store import open_adapter
+from finetune.adapters.store import AdapterFile
 from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.schema import DataConfig, SourceConfig
@@ -249,13 +249,13 @@ def check_adapter(directory: Path, config: Any, provenance: Any) -> None:
         if content is not None:
             (directory / name).write_text(json.dumps(content))
     before = sorted(directory.iterdir())
-    must_answer(lambda: open_adapter(directory))
+    must_answer(lambda: AdapterFile.open(directory))
     assert sorted(directory.iterdir()) == before
 
 
 def test_the_adapter_is_one_when_nothing_is_random(tmp_path: Path) -> None:
     check_adapter(tmp_path, {"peft_type": "LORA", "r": 2, "lora_alpha": 4}, None)
-    assert open_adapter(tmp_path).sites[0].scale == 2
+    assert AdapterFile.open(tmp_path).sites[0].scale == 2
 
 
 @QUIET
@@ -276,7 +276,7 @@ def test_patterns_that_never_end_are_refused(tmp_path: Path, pattern: str) -> No
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {pattern: 2}}
     check_adapter(tmp_path, config, None)
     with pytest.raises(FinetuneError, match="rank_pattern"):
-        open_adapter(tmp_path)
+        AdapterFile.open(tmp_path)
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------

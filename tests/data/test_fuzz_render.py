@@ -28,7 +28,8 @@ from openai_harmony import (
 
 from finetune.config.schema import DataConfig, LossConfig
 from finetune.data.forms import parse_conversation
-from finetune.data.harmony.render import HEADER, Channel, render_examples, render_prompt
+from finetune.data.harmony.encode import HEADER, Channel
+from finetune.data.harmony.render import render_examples, render_prompt
 from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID, harmony_encoding
 from finetune.data.sources import Record
 

@@ -64,21 +64,21 @@ def load(text: str) -> dict[str, Split]:
 @pytest.mark.parametrize("text", RECIPES, ids=lambda text: text.split("\n")[-2].strip()[:30])
 def test_every_recipe_of_the_guide_runs(folder: Path, text: str) -> None:
     splits = load(text)
-    assert all(len(split.samples) for split in splits.values())
+    assert all(len(split.examples) for split in splits.values())
     assert splits or "hub://" in text
 
 
 def test_they_do_what_the_guide_says(folder: Path) -> None:
     topics = ("limit: 100", "customer", "truncate", "on_bad_record")
     by_topic = {topic: load(next(text for text in RECIPES if topic in text)) for topic in topics}
-    sizes = dict(by_topic["limit: 100"]["train"].source_sizes)
+    sizes = dict(by_topic["limit: 100"]["train"].stats.source_sizes)
     assert sizes == {"many": 6, "table": 4, "saved": 3}
-    assert len(by_topic["limit: 100"]["test"].samples) == 5
+    assert len(by_topic["limit: 100"]["test"].examples) == 5
     customers = [{row.fields["customer"] for row in split.records} for split in by_topic["customer"].values()]
     assert len(customers[0] | customers[1]) == 10 and not customers[0] & customers[1]
-    assert len(by_topic["on_bad_record"]["train"].bad_records) == 1
+    assert len(by_topic["on_bad_record"]["train"].stats.bad_records) == 1
     Path("chats.jsonl").write_text(json.dumps(record(0, 600)) + "\n")
-    assert load(next(text for text in RECIPES if "truncate" in text))["train"].num_truncated == 1
+    assert load(next(text for text in RECIPES if "truncate" in text))["train"].stats.num_truncated == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)

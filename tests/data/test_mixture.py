@@ -59,7 +59,7 @@ def test_every_sample_of_a_source_equally_often(
     taken: Counter[int] = Counter()
     epochs = 4
     for epoch in range(epochs):
-        taken.update(mixture.samples(epoch).tolist())
+        taken.update(mixture.examples(epoch).tolist())
     wanted = epoch_sizes(list(sizes.values()), list(weights.values()), temperature)
     start = 0
     for size, share in zip(sizes.values(), wanted, strict=True):
@@ -73,7 +73,7 @@ def test_every_sample_of_a_source_equally_often(
 
 def test_without_weights_an_epoch_is_every_sample_once() -> None:
     mixture = Mixture({"a": 5, "b": 3}, sources(a=1, b=1), 1.0, 0)
-    assert mixture.samples(0).tolist() == mixture.samples(7).tolist() == list(range(8))
+    assert mixture.examples(0).tolist() == mixture.examples(7).tolist() == list(range(8))
 
 
 def plan_of(
@@ -128,7 +128,7 @@ def test_processes_share_out_every_row_once(
     samples = samples_of({"a": count}, seed)
     plans = [BatchPlan(samples, data, trainer, seed, rank=rank, world_size=world_size) for rank in range(world_size)]
     dealt = [row for plan in plans for step in plan.steps(0) for micro in step for row in micro]
-    assert sorted(dealt) == sorted(plans[0].rows(0))
+    assert sorted(dealt) == sorted(plans[0].sequences(0))
     same = {tuple(len(step) for step in plan.steps(0)) for plan in plans}
     assert len(same) == 1
     one = BatchPlan(
@@ -180,9 +180,9 @@ def test_packed_rows_of_several_sources_leak_nothing() -> None:
 
 def test_every_pass_has_an_order_of_its_own() -> None:
     mixture = Mixture({"a": 50}, sources(a=2), 1.0, 0)
-    taken = mixture.samples(0).tolist()
+    taken = mixture.examples(0).tolist()
     assert sorted(taken[:50]) == sorted(taken[50:]) == list(range(50))
     assert taken[:50] != taken[50:]
-    assert Mixture({"a": 50, "b": 50}, sources(a=2, b=2), 1.0, 0).samples(0).tolist()[100:150] != [
+    assert Mixture({"a": 50, "b": 50}, sources(a=2, b=2), 1.0, 0).examples(0).tolist()[100:150] != [
         n + 50 for n in taken[:50]
     ]

@@ -40,7 +40,7 @@ def test_fullest_subset_equals_trying_all_subsets(lengths: list[int], room: int)
 @pytest.fixture(scope="module")
 def legal_lengths() -> list[int]:
     source = SourceConfig(path="shipped://legal/cuad_clause_type.jsonl.gz", where={"split": "train"})
-    return [len(sample.ids) for sample in load_split(DataConfig(train={"legal": source}), "train").samples]
+    return [len(sample.ids) for sample in load_split(DataConfig(train={"legal": source}), "train").examples]
 
 
 @pytest.mark.parametrize("capacity", [2048, 4096])
@@ -63,7 +63,7 @@ def test_seeds_differ_and_rows_mix_the_file(legal_lengths: list[int]) -> None:
 
 
 def test_a_sample_that_fits_no_row_is_a_bug_of_the_caller() -> None:
-    with pytest.raises(ValueError, match="rows hold 1 to 8"):
+    with pytest.raises(ValueError, match="sequences hold 1 to 8"):
         pack([3, 9], 8, np.random.default_rng(0))
     with pytest.raises(ValueError, match="from 0"):
         pack([3, 0], 8, np.random.default_rng(0))

@@ -23,9 +23,10 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.paths import resolve_data_path, shipped_dir
-from finetune.data import cuad, prepare
 from finetune.data.dataset import load_split
-from finetune.data.fiction import passages, read_r_strings
+from finetune.data.prepare import build as prepare
+from finetune.data.prepare import legal
+from finetune.data.prepare.creative import passages, read_r_strings
 from finetune.errors import InputError
 
 SAMPLE = shipped_dir("data") / prepare.PUBMEDQA.name
@@ -72,7 +73,7 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sums = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in prepare.PUBMEDQA.files}
     monkeypatch.setattr(prepare, "PUBMEDQA", replace(prepare.PUBMEDQA, files=sums))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "home"))
-    for module in ("finetune.data.prepare", "finetune.config.paths"):
+    for module in ("finetune.data.prepare.build", "finetune.config.paths"):
         monkeypatch.setattr(f"{module}.shipped_dir", lambda name: installed)
     return directory
 
@@ -132,7 +133,7 @@ def test_a_recipe_says_how_to_get_it(clone: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(InputError, match="finetune data prepare medical"):
         load_split(data, "train")
     assert main(["data", "prepare", "medical", "--from", str(clone)]) == 0
-    assert len(load_split(data, "validation").samples) == 63
+    assert len(load_split(data, "validation").examples) == 63
 
 
 def compose_medical() -> Any:
@@ -242,7 +243,7 @@ def clauses() -> dict[str, dict[str, list[str]]]:
         clause = record["messages"][1]["content"].partition("Clause:\n")[2]
         rows.setdefault(record["contract"], {}).setdefault(record["answer"], []).append(clause.replace(" ", "\n ", 1))
     kept_elsewhere = "This Agreement shall be governed by the laws of the state of Florida."
-    rows = {cuad.LEFT_OUT: rows.pop(cuad.LEFT_OUT) | {"Governing Law": [kept_elsewhere]}} | rows
+    rows = {legal.LEFT_OUT: rows.pop(legal.LEFT_OUT) | {"Governing Law": [kept_elsewhere]}} | rows
     first = next(iter(rows.values()))
     again = next(iter(first.values()))[0]
     first["Parties"] = ["A clause of a column that is not used, however long the clause may happen to be."]
@@ -255,8 +256,8 @@ def clauses() -> dict[str, dict[str, list[str]]]:
 def test_clauses_are_built_as_they_ship(
     clauses: dict[str, dict[str, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table, out = tmp_path / cuad.TABLE, tmp_path / "out" / "clauses.jsonl.gz"
-    columns = ("Parties", *cuad.CATEGORIES)
+    table, out = tmp_path / legal.TABLE, tmp_path / "out" / "clauses.jsonl.gz"
+    columns = ("Parties", *legal.CATEGORIES)
     table.write_bytes(clause_table(clauses, columns))
     command = ["data", "prepare", "legal", "--from", str(tmp_path), "--out", str(out)]
     assert main(command) == 0

@@ -17,7 +17,7 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.schema import DataConfig, LossConfig
-from finetune.data.files import printable
+from finetune.data.checks import printable
 from finetune.data.forms import parse_conversation
 from finetune.data.harmony.render import Example, render_example
 from finetune.data.harmony.tokenizer import harmony_encoding
@@ -146,7 +146,7 @@ def test_preview_command(recipe: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["data", "preview", str(recipe), "-n", "2"]) == 0
     printed = capsys.readouterr()
     assert printed.out.count("<|return|>") == 2 and "[final: " in printed.out
-    assert "1 rows skipped" in printed.err and not UNSAFE.search(printed.out + printed.err)
+    assert "1 records skipped" in printed.err and not UNSAFE.search(printed.out + printed.err)
     assert main(["data", "preview", str(recipe), "--json", "-n", "9"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert len(shown) == 3 and shown[0]["trained_tokens"] == sum(

@@ -17,7 +17,7 @@ import pytest
 from pyarrow import parquet
 
 from finetune.config.schema import SourceConfig
-from finetune.data import files
+from finetune.data import readers
 from finetune.data.sources import BadRecord, RawRecord, Record, read_raw_records, read_records
 from finetune.errors import ConfigError, FinetuneError, InputError
 
@@ -205,7 +205,7 @@ HEADER = b"prompt,completion\n"
     ("content", "words"),
     [
         (b"", "is empty"),
-        (HEADER, "a header and no row"),
+        (HEADER, "a header and no record"),
         (b"a,b,a\n1,2,3\n", "names a column twice: a"),
         (b"a,,b\n1,2,3\n", "a column without a name"),
         (b"a,caf\xe9\n1,2\n", "is not UTF-8"),
@@ -262,7 +262,7 @@ def test_damaged_parquet_and_dataset_are_named(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         assert "cannot be read as Parquet" in refusal(InputError, path)
     parquet.write_table(pa.table({"messages": pa.array([], pa.string())}), path)
-    assert "has no row" in refusal(InputError, path)
+    assert "has no record" in refusal(InputError, path)
     saved = tmp_path / "saved"
     datasets.Dataset.from_list(TABLE).save_to_disk(saved)
     arrow = next(saved.glob("*.arrow"))
@@ -293,9 +293,9 @@ def test_mixed_types_are_named_row_by_row(tmp_path: Path) -> None:
     [
         ("[]", "an empty array"),
         ("[{}", "cannot be read as one"),
-        ('[{"a": 1, "a": 2}]', "stands twice"),
+        ('[{"a": 1, "a": 2}]', "the key `a` twice"),
         ("[" * 100_000, "too deeply"),
-        ("[1, 2]\n[3]\n", "write one record a line"),
+        ("[1, 2]\n[3]\n", "write one record per line"),
     ],
 )
 def test_broken_arrays_are_named(tmp_path: Path, content: str, words: str) -> None:
@@ -314,9 +314,9 @@ WRAPPED = {"version": 1, "data": ROWS}
         ("rows.csv", "prompt,completion\n1,2\n".encode("utf-16"), "is UTF-16"),
         ("rows.json", json.dumps(WRAPPED, indent=1).encode(), "keep the list under `data` alone"),
         ("rows.json.gz", gzip.compress(json.dumps(WRAPPED, indent=1).encode()), "one JSON object over several lines"),
-        ("rows.jsonl", json.dumps(ROWS[0], indent=1).encode(), "write one record a line"),
-        ("rows.txt", b"It was a bright cold day.\nAnd so on.\n", '{"text": "..."} a line'),
-        ("rows.csv", b"prompt;completion\n1;2\n", "a semicolon seems to stand between its cells"),
+        ("rows.jsonl", json.dumps(ROWS[0], indent=1).encode(), "write one record per line"),
+        ("rows.txt", b"It was a bright cold day.\nAnd so on.\n", '{"text": "..."} per line'),
+        ("rows.csv", b"prompt;completion\n1;2\n", "a semicolon seems to separate its cells"),
         ("rows.csv", b"prompt\tcompletion\n1\t2\n", "or name it .tsv"),
     ],
 )
@@ -343,8 +343,8 @@ def test_members_of_an_array_that_are_no_records(tmp_path: Path) -> None:
 
 
 def test_a_line_too_long_to_be_a_record_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 5_000)
-    monkeypatch.setattr(files, "_PIECE_BYTES", 700)
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 5_000)
+    monkeypatch.setattr(readers, "_PIECE_BYTES", 700)
     path = tmp_path / "rows.jsonl"
     good = json.dumps(ROWS[0])
     path.write_text("\n".join([good, "x" * 20_000, good, "y" * 20_000]))

@@ -16,10 +16,10 @@ import pytest
 from openai_harmony import Role
 
 from finetune.config.schema import DataConfig, LossConfig, SourceConfig
-from finetune.data.forms import Conversation, parse_conversation
+from finetune.data.conversation import Conversation, Message
+from finetune.data.forms import parse_conversation
+from finetune.data.harmony.encode import HEADER, Channel
 from finetune.data.harmony.render import (
-    HEADER,
-    Channel,
     Example,
     render_answer,
     render_example,
@@ -27,7 +27,6 @@ from finetune.data.harmony.render import (
     render_prompt,
 )
 from finetune.data.harmony.tokenizer import START_ID, harmony_encoding
-from finetune.data.message import Message
 from finetune.data.sources import Record, read_records
 from finetune.errors import InputError
 

@@ -46,15 +46,15 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 def test_figures_by_hand(config: RunConfig) -> None:
-    result = collect(config)
+    result = collect(config).as_json()
     train = result["splits"]["train"]
     split = load_split(dataclasses.replace(config.data, on_bad_record="skip", max_skipped_ratio=1.0), "train")
     assert (train["records"], train["samples"]) == (5, 5)
     assert train["sources"] == {"mine": 4, "twice": 1}
     assert train["packing"]["samples_by_source"] == {"mine": 4, "twice": 2}
     assert train["forms"] == {"messages": 4, "prompt_completion": 1}
-    assert train["tokens"] == sum(len(sample.ids) for sample in split.samples)
-    assert sum(train["trained"].values()) == sum(int((sample.weights > 0).sum()) for sample in split.samples)
+    assert train["tokens"] == sum(len(sample.ids) for sample in split.examples)
+    assert sum(train["trained"].values()) == sum(int((sample.weights > 0).sum()) for sample in split.examples)
     assert sum(train["trained"].values()) + sum(train["context"].values()) == train["tokens"]
     assert set(train["trained"]) == {"analysis", "final"}
     assert train["skipped"]["kinds"] == {"no messages": 1}
@@ -63,7 +63,7 @@ def test_figures_by_hand(config: RunConfig) -> None:
         train["dropped"]["kinds"] == {"too long": 1} and "rows.jsonl:6: " in train["dropped"]["places"]["too long"][0]
     )
     assert train["samples_spelling_control_tokens"] == 1
-    lengths = sorted(len(sample.ids) for sample in split.samples)
+    lengths = sorted(len(sample.ids) for sample in split.examples)
     assert (train["lengths"]["shortest"], train["lengths"]["longest"]) == (lengths[0], lengths[-1])
     histogram = train["lengths"]["histogram"]
     for entry in histogram:
@@ -78,18 +78,18 @@ def test_lines_and_json(config: RunConfig, tmp_path: Path, capsys: pytest.Captur
     recipe = str(tmp_path / "mine.yaml")
     lines = "\n".join(describe_stats(collect(config)))
     for words in (
-        "train: 5 records, 5 samples",
-        "source twice: 1 samples, 2 in the first epoch",
-        "dropped: 1 rows",
+        "train: 5 records, 5 examples",
+        "source twice: 1 examples, 2 in the first epoch",
+        "dropped: 1 records",
         "1 too long",
-        "skipped: 1 rows",
+        "skipped: 1 records",
         "rows.jsonl:5: ",
         "% filled",
-        "test in train: of 1 rows 1 the same",
+        "test in train: of 1 records 1 the same",
     ):
         assert words in lines
     assert main(["data", "stats", recipe, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(collect(config)))
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(collect(config).as_json()))
     assert main(["data", "stats", recipe, "--no-duplicates"]) == 0
     assert "duplicates" not in capsys.readouterr().out
 
@@ -115,7 +115,7 @@ def packing(config: RunConfig, **data: Any) -> dict[str, Any]:
     """The training split's packing, without reading the other splits."""
     data = {"validation": {}, "test": {}} | data
     changed = dataclasses.replace(config, data=dataclasses.replace(config.data, **data))
-    figures: dict[str, Any] = collect(changed, duplicates=False)["splits"]["train"]["packing"]
+    figures: dict[str, Any] = collect(changed, duplicates=False).splits["train"].packing.as_json()
     return figures
 
 

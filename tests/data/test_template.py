@@ -17,10 +17,11 @@ from conversations import Maker
 from template_oracle import Template, find_template
 
 from finetune.config.schema import DataConfig
+from finetune.data.checks import BadRecordError
 from finetune.data.forms import parse_conversation
-from finetune.data.harmony.render import Channel, render_examples, render_prompt
+from finetune.data.harmony.encode import Channel
+from finetune.data.harmony.render import render_examples, render_prompt
 from finetune.data.harmony.tokenizer import harmony_encoding
-from finetune.data.message import BadRecordError
 from finetune.data.sources import Record
 
 FIXTURES = [

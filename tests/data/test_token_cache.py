@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from finetune.config.schema import DataConfig, LossConfig, SourceConfig, ValidationSplitConfig
-from finetune.data import cache
+from finetune.data import cache, dataset
 from finetune.data.dataset import Split, load_split
 from finetune.errors import InputError, MachineError
 
@@ -40,23 +40,22 @@ def config_for(rows: Path, **settings: Any) -> DataConfig:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Counts how often a split was really built."""
     built: list[str] = []
-    original = cache.build
+    original = dataset.tokenise
 
     def counting(config: DataConfig, split: Any, writer: Any) -> Any:
         built.append(split)
         return original(config, split, writer)
 
-    monkeypatch.setattr(cache, "build", counting)
+    monkeypatch.setattr(dataset, "tokenise", counting)
     return built
 
 
 def content(split: Split) -> list[Any]:
     samples = [
         (s.id, s.where, s.ids.tolist(), s.weights.tolist(), s.channels.tolist(), s.num_control_spellings)
-        for s in split.samples
+        for s in split.examples
     ]
-    facts = (split.num_tokens, split.num_trained_tokens, split.fingerprint, dict(split.source_sizes), dict(split.forms))
-    return [samples, list(split.records), split.bad_records, split.dropped, facts]
+    return [samples, list(split.records), dataclasses.asdict(split.stats)]
 
 
 def test_cached_is_what_was_built_and_what_memory_gives(rows: Path, builds: list[str]) -> None:
@@ -65,7 +64,7 @@ def test_cached_is_what_was_built_and_what_memory_gives(rows: Path, builds: list
     assert builds == ["train"]
     in_memory = load_split(dataclasses.replace(config, cache=False), "train")
     assert content(built) == content(again) == content(in_memory)
-    assert len(built.samples) == 20 and not built.samples[0].ids.flags.owndata, "mapped, not copied"
+    assert len(built.examples) == 20 and not built.examples[0].ids.flags.owndata, "mapped, not copied"
 
 
 def test_a_changed_byte_or_setting_builds_anew(rows: Path, builds: list[str]) -> None:
@@ -95,7 +94,8 @@ def test_a_changed_byte_or_setting_builds_anew(rows: Path, builds: list[str]) ->
     original = rows.read_bytes()
     rows.write_bytes(original.replace(b"19 + 1", b"29 + 1"))
     assert (
-        load_split(config, "train").samples[-1].ids.tolist() != load_split(changes[0], "train").samples[-1].ids.tolist()
+        load_split(config, "train").examples[-1].ids.tolist()
+        != load_split(changes[0], "train").examples[-1].ids.tolist()
     )
     assert len(builds) == 3 + len(changes)
     rows.write_bytes(original)
@@ -116,19 +116,19 @@ def test_the_order_of_sources_counts(rows: Path, builds: list[str]) -> None:
     one, two = SourceConfig(path=str(rows), limit=2), SourceConfig(path=str(rows), limit=3)
     for train in ({"a": one, "b": two}, {"b": two, "a": one}):
         split = load_split(config_for(rows, train=train), "train")
-        assert list(split.source_sizes) == list(train)
+        assert list(split.stats.source_sizes) == list(train)
     assert len(builds) == 2
 
 
 def test_every_file_of_a_glob_counts(rows: Path, builds: list[str]) -> None:
     config = config_for(rows.parent / "*.jsonl")
-    assert len(load_split(config, "train").samples) == 20
+    assert len(load_split(config, "train").examples) == 20
     (rows.parent / "more.jsonl").write_text(row(50))
-    assert len(load_split(config, "train").samples) == 21
+    assert len(load_split(config, "train").examples) == 21
     assert len(builds) == 2
 
 
-@pytest.mark.parametrize("name", ["samples.arrow", "records.arrow", "facts.json"])
+@pytest.mark.parametrize("name", ["examples.arrow", "records.arrow", "stats.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_said_and_mended(
     rows: Path, builds: list[str], capsys: pytest.CaptureFixture[str], name: str, damage: str
@@ -141,7 +141,7 @@ def test_damage_is_said_and_mended(
         path.unlink()
     elif damage == "cut":
         path.write_bytes(whole[: len(whole) // 2])
-    elif name != "facts.json":
+    elif name != "stats.json":
         whole[len(whole) // 2] ^= 1
         path.write_bytes(whole)
     else:
@@ -163,9 +163,9 @@ def test_a_build_that_fails_leaves_nothing_behind(rows: Path, builds: list[str])
 def test_bad_rows_come_out_of_the_cache_too(rows: Path, builds: list[str]) -> None:
     rows.write_text(rows.read_text() + "{\n")
     skipping = config_for(rows, on_bad_record="skip")
-    assert [bad.where for bad in load_split(skipping, "train").bad_records] == [f"{rows}:21"]
+    assert [bad.where for bad in load_split(skipping, "train").stats.bad_records] == [f"{rows}:21"]
     for _ in range(2):
-        with pytest.raises(InputError, match="1 of 21 rows cannot be used"):
+        with pytest.raises(InputError, match="1 of 21 records cannot be used"):
             load_split(config_for(rows), "train")
     assert len(builds) == 1
 
@@ -184,16 +184,16 @@ def test_nobody_else_may_read_it(rows: Path) -> None:
 PROGRAM = """
 import sys, time
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data import cache
+from finetune.data import cache, dataset
 from finetune.data.dataset import load_split
-original = cache.build
+original = dataset.tokenise
 def slow(*args):
     print("building", flush=True)
     time.sleep(float(sys.argv[3]))
     return original(*args)
-cache.build = slow
+dataset.tokenise = slow
 config = DataConfig(train={"mine": SourceConfig(path=sys.argv[1])}, cache_dir=sys.argv[2])
-print(load_split(config, "train").fingerprint)
+print(load_split(config, "train").stats.fingerprint)
 """
 
 
@@ -217,20 +217,20 @@ def test_a_killed_builder_leaves_no_lock_and_no_half_entry(rows: Path) -> None:
     builder.stdout.readline()
     os.kill(builder.pid, signal.SIGKILL)
     builder.wait()
-    assert not [path for path in (rows.parent / "cache").glob("train-*") if path.is_dir() and path.suffix != ".part"]
-    assert len(load_split(config_for(rows), "train").samples) == 20
-    assert not list((rows.parent / "cache").glob("*.part"))
+    assert not [path for path in (rows.parent / "cache").glob("train-*") if path.is_dir() and path.suffix != ".partial"]
+    assert len(load_split(config_for(rows), "train").examples) == 20
+    assert not list((rows.parent / "cache").glob("*.partial"))
 
 
 def test_a_source_that_changes_while_it_is_read_is_no_source(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = cache.build
+    original = dataset.tokenise
 
     def appending(*arguments: Any) -> Any:
         facts = original(*arguments)
         rows.write_text(rows.read_text() + row(99))
         return facts
 
-    monkeypatch.setattr(cache, "build", appending)
+    monkeypatch.setattr(dataset, "tokenise", appending)
     with pytest.raises(InputError, match="changed while it was read"):
         load_split(config_for(rows), "train")
     assert not [path for path in (rows.parent / "cache").iterdir() if path.is_dir()]

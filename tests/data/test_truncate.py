@@ -154,17 +154,25 @@ def split_of(tmp_path: Path, **settings: Any) -> Split:
     return load_split(DataConfig(train={"mine": SourceConfig(path=str(path))}, **settings), "train")
 
 
+def left_out(split: Split) -> tuple[int, int, int]:
+    stats = split.stats
+    return stats.num_truncated, len(stats.dropped), len(stats.bad_records)
+
+
 def test_the_three_policies(tmp_path: Path) -> None:
     limit = len(sample_of(TURNS).ids) - 1
-    with pytest.raises(InputError, match="2 of 3 rows cannot be used"):
+    with pytest.raises(InputError, match="2 of 3 records cannot be used"):
         split_of(tmp_path, max_length=limit)
     dropped = split_of(tmp_path, max_length=limit, too_long="drop")
-    assert (len(dropped.samples), dropped.num_truncated, len(dropped.dropped), dropped.bad_records) == (1, 0, 2, ())
+    assert len(dropped.examples) == 1
+    assert left_out(dropped) == (0, 2, 0)
     cut = split_of(tmp_path, max_length=limit, too_long="truncate")
-    assert (len(cut.samples), cut.num_truncated, len(cut.dropped), cut.bad_records) == (2, 1, 1, ())
-    assert cut.dropped[0].where.endswith(":3") and "what is trained alone does not fit" in cut.dropped[0].reason
-    assert max(len(sample.ids) for sample in cut.samples) <= limit
-    assert all(np.count_nonzero(sample.weights) for sample in cut.samples)
+    assert len(cut.examples) == 2
+    assert left_out(cut) == (1, 1, 0)
+    (too_long,) = cut.stats.dropped
+    assert too_long.where.endswith(":3") and "the trained part alone does not fit" in too_long.reason
+    assert max(len(sample.ids) for sample in cut.examples) <= limit
+    assert all(np.count_nonzero(sample.weights) for sample in cut.examples)
     with pytest.raises(InputError, match=r"data\.too_long=drop drops them all"):
         split_of(tmp_path, max_length=20, too_long="drop")
 

@@ -1,4 +1,4 @@
-"""What an estimate says: sizes as published, arithmetic as in the facts, changes that hold, exit codes."""
+"""The estimate: published sizes, known figures, changes that save what they claim, a plan, and exit codes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,24 @@ from finetune.cli import main as cli
 from finetune.cli import preflight as guard
 from finetune.config.compose import compose
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, RunConfig
-from finetune.errors import CapacityError, InputError
-from finetune.estimate import parts
-from finetune.estimate.changes import as_text, changes_that_fit, cheapest_changes, with_overrides
-from finetune.estimate.fit import GIB, LENGTH_STEP, Budget, fit, longest_rows
-from finetune.estimate.inputs import step_shape
+from finetune.errors import CapacityError
+from finetune.estimate import memory
+from finetune.estimate.advice import as_text, changes_that_fit, cheapest_changes, make_plan, with_overrides
+from finetune.estimate.fit import GIB, LENGTH_STEP, Budget, fit, flops_per_token, longest_sequences
+from finetune.estimate.inputs import PUBLISHED, BaseInfo, find_base, step_profile
 from finetune.estimate.memory import estimate_memory
-from finetune.estimate.plan import make_plan
-from finetune.estimate.shapes import PUBLISHED, BaseFacts, find_base, read_shape
-from finetune.estimate.speed import flops_per_token
 
 CARD = Budget.of_card(80)
 LARGE = ("adapter.experts.rank=16", "adapter.experts.alpha=32", "data.max_length=16384")
 
 
-def published(name: str) -> BaseFacts:
-    facts = find_base(f"openai/gpt-oss-{name}")
-    assert facts is not None
-    return facts
+def published(name: str) -> BaseInfo:
+    info = find_base(f"openai/gpt-oss-{name}")
+    assert info is not None
+    return info
 
 
-def model_shape(name: str) -> Arch:
+def published_arch(name: str) -> Arch:
     root = Path(__file__).parents[2] / "data" / "tokenizer" / f"gpt-oss-{name}"
     return Arch.from_config(json.loads((root / "config.json").read_text()), "config.json")
 
@@ -52,14 +49,14 @@ def too_large() -> RunConfig:
 
 @pytest.mark.parametrize("name", ["20b", "120b"])
 def test_a_base_has_the_bytes_of_its_published_tensors(name: str) -> None:
-    base, tensors = published(name).shape, model_shape(name).expected_tensors()
-    assert base.native_bytes == model_shape(name).num_bytes()
-    step = step_shape(compose(f"legal_{name}").config, base, on_gpu=True)
-    held = {part.name: part.num_bytes for part in parts.base_parts(base, step)}
-    assert sum(held.values()) == base.native_bytes
+    base, tensors = published(name).arch, published_arch(name).expected_tensors()
+    assert base.num_bytes() == published_arch(name).num_bytes()
+    step = step_profile(compose(f"legal_{name}").config, base, on_gpu=True)
+    sizes_of = {part.name: part.num_bytes for part in memory.base_parts(base, step)}
+    assert sum(sizes_of.values()) == base.num_bytes()
     experts = {n: s for n, s in tensors.items() if ".experts." in n}
-    sizes = {"U8": 1, "BF16": 2}
-    assert held[parts.PACKED_EXPERTS] == sum(sizes[dtype] * _count(shape) for dtype, shape in experts.values())
+    width = {"U8": 1, "BF16": 2}
+    assert sizes_of[memory.PACKED_EXPERTS] == sum(width[dtype] * _count(shape) for dtype, shape in experts.values())
 
 
 def _count(shape: tuple[int, ...]) -> int:
@@ -81,23 +78,23 @@ def _count(shape: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("name", ["20b", "120b"])
 def test_parameters_are_those_of_the_planned_sites(name: str, adapter: AdapterConfig) -> None:
     config = replace(compose(f"legal_{name}").config, adapter=adapter)
-    step = step_shape(config, published(name).shape, on_gpu=True)
-    sites = plan_sites(model_shape(name), adapter)
+    step = step_profile(config, published(name).arch, on_gpu=True)
+    sites = plan_sites(published_arch(name), adapter)
     kinds = [sum(site.num_parameters for site in sites if site.kind == kind) for kind in ("attention", "experts")]
-    assert list(parts.lora_parameters(published(name).shape, step)) == kinds
+    assert list(memory.lora_parameters(published(name).arch, step)) == kinds
 
 
-def test_the_facts_of_120b_come_out(recipe_120b: RunConfig) -> None:
+def test_known_figures_of_120b(recipe_120b: RunConfig) -> None:
     """Figures of the training kernels' arithmetic: bytes of the parts, FLOPs of a token, bytes of the LoRA state."""
-    base = published("120b").shape
-    step = step_shape(recipe_120b, base, on_gpu=True)
-    held = {part.name: part.num_bytes / 1e9 for part in parts.base_parts(base, step)}
+    base = published("120b").arch
+    step = step_profile(recipe_120b, base, on_gpu=True)
+    sizes_of = {part.name: part.num_bytes / 1e9 for part in memory.base_parts(base, step)}
     biases = base.num_layers * base.num_experts * base.expert_biases * 2 / 1e9
-    assert held[parts.PACKED_EXPERTS] - biases == pytest.approx(60.91, abs=0.01)
-    assert held[parts.ATTENTION] == pytest.approx(1.94, abs=0.01)
-    assert held[parts.HEAD] == pytest.approx(1.16, abs=0.01)
+    assert sizes_of[memory.PACKED_EXPERTS] - biases == pytest.approx(60.91, abs=0.01)
+    assert sizes_of[memory.ATTENTION] == pytest.approx(1.94, abs=0.01)
+    assert sizes_of[memory.HEAD] == pytest.approx(1.16, abs=0.01)
     state = replace(step, attention_rank=0, expert_rank=16, adapter_bytes=2, gradient_bytes=2, optimizer="adamw_8bit")
-    small = sum(part.num_bytes for part in parts.adapter_parts(base, state)) + parts.gradients(base, state).num_bytes
+    small = sum(part.num_bytes for part in memory.adapter_parts(base, state)) + memory.gradients(base, state).num_bytes
     assert small / 1e9 == pytest.approx(6.4, abs=0.05)
 
 
@@ -105,33 +102,33 @@ def test_the_facts_of_120b_come_out(recipe_120b: RunConfig) -> None:
     ("name", "recomputed", "kept", "at_4k"), [("20b", 20.5, 14.4, 790 / 35.4), ("120b", 29.6, 20.5, 790 / 24.4)]
 )
 def test_flops_of_a_token(name: str, recomputed: float, kept: float, at_4k: float) -> None:
-    base = published(name).shape
-    step = step_shape(compose(f"legal_{name}").config, base, on_gpu=True)
-    step = replace(step, attention_rank=0, expert_rank=0, longest_sample=1)
+    base = published(name).arch
+    step = step_profile(compose(f"legal_{name}").config, base, on_gpu=True)
+    step = replace(step, attention_rank=0, expert_rank=0, longest_example=1)
     assert flops_per_token(base, step) / 1e9 == pytest.approx(recomputed, rel=0.005)
     assert flops_per_token(base, replace(step, checkpointing=False)) / 1e9 == pytest.approx(kept, rel=0.005)
-    assert flops_per_token(base, replace(step, longest_sample=4096)) / 1e9 == pytest.approx(at_4k, rel=0.01)
+    assert flops_per_token(base, replace(step, longest_example=4096)) / 1e9 == pytest.approx(at_4k, rel=0.01)
 
 
-def test_both_figures_of_an_80_gb_card_are_said() -> None:
+def test_both_figures_of_an_80_gb_card_are_named() -> None:
     assert CARD.num_bytes == 84.0e9
     assert "84.0e9 bytes = 78.2 GiB" in CARD.label
 
 
-def test_the_longest_rows_fit_and_longer_ones_do_not(recipe_120b: RunConfig) -> None:
-    facts = published("120b")
-    step = step_shape(recipe_120b, facts.shape, on_gpu=True)
-    longest = longest_rows(step, facts, CARD)
-    assert 4096 < longest < facts.shape.max_positions
+def test_the_longest_sequences_fit_and_longer_ones_do_not(recipe_120b: RunConfig) -> None:
+    info = published("120b")
+    step = step_profile(recipe_120b, info.arch, on_gpu=True)
+    longest = longest_sequences(step, info.arch, CARD)
+    assert 4096 < longest < info.arch.max_positions
 
     def peak(length: int) -> float:
-        return estimate_memory(facts.shape, replace(step, row_tokens=length, longest_sample=length)).total_bytes
+        return estimate_memory(info.arch, replace(step, sequence_tokens=length, longest_example=length)).total_bytes
 
     assert peak(longest) <= CARD.num_bytes < peak(longest + LENGTH_STEP)
 
 
-def test_savings_are_what_the_pasted_overrides_save(too_large: RunConfig) -> None:
-    base = published("120b").shape
+def test_savings_are_those_of_the_printed_overrides(too_large: RunConfig) -> None:
+    base = published("120b").arch
     before = fit(too_large, base, CARD)
     assert not before.fits
     changes = cheapest_changes(too_large, base, CARD)
@@ -143,8 +140,8 @@ def test_savings_are_what_the_pasted_overrides_save(too_large: RunConfig) -> Non
         assert change.fits == after.fits
 
 
-def test_changes_that_fit_are_enough_and_none_is_needless(too_large: RunConfig) -> None:
-    base = published("120b").shape
+def test_changes_that_fit_are_enough_and_each_is_needed(too_large: RunConfig) -> None:
+    base = published("120b").arch
     enough = changes_that_fit(too_large, base, CARD)
     assert enough
     changed = with_overrides(too_large, enough)
@@ -156,7 +153,7 @@ def test_changes_that_fit_are_enough_and_none_is_needless(too_large: RunConfig) 
     assert changes_that_fit(too_large, base, Budget.of_card(24)) is None
 
 
-def test_what_the_rules_forbid_is_not_proposed(too_large: RunConfig) -> None:
+def test_overrides_that_the_rules_forbid_are_not_proposed(too_large: RunConfig) -> None:
     assert with_overrides(too_large, {"adapter.layers": (9, 3)}) is None
     assert with_overrides(too_large, {"trainer.no_such_key": 1}) is None
     assert with_overrides(too_large, {"model.expert_storage": "int3"}) is None
@@ -164,41 +161,26 @@ def test_what_the_rules_forbid_is_not_proposed(too_large: RunConfig) -> None:
 
 
 def test_a_plan_fits_and_keeps_the_step() -> None:
-    config, base = compose("legal_20b").config, published("20b").shape
+    config, base = compose("legal_20b").config, published("20b").arch
     plan = make_plan(config, base, Budget.of_card(24), gpus=1)
     assert plan is not None and fit(plan.config, base, Budget.of_card(24)).fits
     assert plan.config == compose("legal_20b", as_text(plan.overrides).split()).config
     large = make_plan(config, base, CARD, gpus=1)
     assert large is not None and large.config.trainer.micro_batch_size > config.trainer.micro_batch_size
-    rows = [c.trainer.micro_batch_size * c.trainer.gradient_accumulation_steps for c in (config, large.config)]
-    assert rows[0] == rows[1]
+    sequences = [c.trainer.micro_batch_size * c.trainer.gradient_accumulation_steps for c in (config, large.config)]
+    assert sequences[0] == sequences[1]
     assert make_plan(config, base, Budget.of_card(8), gpus=1) is None
 
 
 def test_the_shipped_recipes_fit_80_gb() -> None:
     for name in ("20b", "120b"):
-        assert fit(compose(f"legal_{name}").config, published(name).shape, CARD).fits, name
+        assert fit(compose(f"legal_{name}").config, published(name).arch, CARD).fits, name
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("[1]", "another architecture"),
-        ('{"model_type": "llama"}', "'llama'"),
-        ('{"model_type": "gpt_oss", "hidden_size": 64}', "lacks"),
-        ("{", "cannot be read"),
-    ],
-)
-def test_a_config_that_is_none_is_named(content: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(InputError, match=words):
-        read_shape(tmp_path / "config.json")
-
-
-def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_the_estimate(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "legal_120b"]) == 0
     out = capsys.readouterr().out
-    for words in (parts.PACKED_EXPERTS, "fits,", "longest rows", "not measured", "download", "84.0e9 bytes"):
+    for words in (memory.PACKED_EXPERTS, "fits,", "longest sequences", "not measured", "download", "84.0e9 bytes"):
         assert words in out
     assert cli.main(["estimate", "legal_120b", "--gpu-gib", "24", "--json"]) == 4
     captured = capsys.readouterr()
@@ -208,7 +190,7 @@ def test_the_command_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert "does not fit" in captured.err
 
 
-def test_what_cannot_be_estimated_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_base_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "legal_20b", "model.path=someone/gpt-oss-odd"]) == 3
     assert PUBLISHED[0] in capsys.readouterr().err
     assert cli.main(["estimate", "legal_20b", "--gpus", "0"]) == 2
@@ -226,7 +208,7 @@ def test_a_run_that_does_not_fit_ends_before_it_begins(
         assert words in message
 
 
-def test_going_on_all_the_same_is_said(
+def test_ignoring_the_estimate_is_logged(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(guard, "device_budget", lambda _: Budget.of_host(2 * 10**8))
@@ -234,7 +216,7 @@ def test_going_on_all_the_same_is_said(
     with pytest.raises(CapacityError):
         guard.check_memory(compose(recipe).config)
     guard.check_memory(compose(recipe, ["trainer.ignore_memory_estimate=true"]).config)
-    assert "going on, as trainer.ignore_memory_estimate says" in capsys.readouterr().err
+    assert "starting all the same (trainer.ignore_memory_estimate)" in capsys.readouterr().err
     guard.check_memory(compose(recipe, ["distributed=fsdp2"]).config)
     assert "has not been held against a GPU" in capsys.readouterr().err
     monkeypatch.setattr(guard, "device_budget", lambda _: Budget.of_host(8 * GIB))
@@ -264,7 +246,7 @@ def test_memory_that_runs_out_is_explained(
     assert "then it fits" not in message
 
 
-def test_other_errors_stay_what_they_are(
+def test_other_errors_are_passed_on(
     workplace: Path,
 ) -> None:
     with pytest.raises(ValueError), guard.explained_out_of_memory(compose(str(workplace / "small.yaml")).config):

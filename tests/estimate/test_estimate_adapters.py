@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 from router_runs import new_base
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.adapters.sites import Selection, plan_sites, ranks_of
 from finetune.config.compose import compose
 from finetune.config.expert_selection import ExpertScores, write_expert_scores
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, RouterAdapterConfig
-from finetune.estimate import parts
-from finetune.estimate.inputs import step_shape
-from finetune.estimate.shapes import find_base
-from finetune.estimate.speed import flops_per_token
+from finetune.estimate import memory
+from finetune.estimate.fit import flops_per_token
+from finetune.estimate.inputs import find_base, step_profile
 
 UNEVEN: Selection = {0: (1, 4), 1: (0, 2, 3, 6, 7)}
 PLAIN = AdapterConfig(
@@ -65,8 +64,8 @@ def with_file(config: AdapterConfig, file: Path) -> AdapterConfig:
 def test_counts_are_those_of_the_adapter(name: str, tiny_base: Path, affinity: tuple[Path, ExpertScores]) -> None:
     given, selection = CASES[name]
     config = with_file(given, affinity[0])
-    base, facts = new_base(tiny_base), find_base(str(tiny_base))
-    assert facts is not None
+    base, info = new_base(tiny_base), find_base(str(tiny_base))
+    assert info is not None
     ranks = None
     if config.experts.rank_by != "uniform":
         assert selection is not None
@@ -74,8 +73,8 @@ def test_counts_are_those_of_the_adapter(name: str, tiny_base: Path, affinity: t
     sites = plan_sites(base.checkpoint.arch, config, selection, ranks)
     built = attach_adapter(base, config, seed=0, selection=selection, ranks=ranks).parameters()
     recipe = compose("quickstart", [f"model.path={tiny_base}"]).config
-    step = step_shape(replace(recipe, adapter=config), facts.shape, on_gpu=True)
-    on_attention, on_experts = parts.lora_parameters(facts.shape, step)
+    step = step_profile(replace(recipe, adapter=config), info.arch, on_gpu=True)
+    on_attention, on_experts = memory.lora_parameters(info.arch, step)
     of_kind = {
         kind: sum(site.num_parameters for site in sites if site.kind == kind)
         for kind in ("attention", "router", "experts")
@@ -83,32 +82,32 @@ def test_counts_are_those_of_the_adapter(name: str, tiny_base: Path, affinity: t
     assert (on_attention, on_experts) == (of_kind["attention"] + of_kind["router"], of_kind["experts"])
     assert on_attention + on_experts == sum(p.numel() for p in built.values())
     assert on_experts == sum(p.numel() for name, p in built.items() if ".mlp.experts." in name)
-    held = {part.name: part.num_bytes for part in parts.adapter_parts(facts.shape, step)}
-    assert held[parts.LORA] == sum(p.numel() * p.element_size() for p in built.values())
+    sizes = {part.name: part.num_bytes for part in memory.adapter_parts(info.arch, step)}
+    assert sizes[memory.LORA] == sum(p.numel() * p.element_size() for p in built.values())
     if ranks is not None:
         highest = max(site.rank for site in sites if site.kind == "experts")
         assert highest <= step.highest_rank and len({p.shape for n, p in built.items() if n.endswith("down_a")}) >= 1
 
 
 def test_a_share_of_the_use_is_counted_as_all_at_most(tiny_base: Path) -> None:
-    facts = find_base(str(tiny_base))
-    assert facts is not None
+    info = find_base(str(tiny_base))
+    assert info is not None
     recipe = compose("quickstart", [f"model.path={tiny_base}"]).config
     counts = [
-        parts.lora_parameters(facts.shape, step_shape(replace(recipe, adapter=config), facts.shape, on_gpu=True))[1]
+        memory.lora_parameters(info.arch, step_profile(replace(recipe, adapter=config), info.arch, on_gpu=True))[1]
         for config in (PLAIN, experts(select="top_p=0.2"))
     ]
     assert counts[0] == counts[1]
 
 
 def test_experts_without_an_update_take_no_time(tiny_base: Path) -> None:
-    """2 of 8 experts: a quarter of the rows' thin products, (2 D + 3 F) multiplications a rank each."""
-    facts = find_base(str(tiny_base))
-    assert facts is not None
-    base, recipe = facts.shape, compose("quickstart", [f"model.path={tiny_base}"]).config
+    """2 of 8 experts: a quarter of the LoRA products of the routed tokens, (2 D + 3 F) multiplications per rank."""
+    info = find_base(str(tiny_base))
+    assert info is not None
+    base, recipe = info.arch, compose("quickstart", [f"model.path={tiny_base}"]).config
 
     def flops(config: AdapterConfig) -> float:
-        return flops_per_token(base, step_shape(replace(recipe, adapter=config), base, on_gpu=True))
+        return flops_per_token(base, step_profile(replace(recipe, adapter=config), base, on_gpu=True))
 
     none = flops(experts(rank=0))
     whole, some = flops(PLAIN) - none, flops(experts(select="top_k=2")) - none

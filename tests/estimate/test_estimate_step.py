@@ -1,4 +1,4 @@
-"""The estimate of a step against the bytes that a real step has alive, with the peak at one moment or another."""
+"""The estimate of a step against the bytes that a real step allocates, with the peak at one moment or another."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 from tracked_step import SIZES, measure, recipe, write_base
 
 from finetune.config.schema import RunConfig
-from finetune.estimate.inputs import StepShape, step_shape
+from finetune.estimate.inputs import StepProfile, find_base, step_profile
 from finetune.estimate.memory import MemoryEstimate, estimate_memory
-from finetune.estimate.shapes import find_base
 
 TOLERANCE = 0.05
 
@@ -25,8 +24,8 @@ CASES = {
     "nothing recomputed": ("experts", EXPERTS, {"checkpointing": False}),
     "bfloat16, accumulated": ("experts", EXPERTS, {"dtype": "bfloat16", "gradient_accumulation_steps": 2}),
     "high ranks": ("experts", EXPERTS, {"tokens": 64, "ranks": (32, 32), "chunk": 1}),
-    "several rows, attention only": ("experts", EXPERTS, {"tokens": 256, "rows": 2, "ranks": (4, 0)}),
-    "several rows, experts only": ("experts", EXPERTS, {"tokens": 256, "rows": 2, "ranks": (0, 4)}),
+    "several sequences, attention only": ("experts", EXPERTS, {"tokens": 256, "sequences": 2, "ranks": (4, 0)}),
+    "several sequences, experts only": ("experts", EXPERTS, {"tokens": 256, "sequences": 2, "ranks": (0, 4)}),
     "narrow adapter": (
         "experts",
         EXPERTS,
@@ -46,20 +45,20 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_base(root / name, name) for name in SIZES}
 
 
-def reference_step(config: RunConfig, directory: Path, busiest_chunk: float) -> StepShape:
-    """What `measure` ran: the kernels of a freshly loaded base, samples of half a row, the routing that was found."""
-    facts = find_base(str(directory))
-    assert facts is not None
-    step = step_shape(config, facts.shape, on_gpu=False)
+def reference_step(config: RunConfig, directory: Path, busiest_chunk: float) -> StepProfile:
+    """The step that `measure` ran: the kernels of a freshly loaded base, examples of half a sequence, its routing."""
+    info = find_base(str(directory))
+    assert info is not None
+    step = step_profile(config, info.arch, on_gpu=False)
     sample = config.data.max_length // 2
     kernels = {"attention_kernel": "reference", "expert_kernel": "reference"}
-    return replace(step, longest_sample=sample, busiest_chunk=busiest_chunk, **kernels)
+    return replace(step, longest_example=sample, busiest_chunk=busiest_chunk, **kernels)
 
 
-def estimated(step: StepShape, directory: Path) -> MemoryEstimate:
-    facts = find_base(str(directory))
-    assert facts is not None
-    return estimate_memory(facts.shape, step)
+def estimated(step: StepProfile, directory: Path) -> MemoryEstimate:
+    info = find_base(str(directory))
+    assert info is not None
+    return estimate_memory(info.arch, step)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -77,7 +76,7 @@ WRONG = {
     "chunk": {"experts_per_chunk": 2},
     "dtype": {"compute_bytes": 2},
     "rank": {"expert_rank": 16},
-    "tokens": {"row_tokens": 384},
+    "tokens": {"sequence_tokens": 384},
     "checkpointing": {"checkpointing": False},
     "routing": {"busiest_chunk": 1.0},
 }

@@ -18,9 +18,8 @@ from finetune.config.schema import (
     SourceConfig,
     ValidationSplitConfig,
 )
+from finetune.data.conversation import Conversation, Message
 from finetune.data.dataset import Split, load_split
-from finetune.data.forms import Conversation
-from finetune.data.message import Message
 from finetune.data.sources import Record
 from finetune.errors import ConfigError
 from finetune.evaluate.evalset import (

@@ -55,7 +55,7 @@ def test_before_figures_equal_the_base_without_any_adapter(
     """The base loaded by itself, nothing attached: an adapter that is only switched off must not show."""
     config = load_run_config(finished[0] / "config.yaml")
     base = build_base(Checkpoint.open(tiny_base), torch.device("cpu"), torch.float32, experts_per_chunk=16)
-    samples = load_split(config.data, "test").samples
+    samples = load_split(config.data, "test").examples
     loss = held_out_loss(base.model, samples, config.data.max_length).mean
     test = suites(evaluated)["test"]
     assert test["loss"]["base"]["value"] == pytest.approx(loss, abs=1e-5)
@@ -71,18 +71,18 @@ def test_other_domains_and_plain_text_are_scored(evaluated: Path) -> None:
     assert found["plain text"]["loss"]["base"]["value"] > 5
 
 
-def test_answers_and_readme_are_there(evaluated: Path) -> None:
+def test_answers_and_readme_are_written(evaluated: Path) -> None:
     summary = json.loads((evaluated / "summary.json").read_text())
     assert summary["answers"]["rows"] == 3 and summary["answers"]["base"]["cut"] == 3
     assert [summary["answers"]["exact"][who]["value"] for who in ("base", "adapter")] == [0, 0]  # all are cut
     text = (evaluated / "README.md").read_text()
-    assert "McNemar" in text and "retention: legal" in text and "Generated answers (3 rows)" in text
+    assert "McNemar" in text and "retention: legal" in text and "Generated answers (3 examples)" in text
 
 
-def test_the_runs_page_and_the_figures_of_answers(
+def test_the_runs_page_shows_the_figures_of_answers(
     finished: tuple[Path, str], evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The adapter's answers are made right in the row log, all but one: nothing is measured again."""
+    """All answers of the adapter but one are corrected in the log: nothing is measured again."""
     run = Path(shutil.copytree(finished[0], tmp_path / "run"))
     shutil.copytree(evaluated, run / "evaluation")
     rows = [json.loads(line) for line in (evaluated / "rows.jsonl").read_text().splitlines()]
@@ -104,11 +104,11 @@ def test_the_runs_page_and_the_figures_of_answers(
     assert exact["difference"]["value"] == pytest.approx(2 / 3)
     assert str(run / "report.html") in capsys.readouterr().err
     page = (run / "report.html").read_text()
-    assert "Equal to the answer: 2 rows became right and 0 wrong" in page and 'class="heat"' in page
+    assert "Equal to the answer: 2 examples became right and 0 wrong" in page and 'class="heat"' in page
     assert "McNemar" not in (finished[0] / "report.html").read_text()  # figures went elsewhere: --out
 
 
-def test_one_test_row_has_no_interval(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_one_test_record_has_no_interval(finished: tuple[Path, str], tmp_path: Path) -> None:
     assert (
         main(["evaluate", str(finished[0]), "--examples", "1", "--retention", "0", "--out", str(tmp_path / "o")]) == 0
     )
@@ -119,7 +119,7 @@ def test_one_test_row_has_no_interval(finished: tuple[Path, str], tmp_path: Path
     assert "alone has no interval" in (tmp_path / "o" / "README.md").read_text()
 
 
-def test_a_stopped_evaluation_goes_on(
+def test_a_stopped_evaluation_resumes(
     finished: tuple[Path, str], evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = (evaluated / "rows.jsonl").read_text().splitlines(keepends=True)
@@ -147,7 +147,7 @@ def test_figures_of_another_evaluation_are_not_mixed_in(
     assert "another evaluation" in capsys.readouterr().err
 
 
-def test_training_rows_as_test_rows_are_counted(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_training_records_among_the_test_records_are_counted(finished: tuple[Path, str], tmp_path: Path) -> None:
     workplace, copy = finished[0].parent, tmp_path / "copy.jsonl"
     unseen = (workplace / "test.jsonl").read_text().splitlines(keepends=True)[:4]
     copy.write_text((workplace / "train.jsonl").read_text() + "".join(unseen))  # the very file would be refused

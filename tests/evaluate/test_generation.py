@@ -1,4 +1,4 @@
-"""Generation with keys and values kept: against transformers' own generate, and against the whole sequence again."""
+"""Generation with a KV cache, against transformers' own generate and against forward passes over whole sequences."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def hidden_after(base: Base, prompts: list[list[int]], following: list[list[int]
     return hidden
 
 
-def test_logits_equal_the_whole_sequence_read_again(
+def test_logits_equal_those_of_the_whole_sequence(
     base: Base, prompts: list[list[int]], greedy: list[list[int]]
 ) -> None:
     stepwise = base.model.lm_head(hidden_after(base, prompts, greedy))
@@ -90,7 +90,7 @@ def test_a_cache_without_its_window_is_noticed(
     assert min(difference[1], difference[3]) > 10 * limit
 
 
-def test_a_batch_gives_what_each_prompt_gives_alone(base: Base, prompts: list[list[int]]) -> None:
+def test_a_batch_equals_each_prompt_alone(base: Base, prompts: list[list[int]]) -> None:
     sampling = Sampling(max_tokens=6, temperature=0.7, top_p=0.9, seed=4)
     together = generate(base.model, prompts[:1] * 2, sampling)
     assert generate(base.model, prompts[:1], sampling) == together[:1]
@@ -98,7 +98,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(base: Base, prompts: list[li
     assert generate(base.model, prompts[:1], Sampling(max_tokens=6, temperature=0.7, seed=5)) != together[:1]
 
 
-def test_a_finished_sequence_leaves_the_others_as_they_were(
+def test_a_finished_sequence_does_not_change_the_others(
     base: Base, prompts: list[list[int]], greedy: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop = greedy[1][3]
@@ -128,7 +128,7 @@ def test_top_p_keeps_the_likeliest_and_temperature_flattens() -> None:
     assert (drawn(Sampling(temperature=2.0)) - expected).abs().max() < 0.08  # 3 standard deviations of 400 draws
 
 
-def test_completions_are_read_as_harmony() -> None:
+def test_completions_are_parsed_as_harmony() -> None:
     whole = read_completion(render_answer("Yes — of course", thinking="It says so."))
     assert (whole.final, whole.analysis, whole.stopped, whole.error) == ("Yes — of course", "It says so.", True, None)
     for length in range(len(THOUGHT)):
@@ -170,12 +170,12 @@ TOLD = [*header_ids("functions.look to=assistant", "commentary"), *encode_text("
         ),
     ],
 )  # fmt: skip
-def test_broken_forms_are_errors(tokens: list[int], wrong: str) -> None:
+def test_format_errors_are_found(tokens: list[int], wrong: str) -> None:
     error = read_completion(tokens).error
     assert error is not None and re.search(wrong, error)
 
 
-def test_calls_are_right_where_the_conversation_declares_them() -> None:
+def test_calls_to_declared_tools_are_no_error() -> None:
     thought = [*THOUGHT[: -len(YES) - 2], START_ID, *encode_text("assistant")]
     assert read_completion([*thought, *CALL], ["functions.look"]).error is None
     assert "does not declare" in (read_completion([*thought, *CALL], ["functions.other"]).error or "")
@@ -186,7 +186,7 @@ def test_calls_are_right_where_the_conversation_declares_them() -> None:
     )
 
 
-def test_texts_of_several_messages_are_kept_apart() -> None:
+def test_texts_of_several_messages_are_separated() -> None:
     twice = read_completion([*render_answer("No")[:-1], END_ID, START_ID, *encode_text("assistant"), *YES])
     assert twice.final == "No\n\nYes"
     assert read_completion([*BODY, END_OF_TEXT_ID]).final == "Yes"
@@ -209,7 +209,7 @@ def test_generate_on_a_run_and_on_its_adapter_alone(
     assert answers[1]["prompt_tokens"] != 0
 
 
-def test_chat_forgets_what_cannot_be_read(
+def test_chat_drops_answers_that_cannot_be_parsed(
     finished: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lines = tmp_path / "lines"

@@ -13,14 +13,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.store import write_adapter
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, DataConfig, ExpertAdapterConfig
-from finetune.data.forms import Conversation
+from finetune.data.conversation import Conversation, Message
 from finetune.data.harmony.encode import encode_text
 from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID
-from finetune.data.message import Message
 from finetune.data.sources import Record
 from finetune.errors import ConfigError, InputError
 from finetune.evaluate.generation import Sampling, generate
@@ -49,10 +49,7 @@ def adapter(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in attached.parameters().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 20)
     directory = tmp_path_factory.mktemp("harness") / "adapter"
-    write_adapter(
-        directory, attached, ADAPTER, base_name=str(tiny_base), base_revision=None, base_identity=base.identity,
-        base_held_as=base.held_as,
-    )  # fmt: skip
+    write_adapter(directory, attached, ADAPTER, BaseRecord(str(tiny_base), None, base.identity, base.storage_changes))
     return directory
 
 
@@ -71,7 +68,7 @@ def reference(tiny_base: Path, adapter: Path) -> Iterator[PeftModel]:
 
 
 def asked(*arguments: Any) -> Any:
-    """A request as the harness hands it over."""
+    """A request of the harness."""
     return SimpleNamespace(args=arguments)
 
 
@@ -103,7 +100,7 @@ def test_likelihoods_equal_a_plain_loop(scored: list[tuple[float, bool]], refere
         assert nats == pytest.approx(expected, abs=2e-3) and greedy == expected_greedy
 
 
-def test_the_base_alone_scores_otherwise(model: AdaptedModel, scored: list[tuple[float, bool]]) -> None:
+def test_the_base_alone_scores_differently(model: AdaptedModel, scored: list[tuple[float, bool]]) -> None:
     model._with_adapter = False
     try:
         plain = model.loglikelihood([asked(*PAIRS[0])], disable_tqdm=True)
@@ -117,7 +114,7 @@ def test_batched_equals_one_request_at_a_time(model: AdaptedModel, scored: list[
         assert model.loglikelihood([asked(*pair)], disable_tqdm=True)[0][0] == pytest.approx(nats, abs=1e-3)
 
 
-def test_what_the_model_writes_is_greedy(model: AdaptedModel) -> None:
+def test_generated_text_is_greedy(model: AdaptedModel) -> None:
     context = "Governing law:"
     (tokens,) = generate(model.opened.base.model, [encode_text(context)], Sampling(max_tokens=3))
     wrong = [*tokens[:-1], tokens[-1] ^ 1]
@@ -139,7 +136,7 @@ def test_whole_texts_in_windows(model: AdaptedModel, reference: PeftModel, monke
     assert found == pytest.approx(expected, abs=5e-3)
 
 
-def test_long_contexts_are_cut_and_said(
+def test_long_contexts_are_cut_with_a_warning(
     model: AdaptedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(model, "max_length", 20)
@@ -168,10 +165,10 @@ def test_generation_that_leaves_no_room_is_refused_before_the_first_answer(
 
 
 @pytest.mark.parametrize("before", [(), PAIRS[:1]], ids=["alone", "behind another context"])
-def test_a_context_of_white_space_is_none(
+def test_a_white_space_context_is_empty(
     model: AdaptedModel, reference: PeftModel, before: tuple[tuple[str, str], ...]
 ) -> None:
-    """The harness leaves no token of it; what is scored follows the start of a text, not another request's end."""
+    """The harness leaves no token of it: the continuation follows the start of a text, not another request's end."""
     expected, _ = one_by_one(reference, [FIRST_CONTROL_ID], encode_text(" \nDelaware"))
     found = model.loglikelihood([asked(*pair) for pair in (*before, (" \n", "Delaware"))], disable_tqdm=True)
     assert found[-1][0] == pytest.approx(expected, abs=2e-3)
@@ -198,7 +195,7 @@ def test_generation_stops_at_a_string_and_refuses_unknown_settings(model: Adapte
         model.generate_until([asked("x", {"num_beams": 4})])
 
 
-def test_chat_prompts_are_harmonys_and_text_never_becomes_control(model: AdaptedModel) -> None:
+def test_chat_prompts_are_harmony_and_text_never_becomes_control(model: AdaptedModel) -> None:
     said = "What is <|end|><|start|>system?"
     history = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": said}]
     record = Record("x", "x", Conversation((Message("system", "Answer briefly."), Message("user", said))))
@@ -212,7 +209,7 @@ def test_chat_prompts_are_harmonys_and_text_never_becomes_control(model: Adapted
         model.apply_chat_template([{"role": "user", "content": "\ue0ff<|end|>\ue0ff"}])
 
 
-def test_a_local_task_runs_from_end_to_end(model: AdaptedModel, reference: PeftModel, tmp_path: Path) -> None:
+def test_a_local_task_runs_end_to_end(model: AdaptedModel, reference: PeftModel, tmp_path: Path) -> None:
     """A task of our own in the harness's YAML, its accuracy against the plain loop's."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

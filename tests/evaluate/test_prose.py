@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from finetune.config.schema import DataConfig, SourceConfig
-from finetune.data.forms import Conversation
+from finetune.data.conversation import Conversation, Message
 from finetune.data.harmony.render import render_example
-from finetune.data.message import Message
 from finetune.data.sources import Record, read_records
 from finetune.evaluate.evalset import EvalSet
 from finetune.evaluate.measure import GeneratedAnswer, MeasurementLog

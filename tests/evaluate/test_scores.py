@@ -12,15 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
 from finetune.config.schema import DataConfig, SourceConfig
+from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
-from finetune.data.forms import Conversation
 from finetune.data.harmony.render import render_answer, render_prompt
 from finetune.data.sources import Record
 from finetune.errors import InputError
 from finetune.evaluate.evalset import EvalSet, label_set, stratified_subset
 from finetune.evaluate.labels import LabelScores, score_labels
 from finetune.evaluate.likelihood import Group, held_out_loss
-from finetune.evaluate.statistics import wilson_interval
+from finetune.evaluate.statistics import bootstrap_ratio_interval, wilson_interval
 from finetune.evaluate.summary import measure_test_set
 from finetune.model.build import Base, build_base
 from finetune.model.checkpoint import Checkpoint
@@ -62,33 +62,31 @@ def reference_log_probabilities(reference: GptOssForCausalLM, ids: list[int]) ->
 # ---- held-out loss --------------------------------------------------------------------------------------------------
 
 
-def test_held_out_loss_equals_one_sample_at_a_time(base: Base, reference: GptOssForCausalLM, split: Split) -> None:
-    samples = split.samples[:5]
-    scored = held_out_loss(base.model, samples, 1024)  # packs several into a row
-    assert min(len(sample.ids) for sample in samples) > 128  # beyond the sliding window
-    for number, sample in enumerate(samples):
-        log_probability = reference_log_probabilities(reference, sample.ids.tolist())
-        expected = -(log_probability * torch.from_numpy(sample.weights[1:]).double()).sum().item()
+def test_held_out_loss_equals_one_example_at_a_time(base: Base, reference: GptOssForCausalLM, split: Split) -> None:
+    examples = split.examples[:5]
+    scored = held_out_loss(base.model, examples, 1024)  # packs several into a row
+    assert min(len(example.ids) for example in examples) > 128  # beyond the sliding window
+    for number, example in enumerate(examples):
+        log_probability = reference_log_probabilities(reference, example.ids.tolist())
+        expected = -(log_probability * torch.from_numpy(example.weights[1:]).double()).sum().item()
         assert scored.nll[number] == pytest.approx(expected, abs=1e-4)
-        assert scored.weight[number] == sample.weights.sum()
-    assert scored.mean == pytest.approx(scored.nll.sum() / sum(s.weights.sum() for s in samples))
-    low, high = scored.interval(0.95)
-    assert low < scored.mean < high
+        assert scored.weight[number] == example.weights.sum()
+    assert scored.mean == pytest.approx(scored.nll.sum() / sum(s.weights.sum() for s in examples))
 
 
 def test_held_out_loss_counts_weights(base: Base, split: Split) -> None:
-    sample = split.samples[0]
-    doubled = dataclasses.replace(sample, weights=sample.weights * 2)
-    alone, both = (held_out_loss(base.model, [s], 1024) for s in (sample, doubled))
+    example = split.examples[0]
+    doubled = dataclasses.replace(example, weights=example.weights * 2)
+    alone, both = (held_out_loss(base.model, [s], 1024) for s in (example, doubled))
     assert both.nll[0] == pytest.approx(2 * alone.nll[0]) and both.mean == pytest.approx(alone.mean)
 
 
-def test_held_out_loss_is_left_between_batches(base: Base, split: Split) -> None:
+def test_held_out_loss_stops_between_batches(base: Base, split: Split) -> None:
     def leave() -> None:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        held_out_loss(base.model, split.samples[:2], 1024, between_batches=leave)
+        held_out_loss(base.model, split.examples[:2], 1024, between_batches=leave)
 
 
 # ---- labels ---------------------------------------------------------------------------------------------------------
@@ -117,7 +115,7 @@ def test_label_scores_equal_one_answer_at_a_time(
             assert scored.shared[number] == pytest.approx(log_probability[:3].sum().item(), abs=1e-4)  # the header
 
 
-def test_a_label_computed_after_another_clause_scores_otherwise(
+def test_a_label_after_another_prompt_scores_differently(
     scored: LabelScores, reference: GptOssForCausalLM, split: Split
 ) -> None:
     """The comparison above can fail: the prompt matters by far more than its tolerance."""
@@ -127,7 +125,7 @@ def test_a_label_computed_after_another_clause_scores_otherwise(
 
 
 def test_records_scored_together_equal_records_scored_alone(base: Base, split: Split, scored: LabelScores) -> None:
-    """Three records share a row of tokens; each alone gives the same table, and another record another one."""
+    """Three records share a sequence; each alone gives the same scores, and another record other ones."""
     alone = [
         score_labels(base.model, [record], scored.labels, CONFIG).log_likelihood[0] for record in split.records[:2]
     ]
@@ -136,15 +134,15 @@ def test_records_scored_together_equal_records_scored_alone(base: Base, split: S
     assert np.abs(alone[0] - scored.log_likelihood[1]).max() > 1e-2
 
 
-def test_losses_of_samples_packed_together_equal_those_of_samples_alone(base: Base, split: Split) -> None:
-    samples = split.samples[:3]
-    together = held_out_loss(base.model, samples, 2048).nll
-    alone = [held_out_loss(base.model, [sample], 1024).nll[0] for sample in samples]
+def test_losses_of_packed_examples_equal_those_of_examples_alone(base: Base, split: Split) -> None:
+    examples = split.examples[:3]
+    together = held_out_loss(base.model, examples, 2048).nll
+    alone = [held_out_loss(base.model, [example], 1024).nll[0] for example in examples]
     assert together == pytest.approx(alone, abs=1e-4)
     assert np.abs(together - np.roll(alone, 1)).max() > 1e-2
 
 
-def test_answers_of_one_row_do_not_see_each_other(base: Base, split: Split, scored: LabelScores) -> None:
+def test_answers_of_one_prompt_do_not_see_each_other(base: Base, split: Split, scored: LabelScores) -> None:
     pair = (scored.labels[1], scored.labels[17])
     records = [dataclasses.replace(split.records[0], answer=pair[0])]
     fewer = score_labels(base.model, records, pair, CONFIG).log_likelihood[0]
@@ -167,8 +165,7 @@ def test_answers_that_begin_alike(base: Base, reference: GptOssForCausalLM, spli
 def test_accuracy_counts_the_likeliest_answer() -> None:
     table = np.array([[-1.0, -2.0, -3.0], [-5.0, -4.0, -6.0], [-9.0, -8.0, -7.0], [-1.0, -2.0, -3.0]])
     scores = LabelScores(("a", "b", "c"), table, np.array([0, 1, 0, 0]), np.zeros(4))
-    assert (scores.num_right, scores.accuracy) == (3, 0.75)
-    assert scores.interval(0.95) == wilson_interval(3, 4, 0.95)
+    assert scores.accuracy == 0.75
 
 
 def test_an_answer_outside_the_labels_is_named(base: Base, split: Split) -> None:
@@ -178,7 +175,7 @@ def test_an_answer_outside_the_labels_is_named(base: Base, split: Split) -> None
 
 @pytest.mark.parametrize(("prompt", "num_scored"), [([], 0), ([5, 6], 2)])
 def test_a_prompt_that_predicts_nothing_is_refused(prompt: list[int], num_scored: int) -> None:
-    """Its first token would otherwise be predicted by whatever stands before it in the row."""
+    """Its first token would otherwise be predicted by whatever precedes it in the sequence."""
     with pytest.raises(ValueError, match="predicts nothing"):
         Group(prompt, [[7]], num_scored)
     Group([*prompt, 8], [[7]], num_scored)
@@ -225,17 +222,17 @@ def test_stratified_subset_rounds_by_largest_remainder() -> None:
 def test_a_record_of_several_turns_counts_once_in_the_figures_of_a_run(base: Base, split: Split) -> None:
     """Two records, one of them with three examples: one label each, and intervals resample records."""
     one, other = split.records[0], next(r for r in split.records if r.answer != split.records[0].answer)
-    samples = split.samples[:4]
+    examples = split.examples[:4]
     labels = (str(one.answer), str(other.answer))
-    test = EvalSet("test", CONFIG, (one, other, other, other), samples, labels)
+    test = EvalSet("test", CONFIG, (one, other, other, other), examples, labels)
     figures = measure_test_set(base, test, "base", 0.95, between_batches=lambda: None)
     assert figures.accuracy and figures.accuracy.base and figures.loss.base and figures.loss.base.interval
     assert figures.accuracy.adapter is figures.accuracy.mcnemar is figures.loss.difference is None
     right = round(2 * figures.accuracy.base.value)
     assert figures.accuracy.base.interval == wilson_interval(right, 2, 0.95)
     assert figures.best_constant == 0.5  # 0.75 were the copies counted
-    loss = held_out_loss(base.model, samples, CONFIG.max_length)
+    loss = held_out_loss(base.model, examples, CONFIG.max_length)
     nll, weight = ([values[0], values[1:].sum()] for values in (loss.nll, loss.weight))
     # Of two records a resample is the one, the other or both: the interval ends at their own losses.
     assert figures.loss.base.interval == pytest.approx(sorted(n / w for n, w in zip(nll, weight, strict=True)))
-    assert figures.loss.base.interval != pytest.approx(loss.interval(0.95))
+    assert figures.loss.base.interval != pytest.approx(bootstrap_ratio_interval(loss.nll, loss.weight, 0.95))

@@ -12,11 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from serving_layouts import assert_same_updates, read_peft
 from synthetic_adapter import EXPERTS, HIDDEN, SIZES, WIDTH, write_synthetic
-from test_export_adapters import assert_same_updates, export, read_peft, sites
+from test_export_adapters import export, sites
 
 from finetune.cli.main import main
-from finetune.export.combine import merge_adapters
+from finetune.export.combine import combine_adapters
 from finetune.export.importing import import_adapter
 from finetune.export.options import ExportOptions
 
@@ -250,8 +251,8 @@ class TestMerge:
 
     def test_one_adapter_alone_and_three_at_once(self, tmp_path: Path) -> None:
         one, other, _ = self.parts(tmp_path)
-        merge_adapters([(one, 2.0)], tmp_path / "double", None)
-        merge_adapters([(one, 1.0), (other, 1.0), (other, -1.0)], tmp_path / "three", None)
+        combine_adapters([(one, 2.0)], tmp_path / "double", None)
+        combine_adapters([(one, 1.0), (other, 1.0), (other, -1.0)], tmp_path / "three", None)
         plain, double, three = (read_peft(d) for d in (one, tmp_path / "double", tmp_path / "three"))
         for site, update in plain.items():
             if double[site].any():
@@ -277,7 +278,7 @@ class TestMerge:
     def test_weights_that_are_none(self, weight: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         one, other, _ = self.parts(tmp_path)
         assert run("adapter", "combine", f"{one}:{weight}", other, "--out", tmp_path / "sum") == 2
-        assert "is no weight" in capfd.readouterr().err and not (tmp_path / "sum").exists()
+        assert "is not a weight" in capfd.readouterr().err and not (tmp_path / "sum").exists()
 
     def test_adapters_that_do_not_belong_together(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         one, other, _ = self.parts(tmp_path)

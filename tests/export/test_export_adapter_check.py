@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from synthetic_adapter import EXPERTS, SIZES, write_synthetic
 from test_export_adapters import export, sites
 
-from finetune.adapters.store import open_adapter
+from finetune.adapters.provenance import BaseRecord
+from finetune.adapters.store import AdapterFile
 from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.validate import dump_yaml
 from finetune.errors import CheckError
-from finetune.export.adapter_child import compare
-from finetune.export.card import attribution_section, of_base
+from finetune.export.card import attribution_section, base_attributions
+from finetune.export.children.adapter import compare
 from finetune.export.options import ADAPTER_TARGETS
 from finetune.export.verify import verify_adapter
 
@@ -90,7 +91,7 @@ def tampered(source: Path, target: str, out: Path, change: Callable[[Tensors], A
         tensors, alpha = gguf_tensors(source)
         change(tensors)
         file.unlink()
-        from finetune.export.gguf_lora import write_gguf_lora
+        from finetune.export.targets.gguf_lora import write_gguf_lora
 
         write_gguf_lora(file, tensors, alpha)
     else:
@@ -104,9 +105,9 @@ def tampered(source: Path, target: str, out: Path, change: Callable[[Tensors], A
 
 
 def gguf_tensors(source: Path) -> tuple[Tensors, float]:
-    from finetune.export.gguf_lora import gguf_lora_tensors
+    from finetune.export.targets.gguf_lora import gguf_lora_tensors
 
-    return gguf_lora_tensors(open_adapter(source))
+    return gguf_lora_tensors(AdapterFile.open(source))
 
 
 def problems(source: Path, target: str, out: Path) -> dict[str, str]:
@@ -144,7 +145,7 @@ def test_what_is_wrong_is_named(source: Path, target: str, tmp_path: Path) -> No
     assert found("same", lambda tensors: None) == {}
     swapped = found("swapped", lambda tensors: swap(tensors, gate, up))
     gate_stem = gate.replace(".lora_B.weight", "").replace(".lora_b", "")
-    assert "acts otherwise" in swapped[gate_stem] and not any("attn" in name for name in swapped)
+    assert "differs from the source" in swapped[gate_stem] and not any("attn" in name for name in swapped)
     scaled = found("scaled", lambda tensors: tensors[attention].mul_(1.001))
     assert list(scaled) == [stem] and "relative difference 0.001" in scaled[stem]
     flipped = found("flipped", lambda tensors: tensors[gate].view(-1)[:1].neg_())
@@ -154,7 +155,7 @@ def test_what_is_wrong_is_named(source: Path, target: str, tmp_path: Path) -> No
     unexpected = found("unexpected", lambda tensors: tensors.update({"model.layers.9.x": torch.ones(2)}))
     assert unexpected == {"model.layers.9.x": "unexpected"}
     nan = found("nan", lambda tensors: tensors[gate].view(-1)[-1:].fill_(float("nan")))
-    assert nan == {gate: "holds values that are not finite"}
+    assert nan == {gate: "has values that are not finite"}
 
 
 @pytest.mark.parametrize("target", ["peft", "sglang", "mlx"])
@@ -200,14 +201,14 @@ def test_the_router_and_a_lone_gate_up_are_read_as_what_they_are(target: str, tm
     config["rank_pattern"] = (config.get("rank_pattern") or {}) | {name: 5}
     config["alpha_pattern"] = (config.get("alpha_pattern") or {}) | {name: 11.0}
     (directory / "adapter_config.json").write_text(json.dumps(config))
-    found = verify_adapter(open_adapter(directory), target, export(directory, target, tmp_path / "out"))
+    found = verify_adapter(AdapterFile.open(directory), target, export(directory, target, tmp_path / "out"))
     zeros = {"peft": 1, "mlx": 1, "gguf-lora": 0}[target]
     kinds = {"router": 1, "gate_proj": EXPERTS, "up_proj": EXPERTS} | ({"down_proj": 0} if zeros else {})
-    assert found["kinds"] == kinds and found["zeros"] == zeros
+    assert found.kinds == kinds and found.zeros == zeros
 
 
 def test_an_alpha_that_is_not_the_adapters_is_found(source: Path, tmp_path: Path) -> None:
-    from finetune.export.gguf_lora import write_gguf_lora
+    from finetune.export.targets.gguf_lora import write_gguf_lora
 
     out = export(source, "gguf-lora", tmp_path / "out")
     tensors, alpha = gguf_tensors(source)
@@ -220,21 +221,21 @@ def test_a_failure_exits_6_and_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A writer that takes gate for up, found by the other process."""
-    from finetune.export import sglang
+    from finetune.export.targets import sglang
 
-    parts = sglang.gate_and_up
-    monkeypatch.setattr(sglang, "gate_and_up", lambda factors: parts(factors)[::-1])
+    parts = sglang.split_gate_up
+    monkeypatch.setattr(sglang, "split_gate_up", lambda factors: parts(factors)[::-1])
     out = tmp_path / "out"
     assert main(["export", str(source), "--to", "sglang", "--out", str(out)]) == 6
     errors = capfd.readouterr().err
-    assert "layers.0.mlp.experts." in errors and "acts otherwise than the source's" in errors
+    assert "layers.0.mlp.experts." in errors and "differs from the source's" in errors
     assert not list(tmp_path.iterdir())
     assert main(["export", str(source), "--to", "sglang", "--out", str(out), "--no-verify"]) == 0
     assert "was not verified (--no-verify)" in capfd.readouterr().err
     assert json.loads((out / "export.json").read_text())["verification"] == {"skipped": "--no-verify"}
     assert "Not verified (--no-verify)" in (out / "README.md").read_text()
-    with pytest.raises(CheckError, match="acts otherwise"):
-        verify_adapter(open_adapter(source), "sglang", out)
+    with pytest.raises(CheckError, match="differs from the source"):
+        verify_adapter(AdapterFile.open(source), "sglang", out)
 
 
 def test_the_card_has_the_runs_data_and_recipe(source: Path, tmp_path: Path) -> None:
@@ -274,8 +275,8 @@ def test_attributions_go_with_what_was_trained_on_them(source: Path, tmp_path: P
     assert "Dan Hendrycks" in section and "CC BY 4.0" in section and "whitespace normalised" in section
     assert "PubMedQA" not in section, "neither base nor recipe used it"
     card = run / "export" / "mlx" / "README.md"
-    assert of_base({"name": str(card.parent), "revision": None}) == section.strip()
+    assert base_attributions(BaseRecord(str(card.parent))) == section.strip()
     (base / "README.md").unlink()
-    assert "was not there" in of_base({"name": str(base), "revision": None})
-    assert "openai/gpt-oss-20b" in of_base({"name": "openai/gpt-oss-20b", "revision": "abc"})
-    assert "establish it" in attribution_section({"name": "", "revision": None}, ["/data/mine.jsonl"])
+    assert "was not there" in base_attributions(BaseRecord(str(base)))
+    assert "openai/gpt-oss-20b" in base_attributions(BaseRecord("openai/gpt-oss-20b", "abc"))
+    assert "establish it" in attribution_section(BaseRecord(), ["/data/mine.jsonl"])

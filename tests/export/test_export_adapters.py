@@ -1,4 +1,4 @@
-"""Adapter exports: every target's file un-flattened by the facts' formulas, and read by the code that will serve it."""
+"""Adapter exports: each target's file against the layout oracle, and read by the code that will serve it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from synthetic_adapter import EXPERTS, HIDDEN, SIZES, WIDTH, Synthetic, write_synthetic
+from serving_layouts import READERS, assert_same_updates
+from synthetic_adapter import EXPERTS, SIZES, write_synthetic
 from test_adapters import BOTH, new_base, randomised, sample
-from torch import Tensor
 
+from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.read_back import read_back
-from finetune.adapters.store import open_adapter
+from finetune.adapters.store import AdapterFile, write_adapter
 from finetune.cli.main import main
 from finetune.export.adapters import export_adapter
 from finetune.export.options import ExportOptions
-from finetune.export.peft import SERVED_RANKS
+from finetune.export.targets.peft import SERVED_RANKS
 from finetune.model.build import Base
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -35,124 +36,8 @@ IDS = [1, 200, 3000, 40000, 5, 77, 1234, 99999, 1000, 20, 30, 40]
 def export(source: Path, target: str, out: Path, **options: object) -> Path:
     """Not verified unless asked for: that takes another process each time; test_export_adapter_check.py is about it."""
     options = {"verify": False} | options
-    export_adapter(open_adapter(source), target, out, ExportOptions(**options))  # type: ignore[arg-type]
+    export_adapter(AdapterFile.open(source), target, out, ExportOptions(**options))  # type: ignore[arg-type]
     return out
-
-
-# ---- un-flattening, written again from the facts ------------------------------------------------------------------
-
-
-def read_peft(directory: Path) -> dict[tuple[int, str], Tensor]:
-    """As PEFT and vLLM read it; the scale of a name is the first pattern that ends it, else the default."""
-    tensors = {k: t.double() for k, t in load_file(directory / "adapter_model.safetensors").items()}
-    config = json.loads((directory / "adapter_config.json").read_text())
-    updates = {}
-    for key in tensors:
-        if not key.endswith("lora_A.weight"):
-            continue
-        path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        layer, a, b = int(path.split(".")[2]), tensors[key], tensors[key.replace("lora_A", "lora_B")]
-        if path.endswith("experts.base_layer"):
-            path = path.replace("base_layer", "gate_up_proj")
-        elif path.endswith("experts"):
-            path += ".down_proj"
-
-        def setting(patterns: str, default: str, path: str = path) -> float:
-            found = [v for name, v in config.get(patterns, {}).items() if path == name or path.endswith(f".{name}")]
-            return found[0] if found else config[default]
-
-        rank = int(setting("rank_pattern", "r"))
-        scale = setting("alpha_pattern", "lora_alpha") / (rank**0.5 if config["use_rslora"] else rank)
-        if "experts" in path:
-            a, b = a.reshape(EXPERTS, rank, -1), b.reshape(len(b), rank, EXPERTS)
-            updates[layer, path.rpartition(".")[2]] = torch.einsum("ore,eri->eoi", b, a) * scale
-        else:
-            assert len(a) == rank
-            updates[layer, path.rpartition(".")[2]] = b @ a * scale
-    return updates
-
-
-def read_sglang(directory: Path) -> dict[tuple[int, str], Tensor]:
-    """2-D factors of each expert; alpha / r for all; gate and up are interleaved by the server."""
-    tensors = {k: t.double() for k, t in load_file(directory / "adapter_model.safetensors").items()}
-    config = json.loads((directory / "adapter_config.json").read_text())
-    scale = config["lora_alpha"] / config["r"]
-    assert not config.get("use_rslora") and not config.get("rank_pattern") and not config.get("alpha_pattern")
-    updates: dict[tuple[int, str], Tensor] = {}
-    for key, a in tensors.items():
-        if not key.endswith("lora_A.weight"):
-            continue
-        assert a.shape[0] == config["r"]
-        parts = key.removeprefix("base_model.model.model.layers.").removesuffix(".lora_A.weight").split(".")
-        assert parts[-1] in config["target_modules"]
-        layer, update = int(parts[0]), tensors[key.replace("lora_A", "lora_B")] @ a * scale
-        if parts[1] == "self_attn":
-            updates[layer, parts[2]] = update
-            continue
-        name = "down_proj" if parts[4] == "down_proj" else "gate_up_proj"
-        whole = updates.setdefault((layer, name), torch.full((EXPERTS, *SIZES[name]), float("nan"), dtype=torch.double))
-        rows = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2), "down_proj": slice(None)}[parts[4]]
-        whole[int(parts[3]), rows] = update
-    return updates
-
-
-def read_mlx(directory: Path) -> dict[tuple[int, str], Tensor]:
-    tensors = {k: t.double() for k, t in load_file(directory / "adapters.safetensors").items()}
-    parameters = json.loads((directory / "adapter_config.json").read_text())["lora_parameters"]
-    updates: dict[tuple[int, str], Tensor] = {}
-    for key, a in tensors.items():
-        if not key.endswith(".lora_a"):
-            continue
-        layer, path = key.removeprefix("model.layers.").removesuffix(".lora_a").split(".", 1)
-        assert path in parameters["keys"], "mlx-lm leaves out what is not listed, without a word"
-        b, name = tensors[key.replace("lora_a", "lora_b")], path.rpartition(".")[2]
-        if "experts" not in path:
-            assert a.shape[1] == parameters["rank"]
-            updates[int(layer), name] = (a @ b).T * parameters["scale"]
-            continue
-        assert a.shape[1] == parameters["rank"]
-        _place(updates, int(layer), name, torch.einsum("eor,eri->eoi", b, a) * parameters["scale"])
-    return updates
-
-
-def read_gguf(directory: Path) -> dict[tuple[int, str], Tensor]:
-    gguf = pytest.importorskip("gguf")
-    reader = gguf.GGUFReader(directory / "adapter.gguf")
-    facts = {name: field.contents() for name, field in reader.fields.items()}
-    assert facts["general.type"] == "adapter" and facts["general.architecture"] == "gpt-oss"
-    assert facts["adapter.type"] == "lora"
-    tensors = {t.name: torch.tensor(np.array(t.data)).double() for t in reader.tensors}
-    names = {"attn_q": "q_proj", "attn_k": "k_proj", "attn_v": "v_proj", "attn_output": "o_proj"}
-    names |= {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
-    updates: dict[tuple[int, str], Tensor] = {}
-    for key, a in tensors.items():
-        if key.endswith(".lora_a"):
-            _, layer, name, _, _ = key.split(".")
-            b = tensors[key.replace("lora_a", "lora_b")]
-            _place(updates, int(layer), names[name], b @ a * (facts["adapter.lora.alpha"] / b.shape[-1]))
-    return updates
-
-
-def _place(updates: dict[tuple[int, str], Tensor], layer: int, name: str, update: Tensor) -> None:
-    if name not in ("gate_proj", "up_proj"):
-        updates[layer, name] = update
-        return
-    shape = (EXPERTS, 2 * WIDTH, HIDDEN)
-    whole = updates.setdefault((layer, "gate_up_proj"), torch.full(shape, float("nan"), dtype=torch.double))
-    whole[:, slice(0 if name == "gate_proj" else 1, None, 2)] = update
-
-
-READERS = {"peft": read_peft, "sglang": read_sglang, "mlx": read_mlx, "gguf-lora": read_gguf}
-
-
-def assert_same_updates(found: dict[tuple[int, str], Tensor], adapter: Synthetic) -> None:
-    """Equal updates where there were any, zeros wherever else the file has something."""
-    assert adapter.updates.keys() <= found.keys()
-    for site, update in found.items():
-        wanted = adapter.updates.get(site, torch.zeros_like(update))
-        assert update.shape == wanted.shape
-        error = (update - wanted).abs().max() / (wanted.abs().max() or 1)
-        assert error < 1e-6, f"{site}: {error}"
 
 
 sites = st.dictionaries(
@@ -217,9 +102,7 @@ def live(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     base = new_base(tiny_base)
     directory = tmp_path_factory.mktemp("live") / "adapter"
     adapter = randomised(base, BOTH)
-    from finetune.adapters.store import write_adapter
-
-    write_adapter(directory, adapter, BOTH, base_name=str(tiny_base), base_revision=None, base_identity=base.identity)
+    write_adapter(directory, adapter, BOTH, BaseRecord(str(tiny_base), None, base.identity))
     return directory, base
 
 
@@ -336,7 +219,7 @@ def test_what_cannot_be_exported_says_why(
     damaged = bytearray((flipped / "adapter_model.safetensors").read_bytes())
     damaged[-9] ^= 4
     (flipped / "adapter_model.safetensors").write_bytes(damaged)
-    refused(3, "sha256 differs", "export", flipped, "--to", "peft", "--out", out)
+    refused(3, "SHA-256 differs", "export", flipped, "--to", "peft", "--out", out)
     weights.write_bytes(whole)
     out.mkdir()
     assert run("export", small, "--to", "peft", "--out", out) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,20 +13,22 @@ from merging import GATE_UP, IDS, without_provenance, zero_b
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from finetune.adapters.store import AdapterFile, Factors
+from finetune.adapters.config_file import PeftConfig
+from finetune.adapters.provenance import BaseRecord
+from finetune.adapters.store import AdapterFile
 from finetune.arch import Arch
 from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.paths import shipped_dir
 from finetune.config.validate import dump_yaml
 from finetune.data.dataset import load_split
-from finetune.export.card import write_card
 from finetune.export.plan import plan_merge
+from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.identity import verify_checksums
 from finetune.model.noise import rounding_noise
 from finetune.mxfp4.format import dequantise
-from finetune.rounding.merge import round_experts
+from finetune.rounding.nearest import round_experts
 
 NEAREST = ("--rounding", "nearest")
 
@@ -41,7 +44,7 @@ def random_packed(seed: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_rounding_an_update_of_zero_changes_no_byte() -> None:
     blocks, scales = random_packed(0, 2, 40, 3)
-    none = Factors(torch.randn(2, 4, 96), torch.zeros(2, 40, 4), 1.0)
+    none = LoraFactors(torch.randn(2, 4, 96), torch.zeros(2, 40, 4), 1.0)
     new_blocks, new_scales, tally = round_experts(blocks, scales, none)
     assert torch.equal(new_blocks, blocks) and torch.equal(new_scales, scales)
     assert tally.changed == 0 and tally.survival == 1.0
@@ -52,7 +55,7 @@ def test_rounding_is_nearest_and_never_further_than_the_base(size: float) -> Non
     """Oracle: float64 and every code of the block's scale, tried one by one."""
     blocks, scales = random_packed(1, 2, 48, 4)
     a, b = torch.randn(2, 3, 128), torch.randn(2, 48, 3) * size
-    new_blocks, new_scales, tally = round_experts(blocks, scales, Factors(a, b, 0.7))
+    new_blocks, new_scales, tally = round_experts(blocks, scales, LoraFactors(a, b, 0.7))
     before = dequantise(blocks, scales, torch.float32).double().unflatten(-1, (-1, 32))
     after = dequantise(new_blocks, new_scales, torch.float32).double().unflatten(-1, (-1, 32))
     update = (0.7 * (b.double() @ a.double())).unflatten(-1, (-1, 32))
@@ -75,7 +78,7 @@ def test_rounding_is_nearest_and_never_further_than_the_base(size: float) -> Non
 def test_planned_bytes_of_the_published_models(size: str, total: int, adapter: Path) -> None:
     config = json.loads((shipped_dir("data") / "tokenizer" / f"gpt-oss-{size}" / "config.json").read_text())
     checkpoint = Checkpoint(Path("nowhere"), config, Arch.from_config(config, "config.json"), {})
-    source = AdapterFile(adapter, {}, None, None, None, ())
+    source = AdapterFile(adapter, PeftConfig({}), BaseRecord(), ())
     plan = plan_merge(checkpoint, source, "bf16")
     assert plan.num_bytes == total
     assert max(shard.num_bytes for shard in plan.shards) <= 5_000_000_000
@@ -198,24 +201,21 @@ def test_dry_run_lists_every_tensor_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_card_says_where_it_comes_from_and_shows_no_row(exported: Callable[..., Path], tmp_path: Path) -> None:
-    composed = compose("quickstart", [])
-    (tmp_path / "config.yaml").write_text(dump_yaml(composed.config))
+def test_the_card_says_where_it_comes_from_and_shows_no_row(adapter: Path, small_base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run / "adapter")
+    composed = compose("quickstart", ["export.survival_examples=0"])
+    (run / "config.yaml").write_text(dump_yaml(composed.config))
     figures = {"rows": 48, "loss": 2.0, "loss_interval": [1.5, 2.5], "confidence": 0.95}
     evaluation = {"before": figures | {"loss": 9.0, "loss_interval": [8.0, 10.0]}, "after": figures}
-    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
-    facts = json.loads((exported("mxfp4") / "export.json").read_text())
-    write_card(tmp_path / "README.md", facts, tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert facts["base"]["identity"] in card and "CC BY 4.0" in card
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert main(["export", str(run), "--to", "mxfp4", "--no-verify", *NEAREST]) == 0
+    record = json.loads((run / "export" / "mxfp4" / "export.json").read_text())
+    card = (run / "export" / "mxfp4" / "README.md").read_text()
+    assert record["base"]["identity"] in card and "CC BY 4.0" in card
     assert "5a298e9e5bf933728b54577b5a8e43e6c05bf1c8230343022cad75d4542c716a" in card  # data/LICENSES.md lists it
     assert "9.000 [8.000, 10.000] | 2.000 [1.500, 2.500]" in card
     assert "no legal advice" in card and "no medical advice" in card
-    assert f"{facts['survival']['overall']['survival']:.1%} of the fine-tune's update" in card
+    assert f"{record['survival']['overall']['survival']:.1%} of the fine-tune's update" in card
     clause = load_split(composed.config.data, "validation").records[0].messages[-2].content
-    assert clause[:60] not in card and str(small_path(exported)) not in card
-
-
-def small_path(exported: Callable[..., Path]) -> Path:
-    """Where the base lies on this machine, which is nobody's business."""
-    return Path(json.loads((exported("mxfp4") / "export.json").read_text())["base"]["name"]).parent
+    assert clause[:60] not in card and str(small_base.parent) not in card

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,24 +21,30 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from finetune.adapters.store import WEIGHTS, open_adapter
+from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.arch import Arch
 from finetune.cli.main import main
 from finetune.config.schema import ExportConfig
 from finetune.config.validate import load_run_config
 from finetune.data.dataset import load_split
 from finetune.errors import CheckError, InputError
-from finetune.export.judge import judge, require_kept
 from finetune.export.plan import plan_merge
-from finetune.export.variants import Variants
+from finetune.export.survival.effect import Effect, VariantFigures, compare_with_thresholds, require_kept
+from finetune.export.survival.variants import Variants
 from finetune.export.verify import compare_weights
 from finetune.model.build import LayerStream, build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import hidden_states
 from finetune.model.noise import rounding_noise
-from finetune.rounding.calibration import check_belongs, choose_rows, pick, require_tokenizer, tokens_wanted
+from finetune.rounding.calibration import (
+    check_belongs,
+    choose_calibration,
+    draw_examples,
+    require_tokenizer,
+    tokens_wanted,
+)
 from finetune.rounding.merge import Tally, checksum
-from finetune.rounding.run import rounding_staging
+from finetune.rounding.results import RoundedExperts
 
 CPU = torch.device("cpu")
 EXPERTS = "model.layers.{}.mlp.experts.{}_proj"
@@ -103,12 +110,13 @@ def test_the_same_command_writes_the_same_bytes(merged: tuple[Path, dict[str, An
 @pytest.mark.slow
 def test_a_kill_between_layers_costs_one_layer(merged: tuple[Path, dict[str, Any]], run: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from finetune.export.rounding import run; from finetune.cli.main import main\n"
-        "keep = run._keep\n"
-        "def killed(staging, number, *rest):\n"
-        "    if number == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    keep(staging, number, *rest)\n"
-        "run._keep = killed; main(sys.argv[1:])"
+        "import os, signal, sys\n"
+        "from finetune.rounding.results import RoundedExperts\nfrom finetune.cli.main import main\n"
+        "add = RoundedExperts.add\n"
+        "def killed(self, layer, result):\n"
+        "    if layer == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    add(self, layer, result)\n"
+        "RoundedExperts.add = killed; main(sys.argv[1:])"
     )
     out = tmp_path / "out"
     command = ["export", str(run), "--to", "mxfp4", "--out", str(out), "--no-verify"]
@@ -116,8 +124,8 @@ def test_a_kill_between_layers_costs_one_layer(merged: tuple[Path, dict[str, Any
     assert done.returncode == -signal.SIGKILL and not out.exists()
     kept = tmp_path / ".out.rounded.partial" / "layer-000.safetensors"
     written = kept.stat().st_mtime_ns
-    rounded = rounding_staging(out, json.loads((kept.parent / "progress.json").read_text())["key"])
-    assert list(rounded.shards) == ["layer-000.safetensors"] and kept.stat().st_mtime_ns == written
+    rounded = RoundedExperts.beside(out, json.loads((kept.parent / "progress.json").read_text())["key"])
+    assert rounded.has(0) and not rounded.has(1) and kept.stat().st_mtime_ns == written
     assert main(command) == 0 and not kept.exists()
     for path in merged[0].glob("*.safetensors"):
         assert (out / path.name).read_bytes() == path.read_bytes()
@@ -179,13 +187,13 @@ def test_the_verification_finds_a_byte_that_is_not_what_was_rounded(
     tensors[f"{stem}_blocks"][3, 5] ^= 0x77  # one row of one expert, every code another
     tensors[f"{stem}_bias"][2] += 0.5
     save_file(tensors, shard, metadata={"format": "pt"})
-    plan = plan_merge(base_of(run), open_adapter(run / "adapter"), "mxfp4", "compensated")
+    plan = plan_merge(base_of(run), AdapterFile.open(run / "adapter"), "mxfp4", "compensated")
     sums = {name: Tally(wanted=norm**2) for name, norm in facts["updates"].items()}
     for name, figures in facts["survival"]["tensors"].items():
         tally = sums[f"{name}_blocks"]
         tally.kept, tally.missed = figures["survival"] * tally.wanted, figures["error"] ** 2 * tally.wanted
-    assert compare_weights(plan, "mxfp4", out, sums)["problems"] == {}
-    problems = compare_weights(plan, "mxfp4", bad, sums)["problems"]
+    assert compare_weights(plan, "mxfp4", out, sums).problems == {}
+    problems = compare_weights(plan, "mxfp4", bad, sums).problems
     assert problems.keys() == {stem, f"{stem}_bias"}
 
 
@@ -208,16 +216,15 @@ def test_the_verification_finds_one_wrong_code(merged: tuple[Path, dict[str, Any
     tensors = load_file(shard)
     tensors[f"{stem}_blocks"][2, 5, 0, 3] ^= 1
     save_file(tensors, shard, metadata={"format": "pt"})
-    plan = plan_merge(base_of(run), open_adapter(run / "adapter"), "mxfp4", "compensated")
-    assert compare_weights(plan, "mxfp4", out, sums)["problems"] == {}
-    assert "not those" in compare_weights(plan, "mxfp4", bad, sums)["problems"][stem]
+    plan = plan_merge(base_of(run), AdapterFile.open(run / "adapter"), "mxfp4", "compensated")
+    assert compare_weights(plan, "mxfp4", out, sums).problems == {}
+    assert "not those" in compare_weights(plan, "mxfp4", bad, sums).problems[stem]
 
 
 def test_running_layer_by_layer_is_running_the_model(run: Path) -> None:
     checkpoint = base_of(run)
-    batch = pick(load_split(load_run_config(run / "config.yaml").data, "train").samples, 600, 700, 0, 201_088).batches[
-        0
-    ]
+    examples = load_split(load_run_config(run / "config.yaml").data, "train").examples
+    batch = draw_examples(examples, 600, 700, 0, 201_088).batches[0]
     base = build_base(checkpoint, CPU, torch.float32, experts_per_chunk=4)
     stream = LayerStream(checkpoint, CPU, torch.float32, 4)
     hidden = stream.embed(batch.input_ids)
@@ -234,7 +241,7 @@ def test_a_model_that_was_every_variant_is_the_base_again(merged: tuple[Path, di
     """And its bf16 variant is the bf16 export: the same weights, so the same logits."""
     checkpoint = base_of(run)
     base = build_base(checkpoint, CPU, torch.float32, experts_per_chunk=4)
-    plan = plan_merge(checkpoint, open_adapter(run / "adapter"), "mxfp4", "nearest")
+    plan = plan_merge(checkpoint, AdapterFile.open(run / "adapter"), "mxfp4", "nearest")
     ids = torch.arange(1000, 1040)[None]
     places, segments = torch.arange(40)[None], torch.zeros(1, 40, dtype=torch.long)
 
@@ -261,35 +268,33 @@ def test_a_model_that_was_every_variant_is_the_base_again(merged: tuple[Path, di
 # --- judging
 
 
-def effect(gain_kept: float, kl_removed: float, gain: float = 1.0) -> dict[str, Any]:
-    figures = {"loss": 1.0, "kl": 1 - kl_removed, "gain_kept": gain_kept, "kl_removed": kl_removed}
-    perfect = {"loss": 1.0, "kl": 0.0, "gain_kept": 1.0, "kl_removed": 1.0}
-    return {
-        "gain": gain,
-        "gain_interval": [gain - 0.5, gain + 0.5],
-        "variants": {"compensated": figures, "adapter": perfect, "bf16": perfect},
-    }
+def effect(gain_kept: float, kl_removed: float, gain: float = 1.0) -> Effect:
+    perfect = VariantFigures(1.0, 0.0, None, None, 1.0, (1.0, 1.0), 1.0)
+    written = replace(perfect, kl=1 - kl_removed, gain_kept=gain_kept, kl_removed=kl_removed)
+    variants = {"compensated": written, "adapter": perfect, "bf16": perfect}
+    return Effect(9, "test", 0, 0.95, gain, (gain - 0.5, gain + 0.5), variants)
 
 
 @pytest.mark.parametrize(
     ("kept", "removed", "reasons"), [(0.97, 0.8, 0), (0.89, 0.8, 1), (1.06, 0.8, 1), (1.5, -0.56, 2), (0.97, 0.4, 1)]
 )
 def test_a_merge_is_judged_by_gain_and_by_kl(kept: float, removed: float, reasons: int) -> None:
-    facts = effect(kept, removed)
-    verdict = judge(facts, "compensated", ExportConfig())
-    assert len(verdict["reasons"]) == reasons and verdict["kept"] == (reasons == 0)
+    measured = effect(kept, removed)
+    verdict = compare_with_thresholds(measured, "compensated", ExportConfig())
+    assert len(verdict.reasons) == reasons and verdict.kept == (reasons == 0)
+    measured = replace(measured, verdict=verdict)
     if reasons:
         with pytest.raises(CheckError, match="lost the fine-tune") as caught:
-            require_kept(facts, "compensated", verdict)
+            require_kept(measured, "compensated")
         assert caught.value.exit_code == 6 and "merged, bf16 (100% of the gain" in str(caught.value)
     else:
-        require_kept(facts, "compensated", verdict)
+        require_kept(measured, "compensated")
 
 
 def test_a_gain_that_may_be_none_is_not_judged_but_kl_is() -> None:
-    verdict = judge(effect(0.2, 0.8, gain=0.1), "compensated", ExportConfig())
-    assert verdict["kept"] and "cannot be told from none" in verdict["notes"][0]
-    assert not judge(effect(0.2, 0.1, gain=0.1), "compensated", ExportConfig())["kept"]
+    verdict = compare_with_thresholds(effect(0.2, 0.8, gain=0.1), "compensated", ExportConfig())
+    assert verdict.kept and "cannot be told from none" in verdict.notes[0]
+    assert not compare_with_thresholds(effect(0.2, 0.1, gain=0.1), "compensated", ExportConfig()).kept
 
 
 def test_an_export_that_loses_the_fine_tune_exits_6_and_keeps_its_unfinished_name(
@@ -337,18 +342,18 @@ def test_calibration_rows_of_another_tokenizer_base_or_training_set_are_refused(
         require_tokenizer(small_base)
     require_tokenizer(base_of(run).directory)
     config = load_run_config(run / "config.yaml")
-    samples = load_split(config.data, "train").samples
+    samples = load_split(config.data, "train").examples
     with pytest.raises(InputError, match="the base has 512 tokens"):
-        pick(samples, 600, 700, 0, 512)
+        draw_examples(samples, 600, 700, 0, 512)
     manifest = json.loads((run / "manifest.json").read_text())
     identity, data = manifest["base"]["identity"], manifest["data"]["train"]["fingerprint"]
     check_belongs(None, run, identity, data)
     with pytest.raises(InputError, match="trained over another base"):
         check_belongs(None, run, "0" * 64, data)
-    with pytest.raises(InputError, match="are not what it was trained on"):
+    with pytest.raises(InputError, match="have changed since it was trained"):
         check_belongs(None, run, identity, "0" * 64)
-    one, fingerprint = choose_rows(config, base_of(run), 2000)
-    other, _ = choose_rows(config, base_of(run), 2000)
+    one, fingerprint = choose_calibration(config, base_of(run), 2000)
+    other, _ = choose_calibration(config, base_of(run), 2000)
     assert one.fingerprint == other.fingerprint and fingerprint == data and one.num_tokens >= 2000
 
 

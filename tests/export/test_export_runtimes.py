@@ -17,10 +17,11 @@ from merging import GATE_UP, IDS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from finetune.adapters.store import open_adapter
+from finetune.adapters.store import AdapterFile
 from finetune.data.harmony.render import Example
 from finetune.errors import CheckError
 from finetune.export.plan import plan_merge
+from finetune.export.record import LogitsCheck
 from finetune.export.verify import compare_logits, compare_weights
 from finetune.model.checkpoint import Checkpoint
 from finetune.rounding.merge import Tally
@@ -119,10 +120,10 @@ def test_verification_finds_every_wrong_tensor(
     del tensors["model.layers.1.self_attn.sinks"]
     tensors["model.extra"] = torch.zeros(2)
     save_file(tensors, shard, metadata={"format": "pt"})
-    plan = plan_merge(Checkpoint.open(small_base), open_adapter(adapter), "bf16")
+    plan = plan_merge(Checkpoint.open(small_base), AdapterFile.open(adapter), "bf16")
     updates = json.loads((exported("bf16") / "export.json").read_text())["updates"]
     tallies = {name: Tally(wanted=norm**2) for name, norm in updates.items()}
-    problems = compare_weights(plan, "bf16", bad, tallies)["problems"]
+    problems = compare_weights(plan, "bf16", bad, tallies).problems
     assert problems == {
         "model.extra": "unexpected",
         "model.layers.1.self_attn.sinks": "missing",
@@ -140,17 +141,20 @@ def test_logits_are_compared_and_a_lost_rope_setting_is_found(
 ) -> None:
     """Every weight may be right and the model wrong: transformers 5 alone knows `rope_parameters`, others lose YaRN."""
     samples = [Example(np.array(IDS, dtype=np.int32), np.ones(len(IDS)), "random", "nowhere:1")]
-    native = plan_merge(Checkpoint.open(small_base), open_adapter(adapter), "mxfp4")
+    native = plan_merge(Checkpoint.open(small_base), AdapterFile.open(adapter), "mxfp4")
     found = compare_logits(native, exported("mxfp4"), samples)
-    assert found["merged"]["max_difference"] <= found["limit"]
-    assert found["limit"] < 1e-2 < found["adapted"]["max_difference"]
-    assert found["base"]["mean_kl"] > found["adapted"]["mean_kl"] > 0
+    assert isinstance(found, LogitsCheck) and found.merged is not None and found.limit is not None
+    assert found.merged.max_difference <= found.limit
+    assert found.limit < 1e-2 < found.adapted.max_difference
+    assert found.base.mean_kl > found.adapted.mean_kl > 0
     shutil.copytree(exported("bf16"), tmp_path / "bad")
     config = json.loads((tmp_path / "bad" / "config.json").read_text())
     del config["rope_scaling"], config["rope_theta"]
     (tmp_path / "bad" / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default"}}))
-    dense = plan_merge(Checkpoint.open(small_base), open_adapter(adapter), "bf16")
+    dense = plan_merge(Checkpoint.open(small_base), AdapterFile.open(adapter), "bf16")
     right = compare_logits(dense, exported("bf16"), samples)
-    assert right["adapted"]["mean_kl"] < 0.05 * right["base"]["mean_kl"]  # bfloat16 sends some tokens elsewhere
+    assert (
+        isinstance(right, LogitsCheck) and right.adapted.mean_kl < 0.05 * right.base.mean_kl
+    )  # bfloat16 sends some tokens elsewhere
     with pytest.raises(CheckError, match="is not the model that was merged"):
         compare_logits(dense, tmp_path / "bad", samples)

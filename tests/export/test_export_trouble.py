@@ -15,17 +15,17 @@ import pytest
 import torch
 from merging import GATE_UP, without_provenance
 
-from finetune import staging
-from finetune.adapters.store import WEIGHTS, Factors, open_adapter
+from finetune import files
+from finetune.adapters.store import WEIGHTS, AdapterFile
 from finetune.cli.main import main
 from finetune.errors import InputError
 from finetune.export import execute
-from finetune.export.merged import export_merged
 from finetune.export.options import ExportOptions
-from finetune.files import sha256_of
+from finetune.export.targets.merged import export_merged
+from finetune.files import ResumableDirectory, sha256_of
+from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.identity import verify_checksums
-from finetune.staging import Staging
 
 NEAREST = ("--rounding", "nearest")
 
@@ -33,8 +33,8 @@ NEAREST = ("--rounding", "nearest")
 def test_a_failed_verification_exits_6_and_keeps_the_unfinished_name(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong(blocks: torch.Tensor, scales: torch.Tensor, factors: Factors | None, **kind: bool) -> object:
-        stronger = None if factors is None else Factors(factors.a, factors.b, factors.scale * 1.01)
+    def wrong(blocks: torch.Tensor, scales: torch.Tensor, factors: LoraFactors | None, **kind: bool) -> object:
+        stronger = None if factors is None else LoraFactors(factors.a, factors.b, factors.scale * 1.01)
         return right(blocks, scales, stronger, **kind)
 
     right = execute.add_to_experts
@@ -52,7 +52,7 @@ def test_a_failed_verification_exits_6_and_keeps_the_unfinished_name(
 
 def export(adapter: Path, out: Path, target: str = "mxfp4", **options: object) -> None:
     export_merged(
-        open_adapter(adapter),
+        AdapterFile.open(adapter),
         target,
         out,
         ExportOptions(verify=False, rounding="nearest" if target == "mxfp4" else None, **options),
@@ -130,7 +130,7 @@ def test_too_small_a_disk_is_seen_before_writing(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**7, 10**7)  # type: ignore[attr-defined]
-    monkeypatch.setattr(staging.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     assert main(["export", str(adapter), "--to", "bf16", "--out", str(tmp_path / "out")]) == 5
     assert "more bytes" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
@@ -138,16 +138,16 @@ def test_too_small_a_disk_is_seen_before_writing(
 def test_a_disk_that_fills_up_keeps_finished_shards(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pieces, written = execute._pieces, []
+    read_rows, read, full = Checkpoint.read_rows, set(), True
 
-    def full(plan: object, operation: execute.Operation, *rest: object) -> object:
-        if operation.name == "lm_head.weight":
+    def reading(self: Checkpoint, name: str, first: int, last: int) -> torch.Tensor:
+        if full and name == "lm_head.weight":
             raise OSError(28, "No space left on device")
-        written.append(operation.name)
-        return pieces(plan, operation, *rest)  # type: ignore[arg-type]
+        read.add(name)
+        return read_rows(self, name, first, last)
 
     out, partial = tmp_path / "out", tmp_path / ".out.partial"
-    monkeypatch.setattr(execute, "_pieces", full)
+    monkeypatch.setattr(Checkpoint, "read_rows", reading)
     command = ["export", str(adapter), "--to", "mxfp4", "--out", str(out), "--no-verify", *NEAREST]
     assert main(command) == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial"]
@@ -156,10 +156,10 @@ def test_a_disk_that_fills_up_keeps_finished_shards(
     damaged = bytearray((partial / shards[1]).read_bytes())  # a finished shard that rots is made again
     damaged[-1] ^= 1
     (partial / shards[1]).write_bytes(damaged)
-    monkeypatch.setattr(execute, "_pieces", lambda *rest: (written.append(rest[1].name), pieces(*rest))[1])
-    written.clear()
+    full = False
+    read.clear()
     assert main(command) == 0
-    assert "model.embed_tokens.weight" not in written and f"{GATE_UP}_blocks" in written
+    assert "model.embed_tokens.weight" not in read and f"{GATE_UP}_blocks" in read
     assert verify_checksums(Checkpoint.open(out)) and not partial.exists()
 
 
@@ -168,12 +168,13 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(
 ) -> None:
     """SIGKILL in the second shard, then the same command: every weight file as in an undisturbed export."""
     code = (
-        "import os, signal, sys; from finetune.export import execute; from finetune.cli.main import main\n"
-        "pieces = execute._pieces\n"
-        "def killed(plan, operation, *rest):\n"
-        f"    if operation.name == '{GATE_UP}_scales': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return pieces(plan, operation, *rest)\n"
-        "execute._pieces = killed; main(sys.argv[1:])"
+        "import os, signal, sys; from finetune.cli.main import main\n"
+        "from finetune.model.checkpoint import Checkpoint\n"
+        "read_rows = Checkpoint.read_rows\n"
+        "def killed(self, name, first, last):\n"
+        f"    if name == '{GATE_UP}_scales': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return read_rows(self, name, first, last)\n"
+        "Checkpoint.read_rows = killed; main(sys.argv[1:])"
     )
     out = tmp_path / "out"
     command = ["export", str(adapter), "--to", "mxfp4", "--out", str(out), "--no-verify", *NEAREST]
@@ -190,8 +191,8 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(
 
 
 def test_shards_of_another_export_are_not_kept(tmp_path: Path) -> None:
-    first = Staging(tmp_path / "out", "key")
-    first.half("a").write_bytes(b"1")
-    first.finish_shard("a", {"sha256": sha256_of(first.half("a"))})
-    assert Staging(tmp_path / "out", "key").shards.keys() == {"a"}
-    assert not Staging(tmp_path / "out", "another").shards and not (first.path / "a").exists()
+    first = ResumableDirectory(tmp_path / "out", "key")
+    first.unfinished("a").write_bytes(b"1")
+    first.finish("a", {"sha256": sha256_of(first.unfinished("a"))})
+    assert ResumableDirectory(tmp_path / "out", "key").files.keys() == {"a"}
+    assert not ResumableDirectory(tmp_path / "out", "another").files and not (first.path / "a").exists()

@@ -50,7 +50,7 @@ def assert_equal_to_the_oracle(case: Case, ours: tuple[Tensor, dict]) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 31, 32, 40, 64])
-def test_weights_update_and_bias_stand_where_they_should(rank: int) -> None:
+def test_weights_lora_and_bias_are_in_their_columns(rank: int) -> None:
     """Random bytes under every scale byte, those of infinities included; tiles as on a GPU, the last partly outside."""
     blocks = torch.randint(256, (2, 46, 3, 16), dtype=torch.uint8)
     scales = torch.arange(276).view(2, 46, 3).to(torch.uint8)
@@ -119,7 +119,7 @@ def test_the_same_bits_from_run_to_run(wide_tiles: None) -> None:
 
 
 @pytest.mark.parametrize("what", ["nibbles", "bias", "ids", "scale"])
-def test_a_small_mistake_would_be_seen(what: str, wide_tiles: None) -> None:
+def test_a_small_mistake_is_detected(what: str, wide_tiles: None) -> None:
     """Negative controls: the oracle of a slightly different layer is far from ours."""
     case = Case(**CASES["square"])
     out, grads = fused(case)
@@ -138,7 +138,7 @@ def test_a_small_mistake_would_be_seen(what: str, wide_tiles: None) -> None:
 
 
 @pytest.mark.parametrize(("gate_up", "down"), [(False, False), (True, False), (False, True)])
-def test_with_updates_on_one_projection_or_none(gate_up: bool, down: bool, wide_tiles: None) -> None:
+def test_lora_on_one_projection_or_none(gate_up: bool, down: bool, wide_tiles: None) -> None:
     case = Case(E=4, D=64, F=96, L=3, T=21, K=3)
     out, grads = fused(case, gate_up=gate_up, down=down)
     wanted, wanted_grads = fused(case, gate_up=gate_up, down=down, block=expert_block)
@@ -150,7 +150,7 @@ def test_with_updates_on_one_projection_or_none(gate_up: bool, down: bool, wide_
 
 
 @pytest.mark.parametrize("needed", ["x", "mix", "gate_up_a", "down_b"])
-def test_only_what_is_wanted_gets_a_gradient(needed: str, wide_tiles: None) -> None:
+def test_only_tensors_that_need_one_get_a_gradient(needed: str, wide_tiles: None) -> None:
     case = Case(E=4, D=32, F=32, L=2, T=6, K=2)
     tensors = dict(zip(LABELS, (case.x, case.mix, *case.factors), strict=True))
     leaf = tensors[needed].clone().requires_grad_()
@@ -177,22 +177,20 @@ def test_one_factor_for_all_experts(block, wide_tiles: None) -> None:
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_updates_on_some_experts_and_of_differing_ranks(name: str, wide_tiles: None) -> None:
+def test_lora_on_some_experts_and_of_differing_ranks(name: str, wide_tiles: None) -> None:
     case = SomeCase(**SOME[name])
     assert_some_equal(case, case.run(fused_expert_block))
 
 
 @pytest.mark.parametrize("needed", ["x", "mix", "gate_up_b", "down_a"])
-def test_only_what_is_wanted_with_some_experts(needed: str, wide_tiles: None) -> None:
+def test_only_tensors_that_need_one_get_a_gradient_with_some_experts(needed: str, wide_tiles: None) -> None:
     case = SomeCase(**SOME["a chunk without, a chunk of nothing else"])
     _, grads = case.run(fused_expert_block, (needed,))
     assert relative_error(grads[needed], case.oracle()[1][LABELS.index(needed)]) < 1e-5
 
 
-def test_a_chunk_without_adapted_experts_has_no_columns_for_updates(
-    monkeypatch: pytest.MonkeyPatch, wide_tiles: None
-) -> None:
-    """Rank 40: 96 + 64 columns in a row of weights where there is an update, 96 + 32 where only the bias is added."""
+def test_a_chunk_without_lora_has_no_columns_for_it(monkeypatch: pytest.MonkeyPatch, wide_tiles: None) -> None:
+    """Rank 40: 96 + 64 columns in a row of weights with LoRA, 96 + 32 where only the bias is added."""
     seen: list[tuple[int, bool]] = []
     kept = experts_triton.dequantise_augment
 
@@ -207,7 +205,7 @@ def test_a_chunk_without_adapted_experts_has_no_columns_for_updates(
 
 
 class Dense:
-    """Experts held in another way than MXFP4."""
+    """Experts in another storage format than MXFP4."""
 
     def __init__(self, packed: Mxfp4Experts) -> None:
         self.weight, self.bias = dequantise(packed.blocks, packed.scales, torch.float32), packed.bias
@@ -216,7 +214,7 @@ class Dense:
         return self.weight[first:last].to(dtype)
 
 
-def test_experts_held_in_another_way(wide_tiles: None) -> None:
+def test_experts_in_another_storage_format(wide_tiles: None) -> None:
     case = Case(**CASES["square"])
     out, grads = fused(case)
     held: list[FrozenExperts] = [Dense(case.weights.gate_up), Dense(case.weights.down)]
@@ -240,7 +238,7 @@ def test_bfloat16(wide_tiles: None) -> None:
         assert error < 0.05
 
 
-def test_a_chunk_is_dequantised_once_a_pass(monkeypatch: pytest.MonkeyPatch, wide_tiles: None) -> None:
+def test_a_chunk_is_dequantised_once_per_pass(monkeypatch: pytest.MonkeyPatch, wide_tiles: None) -> None:
     calls: list[str] = []
     for module, names in (
         (experts_triton, ("dequantise_augment", "gather", "swiglu", "swiglu_backward", "combine")),
@@ -266,7 +264,7 @@ def test_a_chunk_is_dequantised_once_a_pass(monkeypatch: pytest.MonkeyPatch, wid
     }  # fmt: skip
 
 
-def test_memory_is_a_chunk_of_scratch_that_is_used_again(wide_tiles: None) -> None:
+def test_memory_is_one_chunk_of_scratch_that_is_reused(wide_tiles: None) -> None:
     experts_fused._SCRATCH.clear()
     case = Case(E=16, D=128, F=192, L=4, T=8, K=2, chunk=2)
     chunk = 2 * (2 * 192 * (128 + 32) + 128 * (192 + 32)) * 4
@@ -280,8 +278,8 @@ def test_memory_is_a_chunk_of_scratch_that_is_used_again(wide_tiles: None) -> No
     assert scratch.data_ptr() == kept and torch.equal(out, again)
 
 
-def test_the_check_at_start_up(monkeypatch: pytest.MonkeyPatch, wide_tiles: None) -> None:
-    """What `choose_expert_kernel` compares on a GPU, here in float32; a kernel that is a little wrong fails it."""
+def test_the_comparison_at_start_up(monkeypatch: pytest.MonkeyPatch, wide_tiles: None) -> None:
+    """The comparison of `choose_expert_kernel`, here in float32; a kernel that is slightly wrong fails it."""
     cpu = torch.device("cpu")
     assert triton_difference(cpu, torch.float32) < 1e-5
     right = experts_triton.swiglu

@@ -1,4 +1,4 @@
-"""Attention with sinks against a dense softmax in float64, over packed rows, windows and shared prefixes."""
+"""Attention with sinks against a dense softmax in float64, over packed sequences, windows and shared prefixes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_output_and_gradients_equal_the_dense_softmax(
         assert (ours - wanted).abs().max() < 1e-12
 
 
-def test_two_rows_equal_each_alone() -> None:
+def test_two_sequences_equal_each_alone() -> None:
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 20, heads, WIDTH, generator=g) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
     sinks = torch.randn(HEADS, generator=g)
@@ -95,7 +95,7 @@ def test_frozen_sinks_get_no_gradient_and_change_no_other() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_key_ranges_skip_what_cannot_be_seen() -> None:
+def test_key_ranges_skip_masked_keys() -> None:
     """Packed rows and windows cost what they see: the last block starts at its segment, or at its window."""
     segments = torch.tensor([[0] * 1000 + [1] * 1000])
     positions = torch.cat([torch.arange(1000), torch.arange(1000)])[None]
@@ -103,7 +103,7 @@ def test_key_ranges_skip_what_cannot_be_seen() -> None:
     assert plan_attention(segments, positions, 128).blocks[-1].first_key == 1792 - 127
 
 
-def test_long_rows_take_fewer_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_sequences_take_fewer_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is bounded by pairs of query and key; rows that fit are cut as before, and results stay."""
     short = plan_attention(torch.zeros(1, 4096, dtype=torch.long), torch.arange(4096)[None], None)
     assert {block.last - block.first for block in short.blocks} == {attention.QUERIES_PER_BLOCK}

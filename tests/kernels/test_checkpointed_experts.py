@@ -1,4 +1,4 @@
-"""A checkpointed layer computes its experts twice, forward and in their own backward pass, and not three times."""
+"""A checkpointed layer computes its experts twice, forward and in their own backward pass, not three times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from allocation import AllocationTracker
 from torch import Tensor
 
-from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.lora import Adapter
 from finetune.config.schema import AdapterConfig
 from finetune.kernels import experts
 from finetune.kernels.dispatch import Dispatch
@@ -21,7 +22,7 @@ from finetune.model.forward import checkpoint_activations, hidden_states
 
 @pytest.fixture
 def dequantised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """A list that grows by one with every dequantisation, and one with every sort of rows by expert."""
+    """A list that grows by one with every dequantisation, and with every sort of tokens by expert."""
     calls: list[str] = []
     dequantise, sort = experts.dequantise, Dispatch.of
 
@@ -63,8 +64,8 @@ def prepared(directory: Path) -> tuple[Base, Adapter]:
 
 def test_the_experts_run_twice_and_gradients_stay_the_same(tiny_base: Path, dequantised: list[str]) -> None:
     base, adapter = prepared(tiny_base)
-    shape = base.checkpoint.arch
-    projections = shape.num_layers * 2 * (shape.num_experts // 4)
+    arch = base.checkpoint.arch
+    projections = arch.num_layers * 2 * (arch.num_experts // 4)
 
     def counted() -> tuple[list[Tensor], int, int, int]:
         dequantised.clear()
@@ -79,8 +80,8 @@ def test_the_experts_run_twice_and_gradients_stay_the_same(tiny_base: Path, dequ
 
     assert plain_calls == calls == 2 * projections
     assert usual_calls == 3 * projections, "control: without our contexts the experts run three times"
-    assert plain_sorts == sorts == shape.num_layers, "the host waits once a layer, in the forward pass"
-    assert usual_sorts == 2 * shape.num_layers
+    assert plain_sorts == sorts == arch.num_layers, "the host waits once a layer, in the forward pass"
+    assert usual_sorts == 2 * arch.num_layers
     assert all(torch.equal(a, b) for a, b in zip(plain, ours, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(plain, usual, strict=True))
     assert all(grad.abs().sum() > 0 for grad in ours)
@@ -88,8 +89,8 @@ def test_the_experts_run_twice_and_gradients_stay_the_same(tiny_base: Path, dequ
     assert peak <= usual_peak < plain_peak
 
 
-def test_what_a_recomputed_block_returns_is_nan(tiny_base: Path) -> None:
-    """Whoever uses that output by mistake sees it at once."""
+def test_a_recomputed_block_returns_nan(tiny_base: Path) -> None:
+    """Using that output by mistake is noticed at once."""
     from finetune.kernels.dispatch import checkpoint_contexts
 
     base, _ = prepared(tiny_base)

@@ -1,4 +1,4 @@
-"""The expert block against an own loop over experts in float64."""
+"""The expert block against a loop over experts in float64."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_forward_and_every_gradient_equal_the_float64_loop(name: str) -> None:
         assert (ours.double() - wanted).mean().abs() < 1e-6 * wanted.abs().max(), f"{label} drifts to one side"
 
 
-def test_a_swapped_gate_and_up_would_be_seen() -> None:
+def test_swapped_gate_and_up_are_detected() -> None:
     """Negative control: the comparison above notices half of the interleaving going wrong."""
     case = Case(**CASES["square"])
     exact, _ = case.oracle()
@@ -93,7 +93,7 @@ def test_a_swapped_gate_and_up_would_be_seen() -> None:
     assert relative_error(case.ours()[0], exact) > 1e-2
 
 
-def test_experts_without_rows_get_no_gradient() -> None:
+def test_experts_without_tokens_get_no_gradient() -> None:
     case = Case(**CASES["empty experts"])
     _, grads = case.ours()
     for grad in grads[2:]:
@@ -108,7 +108,7 @@ def test_chunk_size_does_not_change_a_bit() -> None:
         assert all(torch.equal(a, b) for a, b in zip(grads, outs[0][1], strict=True))
 
 
-def test_without_lora_it_is_the_base() -> None:
+def test_without_lora_the_block_is_the_base() -> None:
     case = Case(**CASES["hidden != width"])
     without, _ = case.ours(lora=False)
     for factor in (case.factors[1], case.factors[3]):

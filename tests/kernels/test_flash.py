@@ -1,4 +1,4 @@
-"""Sinks on flash kernels against a dense softmax in float64, on the CPU's kernel; which kernel is chosen, and why."""
+"""Flash attention with sinks against a dense softmax in float64, on the CPU kernel; choice of the kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune.errors import MachineError
 from finetune.kernels import flash
 from finetune.kernels.attention import AttentionPlan, plan_attention, sink_attention
 from finetune.kernels.choice import AttentionDims, choose_attention_kernel, flash_difference
-from finetune.kernels.flash import CudaFlash, Seen, _FlashSinkAttention, flash_sink_attention
+from finetune.kernels.flash import CudaFlash, FlashPlan, _FlashSinkAttention, flash_sink_attention
 
 SHAPE = AttentionDims(heads=4, key_heads=2, width=16, window=24)
 CPU = torch.device("cpu")
@@ -82,7 +82,7 @@ def only_the_output(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Te
 
 @pytest.mark.parametrize("wrong", [without_sinks, only_the_output])
 def test_the_comparison_sees_a_missing_sink(wrong, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative control: no correction at all, or one that the backward pass does not hear of."""
+    """Negative control: no correction at all, or one that the backward pass does not apply."""
     leaves, plan = inputs(len(PACKED[0])), plan_of(LAYOUTS["packed"], 4)
     right = flash_sink_attention(*leaves, plan, WIDTH**-0.5)
     right_grad = torch.autograd.grad(right.square().sum(), leaves[0])[0]
@@ -93,8 +93,8 @@ def test_the_comparison_sees_a_missing_sink(wrong, monkeypatch: pytest.MonkeyPat
     assert (grad - right_grad).abs().max() > 0.01
 
 
-def test_a_neighbour_changes_nothing() -> None:
-    """Bits of a sample do not depend on what the row holds before it."""
+def test_an_example_does_not_depend_on_its_neighbours() -> None:
+    """Outputs of an example do not depend on earlier examples of the sequence, bit for bit."""
     q, k, v, sinks = inputs(30, dtype=torch.float32)
     layout = ([0] * 12 + [1] * 18, [*range(12), *range(18)], [0] * 12 + [1] * 18)
     out = flash_sink_attention(q, k, v, sinks, plan_of(layout, 6), 0.3)
@@ -105,7 +105,7 @@ def test_a_neighbour_changes_nothing() -> None:
     assert torch.equal(out[12:], again[12:]) and not torch.equal(out[:12], again[:12])
 
 
-def test_positions_that_do_not_run_on_go_to_the_reference() -> None:
+def test_positions_with_gaps_use_the_reference() -> None:
     """A kernel counts its window in tokens; where positions jump that is another window, and the plan says so."""
     layout = ([0] * 20, [*range(10), *range(10)], [0] * 20)
     leaves = inputs(20)
@@ -116,7 +116,7 @@ def test_positions_that_do_not_run_on_go_to_the_reference() -> None:
     assert torch.equal(out, sink_attention(*leaves, plan, 0.3))
 
 
-def test_shared_prefixes_copy_no_more_keys_than_are_seen() -> None:
+def test_shared_prefixes_copy_only_keys_within_the_window() -> None:
     assert plan_of(TREE, None).packed.key_lengths == (9, 12, 13, 11, 5, 8)
     assert plan_of(TREE, 4).packed.key_lengths == (9, 6, 7, 5, 5, 6)
     starts = plan_of(TREE, 4).packed.key_starts.tolist()
@@ -125,7 +125,7 @@ def test_shared_prefixes_copy_no_more_keys_than_are_seen() -> None:
 
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("lengths", [(1, 60, 39), (1, 1, 1)])
-def test_the_gpu_operators_take_what_we_give_them_and_nothing_waits(
+def test_the_gpu_operators_accept_our_arguments_without_synchronising(
     lengths: tuple[int, int, int], window: int | None
 ) -> None:
     """Their declared arguments and shapes, on tensors without storage, where whatever waits for a value raises.
@@ -139,8 +139,8 @@ def test_the_gpu_operators_take_what_we_give_them_and_nothing_waits(
     count = sum(lengths)
     shapes = [(count, 4, 16), (count, 2, 16), (count, 2, 16), (4,)]
     leaves = [torch.empty(shape, device="meta", dtype=torch.bfloat16).requires_grad_() for shape in shapes]
-    seen = Seen(plan.to(torch.device("meta")).packed, window, 0.25)
-    out = _FlashSinkAttention.apply(*leaves, seen, CudaFlash())
+    flash_plan = FlashPlan(plan.to(torch.device("meta")).packed, window, 0.25)
+    out = _FlashSinkAttention.apply(*leaves, flash_plan, CudaFlash())
     grads = torch.autograd.grad(out, leaves, torch.empty_like(out))
     assert out.shape == leaves[0].shape and [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
     with pytest.raises(RuntimeError):
@@ -148,11 +148,11 @@ def test_the_gpu_operators_take_what_we_give_them_and_nothing_waits(
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 0.015), (torch.float64, 1e-13)])
-def test_the_check_at_start_up_measures_rounding_only(dtype: torch.dtype, limit: float) -> None:
+def test_the_comparison_at_start_up_measures_rounding_only(dtype: torch.dtype, limit: float) -> None:
     assert flash_difference(SHAPE, CPU, dtype) < limit
 
 
-def test_a_kernel_that_computes_something_else_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_attention_kernel("auto", SHAPE, CPU, torch.float32).kernel == "flash"
     monkeypatch.setattr(flash, "with_sinks", only_the_output)
     choice = choose_attention_kernel("auto", SHAPE, CPU, torch.float32)
@@ -171,7 +171,7 @@ def test_a_kernel_that_computes_something_else_is_not_chosen(monkeypatch: pytest
         ((9, 0), True, torch.float32, "bfloat16 or float16, not float32"),
     ],
 )
-def test_what_a_gpu_can_lack(capability, built, dtype, reason, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_without_flash_attention(capability, built, dtype, reason, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)

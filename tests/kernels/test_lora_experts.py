@@ -1,4 +1,4 @@
-"""The expert block with updates on some experts only, and of ranks that differ, against a float64 loop over experts."""
+"""The expert block with LoRA on some experts only, and of differing ranks, against a float64 loop over experts."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_forward_and_every_gradient_equal_the_float64_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mixed chunks", "ranks"])
-def test_another_choice_would_be_seen(name: str) -> None:
+def test_another_choice_of_experts_is_detected(name: str) -> None:
     """Negative control: as many experts, one of them another; and one rank exchanged with its neighbour's."""
     case = SomeCase(**SOME[name])
     exact, _ = case.oracle()
@@ -128,7 +128,7 @@ def padded_with_zeros(case: SomeCase) -> tuple[LoraFactors, LoraFactors]:
 @pytest.mark.parametrize(
     "name", ["mixed chunks", "a chunk without, a chunk of nothing else", "adapted ones without rows"]
 )
-def test_it_is_what_zeros_for_the_others_give(name: str) -> None:
+def test_other_experts_are_equal_to_zero_factors(name: str) -> None:
     case = SomeCase(**SOME[name])
     out, _ = case.run(expert_block)
     whole = expert_block(case.x, case.ids, case.mix, case.weights, *padded_with_zeros(case))
@@ -136,7 +136,7 @@ def test_it_is_what_zeros_for_the_others_give(name: str) -> None:
 
 
 @pytest.mark.parametrize("needed", ["x", "mix", "gate_up_a", "down_b"])
-def test_only_what_is_wanted_gets_a_gradient(needed: str) -> None:
+def test_only_tensors_that_need_one_get_a_gradient(needed: str) -> None:
     """With experts alone adapted the first layer's input wants none, and chunks without them have nothing to do."""
     case = SomeCase(**SOME["a chunk without, a chunk of nothing else"])
     _, grads = case.run(expert_block, (needed,))
@@ -162,7 +162,7 @@ def thin_flops(case: SomeCase, *, adapted_rows: int) -> int:
     return 2 * adapted_rows * rank * (hidden + 2 * width + width + hidden)
 
 
-def test_tokens_of_other_experts_skip_the_thin_products() -> None:
+def test_tokens_of_experts_without_lora_skip_the_thin_products() -> None:
     case = SomeCase(**SOME["mixed chunks"])
     updates = padded_with_zeros(case)
     factors = case.factors
@@ -213,7 +213,7 @@ def test_factors_of_differing_ranks_expand_and_collapse() -> None:
     assert ranks.scales.tolist() == [0.5, 0.5, 1.0, 2.0, 2.0, 2.0]
 
 
-def test_weights_of_a_layer_are_not_needed_for_updates_elsewhere() -> None:
+def test_without_tokens_on_experts_with_lora_the_block_is_the_base() -> None:
     """With no adapted expert among those that tokens take, the block is the base's."""
     case = SomeCase(chosen=(6, 7), **SHAPE, used=5)
     out, grads = case.run(expert_block)

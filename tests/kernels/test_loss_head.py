@@ -59,7 +59,7 @@ def test_memory_is_one_chunk_and_the_frozen_head_costs_nothing() -> None:
     assert tracker.peak_bytes < 1.2 * chunk_bytes
 
 
-def test_answers_scores_equal_log_softmax_and_name_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_scores_equal_log_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_head, "TOKENS_PER_CHUNK", 7)
     g = torch.Generator().manual_seed(1)
     hidden = (5 * torch.randn(30, 16, generator=g)).bfloat16()

@@ -1,4 +1,4 @@
-"""The fused expert block without a GPU: run by Triton's interpreter, compiled for GPUs, and chosen or refused."""
+"""The fused expert block without a GPU: run by Triton's interpreter, compiled for GPUs, chosen or refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_in_the_interpreter() -> None:
     assert "skipped" not in done.stdout and int(re.findall(r"(\d+) passed", done.stdout)[0]) > 30
 
 
-# What `experts_triton` passes with the published shapes at rank 16; the rest is a 32-bit integer or a float.
+# The arguments of launches with the published dims at rank 16; the rest is a 32-bit integer or a float.
 POINTERS = {
     "words": "*i32", "scales": "*u8", "order": "*i64", "position": "*i64", "grad_row_weights": "*fp32",
     "lora_b": "*fp32",
@@ -85,7 +85,7 @@ def compiled(name: str, capability: int):  # type: ignore[no-untyped-def]
 
 
 def resources(cubin: bytes, directory: Path) -> dict[str, int]:
-    """What the assembler says of registers, stack (spills), local and static shared memory."""
+    """Registers, stack (spills), local and static shared memory, as the assembler reports them."""
     import triton
 
     (directory / "kernel.cubin").write_bytes(cubin)
@@ -111,8 +111,8 @@ def test_compiles_without_spills(name: str, capability: int, tmp_path: Path, mon
 
 
 @needs_triton
-def test_constants_are_the_launchers() -> None:
-    """The compile test stands for what runs only as long as its tiles are those in use."""
+def test_compiled_constants_are_those_of_the_launches() -> None:
+    """The compile test is valid only while its tiles are those in use."""
     from finetune.kernels import experts_triton as launch
 
     augment = CONSTANTS["augment_kernel"]
@@ -128,8 +128,8 @@ def test_constants_are_the_launchers() -> None:
     assert CONSTANTS["swiglu_backward_kernel"]["C"] == launch.PAIR_COLUMNS
 
 
-def test_experts_one_by_one_equal_the_grouped_product() -> None:
-    """What runs on GPUs whose grouped product would wait for the host."""
+def test_the_loop_over_experts_equals_the_grouped_product() -> None:
+    """The path of GPUs whose grouped product would synchronise with the host."""
     case = Case(E=8, D=32, F=64, L=4, T=20, K=2, used=3)
     for chunk in Dispatch.of(case.ids, 8, 4).chunks():
         rows = torch.randn(chunk.stop - chunk.start, 32)
@@ -141,7 +141,7 @@ def test_experts_one_by_one_equal_the_grouped_product() -> None:
         assert grouped_outer(rows, other, chunk)[chunk.counts.index(0)].count_nonzero() == 0
 
 
-def test_chunks_cover_every_row_once() -> None:
+def test_chunks_cover_every_routed_token_once() -> None:
     ids = torch.tensor([[5, 1], [1, 5], [6, 1]])
     dispatch = Dispatch.of(ids, 7, 3)
     chunks = list(dispatch.chunks())
@@ -199,7 +199,7 @@ class TestChoice:
             ({"difference": float("nan")}, PUBLISHED, torch.bfloat16, "differ from the reference's by nan"),
         ],
     )
-    def test_where_it_cannot_be_used(self, hopper, facts, shape, dtype, reason) -> None:  # type: ignore[no-untyped-def]
+    def test_obstacles(self, hopper, facts, shape, dtype, reason) -> None:  # type: ignore[no-untyped-def]
         vars(hopper).update(facts)
         choice = choose_expert_kernel("auto", shape, GPU, dtype)
         assert choice.kernel == "reference" and reason in choice.reason

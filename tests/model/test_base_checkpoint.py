@@ -1,4 +1,4 @@
-"""Opening a checkpoint: what is read is what the file holds, and every kind of damage is named."""
+"""Opening a checkpoint: tensors are read as the file has them, and every kind of damage is named."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def refusal(base: Path) -> str:
     return str(caught.value)
 
 
-def test_it_reads_what_the_safetensors_library_reads(tiny_base: Path) -> None:
+def test_reading_equals_the_safetensors_library(tiny_base: Path) -> None:
     checkpoint = Checkpoint.open(tiny_base)
     seen = 0
     for shard in sorted(tiny_base.glob("*.safetensors")):
@@ -103,7 +103,7 @@ def test_the_identity_does_not_depend_on_sharding_and_does_on_every_bit(base: Pa
     assert checkpoint_identity(Checkpoint.open(base)) != before
 
 
-def test_checksums_vouch_for_the_tiny_base(tiny_base: Path) -> None:
+def test_the_tiny_base_passes_its_checksums(tiny_base: Path) -> None:
     assert verify_checksums(Checkpoint.open(tiny_base), log.Progress("checking", None, "MiB"))
 
 

@@ -1,4 +1,4 @@
-"""Ways of holding the base: each holds what it says, and computes what its weights say."""
+"""Storage formats of the base: the stored weights are as declared, and the model computes what they say."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from test_adapters import BOTH, randomised, sample
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.read_back import read_back
-from finetune.adapters.store import open_adapter, write_adapter
+from finetune.adapters.store import AdapterFile, write_adapter
 from finetune.cli.main import main
 from finetune.errors import CheckError
 from finetune.evaluate.opening import open_model
@@ -43,18 +44,18 @@ LEVELS = torch.tensor(
 NF4 = BaseStorage(experts="nf4", attention="nf4")
 
 
-def held(directory: Path, storage: BaseStorage) -> Base:
+def loaded(directory: Path, storage: BaseStorage) -> Base:
     return build_base(Checkpoint.open(directory), CPU, torch.float32, 3, storage)
 
 
 @pytest.fixture(scope="module")
 def nf4_base(tiny_base: Path) -> Base:
-    return held(tiny_base, NF4)
+    return loaded(tiny_base, NF4)
 
 
 @pytest.fixture(scope="module")
 def native_base(tiny_base: Path) -> Base:
-    return held(tiny_base, BaseStorage())
+    return loaded(tiny_base, BaseStorage())
 
 
 def by_hand(codes: Tensor, scales: Tensor) -> Tensor:
@@ -115,9 +116,9 @@ class TestNf4:
                 total += float(matrix.double().square().sum())
         assert nf4_base.storage_errors["experts"] == pytest.approx((lost / total) ** 0.5, rel=1e-5)
         assert 0.02 < nf4_base.storage_errors["experts"] < 0.15
-        held_as = nf4_base.held_as["attention"]
-        assert held_as["format"] == "nf4" and 0.05 < float(held_as["relative_rms"]) < 0.12
-        held(tiny_base, NF4)
+        changes = nf4_base.storage_changes["attention"]
+        assert changes["format"] == "nf4" and 0.05 < float(changes["relative_rms"]) < 0.12
+        loaded(tiny_base, NF4)
         assert f"experts: stored in NF4, which changed them by {(lost / total) ** 0.5:.2%}" in capfd.readouterr().err
 
     def test_identity_is_the_checkpoints_and_a_changed_code_is_named(self, nf4_base: Base, native_base: Base) -> None:
@@ -135,14 +136,14 @@ class TestNf4:
                     check_unchanged(nf4_base)
                 tensor.copy_(kept)
 
-    def test_the_table_says_so_and_anything_else_is_refused(self, nf4_base: Base, native_base: Base) -> None:
+    def test_the_table_names_the_format_and_another_one_is_refused(self, nf4_base: Base, native_base: Base) -> None:
         nf4, native = storage_table(nf4_base.model), storage_table(native_base.model)
         check_storage(nf4, NF4)
         check_storage(native, BaseStorage())
         sizes = {line.part: line.num_bytes for line in nf4 if line.format == "nf4"}
-        shape = nf4_base.checkpoint.arch
-        experts = shape.num_layers * shape.num_experts * 3 * shape.hidden * shape.expert_width
-        attention = shape.num_layers * 2 * shape.hidden * (shape.query_size + shape.kv_size)
+        arch = nf4_base.checkpoint.arch
+        experts = arch.num_layers * arch.num_experts * 3 * arch.hidden * arch.expert_width
+        attention = arch.num_layers * 2 * arch.hidden * (arch.query_size + arch.kv_size)
         assert sizes == {"expert weights": experts * 9 // 16, "attention weights": attention * 9 // 16}  # 4.5 bits
         for lines, wanted in ((nf4, BaseStorage()), (native, NF4), (nf4, BaseStorage(experts="nf4"))):
             with pytest.raises(CheckError, match=r"stored as"):
@@ -218,7 +219,7 @@ class TestGradients:
         assert (ours - grad_out.double() @ exact).abs().max() < 1e-6 * ours.abs().max()
         assert (ours - grad_out @ weights).abs().max() > 1e-2 * ours.abs().max(), "not the weights before rounding"
 
-    def test_nothing_dequantised_waits_for_the_backward_pass(self) -> None:
+    def test_nothing_dequantised_is_saved_for_the_backward_pass(self) -> None:
         codes, scales = quantise_nf4(torch.randn(512, 512))
         x = torch.randn(2, 512, requires_grad=True)
         with AllocationTracker() as tracker:
@@ -232,24 +233,24 @@ class TestGradients:
 class TestSameFunction:
     """Storages that must not change a bit."""
 
-    def test_bfloat16_experts(self, native_base: Base, tiny_base: Path) -> None:
-        dense = held(tiny_base, BaseStorage(experts="bfloat16"))
+    def test_bfloat16_experts_compute_the_same(self, native_base: Base, tiny_base: Path) -> None:
+        dense = loaded(tiny_base, BaseStorage(experts="bfloat16"))
         check_storage(storage_table(dense.model), BaseStorage(experts="bfloat16"))
         with torch.no_grad():
             assert torch.equal(logits(dense.model, tokens()), logits(native_base.model, tokens()))
-        assert dense.held_as == {} and check_unchanged(dense) == native_base.identity
+        assert dense.storage_changes == {} and check_unchanged(dense) == native_base.identity
         sizes = [line.num_bytes for base in (dense, native_base) for line in storage_table(base.model)
                  if line.part == "expert weights"]  # fmt: skip
         assert sizes[0] * 4.25 == sizes[1] * 16
 
-    def test_the_embedding_on_the_host(self, native_base: Base, tiny_base: Path) -> None:
+    def test_the_embedding_on_the_host_computes_the_same(self, native_base: Base, tiny_base: Path) -> None:
         """In the checkpoint's dtype; rows are widened after the look-up, which gives the bits of before it."""
-        host = held(tiny_base, BaseStorage(embedding_on_cpu=True))
+        host = loaded(tiny_base, BaseStorage(embedding_on_cpu=True))
         with torch.no_grad():
             assert torch.equal(logits(host.model, tokens()), logits(native_base.model, tokens()))
         (line,) = [line for line in storage_table(host.model) if line.part == "input embedding"]
-        shape = host.checkpoint.arch
-        assert (line.format, line.device, line.num_bytes) == ("bfloat16", "cpu", shape.vocab_size * shape.hidden * 2)
+        arch = host.checkpoint.arch
+        assert (line.format, line.device, line.num_bytes) == ("bfloat16", "cpu", arch.vocab_size * arch.hidden * 2)
         assert check_unchanged(host) == native_base.identity
         assert host.compute_dtype == torch.float32
         moved = [line for line in storage_table(host.model) if line.part != "input embedding"]
@@ -258,7 +259,7 @@ class TestSameFunction:
             check_storage(elsewhere, BaseStorage(embedding_on_cpu=True))
 
 
-def test_converting_takes_one_expert_of_scratch() -> None:
+def test_conversion_needs_scratch_for_one_expert() -> None:
     """Beside what comes in and what goes out: 32 experts, and the peak is a few of them in float32."""
     g = torch.Generator().manual_seed(0)
     blocks = torch.randint(256, (32, 128, 8, 16), dtype=torch.uint8, generator=g)
@@ -273,24 +274,23 @@ def test_converting_takes_one_expert_of_scratch() -> None:
         assert tracker.peak_bytes < 32 * 128 * 256 * bits / 8 + 9 * expert_bytes < 32 * expert_bytes * 1.1
 
 
-def test_an_adapter_over_nf4_is_read_back_over_nf4_and_says_so(
+def test_an_adapter_over_nf4_records_it_and_is_read_back_over_nf4(
     tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    base = held(tiny_base, NF4)
+    base = loaded(tiny_base, NF4)
     adapter = randomised(base, BOTH)
-    names = {"base_name": "tiny", "base_revision": None, "base_identity": base.identity}
-    write_adapter(tmp_path / "adapter", adapter, BOTH, **names, base_held_as=base.held_as)  # type: ignore[arg-type]
+    write_adapter(tmp_path / "adapter", adapter, BOTH, BaseRecord("tiny", None, base.identity, base.storage_changes))
     result = read_back(base, adapter, tmp_path / "adapter", [sample()])
     assert result.conclusive
     assert result.base_difference <= result.base_limit
     assert result.base_limit < 1e-2
     facts = json.loads((tmp_path / "adapter" / "finetune.json").read_text())
-    assert facts["base_identity"] == base.identity and facts["base_held_as"] == base.held_as
+    assert facts["base_identity"] == base.identity and facts["base_held_as"] == base.storage_changes
     capfd.readouterr()
-    source = open_adapter(tmp_path / "adapter")
+    source = AdapterFile.open(tmp_path / "adapter")
     opened = open_model(tmp_path / "adapter", base=str(tiny_base), device="cpu")
     assert "another function" not in capfd.readouterr().err, "looked at, and opened over the same values"
-    assert opened.base.held_as == base.held_as
+    assert opened.base.storage_changes == base.storage_changes
     with torch.no_grad():
         # Opened for use it takes the flash kernel, as training would; the base above has the reference.
         difference = (logits(opened.base.model, tokens()) - logits(base.model, tokens())).abs().max()
@@ -301,4 +301,4 @@ def test_an_adapter_over_nf4_is_read_back_over_nf4_and_says_so(
     assert main(["export", str(tmp_path / "adapter"), "--to", "peft", "--out", str(tmp_path / "peft")]) == 0
     warning = capfd.readouterr().err
     assert "was trained over experts in nf4" in warning and "another function" in warning
-    assert json.loads((tmp_path / "peft" / "finetune.json").read_text())["base_held_as"] == base.held_as
+    assert json.loads((tmp_path / "peft" / "finetune.json").read_text())["base_held_as"] == base.storage_changes

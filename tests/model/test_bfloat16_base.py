@@ -1,4 +1,4 @@
-"""A bfloat16 gpt-oss as base: experts are rounded to MXFP4 while reading, and everything else says so."""
+"""A bfloat16 gpt-oss as base: experts are quantised to MXFP4 while reading, and this is logged and recorded."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def noisy(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dense(tiny_base, tmp_path_factory.mktemp("dense") / "noisy", noise=0.05)
 
 
-def test_one_that_was_mxfp4_is_the_native_base_again(
+def test_a_dequantised_native_base_is_recovered(
     tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     native, dense = new_base(tiny_base), new_base(write_dense(tiny_base, tmp_path / "exact", noise=0.0))
@@ -72,7 +72,7 @@ def test_identity_is_that_of_the_files_and_the_base_stays_frozen(noisy: Path) ->
         check_unchanged(base)
 
 
-def test_the_rounding_is_measured_and_said(noisy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_rounding_is_measured_and_logged(noisy: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base = new_base(noisy)
     assert isinstance(base.checkpoint, DenseCheckpoint)
     lost = total = 0.0
@@ -108,7 +108,9 @@ def test_the_read_back_computes_with_the_rounded_weights(noisy: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_with_the_original_weights_it_would_fail(noisy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_read_back_fails_with_the_original_weights(
+    noisy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = new_base(noisy)
     adapter = randomised(base, BOTH)
     monkeypatch.setattr(read_back_module, "_trained_base", lambda base, scratch: noisy)
@@ -129,7 +131,7 @@ def test_broken_ones_are_refused(noisy: Path, tmp_path: Path) -> None:
         Checkpoint.open(bad)
 
 
-def test_merges_see_a_native_copy_that_goes_away(noisy: Path, tmp_path: Path) -> None:
+def test_merges_use_a_native_copy_that_is_removed(noisy: Path, tmp_path: Path) -> None:
     dense = Checkpoint.open(noisy)
     with native_base(dense, tmp_path / "out") as native:
         assert (

@@ -61,7 +61,7 @@ def test_compact_form_keeps_everything_to_eight_bits() -> None:
     assert made.to_bytes() == small().to_bytes() != small(1).to_bytes()
 
 
-def test_expanding_gives_every_other_token_a_row_of_its_own() -> None:
+def test_expanding_gives_every_other_token_its_own_row() -> None:
     base = small()
     tensors = base.expand(4000, seed=0)
     embedding, head = tensors[EMBEDDING].float(), tensors[OUTPUT_HEAD].float()
@@ -87,7 +87,7 @@ def test_a_damaged_file_is_named(content: bytes | None, tmp_path: Path, monkeypa
         shipped_compact_base()
 
 
-def test_what_ships_is_what_the_card_names_and_is_small() -> None:
+def test_the_shipped_file_is_small_and_as_its_card_says() -> None:
     content = (shipped_dir("data") / COMPACT_FILE).read_bytes()
     assert hashlib.sha256(content).hexdigest() in CARD
     assert len(content) < 8e6

@@ -15,7 +15,7 @@ from test_lora_experts import SOME, SomeCase
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.config.schema import AdapterConfig
 from finetune.kernels import flash
 from finetune.kernels.attention import plan_attention, sink_attention
@@ -77,7 +77,7 @@ def test_expert_block(name: str, kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
 @pytest.mark.parametrize("name", SOME)
-def test_updates_on_some_experts_and_of_differing_ranks(name: str, kernel: str) -> None:
+def test_lora_on_some_experts_and_of_differing_ranks(name: str, kernel: str) -> None:
     case = SomeCase(**SOME[name])
     exact, exact_grads = case.oracle()
     leaves, updates, weights = on_gpu(case)
@@ -112,7 +112,7 @@ def test_fused_experts_at_the_published_widths() -> None:
         assert error < 0.03
 
 
-def test_fused_experts_give_the_same_bits_and_a_swap_is_seen() -> None:
+def test_fused_experts_give_the_same_bits_and_a_swap_is_detected() -> None:
     case = Case(E=8, D=96, F=160, L=5, T=200, K=3)
     first, second = run_block("triton", case), run_block("triton", case)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -122,7 +122,7 @@ def test_fused_experts_give_the_same_bits_and_a_swap_is_seen() -> None:
 
 
 @pytest.mark.parametrize("name", [None, "mixed chunks", "ranks"])
-def test_fused_experts_wait_for_the_gpu_once_and_never_going_back(name: str | None) -> None:
+def test_fused_experts_synchronise_once_forward_and_never_backward(name: str | None) -> None:
     case = Case(E=8, D=96, F=160, L=5, T=200, K=3) if name is None else SomeCase(**SOME[name])
     adapted = case.adapted(GPU) if isinstance(case, SomeCase) else None
     leaves, updates, weights = on_gpu(case)
@@ -211,7 +211,7 @@ def test_flash_attention_without_its_sink_is_not_chosen(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 5000, 300), (4096,)])
-def test_flash_attention_against_float32_without_waiting_for_the_device(lengths: tuple[int, ...]) -> None:
+def test_flash_attention_against_float32_without_synchronising(lengths: tuple[int, ...]) -> None:
     count = sum(lengths)
     segments = torch.repeat_interleave(torch.tensor(lengths))[None]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]

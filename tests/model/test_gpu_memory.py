@@ -1,4 +1,4 @@
-"""Memory options whose point is that something is not on the GPU. Skipped, and said so, where there is none."""
+"""Memory options that keep something off the GPU. Skipped where there is no GPU."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_states_on_the_host_change_no_bit(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_states_go_on_bit_for_bit(kind: Any, dtype: torch.dtype) -> None:
+def test_saved_states_resume_bit_for_bit(kind: Any, dtype: torch.dtype) -> None:
     config = replace(CONFIG, optimizer=kind)
     trained, optimizer = stepped(config, dtype)
     saved = optimizer_tensors(optimizer, trained)
@@ -92,7 +92,7 @@ def test_the_embedding_stays_on_the_host_and_logits_stay_the_same(tiny_base: Pat
 
 
 @pytest.mark.parametrize("storage", [BaseStorage(experts="nf4", attention="nf4"), BaseStorage(experts="bfloat16")])
-def test_other_storages_are_the_cpus(tiny_base: Path, storage: BaseStorage) -> None:
+def test_other_storage_formats_equal_the_cpu(tiny_base: Path, storage: BaseStorage) -> None:
     base = build_base(Checkpoint.open(tiny_base), GPU, torch.bfloat16, 4, storage)
     cpu = build_base(Checkpoint.open(tiny_base), torch.device("cpu"), torch.float32, 4, storage)
     ids = torch.arange(100, 300)

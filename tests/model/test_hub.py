@@ -104,7 +104,7 @@ def test_a_hub_name_downloads_only_what_is_needed_and_records_the_commit(place: 
     assert len(place.hub.downloads()) == before
 
 
-def test_an_interrupted_download_goes_on(place: Place) -> None:
+def test_an_interrupted_download_resumes(place: Place) -> None:
     place.home.mkdir()
     shard = "model-00002-of-00002.safetensors"
     place.hub.break_file = shard
@@ -124,7 +124,7 @@ def test_an_interrupted_download_goes_on(place: Place) -> None:
     assert kept  # files of the first attempt were not fetched again
 
 
-def test_the_hubs_refusals_are_named(place: Place) -> None:
+def test_refusals_of_the_hub_are_named(place: Place) -> None:
     place.home.mkdir()
     code, message = place.failure("openai/gpt-oss-20bb")
     assert code == 3 and "no repository openai/gpt-oss-20bb" in message and "did you mean openai/gpt-oss-20b" in message
@@ -161,7 +161,7 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["./base/tiny", "/no/where", "a/b/c", "~/no-such-base", "base", "../x"])
-def test_a_local_path_that_is_not_there_asks_no_hub(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_local_path_does_not_ask_the_hub(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="there is no directory") as caught:
         locate_base(path)

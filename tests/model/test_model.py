@@ -126,7 +126,7 @@ def test_packed_examples_are_separate_and_the_check_can_fail(base: Base, kernel:
 
 
 @torch.no_grad()
-def test_answers_that_share_a_prompt_see_it_through_either_kernel(base: Base, kernel: str) -> None:
+def test_answers_attend_to_a_shared_prompt_with_either_kernel(base: Base, kernel: str) -> None:
     """One prompt longer than the window and two answers side by side, against prompt and answer alone."""
     prompt, answers = ids(150), (ids(9, seed=1), ids(5, seed=2))
     segments = torch.repeat_interleave(torch.tensor([150, 9, 5]))[None]
@@ -141,7 +141,7 @@ def test_answers_that_share_a_prompt_see_it_through_either_kernel(base: Base, ke
         assert (by_itself()[0, 150:] - mine).abs().max() <= rounding_noise(base.model, by_itself) < 1e-2
 
 
-def test_start_up_refuses_a_leaking_model(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leaking_model_is_refused(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("finetune.model.forward.packing_leakage", lambda _model, **_how: 0.5)
     with pytest.raises(CheckError, match="packed examples are not separate"):
@@ -221,7 +221,7 @@ def test_a_square_model_equals_transformers_too(tiny_base: Path, tmp_path: Path)
         assert (logits(base.model, tokens) - theirs).abs().max() > 100 * limit, "a permuted down_proj would be seen"
 
 
-def test_routing_is_recorded_once_even_when_layers_are_recomputed(base: Base) -> None:
+def test_router_outputs_are_recorded_once_when_layers_are_recomputed(base: Base) -> None:
     tokens = ids(20)
     positions = torch.arange(20)[None]
     checkpoint_activations(base.model)

@@ -9,7 +9,7 @@ import torch
 from router_runs import SMALL, new_base, shake
 from test_router_adapter import CONFIGS, sample
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.config.schema import AdapterConfig
 from finetune.model.forward import logits
 from finetune.model.noise import largest_difference, mean_kl, rounding_noise

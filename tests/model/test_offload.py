@@ -1,7 +1,8 @@
-"""Activation checkpoints kept on the host: same gradients, in the right order, little on the device at a time."""
+"""Activation checkpoints offloaded to the host: same gradients, in the right order, little on the device."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ HIDDEN = 64
 
 
 class Watched(CheckpointOffload):
-    """Notes what is copied where; `spoil` changes what comes back, as a negative control."""
+    """Records the copies; `spoil` changes what is fetched, as a negative control."""
 
     def __init__(self, *, spoil: bool = False) -> None:
         super().__init__(torch.device("cpu"), HIDDEN, torch.float32)
@@ -30,12 +31,12 @@ class Watched(CheckpointOffload):
             self.log.append(f"out {packed.number}")
         return packed
 
-    def _fetch(self, parked):
-        if parked.back is None:
-            self.log.append(f"back {parked.number}")
-        super()._fetch(parked)
+    def _fetch(self, offloaded):
+        if offloaded.back is None:
+            self.log.append(f"back {offloaded.number}")
+        super()._fetch(offloaded)
         if self.spoil:
-            parked.back[0].mul_(1.1)
+            offloaded.back[0].mul_(1.1)
 
     def _unpack(self, packed):
         if not isinstance(packed, torch.Tensor):
@@ -46,7 +47,7 @@ class Watched(CheckpointOffload):
 def step_with(offload: CheckpointOffload | None, tiny_base: Path) -> Run:
     run = Run(tiny_base, checkpointed=True)
     if offload is not None:
-        run.step.offload = offload
+        run.step.policy = replace(run.step.policy, offload=offload)
     run([collate([samples(3)])])
     return run
 
@@ -58,27 +59,27 @@ def test_gradients_have_the_same_bits_and_come_from_the_host(tiny_base: Path) ->
     assert any(not torch.equal(plain.gradients[name], spoilt.gradients[name]) for name in plain.gradients)
 
 
-def test_what_is_wanted_next_is_fetched_before_it_is_wanted(tiny_base: Path) -> None:
+def test_the_next_checkpoint_is_fetched_ahead(tiny_base: Path) -> None:
     watched = Watched()
     step_with(watched, tiny_base)
-    # Both layers' inputs; in float32 the final norm's saved tensors have the same shape and go along.
-    parked = sum(entry.startswith("out") for entry in watched.log)
+    # Both layers' inputs; in float32 the final norm's saved tensors have the same shape and are offloaded too.
+    offloaded = sum(entry.startswith("out") for entry in watched.log)
     used = [int(entry.split()[1]) for entry in watched.log if entry.startswith("use")]
-    assert used == list(range(parked))[::-1] and parked >= 2
+    assert used == list(range(offloaded))[::-1] and offloaded >= 2
     assert [entry for entry in watched.log if entry.startswith("back")] == [f"back {n}" for n in used]
     for number in used[1:]:
         assert watched.log.index(f"back {number}") < watched.log.index(f"use {number}")
     assert watched._leaving is None and watched._newest is None
 
 
-def test_the_device_lets_go_of_a_checkpoint_when_the_next_is_parked() -> None:
+def test_a_checkpoint_is_freed_when_the_next_is_offloaded() -> None:
     offload = CheckpointOffload(torch.device("cpu"), 8, torch.float32)
     with offload:
         kept = []
         for _ in range(4):
             kept.append(offload._pack(torch.randn(1, 5, 8)))
             assert offload._leaving is not None and offload._leaving[0].shape == (1, 5, 8)
-            assert [parked.back for parked in kept] == [None] * len(kept)
+            assert [offloaded.back for offloaded in kept] == [None] * len(kept)
     assert offload._leaving is None
     other = torch.randn(5, 8)
     assert offload._pack(other) is other and offload._unpack(other) is other

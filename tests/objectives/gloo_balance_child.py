@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from router_runs import Run, samples
 from safetensors.torch import save_file
 
-from finetune.data.batches import _padding, collate
+from finetune.data.batches import collate, padding_batch
 
 
 def main(base: str, out: str) -> None:
@@ -21,12 +21,12 @@ def main(base: str, out: str) -> None:
     data = samples(5)
     settings = {"router_balance_coefficient": 5.0, "router_balance_scope": "step", "router_balance_target": "base"}
     run = Run(Path(base), accelerator=accelerator, router_z_loss_coefficient=0.1, **settings)
-    shares = [[collate([[sample]]) for sample in data[:3]], [collate([data[3:]]), _padding(), _padding()]]
-    figures = run(shares[accelerator.process_index])
+    shares = [[collate([[sample]]) for sample in data[:3]], [collate([data[3:]]), padding_batch(), padding_batch()]]
+    stats = run(shares[accelerator.process_index])
     gradients = {name: accelerator.reduce(gradient, "mean") for name, gradient in run.gradients.items()}
     if accelerator.is_main_process:
         save_file(gradients, out)
-        Path(out).with_suffix(".json").write_text(json.dumps({"balance": figures.balance, "z": figures.router_z}))
+        Path(out).with_suffix(".json").write_text(json.dumps(stats.terms))
 
 
 if __name__ == "__main__":

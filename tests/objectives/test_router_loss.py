@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.config.schema import RouterAdapterConfig
-from finetune.data.batches import _padding, collate
+from finetune.data.batches import collate, padding_batch
 from finetune.model.forward import RouterOutput, record_router
-from finetune.train.router_loss import balance_sum, balance_weights, choice_counts, z_sum
+from finetune.objectives.router import BALANCE_LOSS, Z_LOSS, balance_sum, balance_weights, choice_counts, z_sum
 
 T, E, K, LAYERS = 60, 6, 2, 3
 
@@ -143,14 +143,16 @@ def test_one_micro_step_equals_many_equals_two_processes(target: str, tiny_base:
     wanted = one([collate([[sample] for sample in data])])
     many = Run(tiny_base, **settings)
     figures = many([collate([[sample]]) for sample in data])
-    assert figures.balance == pytest.approx(wanted.balance, abs=1e-6)
-    assert figures.router_z == pytest.approx(wanted.router_z, rel=1e-6)
+    assert figures.terms[BALANCE_LOSS] == pytest.approx(wanted.terms[BALANCE_LOSS], abs=1e-6)
+    assert figures.terms[Z_LOSS] == pytest.approx(wanted.terms[Z_LOSS], rel=1e-6)
     assert difference(many.gradients, one.gradients) < 2e-4
     together = Together(2)
     runs = [Run(tiny_base, accelerator=together.accelerator(rank), **settings) for rank in range(2)]
-    shares = [[collate([[sample]]) for sample in data[:4]], [collate([data[4:]]), *(_padding() for _ in range(3))]]
+    shares = [[collate([[sample]]) for sample in data[:4]], [collate([data[4:]]), *(padding_batch() for _ in range(3))]]
     both = together.run(lambda rank: runs[rank](shares[rank]))
-    assert [figures.balance for figures in both] == pytest.approx([wanted.balance] * 2, abs=1e-6)
+    assert [figures.terms[BALANCE_LOSS] for figures in both] == pytest.approx(
+        [wanted.terms[BALANCE_LOSS]] * 2, abs=1e-6
+    )
     mean = {name: (runs[0].gradients[name] + runs[1].gradients[name]) / 2 for name in one.gradients}
     assert difference(mean, one.gradients) < 2e-4
     apart = Run(tiny_base, **{**settings, "router_balance_scope": "microbatch"})
@@ -165,10 +167,12 @@ def test_padding_and_packing_change_nothing(scope: str, tiny_base: Path) -> None
     packed, apart, padded, leaking = (Run(tiny_base, **settings) for _ in range(4))
     wanted = apart([collate([[sample] for sample in data])])  # ragged rows: padding at their ends
     figures = packed([collate([data[:3], data[3:]])])
-    assert figures.balance == pytest.approx(wanted.balance, abs=1e-6)
+    assert figures.terms[BALANCE_LOSS] == pytest.approx(wanted.terms[BALANCE_LOSS], abs=1e-6)
     assert difference(packed.gradients, apart.gradients) < 2e-4
-    figures = padded([collate([data[:3], data[3:]]), _padding(), _padding()])
-    assert figures.balance == pytest.approx(wanted.balance, abs=1e-6), "micro-steps of padding alone do not count"
+    figures = padded([collate([data[:3], data[3:]]), padding_batch(), padding_batch()])
+    assert figures.terms[BALANCE_LOSS] == pytest.approx(wanted.terms[BALANCE_LOSS], abs=1e-6), (
+        "micro-steps of padding alone do not count"
+    )
     assert difference(padded.gradients, apart.gradients) < 2e-4
     joined = collate([data[:3], data[3:]])
     joined.segments.clamp_(max=0)
@@ -185,7 +189,7 @@ def test_the_bases_own_use_as_target_starts_at_1_without_a_gradient(tiny_base: P
     plain = Run(tiny_base, fresh=True, router_balance_coefficient=0.0)
     figures = {target: run(data) for target, run in runs.items()}
     plain(data)
-    assert figures["base"].balance == pytest.approx(1.0, abs=1e-6) != figures["uniform"].balance
+    assert figures["base"].terms[BALANCE_LOSS] == pytest.approx(1.0, abs=1e-6) != figures["uniform"].terms[BALANCE_LOSS]
     names = [name for name in plain.gradients if name.endswith("b")]
     of = {target: {n: run.gradients[n] for n in names} for target, run in (*runs.items(), ("none", plain))}
     assert difference(of["base"], of["none"]) < 1e-3 < 1e-2 < difference(of["uniform"], of["none"])
@@ -194,13 +198,13 @@ def test_the_bases_own_use_as_target_starts_at_1_without_a_gradient(tiny_base: P
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
 def test_its_gradient_reaches_what_the_run_says(mode: str, tiny_base: Path) -> None:
     """Of the balance loss alone: with a frozen router adapters before some router, and routers where they train."""
-    from finetune.train.router_loss import balance_reach, describe_balance_reach
+    from finetune.objectives.router import describe_router_reach, router_reach
 
     config = replace(SMALL, router=RouterAdapterConfig(mode=mode, rank=2))
     run = Run(tiny_base, adapter=config)
     batch = collate([samples(3)])
     from finetune.model.forward import hidden_states
-    from finetune.train.router_loss import balance_loss
+    from finetune.objectives.router import balance_loss
 
     with record_router(run.base.model) as tape:
         hidden_states(run.base.model, batch.input_ids, batch.positions, batch.segments)
@@ -212,10 +216,10 @@ def test_its_gradient_reaches_what_the_run_says(mode: str, tiny_base: Path) -> N
         for name, p in run.adapter.parameters().items()
         if name.startswith(f"{site.module}.") and p.grad is not None and p.grad.count_nonzero()
     }
-    assert reached == {site.module for site in balance_reach(list(sites), shape)}
+    assert reached == {site.module for site in router_reach(list(sites), shape)}
     unreached = {site.module for site in sites} - reached
     assert unreached == {"model.layers.1.mlp.experts"}
-    assert mode in describe_balance_reach(list(sites), shape, mode)
+    assert mode in describe_router_reach(list(sites), shape, mode)
 
 
 def test_routing_is_the_same_in_forward_and_recompute(tiny_base: Path) -> None:
@@ -235,11 +239,11 @@ def test_target_base_needs_the_adapter(tiny_base: Path) -> None:
     from accelerate import Accelerator
 
     from finetune.config.schema import TrainerConfig
-    from finetune.train.router_loss import RouterLoss
+    from finetune.objectives.router import RouterTerms
 
     run = Run(tiny_base)
-    with pytest.raises(ValueError, match="switched off"):
-        RouterLoss(TrainerConfig(router_balance_target="base"), run.base, None, Accelerator(cpu=True))
+    with pytest.raises(ValueError, match="disable it"):
+        RouterTerms(TrainerConfig(router_balance_target="base"), run.base, None, Accelerator(cpu=True))
 
 
 @pytest.mark.slow
@@ -264,7 +268,7 @@ def test_two_gloo_processes_equal_one(tiny_base: Path, tmp_path: Path) -> None:
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    figures = json.loads((tmp_path / "gradients.json").read_text())
-    assert figures["balance"] == pytest.approx(wanted.balance, abs=1e-6)
-    assert figures["z"] == pytest.approx(wanted.router_z, rel=1e-6)
+    terms = json.loads((tmp_path / "gradients.json").read_text())
+    assert terms[BALANCE_LOSS] == pytest.approx(wanted.terms[BALANCE_LOSS], abs=1e-6)
+    assert terms[Z_LOSS] == pytest.approx(wanted.terms[Z_LOSS], rel=1e-6)
     assert difference(load_file(tmp_path / "gradients.safetensors"), one.gradients) < 2e-4

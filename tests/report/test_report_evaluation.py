@@ -111,7 +111,7 @@ def test_every_figure_with_its_interval_is_on_the_page_and_in_the_readme(results
             "17 [11, 23]",
             "0.8642",
             "11 of 90",
-            "on 79 rows",
+            "on 79 examples",
             "0.078 of the",
             "0.613 of the",
         ):

@@ -111,7 +111,7 @@ def test_it_shows_what_the_run_holds(run: Path) -> None:
     page = checked(write_html(run))
     assert "40 of 50" in page.text and "status: stopped" in page.text
     assert "Not at its default" in page.text and "trainer.learning_rate" in page.text and "0.005" in page.text
-    assert "Row 3" in page.text and "adapter <script>" in page.text
+    assert "Example 3" in page.text and "adapter <script>" in page.text
     assert sum(tag == "polyline" for tag, _ in page.tags) == 7  # loss has two lines, five other charts one
     marked = [attributes for tag, attributes in page.tags if tag == "mark"]
     assert len(marked) == 1
@@ -186,7 +186,9 @@ def test_columns_of_numbers_are_right_aligned_with_their_title(tmp_path: Path) -
     splits = {"a": {"rows": 1200, "tokens": 5}, "b": {"rows": 3, "tokens": 7}}
     (tmp_path / "manifest.json").write_text(json.dumps({"data": splits, "environment": {"c": "1", "d": "none"}}))
     page = checked(write_html(tmp_path)).source
-    assert '<th>split</th><th class="number">rows</th>' in page and '<td>a</td><td class="number">1,200</td>' in page
+    assert (
+        '<th>split</th><th class="number">examples</th>' in page and '<td>a</td><td class="number">1,200</td>' in page
+    )
     assert "<td>1</td>" in page  # its column has a word too
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from finetune.errors import CheckError
 from finetune.mxfp4.format import quantise
 from finetune.rounding import grid
-from finetune.rounding.calibration import LayerInputs, expert_rows, moments
+from finetune.rounding.calibration import LayerInputs, expert_inputs, moments
 from finetune.rounding.compensate import Settings, compensate, descend, error_factor, gptq
 
 CODES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
@@ -71,7 +71,7 @@ def test_encoding_values_gives_back_every_byte() -> None:
     assert torch.equal(grid.values(changed, scales), moved) and int((changed != blocks).sum()) <= 1
 
 
-def test_gptq_is_the_published_recursion() -> None:
+def test_gptq_equals_the_published_recursion() -> None:
     """Oracle: one matrix, one column at a time, the inverse downdated by Gaussian elimination, in float64."""
     _, scales, base, update, second = layer(0, 0.05)
     target = base + update
@@ -131,7 +131,7 @@ def test_an_update_survives_where_nearest_rounding_erases_it(size: float) -> Non
         assert (projection(nearest, base, update, second) < 0.5).all()
 
 
-def test_experts_do_not_see_each_other_and_the_result_is_always_the_same() -> None:
+def test_experts_are_independent_and_the_result_is_deterministic() -> None:
     _, scales, base, update, second = layer(4, 0.02)
     together = compensate(base, scales, update, second, Settings())
     again = compensate(base, scales, update, second, Settings())
@@ -142,7 +142,7 @@ def test_experts_do_not_see_each_other_and_the_result_is_always_the_same() -> No
         assert ((alone.values - together.values[part]) != 0).float().mean() < 0.01
 
 
-def test_an_update_of_zero_and_inputs_that_never_vary_leave_every_value() -> None:
+def test_an_update_of_zero_or_constant_inputs_change_no_value() -> None:
     _, scales, base, update, second = layer(5, 0.1)
     for change, moment in ((torch.zeros_like(update), second), (update, torch.zeros_like(second))):
         found = compensate(base, scales, change, moment, Settings())
@@ -168,11 +168,11 @@ def test_a_block_that_outgrows_its_scale_may_take_another() -> None:
     assert torch.isin(
         (found.values / grid.steps(found.scales).repeat_interleave(32, dim=1)).abs().double(), CODES
     ).all()
-    held = gptq(base + update, error_factor(second, 0.003)[0], grid.steps(scales))[0]
-    assert (cost(found.values, base + update, second) < cost(held, base + update, second)).all()
+    same_scale = gptq(base + update, error_factor(second, 0.003)[0], grid.steps(scales))[0]
+    assert (cost(found.values, base + update, second) < cost(same_scale, base + update, second)).all()
 
 
-def test_singular_moments_are_damped_more_and_named() -> None:
+def test_singular_moments_are_damped_more_and_reported() -> None:
     _, scales, base, update, second = layer(8, 0.05)
     second = second.clone()
     second[1] -= 0.01 * second[1].diagonal().mean() * torch.eye(INPUTS)  # float errors can do this
@@ -189,22 +189,22 @@ def inputs(counts: list[int], size: int = 8) -> LayerInputs:
 
 def test_moments_are_weighted_by_the_square_of_the_routers_weight() -> None:
     given = inputs([40, 20])
-    rows = expert_rows(given, 1)
-    mean, second = moments(rows.x, rows.weights, "here")
+    own = expert_inputs(given, 1)
+    mean, second = moments(own.x, own.weights, "here")
     x, weights = given.x[40:].double().numpy(), given.weights[40:, 0].double().numpy() ** 2
-    assert rows.num_own == 20 and rows.mass == pytest.approx(weights.sum(), rel=1e-5)
+    assert own.num_own == 20 and own.mass == pytest.approx(weights.sum(), rel=1e-5)
     assert np.allclose(mean.numpy(), np.average(x, axis=0, weights=weights), atol=1e-5)
     assert np.allclose(second.numpy(), np.cov(x.T, aweights=weights, bias=True), atol=1e-5)
 
 
-def test_a_rare_expert_borrows_from_the_layer_and_one_without_rows_gets_none() -> None:
+def test_a_rare_expert_borrows_from_the_layer_and_one_without_tokens_gets_none() -> None:
     given = inputs([60, 2, 0], size=8)
-    rare = expert_rows(given, 1)
+    rare = expert_inputs(given, 1)
     assert rare.num_own == 2 and len(rare.x) == 2 + 16 and float(rare.weights.sum()) == pytest.approx(1)
     assert float(rare.weights[:2].sum()) == pytest.approx(2 / 8)
     _, second = moments(rare.x, rare.weights, "here")
     assert int(torch.linalg.matrix_rank(second)) == 8
-    nothing = expert_rows(given, 2)
+    nothing = expert_inputs(given, 2)
     mean, second = moments(nothing.x, nothing.weights, "here")
     assert nothing.num_own == 0 and not mean.any() and not second.any()
 

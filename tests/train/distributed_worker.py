@@ -22,7 +22,8 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.adapters.lora import Adapter, attach_adapter
+from finetune.adapters.attach import attach_adapter
+from finetune.adapters.lora import Adapter
 from finetune.config.rules import SHARDED_BASE
 from finetune.config.schema import (
     AdapterConfig,
@@ -41,11 +42,11 @@ from finetune.model.build import Base, build_base, check_unchanged
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations
 from finetune.model.shards import ShardedLayers
-from finetune.train import step as step_module
+from finetune.objectives import base as objective_base
 from finetune.train.engines.base import Engine, open_engine
 from finetune.train.failures import digest_of
 from finetune.train.step import OptimiserStep
-from finetune.train.world import World, open_world
+from finetune.train.world import World, join_world
 
 NUM_SAMPLES = 7  # in steps of four micro-steps: the second of an epoch is partial, and one process has padding alone
 MICRO_STEPS_IN_ALL = 4
@@ -105,11 +106,11 @@ def recipe(kind: str, count: int, fault: str = "") -> RunConfig:
     )
 
 
-def open_base(directory: Path, config: RunConfig, processes: World) -> tuple[Base, Adapter]:
+def open_base(directory: Path, config: RunConfig, world: World) -> tuple[Base, Adapter]:
     """A base with an adapter that is off zero, so that every factor has a gradient."""
     device = torch.device("cpu")
     deals_out = config.distributed.kind in SHARDED_BASE
-    shards = ShardedLayers(processes.rank, processes.count, device) if deals_out else None
+    shards = ShardedLayers(world.rank, world.world_size, device) if deals_out else None
     base = build_base(Checkpoint.open(directory), device, torch.float32, 3, shards=shards)
     adapter = attach_adapter(base, config.adapter, seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -122,22 +123,22 @@ def open_base(directory: Path, config: RunConfig, processes: World) -> tuple[Bas
     return base, adapter
 
 
-def train(directory: Path, kinds: list[str], processes: World, *, fault: str = "") -> Outcome:
+def train(directory: Path, kinds: list[str], world: World, *, fault: str = "") -> Outcome:
     """All steps, under the kinds in turn."""
     outcome = Outcome()
-    config = recipe(kinds[0], processes.count, fault)
-    plan = BatchPlan(samples(), config.data, config.trainer, 0, rank=processes.rank, world_size=processes.count)
+    config = recipe(kinds[0], world.world_size, fault)
+    plan = BatchPlan(samples(), config.data, config.trainer, 0, rank=world.rank, world_size=world.world_size)
     engine: Engine | None = None
     for number in range(plan.total_steps):
         turn = number * len(kinds) // plan.total_steps
         if engine is None or (turn > 0 and kinds[turn] != config.distributed.kind):
             before = engine
-            config = recipe(kinds[turn], processes.count, fault)
-            base, adapter = open_base(directory, config, processes)
-            engine = open_engine(config, base, adapter, Accelerator(cpu=True), processes)
+            config = recipe(kinds[turn], world.world_size, fault)
+            base, adapter = open_base(directory, config, world)
+            engine = open_engine(config, base, adapter, Accelerator(cpu=True), world)
             if before is not None:
                 engine.load(before.adapter_tensors(), before.optimizer_tensors())
-            inject(engine, fault, processes)
+            inject(engine, fault, world)
             step = OptimiserStep(config.trainer, base, engine, adapter)
         epoch, index = plan.position(number)
         batches = [plan.batch(micro) for micro in plan.steps(epoch)[index]]
@@ -146,54 +147,54 @@ def train(directory: Path, kinds: list[str], processes: World, *, fault: str = "
         outcome.norms.append(figures.gradient_norm)
     assert engine is not None
     outcome.adapter = engine.adapter_tensors()
-    outcome.facts = {"parts": step.parts} | facts_of(base, engine, processes)
+    outcome.facts = {"parts": step.parts} | facts_of(base, engine, world)
     return outcome
 
 
-def inject(engine: Engine, fault: str, processes: World) -> None:
+def inject(engine: Engine, fault: str, world: World) -> None:
     """Break one process, so that comparisons are seen to fail."""
-    exchange = engine.exchange
+    reduce_gradients = engine.reduce_gradients
 
     def without_gradient() -> None:
         for parameter in engine.parameters.values():
             if parameter.grad is not None:
                 parameter.grad.zero_()
-        exchange()
+        reduce_gradients()
 
-    if fault == "drops" and processes.rank == 1:
-        engine.exchange = without_gradient  # type: ignore[method-assign]
+    if fault == "drops" and world.rank == 1:
+        engine.reduce_gradients = without_gradient  # type: ignore[method-assign]
     if fault == "alone":
-        engine.exchange = lambda: None  # type: ignore[method-assign]
+        engine.reduce_gradients = lambda: None  # type: ignore[method-assign]
 
 
 @contextmanager
-def out_of_memory(processes: World) -> Iterator[None]:
+def out_of_memory(world: World) -> Iterator[None]:
     """In the second process, more than one row does not fit."""
-    original = step_module.hidden_states
+    original = objective_base.hidden_states
 
     def limited(model: Any, input_ids: Tensor, *others: Any) -> Tensor:
-        if processes.rank == 1 and len(input_ids) > 1:
+        if world.rank == 1 and len(input_ids) > 1:
             raise torch.OutOfMemoryError("made up for a test")
         return original(model, input_ids, *others)
 
-    step_module.hidden_states = limited
+    objective_base.hidden_states = limited
     try:
         yield
     finally:
-        step_module.hidden_states = original
+        objective_base.hidden_states = original
 
 
-def facts_of(base: Base, engine: Engine, processes: World) -> dict[str, object]:
+def facts_of(base: Base, engine: Engine, world: World) -> dict[str, object]:
     facts: dict[str, object] = {"engine": engine.describe(), "identity": check_unchanged(base) == base.identity}
     try:
-        processes.assert_same("the adapter", digest_of(engine.adapter_tensors()))
+        world.assert_same("the adapter", digest_of(engine.adapter_tensors()))
         facts["agree"] = "yes"
     except CheckError as error:
         facts["agree"] = error.what
     if base.shards is not None:
         held = sum(len(share) for share in base.shards.stored)
-        facts["held"], facts["all"] = held, sum(processes.gather(held))
-        if processes.rank == 1:
+        facts["held"], facts["all"] = held, sum(world.all_gather(held))
+        if world.rank == 1:
             base.shards.stored[2][7] ^= 1  # the high byte of a float32: check_unchanged rounds to bfloat16
         try:
             check_unchanged(base)
@@ -206,16 +207,16 @@ def facts_of(base: Base, engine: Engine, processes: World) -> dict[str, object]:
 def main() -> None:
     directory, out, *jobs = sys.argv[1:]
     first = recipe("ddp", 2)
-    processes = open_world(replace(first, distributed=replace(first.distributed, timeout_s=100.0)))
+    world = join_world(replace(first, distributed=replace(first.distributed, timeout_s=100.0)))
     torch.set_num_threads(1)
     for job in jobs:
         kinds, _, fault = job.partition(":")
-        with out_of_memory(processes) if fault == "oom" else nullcontext():
-            outcome = train(Path(directory), kinds.split(">"), processes, fault=fault)
-        if processes.is_first:
+        with out_of_memory(world) if fault == "oom" else nullcontext():
+            outcome = train(Path(directory), kinds.split(">"), world, fault=fault)
+        if world.is_main:
             outcome.write(Path(out) / job.replace(">", "-").replace(":", "-"))
-        processes.wait()
-    processes.leave()
+        world.barrier()
+    world.destroy()
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_a_process_that_drops_its_gradient_is_seen(quick: dict[str, Outcome], al
 
 def test_processes_that_do_not_exchange_gradients_are_seen(quick: dict[str, Outcome], alone: Outcome) -> None:
     assert distance(quick["ddp:alone"], alone) > 100 * TOLERANCE
-    assert quick["ddp:alone"].facts["agree"] == "the adapter of process 1 is not that of process 0"
+    assert quick["ddp:alone"].facts["agree"] == "the adapter of rank 1 is not that of rank 0"
 
 
 def test_memory_that_ran_out_in_one_process_halves_micro_steps_in_both(

@@ -21,7 +21,7 @@ from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.config.validate import resumed_config
 from finetune.errors import ConfigError, MachineError
-from finetune.train import watchdog as hangs
+from finetune.train import watchdog
 from finetune.train.checkpoint import load_newest
 from finetune.train.watchdog import Watchdog
 from finetune.train.world import World, explain_lost_ranks
@@ -71,7 +71,7 @@ def test_two_processes_stopped_and_gone_on_with_by_one(
     assert process.returncode == 143, errors
     assert "Traceback" not in errors and errors.count("everything is saved") == 1
     assert errors.rstrip().endswith(f"go on with `finetune train --resume {run}`")
-    assert manifest_of(run)["processes"].startswith("ddp: 2 processes over gloo")
+    assert manifest_of(run)["processes"].startswith("ddp: 2 ranks over gloo")
     assert load_newest(run / "checkpoints")[0] == manifest_of(run)["loop"]["step"] < 8
     assert main(["train", "--resume", str(run), "distributed=single"]) == 0
     assert_close(run, finished[0])
@@ -132,7 +132,7 @@ def test_a_killed_process_ends_the_run_and_is_named(workplace: Path, tmp_path: P
     os.kill(worker(process, lost), signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == MachineError.exit_code
-    assert f"process {lost} was killed by SIGKILL" in errors and "Traceback" not in errors
+    assert f"rank {lost} was killed by SIGKILL" in errors and "Traceback" not in errors
     assert manifest_of(tmp_path / "run")["status"] == "stopped"
 
 
@@ -144,7 +144,7 @@ def test_a_process_that_hangs_is_named_and_the_others_show_their_stacks(workplac
     os.kill(worker(process, 1), signal.SIGSTOP)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == MachineError.exit_code
-    assert "process 1 is missing: " in errors, errors
+    assert "rank 1 is missing: " in errors, errors
     assert "finetune/train/trainer.py" in errors, "the stack of the process that waits"
 
 
@@ -193,7 +193,7 @@ def test_a_port_at_which_nobody_can_meet_is_refused(
         (["distributed=zero2", "distributed.num_processes=1"], "is for several processes"),
         (["distributed=zero4"], "distributed has no option zero4"),
         (["distributed=fsdp2", "trainer.halve_micro_batch_on_oom=true"], "cannot repeat it without the others"),
-        (["distributed=zero1", "trainer.on_nonfinite=skip"], "cannot drop a step's"),
+        (["distributed=zero1", "trainer.on_nonfinite=skip"], "cannot drop those of a step"),
     ],
 )
 def test_what_contradicts_a_kind_is_refused(workplace: Path, overrides: list[str], words: str) -> None:
@@ -244,16 +244,16 @@ def test_the_process_that_is_behind_is_named() -> None:
     store = dist.HashStore()
     watches = [Watchdog(World(rank, 3, "gloo", store), timeout_s=60) for rank in range(3)]
     for watch in watches:
-        watch.beat("step 7, micro-step 1 of 2")
+        watch.heartbeat("step 7, micro-step 1 of 2")
     assert "wait at the same place" in str(watches[0].explain())
     for watch in (*watches, *watches[:2]):
         watch.tick()
     assert watches[2].ticks() == [2, 2, 1]
-    assert "process 2 is missing: stopped" in str(watches[0].explain([2]))
+    assert "rank 2 is missing: stopped" in str(watches[0].explain([2]))
     for rank in (0, 2):
-        watches[rank].beat("step 7, waiting for the others")
+        watches[rank].heartbeat("step 7, waiting for the others")
     said = str(watches[0].explain())
-    assert "process 1 is missing" in said and "process 1: step 7, micro-step 1 of 2" in said
+    assert "rank 1 is missing" in said and "rank 1: step 7, micro-step 1 of 2" in said
 
 
 def test_a_watch_outlives_the_store(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -266,17 +266,17 @@ def test_a_watch_outlives_the_store(monkeypatch: pytest.MonkeyPatch, capfd: pyte
         check = get = set
 
     codes: list[int] = []
-    monkeypatch.setattr(hangs.os, "_exit", codes.append)
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
     watch = Watchdog(World(1, 2, "gloo", Gone()), timeout_s=0.1)  # type: ignore[arg-type]
     watch.tick()
     watch._end()
     assert codes == [MachineError.exit_code]
-    assert "process 0, which knows what each said last, does not answer: Broken pipe" in capfd.readouterr().err
+    assert "rank 0, which stores all heartbeats, does not answer: Broken pipe" in capfd.readouterr().err
 
 
 def test_a_lost_process_is_told_from_a_bug() -> None:
     two = World(0, 2, "gloo")
-    with pytest.raises(MachineError, match="has gone"), explain_lost_ranks(two):
+    with pytest.raises(MachineError, match="lost contact with another rank"), explain_lost_ranks(two):
         raise RuntimeError("gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:9170")
     with pytest.raises(RuntimeError, match="sizes"), explain_lost_ranks(two):
         raise RuntimeError("sizes do not match")
@@ -294,17 +294,17 @@ def test_sigusr1_saves_and_stops_as_sigterm_does(train: Train, monkeypatch: pyte
 @pytest.fixture
 def bad_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """From the chosen micro-step on (0: none), losses are NaN for as many micro-steps as asked for."""
-    from finetune.train import step as module
+    from finetune.objectives import sft as module
 
     chosen = {"from": 0, "count": 1, "seen": 0}
-    loss = module.language_loss
+    loss = module.weighted_nll
 
     def maybe_nan(*args: Any) -> torch.Tensor:
         chosen["seen"] += 1
         bad = chosen["from"] and chosen["from"] <= chosen["seen"] < chosen["from"] + chosen["count"]
         return loss(*args) * (float("nan") if bad else 1.0)
 
-    monkeypatch.setattr(module, "language_loss", maybe_nan)
+    monkeypatch.setattr(module, "weighted_nll", maybe_nan)
     return chosen
 
 
@@ -319,7 +319,7 @@ def test_a_step_that_is_not_finite_stops_before_the_update(
     facts = json.loads((evidence / "facts.json").read_text())
     rows = load_file(evidence / "process-0.safetensors")
     assert {name.split(".")[0] for name in rows} == {"0", "1"}
-    named = capsys.readouterr().err.partition("its samples: ")[2].splitlines()[0]
+    named = capsys.readouterr().err.partition("its examples: ")[2].splitlines()[0]
     assert named == ", ".join(facts["rows"]["0"]) and 0 < len(facts["rows"]["0"]) < rows["1.segments"].max() + 9
     before = load_newest(run / "checkpoints")[1].adapter
     kept = load_file(evidence / "adapter.safetensors")

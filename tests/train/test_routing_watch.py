@@ -15,9 +15,9 @@ import torch
 from router_runs import SMALL, Run, new_base, samples, shake
 from small_run import Train, manifest_of, metrics_of
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.config.schema import RouterAdapterConfig
-from finetune.data.batches import _padding, collate
+from finetune.data.batches import collate, padding_batch
 from finetune.data.harmony.encode import HEADER, Channel
 from finetune.data.harmony.render import Example
 from finetune.evaluate.usage import group_names, token_groups, usage_figures, usage_table
@@ -96,8 +96,8 @@ def test_figures_of_a_layer() -> None:
 def test_training_tokens_are_counted_once_and_padding_never(tiny_base: Path) -> None:
     data = samples(4)
     run = Run(tiny_base, checkpointed=True, router_balance_scope="step", router_balance_coefficient=0.01)
-    run([collate([data[:2], data[2:]]), _padding()])
-    usage = run.step.router_loss.usage
+    run([collate([data[:2], data[2:]]), padding_batch()])
+    usage = run.step.usage
     total = sum(len(sample.ids) for sample in data)
     assert usage.tokens.tolist() == [total]
     assert usage.chosen.sum((1, 2)).tolist() == [4 * total] * 2

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from finetune.cli.main import main
 from finetune.errors import ConfigError
 from finetune.results import read_evaluation
 from finetune.train.checkpoint import list_checkpoints, load_newest
-from finetune.train.run_directory import RunDirectory
+from finetune.train.run_directory import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,9 +145,9 @@ def test_a_damaged_best_checkpoint_is_not_exported(
     validation_losses += [1.0, 2.0]
     choose_best = run_module._choose_best
 
-    def damage_and_choose(session: Any, trainer: Any, run: Any) -> None:
+    def damage_and_choose(trainer: Any, run: Any) -> None:
         flip_bit(run.checkpoints / "step-00000003" / "adapter.safetensors")
-        choose_best(session, trainer, run)
+        choose_best(trainer, run)
 
     monkeypatch.setattr(run_module, "_choose_best", damage_and_choose)
     code, run = train("save.best_metric=validation_loss", "trainer.max_steps=6")
@@ -277,9 +278,9 @@ def test_the_base_s_files_are_never_touched(finished: tuple[Path, str], tiny_bas
 
 
 def test_a_run_that_another_process_holds_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path)
-    held = "import sys, time; from pathlib import Path; from finetune.train.run_directory import RunDirectory\n"
-    held += f"with RunDirectory(Path({str(tmp_path)!r})).locked():\n    print('held', flush=True)\n    time.sleep(60)"
+    run = replace(Run.open(finished[0]), path=tmp_path)
+    held = "import sys, time; from pathlib import Path; from finetune.train.run_directory import Run\n"
+    held += f"with Run(Path({str(tmp_path)!r}), None).locked():\n    print('held', flush=True)\n    time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match=f"process {other.pid}"), run.locked():

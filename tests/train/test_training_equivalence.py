@@ -12,7 +12,7 @@ from allocation import AllocationTracker
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
-from finetune.adapters.lora import attach_adapter
+from finetune.adapters.attach import attach_adapter
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, TrainerConfig
 from finetune.data.batches import Batch, collate
 from finetune.data.harmony.render import Example
@@ -21,10 +21,10 @@ from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import checkpoint_activations
 from finetune.mxfp4.format import dequantise
-from finetune.train.engines.base import alone
+from finetune.objectives.router import balance_loss
+from finetune.train.engines.base import single_engine
 from finetune.train.optim import make_optimizer
-from finetune.train.router_loss import balance_loss
-from finetune.train.step import OptimiserStep, StepFigures
+from finetune.train.step import OptimiserStep, StepStats
 
 SMALL = AdapterConfig(
     attention=AttentionAdapterConfig(rank=4, alpha=8.0), experts=ExpertAdapterConfig(rank=4, alpha=8.0)
@@ -62,9 +62,9 @@ class Run:
         parameters = self.adapter.parameters()
         optimizer = make_optimizer(parameters, config)
         self.gradients: dict[str, Tensor] = {}
-        self.step = OptimiserStep(config, self.base, alone(parameters, optimizer, config))
+        self.step = OptimiserStep(config, self.base, single_engine(parameters, optimizer, config))
 
-    def __call__(self, batches: list[Batch]) -> StepFigures:
+    def __call__(self, batches: list[Batch]) -> StepStats:
         def keep() -> None:
             self.gradients = {
                 name: p.grad.clone() for name, p in self.adapter.parameters().items() if p.grad is not None
@@ -126,7 +126,7 @@ def test_checkpointing_on_equals_off_with_balance_loss(tiny_base: Path) -> None:
     runs = [Run(tiny_base, balance=0.05, checkpointed=flag) for flag in (True, False)]
     figures = [run([collate([data])]) for run in runs]
     assert figures[0].loss == pytest.approx(figures[1].loss, abs=1e-6)
-    assert figures[0].balance == pytest.approx(figures[1].balance, abs=1e-6)
+    assert figures[0].terms["balance_loss"] == pytest.approx(figures[1].terms["balance_loss"], abs=1e-6)
     assert_same(*runs)
     without = Run(tiny_base, balance=0.0, checkpointed=True)
     without([collate([data])])

@@ -1,4 +1,9 @@
-"""What a token is part of."""
+"""Encode the messages of a conversation: each becomes harmony messages of a header, a text and an end token.
+
+openai-harmony renders the system and developer messages. The other messages are built here from control tokens and
+texts that openai-harmony encodes, since its own `render` spends about 70 us per message besides the encoding. They are
+the same tokens (tests/data/test_fuzz_render.py).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,8 @@ from openai_harmony import DeveloperContent, ReasoningEffort, RenderOptions, Rol
 from openai_harmony import Message as HarmonyMessage
 
 from finetune.config.schema import DataConfig
-from finetune.data.forms import Conversation
+from finetune.data.checks import BadRecordError
+from finetune.data.conversation import FUNCTIONS, Conversation, DeclaredTools, Message
 from finetune.data.harmony import template
 from finetune.data.harmony.tokenizer import (
     CALL_ID,
@@ -23,12 +29,14 @@ from finetune.data.harmony.tokenizer import (
     START_ID,
     harmony_encoding,
 )
-from finetune.data.message import BadRecordError, Message
-from finetune.data.parse_messages import DeclaredTools
+
+HARMONY_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
+BEFORE_FIRST = -1
+"""Message index of the system message, and of a developer message without instructions."""
 
 
 class Channel(enum.IntEnum):
-    """What a token is part of: `sample.channels % HEADER`. All but CONTEXT and TEXT are written by the assistant."""
+    """The part that a token belongs to: `example.channels % HEADER`. The assistant writes all but CONTEXT and TEXT."""
 
     CONTEXT = 0
     ANALYSIS = 1
@@ -39,41 +47,97 @@ class Channel(enum.IntEnum):
 
 
 HEADER = 16
-"""Added to a token's channel where it is no content: from `<|start|>` to `<|message|>`, and the end token."""
-
-
-# The harmony messages that a conversation becomes, as tokens: a header, a text and an end each.
-#
-# The system and developer messages are rendered by openai-harmony; the others are put together here, from control
-# tokens and texts that openai-harmony encodes, since its own `render` spends about 70 us a message beside the encoding.
-# They are the same tokens (tests/data/test_fuzz_render.py).
-
-HARMONY_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
-BEFORE_FIRST = -1
-"""Index of the message that the system part, and a developer part without instructions, belong to."""
+"""Added to a token's channel where it is not content: from `<|start|>` to `<|message|>`, and the end token."""
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """One harmony message.
+class EncodedMessage:
+    """One harmony message as tokens.
 
     Attributes:
-        kind: what it is to the loss.
+        channel: decides the loss weight.
         header: tokens from `<|start|>` to `<|message|>`.
         text: tokens between header and end.
         end: `<|end|>`, `<|call|>` or `<|return|>`.
-        message: index of the conversation's message that it comes from, or BEFORE_FIRST.
+        index: index of the conversation's message that it comes from, or BEFORE_FIRST.
     """
 
-    kind: Channel
+    channel: Channel
     header: tuple[int, ...]
     text: Sequence[int]
     end: int
-    message: int
+    index: int
+
+    @property
+    def ids(self) -> list[int]:
+        """All its tokens."""
+        return [*self.header, *self.text, self.end]
+
+
+def encode_conversation(conversation: Conversation, config: DataConfig) -> list[EncodedMessage]:
+    """Encode every message of a conversation, thinking included.
+
+    Raises:
+        BadRecordError: the convention is the template's, and it cannot write this conversation.
+    """
+    encoded = encode_opening(conversation, config)
+    for index, message in enumerate(conversation.messages):
+        encoded.extend(encode_message(index, message, config))
+    return encoded
+
+
+def encode_opening(conversation: Conversation, config: DataConfig) -> list[EncodedMessage]:
+    """Encode the system message, and the developer's if there are instructions or functions."""
+    tools = conversation.tools
+    system = _system_ids(
+        conversation.conversation_date or config.conversation_date,
+        conversation.reasoning_effort or config.reasoning_effort,
+        conversation.model_identity or config.model_identity or HARMONY_IDENTITY,
+        tools.builtin,
+        bool(tools.functions),
+    )
+    encoded = [_context(system, BEFORE_FIRST)]
+    first = conversation.messages[0]
+    instructions = first.content if first.role in ("system", "developer") else None
+    if instructions is not None or tools.functions:
+        ids = _template_developer_ids if config.convention == "template" else _developer_ids
+        encoded.append(_context(ids(instructions, tools), BEFORE_FIRST if instructions is None else 0))
+    return encoded
+
+
+def encode_message(index: int, message: Message, config: DataConfig) -> Iterator[EncodedMessage]:
+    """Encode one message, thinking first; yields nothing for the instructions, which belong to the opening.
+
+    Raises:
+        BadRecordError: the convention is the template's, and it cannot write this message.
+    """
+    if config.convention == "template":
+        message = template.to_template_form(index, message)
+    if message.role == "user":
+        yield _with_text(Channel.CONTEXT, header_ids("user"), message.content, index)
+    elif message.role == "tool":
+        header = header_ids(f"{message.recipient} to=assistant", _tool_channel(message.recipient or ""))
+        yield _with_text(Channel.CONTEXT, header, message.content, index)
+    elif message.role == "assistant":
+        yield from _encode_assistant(index, message, config)
+
+
+def _encode_assistant(index: int, message: Message, config: DataConfig) -> Iterator[EncodedMessage]:
+    if message.thinking is not None:
+        yield _with_text(Channel.ANALYSIS, header_ids("assistant", "analysis"), message.thinking, index)
+    if message.content:
+        channel = Channel.FINAL if message.channel == "final" else Channel.COMMENTARY
+        yield _with_text(channel, header_ids("assistant", message.channel), message.content, index)
+    for call in message.tool_calls:
+        content_type = "code" if call.is_builtin else "json"
+        if not call.is_builtin and _writes_constrain(config):
+            content_type = "<|constrain|>json"
+        header = header_ids(f"assistant to={call.recipient}", _tool_channel(call.recipient), content_type)
+        yield replace(_with_text(Channel.TOOL_CALL, header, call.arguments, index), end=CALL_ID)
 
 
 def encode_text(text: str) -> list[int]:
-    """Encode text; what looks like a control token stays text."""
+    """Encode text; control tokens that it spells stay text."""
     return harmony_encoding().encode(text, disallowed_special=())
 
 
@@ -99,75 +163,25 @@ def header_ids(author: str, channel: str | None = None, content_type: str | None
     return (*ids, MESSAGE_ID)
 
 
-def opening_parts(conversation: Conversation, config: DataConfig) -> list[Part]:
-    """The system message, and the developer's if there are instructions or functions."""
-    tools = conversation.tools
-    system = _system_ids(
-        conversation.conversation_date or config.conversation_date,
-        conversation.reasoning_effort or config.reasoning_effort,
-        conversation.model_identity or config.model_identity or HARMONY_IDENTITY,
-        tools.builtin,
-        bool(tools.functions),
-    )
-    parts = [_context(system, BEFORE_FIRST)]
-    first = conversation.messages[0]
-    instructions = first.content if first.role in ("system", "developer") else None
-    if instructions is not None or tools.functions:
-        ids = _template_developer_ids if config.convention == "template" else _developer_ids
-        parts.append(_context(ids(instructions, tools), BEFORE_FIRST if instructions is None else 0))
-    return parts
-
-
-def message_parts(index: int, message: Message, config: DataConfig) -> Iterator[Part]:
-    """A message's parts, thinking first; none for the instructions, which belong to the opening.
-
-    Raises:
-        BadRecordError: the convention is the template's and it cannot write this message.
-    """
-    if config.convention == "template":
-        message = template.as_template_writes(index, message)
-    if message.role == "user":
-        yield _text_part(Channel.CONTEXT, header_ids("user"), message.content, index)
-    elif message.role == "tool":
-        header = header_ids(f"{message.recipient} to=assistant", _channel_of(message.recipient or ""))
-        yield _text_part(Channel.CONTEXT, header, message.content, index)
-    elif message.role == "assistant":
-        yield from _assistant_parts(index, message, config)
-
-
-def _assistant_parts(index: int, message: Message, config: DataConfig) -> Iterator[Part]:
-    if message.thinking is not None:
-        yield _text_part(Channel.ANALYSIS, header_ids("assistant", "analysis"), message.thinking, index)
-    if message.content:
-        kind = Channel.FINAL if message.channel == "final" else Channel.COMMENTARY
-        yield _text_part(kind, header_ids("assistant", message.channel), message.content, index)
-    for call in message.tool_calls:
-        content_type = "code" if call.is_builtin else "json"
-        if not call.is_builtin and writes_constrain(config):
-            content_type = "<|constrain|>json"
-        header = header_ids(f"assistant to={call.recipient}", _channel_of(call.recipient), content_type)
-        yield replace(_text_part(Channel.TOOL_CALL, header, call.arguments, index), end=CALL_ID)
-
-
-def writes_constrain(config: DataConfig) -> bool:
-    """Whether calls of functions are marked `<|constrain|>json`, as the format's documents do, or ` json`."""
+def _writes_constrain(config: DataConfig) -> bool:
+    """Whether function calls are marked `<|constrain|>json`, as in the format's documentation, or ` json`."""
     if config.tool_call_type == "auto":
         return config.convention == "harmony"
     return config.tool_call_type == "constrain"
 
 
-def _channel_of(recipient: str) -> str:
+def _tool_channel(recipient: str) -> str:
     """Functions are called, and answer, in commentary; the builtin tools in analysis."""
-    return "commentary" if recipient.startswith("functions.") else "analysis"
+    return "commentary" if recipient.startswith(FUNCTIONS) else "analysis"
 
 
-def _text_part(kind: Channel, header: tuple[int, ...], text: str, index: int) -> Part:
-    return Part(kind, header, encode_text(text), END_ID, index)
+def _with_text(channel: Channel, header: tuple[int, ...], text: str, index: int) -> EncodedMessage:
+    return EncodedMessage(channel, header, encode_text(text), END_ID, index)
 
 
-def _context(ids: tuple[int, ...], index: int) -> Part:
+def _context(ids: tuple[int, ...], index: int) -> EncodedMessage:
     begin = ids.index(MESSAGE_ID) + 1
-    return Part(Channel.CONTEXT, ids[:begin], ids[begin:-1], ids[-1], index)
+    return EncodedMessage(Channel.CONTEXT, ids[:begin], ids[begin:-1], ids[-1], index)
 
 
 @functools.lru_cache(maxsize=128)
@@ -203,7 +217,7 @@ def _developer_ids(instructions: str | None, tools: DeclaredTools) -> tuple[int,
         )
     try:
         return tuple(harmony_encoding().render(HarmonyMessage.from_role_and_content(Role.DEVELOPER, content)))
-    except ValueError as error:  # such as a default of 1e400, which is JSON, and no number that it knows
+    except ValueError as error:  # such as a default of 1e400, which is JSON, but no number that it accepts
         raise BadRecordError("bad tools", f"openai-harmony cannot write the record's tools: {error}") from None
 
 

@@ -1,37 +1,37 @@
-"""What the Jinja template that is published with the weights writes otherwise than openai-harmony does.
+"""Differences between the Jinja template published with the weights and openai-harmony's rendering.
 
 Only texts are made here; they are encoded like any other, so that no text becomes a control token (with the template
-and a Hugging Face tokenizer it does). Where the template raises, crashes or drops something without a word, the row is
-bad. Source: the behaviour of `chat_template.jinja` of openai/gpt-oss-20b (sha256 a4c9919c...), row by row against it in
-tests/data/test_template.py.
+and a Hugging Face tokenizer it does). Where the template raises, crashes or silently drops something, the record is
+bad. Source: the behaviour of `chat_template.jinja` of openai/gpt-oss-20b (sha256 a4c9919c...), compared record by
+record in tests/data/test_template.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from finetune.data.message import BadRecordError, Message
-from finetune.data.parse_messages import DeclaredTools
+from finetune.data.checks import BadRecordError, JsonObject
+from finetune.data.conversation import DeclaredTools, Message
 
 _FORBIDDEN = ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>")
 _LONGEST_ITEM_TYPE = 50
 _PLAIN_TYPES = {"number": "number", "integer": "number", "boolean": "boolean"}
 
 
-def as_template_writes(index: int, message: Message) -> Message:
-    """Bring a message to what, written as harmony's, has the template's tokens.
+def to_template_form(index: int, message: Message) -> Message:
+    """Change a message so that harmony's encoding of it gives the template's tokens.
 
-    A tool's result is JSON-quoted; text beside a tool call is analysis.
+    A tool's result is JSON-quoted; text beside a tool call becomes analysis.
 
     Args:
-        index: its place in the conversation, from 0.
+        index: its index in the conversation.
         message: the message.
 
     Raises:
-        BadRecordError: the template has no way to write it.
+        BadRecordError: the template cannot write it.
     """
     place = f"message {index + 1}"
     if message.role == "tool":
@@ -57,7 +57,7 @@ def as_template_writes(index: int, message: Message) -> Message:
 
 
 def developer_text(instructions: str | None, tools: DeclaredTools) -> str:
-    """The developer message's text: instructions, a blank line even if nothing follows, functions.
+    """Write the developer message's text: instructions, a blank line even if nothing follows, functions.
 
     Raises:
         BadRecordError: the template would fail on a function.
@@ -75,7 +75,7 @@ def developer_text(instructions: str | None, tools: DeclaredTools) -> str:
     return "".join(lines) + "} // namespace functions"
 
 
-def _signature(name: str, schema: dict[str, Any]) -> str:
+def _signature(name: str, schema: JsonObject) -> str:
     properties = schema.get("properties")
     if not properties:
         return "()"
@@ -105,8 +105,8 @@ def _parameter(key: str, raw: object, is_required: bool) -> str:
 
 
 def _typescript(raw: object) -> str:
-    """A JSON schema as the template writes it, spaces and line breaks of its own source included."""
-    spec: Mapping[str, Any] = raw if isinstance(raw, dict) else {}
+    """Write a JSON schema as the template does, including the spaces and line breaks of the template's source."""
+    spec: JsonObject = raw if isinstance(raw, dict) else {}
     kind = spec.get("type")
     null = " | null" if spec.get("nullable") else ""
     if kind == "array":
@@ -133,7 +133,7 @@ def _array(items: object) -> str:
     return "any[]" if inner == "object | object" or len(inner) > _LONGEST_ITEM_TYPE else inner + "[]"
 
 
-def _object(spec: Mapping[str, Any]) -> str:
+def _object(spec: JsonObject) -> str:
     properties = spec.get("properties")
     if not properties:
         return "object"
@@ -160,7 +160,7 @@ def _one_of(variants: Sequence[Any]) -> str:
     return " | \n".join(texts)
 
 
-def _list(spec: Mapping[str, Any], key: str) -> list[Any]:
+def _list(spec: JsonObject, key: str) -> list[Any]:
     value = spec.get(key) or []
     if not isinstance(value, list):
         raise _cannot(f"`{key}` in a function's parameters must be a list for the template")

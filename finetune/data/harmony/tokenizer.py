@@ -1,4 +1,4 @@
-"""The published tokenizer, built from the shipped rank file, and openai-harmony's encoding, without a network."""
+"""Build the published tokenizer from the shipped rank file, and load openai-harmony's encoding, without a network."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ START_ID, CHANNEL_ID, CONSTRAIN_ID, MESSAGE_ID = 200006, 200005, 200003, 200008
 END_ID, CALL_ID, RETURN_ID = 200007, 200012, 200002
 END_OF_TEXT_ID = PAD_ID = 199999
 FIRST_CONTROL_ID = 199998
-"""Ids from here on are control tokens; text never encodes to one. Source: data/tokenizer/special_tokens.json."""
+"""Ids from here on are control tokens; text is never encoded as one. Source: data/tokenizer/special_tokens.json."""
 LONGEST_TOKEN_BYTES = 128
-"""No token of o200k stands for more; the longest one is 128 spaces."""
+"""The most bytes of text that one token of o200k encodes: 128 spaces."""
 
 _ENCODINGS_VARIABLE = "TIKTOKEN_ENCODINGS_BASE"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -43,17 +43,17 @@ O200K_PATTERN = "|".join(
         r"\s+",
     ]
 )
-"""How o200k splits text before merging. Source: tiktoken, `openai_public.o200k_base`."""
+"""The pattern by which o200k splits text before merging. Source: tiktoken, `openai_public.o200k_base`."""
 
 
 def rank_file() -> Path:
-    """The shipped `o200k_base.tiktoken`: a plain file, alone of its kind in its directory."""
+    """Path of the shipped `o200k_base.tiktoken`."""
     return shipped_dir("data") / "tokenizer" / "o200k_base.tiktoken"
 
 
 @functools.cache
 def harmony_encoding() -> HarmonyEncoding:
-    """OpenAI's official harmony renderer, reading the shipped ranks unless TIKTOKEN_ENCODINGS_BASE names a directory.
+    """Load OpenAI's harmony renderer with the shipped ranks, unless TIKTOKEN_ENCODINGS_BASE names another directory.
 
     The variable is set only while loading, so that child processes and other libraries see the user's environment.
 
@@ -87,7 +87,7 @@ def write_tokenizer(directory: Path) -> None:
     written: the toolkit renders with openai-harmony and does not ship the template.
 
     Args:
-        directory: made if it does not exist; files of the same names are replaced.
+        directory: created if it does not exist; files of the same names are replaced.
 
     Raises:
         InputError: the shipped rank file is damaged.
@@ -135,7 +135,7 @@ def _build_tokenizer() -> Tokenizer:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every way to make a token from two others, by the rank of the result, then of the left part, then of the right.
+    """Every pair of tokens that joins into one, by the rank of the result, then of the left part, then of the right.
 
     tiktoken stores ranks only; a `tokenizers` BPE wants merges, and this order of them is the published file's.
     """
@@ -164,7 +164,7 @@ def _added_tokens() -> dict[str, int]:
 
 
 def _byte_spelling() -> list[str]:
-    """The character that stands for each byte in byte-level BPE files: itself if it prints, else one from U+0100 on."""
+    """The character that represents each byte in byte-level BPE files: itself if printable, else one from U+0100 on."""
     prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in prints]
     code_points = {byte: byte for byte in prints} | {byte: 256 + i for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""What becomes of a sample that is longer than a row: context is cut from its left, trained tokens never."""
+"""Shorten examples that are longer than a sequence: context is cut from the left, trained tokens never."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ _FEWEST_TEXT_TOKENS = 16
 _LONGEST_CHARACTER_TOKENS = 4
 
 
-def truncate(sample: Example, max_length: int) -> Example | None:
-    """Cut a sample's context from the left until it fits.
+def truncate(example: Example, max_length: int) -> Example | None:
+    """Cut an example's context from the left until it fits.
 
-    Everything from the first message that has a trained token on is kept as it is. Of what stands before it, system and
-    developer messages stay where they fit (the developer's goes first); of the other messages the most that fit are
-    kept, from a user message on, so that no tool result or answer stands without what it belongs to. If not even the
-    last user message fits, the text of the message at the cut loses its beginning and keeps its header.
+    Everything from the first message with a trained token on is kept as it is. Before it, system and developer messages
+    stay where they fit (the developer's goes first); of the other messages the most that fit are kept, from a user
+    message on, so that no tool result or answer remains without the message it belongs to. If not even the last user
+    message fits, the text of the message at the cut loses its beginning and keeps its header.
 
     Args:
-        sample: of any length.
-        max_length: tokens that may be left.
+        example: of any length.
+        max_length: the most tokens that may remain.
 
     Returns:
-        The sample itself if it fits; None if the part that is trained does not, or if it has no message to cut.
+        The example itself if it fits; None if its trained part does not, or if it has no message to cut.
     """
-    if len(sample.ids) <= max_length:
-        return sample
-    starts = np.flatnonzero(sample.ids == START_ID)
-    trained = np.flatnonzero(sample.weights)
+    if len(example.ids) <= max_length:
+        return example
+    starts = np.flatnonzero(example.ids == START_ID)
+    trained = np.flatnonzero(example.weights)
     if not len(starts) or not len(trained) or starts[0] != 0:
         return None
     first = int(np.searchsorted(starts, trained[0], side="right")) - 1
-    bounds = [*starts.tolist(), len(sample.ids)]
+    bounds = [*starts.tolist(), len(example.ids)]
     messages = [range(bounds[number], bounds[number + 1]) for number in range(first)]
-    room = max_length - (len(sample.ids) - bounds[first])
+    room = max_length - (len(example.ids) - bounds[first])
     if room < 0:
         return None
     pinned: list[range] = []
-    num_instructions = sum(_role(sample.ids, message) in ("system", "developer") for message in messages[:2])
+    num_instructions = sum(_role(example.ids, message) in ("system", "developer") for message in messages[:2])
     for message in messages[:num_instructions]:
         if len(message) <= room:
             pinned.append(message)
             room -= len(message)
-    kept = _cut(sample.ids, messages[num_instructions:], room)
-    places = [*pinned, *kept, range(bounds[first], bounds[-1])]
-    where = np.concatenate([np.arange(place.start, place.stop) for place in places])
-    weights = sample.weights[where].copy()
+    kept = _last_messages(example.ids, messages[num_instructions:], room)
+    spans = [*pinned, *kept, range(bounds[first], bounds[-1])]
+    indices = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+    weights = example.weights[indices].copy()
     weights[0] = 0.0
-    return dataclasses.replace(sample, ids=sample.ids[where], weights=weights, channels=sample.channels[where])
+    return dataclasses.replace(example, ids=example.ids[indices], weights=weights, channels=example.channels[indices])
 
 
-def _cut(ids: NDArray[np.int32], messages: Sequence[range], room: int) -> list[range]:
-    """The places of the last messages that `room` tokens can hold."""
+def _last_messages(ids: NDArray[np.int32], messages: Sequence[range], room: int) -> list[range]:
+    """The spans of the last messages that fit into `room` tokens."""
     sizes = np.cumsum([len(message) for message in reversed(messages)])[::-1]
     for number, message in enumerate(messages):
         if sizes[number] <= room and _role(ids, message) == "user":
@@ -65,13 +65,13 @@ def _cut(ids: NDArray[np.int32], messages: Sequence[range], room: int) -> list[r
     kept: list[range] = []
     for message in reversed(messages):
         if len(message) > room:
-            return [*_beheaded(ids, message, room), *kept]
+            return [*_without_beginning(ids, message, room), *kept]
         kept.insert(0, message)
         room -= len(message)
     return kept
 
 
-def _beheaded(ids: NDArray[np.int32], message: range, room: int) -> list[range]:
+def _without_beginning(ids: NDArray[np.int32], message: range, room: int) -> list[range]:
     """A message's header and as much of the end of its text as fits, from a whole character on; or nothing."""
     text_start = message.start + int(np.argmax(ids[message.start : message.stop] == MESSAGE_ID)) + 1
     cut = message.stop - (room - (text_start - message.start))

@@ -1,15 +1,15 @@
-"""Who holds the adapter and its optimiser, and how gradients meet: one class a kind of topology, the same verbs.
+"""The engine protocol, the engine of replicated adapters, and the choice of an engine by `distributed.kind`.
 
-Every engine averages gradients over processes; a loss that is a share of the whole step's is multiplied by their number
-before it is handed to `backward`. What goes into a checkpoint is whole tensors by name, whichever engine held them, so
-that a run may go on under another one.
+An engine stores the adapter and its optimiser and combines gradients over ranks. Every engine averages gradients; a
+loss that is a share of the whole step's is multiplied by the world size before `backward`. Checkpoints hold whole
+tensors by name, whichever engine stored them, so that a run may resume under another one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -18,78 +18,81 @@ from torch import Tensor, nn
 from finetune.adapters.lora import Adapter
 from finetune.config.derive import deepspeed_settings
 from finetune.config.schema import RunConfig, TrainerConfig
-from finetune.data.batches import Batch
 from finetune.model.build import Base
 from finetune.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
-from finetune.train.world import ALONE, World
+from finetune.train.world import SINGLE_PROCESS, World
 
-MicroStep = Callable[[Batch], Tensor]
-"""Forward pass of a micro-step: its shares of the step's terms, float32 [terms]."""
+Forward = Callable[[], Tensor]
+"""Forward pass of a micro-batch: its shares of the step's terms, float32 [terms]."""
 
 BUCKET_ELEMENTS = 16 << 20
 
 
 class Engine(Protocol):
-    """What the step and the trainer need.
+    """The operations of an optimiser step that differ between topologies.
 
     Attributes:
-        parameters: what this process holds of the adapter, by name.
-        accelerator, processes: who takes part.
-        can_retry: a process may drop a micro-step and begin it again without the others taking part.
+        parameters: the adapter's, or this rank's shards of them, by name.
+        accelerator, world: the ranks of the run.
+        can_retry: a rank may drop a micro-batch and begin it again while the others wait.
     """
 
     parameters: dict[str, nn.Parameter]
     accelerator: Accelerator
-    processes: World
+    world: World
     can_retry: bool
 
-    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> Tensor:
-        """Run a micro-step; `last` of an optimiser step's."""
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups, in which the learning rate is set."""
+
+    def prepare_forward(self, forward: Forward, *, last: bool) -> Forward:
+        """Prepare a micro-batch, the `last` of a step or not; returns the function to call for its forward pass."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-step's gradients."""
+        """Add a micro-batch's gradients."""
 
-    def exchange(self) -> None:
-        """Make gradients the mean over processes, where backward has not done so."""
+    def reduce_gradients(self) -> None:
+        """Average gradients over ranks, where backward has not done so."""
 
     def gradient_norm(self) -> float:
-        """Norm over the whole adapter before clipping; clips, unless `update` does. Not finite if a gradient is not."""
+        """Norm over the whole adapter before clipping; clips, unless `step` does. Not finite if a gradient is not."""
 
-    def update(self, rate: float) -> None:
-        """Make the optimiser's step at this learning rate and forget the gradients."""
+    def step(self) -> None:
+        """Update the parameters."""
 
-    def drop(self) -> None:
-        """Forget the gradients."""
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """A parameter's whole gradient, for the audit. Every process calls it, in the same order."""
+        """A parameter's whole gradient, for the audit. Every rank calls it, in the same order."""
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """The whole adapter on the CPU. Every process calls it."""
+        """The whole adapter on the CPU. Every rank calls it."""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimiser's whole state on the CPU by `parameter name/state name`. Every process calls it."""
+        """The optimiser's whole state on the CPU by `parameter name/state name`. Every rank calls it."""
 
     def load(self, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor] | None) -> None:
-        """Take over what the two above gave, in this run or another; None leaves the optimiser as it is."""
+        """Load tensors as the two methods above return them, of this run or another; None leaves the optimiser."""
 
     def describe(self) -> str:
-        """What runs, for the person and the manifest."""
+        """One line for the log and the manifest."""
 
 
 class Replicated:
-    """`single` and `ddp`: every process holds the whole adapter and optimiser.
+    """`single` and `ddp`: every rank stores the whole adapter and optimiser.
 
-    Gradients are summed over micro-steps where they are and averaged over processes once a step, through Accelerate.
-    torch's DistributedDataParallel would do it inside the last backward pass instead. That hides some of the traffic,
-    which is small (an adapter, not a model), and costs what is wanted more: a process that runs out of memory in a
-    micro-step can say so before the others wait for its gradients, and begin again.
+    Gradients are summed over micro-batches in place and averaged over ranks once per step, through Accelerate. torch's
+    DistributedDataParallel would average inside the last backward pass. That hides some of the traffic, which is small
+    (an adapter, not a model), but a rank that runs out of memory in a micro-batch could then not report it before the
+    others wait for its gradients, and begin again.
 
     Args:
-        parameters: the adapter's, by name, the same on every process.
+        parameters: the adapter's, by name, the same on every rank.
         optimizer: over them.
         config: clipping.
-        accelerator, processes: who takes part.
+        accelerator, world: the ranks of the run.
     """
 
     can_retry = True
@@ -100,26 +103,31 @@ class Replicated:
         optimizer: torch.optim.Optimizer,
         config: TrainerConfig,
         accelerator: Accelerator,
-        processes: World,
+        world: World,
     ) -> None:
         self.parameters, self.optimizer = dict(parameters), optimizer
-        self.max_norm, self.accelerator, self.processes = config.max_grad_norm, accelerator, processes
+        self.max_norm, self.accelerator, self.world = config.max_grad_norm, accelerator, world
 
-    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> Tensor:
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
         """See `Engine`."""
-        return micro_step(batch)
+        return self.optimizer.param_groups
+
+    def prepare_forward(self, forward: Forward, *, last: bool) -> Forward:
+        """See `Engine`."""
+        return forward
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
         self.accelerator.backward(loss)
 
-    def exchange(self) -> None:
+    def reduce_gradients(self) -> None:
         """See `Engine`."""
-        if self.processes.count == 1:
+        if self.world.world_size == 1:
             return
         bucket: list[nn.Parameter] = []
         for parameter in self.parameters.values():
-            if parameter.grad is None:  # a process whose rows reached nothing still takes part
+            if parameter.grad is None:  # a rank whose tokens reached nothing still takes part
                 parameter.grad = torch.zeros_like(parameter)
             if bucket and (
                 sum(p.numel() for p in bucket) + parameter.numel() > BUCKET_ELEMENTS
@@ -141,11 +149,11 @@ class Replicated:
         """See `Engine`."""
         return float(self.accelerator.clip_grad_norm_(self.parameters.values(), self.max_norm or math.inf))
 
-    def update(self, rate: float) -> None:
+    def step(self) -> None:
         """See `Engine`."""
-        step_at(self.optimizer, rate)
+        self.optimizer.step()
 
-    def drop(self) -> None:
+    def zero_grad(self) -> None:
         """See `Engine`."""
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -171,25 +179,17 @@ class Replicated:
 
     def describe(self) -> str:
         """See `Engine`."""
-        if self.processes.count == 1:
+        if self.world.world_size == 1:
             return "single: one process"
-        return f"ddp: {self.processes.count} processes over {self.processes.backend}, gradients averaged once a step"
+        return f"ddp: {self.world.world_size} ranks over {self.world.backend}, gradients averaged once per step"
 
 
-def alone(
+def single_engine(
     parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, config: TrainerConfig
 ) -> Replicated:
     """The engine of one process, for a step outside of a run."""
     on_cpu = all(parameter.device.type == "cpu" for parameter in parameters.values())
-    return Replicated(parameters, optimizer, config, Accelerator(cpu=on_cpu), ALONE)
-
-
-def step_at(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """One update at this learning rate; the gradients are dropped."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    return Replicated(parameters, optimizer, config, Accelerator(cpu=on_cpu), SINGLE_PROCESS)
 
 
 def states_of(optimizer: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -197,17 +197,14 @@ def states_of(optimizer: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.rpartition("/")[2]: value for key, value in optimizer.items() if key.startswith(f"{name}/")}
 
 
-# Which engine carries out a recipe's `distributed.kind`, made and checked.
-
-
-def open_engine(config: RunConfig, base: Base, adapter: Adapter, accelerator: Accelerator, processes: World) -> Engine:
-    """Make the engine that the recipe asks for.
+def open_engine(config: RunConfig, base: Base, adapter: Adapter, accelerator: Accelerator, world: World) -> Engine:
+    """Make the engine of a recipe's `distributed.kind`.
 
     Args:
         config: the recipe.
-        base: with `adapter` attached; for `zero3` and `fsdp2` with its layers dealt out already.
-        adapter: what the engine takes over.
-        accelerator, processes: who takes part.
+        base: with `adapter` attached; for `zero3` and `fsdp2` its layers are sharded already.
+        adapter: its parameters are trained.
+        accelerator, world: the ranks of the run.
 
     Raises:
         MachineError: it cannot run here.
@@ -216,11 +213,11 @@ def open_engine(config: RunConfig, base: Base, adapter: Adapter, accelerator: Ac
     if config.distributed.kind == "fsdp2":
         from finetune.train.engines.fsdp2 import FullySharded
 
-        return FullySharded(base, adapter, trainer, accelerator, processes)
+        return FullySharded(base, adapter, trainer, accelerator, world)
     if settings := deepspeed_settings(config):
         from finetune.train.engines.zero import ZeroSharded
 
-        return ZeroSharded(base, adapter, trainer, accelerator, processes, settings)
+        return ZeroSharded(base, adapter, trainer, accelerator, world, settings)
     parameters = adapter.parameters()
     optimizer = make_optimizer(parameters, trainer, seed=config.seed)
-    return Replicated(parameters, optimizer, trainer, accelerator, processes)
+    return Replicated(parameters, optimizer, trainer, accelerator, world)

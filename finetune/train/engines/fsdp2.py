@@ -1,14 +1,15 @@
-"""`fsdp2`: the adapter dealt out by torch's `fully_shard`, over a base whose layers are dealt out as bytes.
+"""`fsdp2`: the adapter sharded by torch's `fully_shard`, over a base whose layers are sharded as bytes.
 
 Each decoder layer is one unit: its LoRA factors are gathered before the layer runs and freed after it, and their
-gradients are summed straight into each process's part. The base's own tensors are left out (`ignored_params`): they are
-frozen, and finetune/model/shards.py brings them.
+gradients are reduced straight into each rank's shard. The base's own tensors are excluded (`ignored_params`): they are
+frozen, and finetune/model/shards.py gathers them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,10 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import TrainerConfig
-from finetune.data.batches import Batch
 from finetune.errors import MachineError
 from finetune.model.build import Base
-from finetune.train.engines.base import MicroStep, states_of, step_at
+from finetune.train.engines.base import Forward, states_of
 from finetune.train.optim import make_optimizer
 from finetune.train.world import World
 
@@ -35,12 +35,12 @@ class FullySharded:
 
     Args:
         base: with `adapter` attached; its decoder layers become `fully_shard`'s units.
-        adapter: its parameters become parts of themselves.
+        adapter: its parameters become shards.
         config: optimiser and clipping.
-        accelerator, processes: who takes part.
+        accelerator, world: the ranks of the run.
 
     Raises:
-        MachineError: a parameter is not dealt out over all processes.
+        MachineError: a parameter is not sharded over all ranks.
     """
 
     can_retry = False
@@ -51,39 +51,44 @@ class FullySharded:
         adapter: Adapter,
         config: TrainerConfig,
         accelerator: Accelerator,
-        processes: World,
+        world: World,
     ) -> None:
         self.accelerator = accelerator
-        self.processes, self.max_norm = processes, config.max_grad_norm
-        mesh = init_device_mesh(base.device.type, (processes.count,))
+        self.world, self.max_norm = world, config.max_grad_norm
+        mesh = init_device_mesh(base.device.type, (world.world_size,))
         model = base.model.model
         frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
         self._units = [fully_shard(layer, mesh=mesh, ignored_params=frozen) for layer in model.layers]
         self._units.append(fully_shard(model, mesh=mesh, ignored_params=frozen))
         self.parameters = adapter.parameters()
-        self._refuse_whole()
+        self._check_sharded()
         self.optimizer = make_optimizer(self.parameters, config)
 
-    def _refuse_whole(self) -> None:
+    def _check_sharded(self) -> None:
         for name, parameter in self.parameters.items():
-            if not isinstance(parameter, DTensor) or parameter.device_mesh.size() != self.processes.count:
+            if not isinstance(parameter, DTensor) or parameter.device_mesh.size() != self.world.world_size:
                 raise MachineError(
-                    f"fully_shard has not dealt {name} out over {self.processes.count} processes",
+                    f"fully_shard has not sharded {name} over {self.world.world_size} ranks",
                     why="the topology asked for is not the one that would run",
                     fix="please report this with the version of torch",
                 )
 
-    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> Tensor:
-        """See `Engine`. Gradients travel after the last micro-step only."""
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """See `Engine`."""
+        return self.optimizer.param_groups
+
+    def prepare_forward(self, forward: Forward, *, last: bool) -> Forward:
+        """See `Engine`. Gradients are reduced after the last micro-batch only."""
         for unit in self._units:
             unit.set_requires_gradient_sync(last)
-        return micro_step(batch)
+        return forward
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
         loss.backward()
 
-    def exchange(self) -> None:
+    def reduce_gradients(self) -> None:
         """The last backward pass has done it."""
 
     def gradient_norm(self) -> float:
@@ -99,26 +104,26 @@ class FullySharded:
                 gradient.mul_(factor)
         return norm
 
-    def update(self, rate: float) -> None:
+    def step(self) -> None:
         """See `Engine`."""
-        step_at(self.optimizer, rate)
+        self.optimizer.step()
 
-    def drop(self) -> None:
+    def zero_grad(self) -> None:
         """See `Engine`."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """See `Engine`."""
-        return None if parameter.grad is None else _whole(parameter.grad)
+        return None if parameter.grad is None else _gather(parameter.grad)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {name: _whole(parameter.detach()).cpu() for name, parameter in self.parameters.items()}
+        return {name: _gather(parameter.detach()).cpu() for name, parameter in self.parameters.items()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
         return {
-            f"{name}/{key}": _whole(value.detach()).cpu().clone()
+            f"{name}/{key}": _gather(value.detach()).cpu().clone()
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }
@@ -127,21 +132,21 @@ class FullySharded:
         """See `Engine`."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(_dealt(adapter[name], parameter))
+                parameter.copy_(_shard(adapter[name], parameter))
         if optimizer is None:
             return
         for name, parameter in self.parameters.items():
             saved = states_of(optimizer, name)
             if saved:
                 self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else _dealt(value, parameter) for key, value in saved.items()
+                    key: value.clone() if key == "step" else _shard(value, parameter) for key, value in saved.items()
                 }
 
     def describe(self) -> str:
         """See `Engine`."""
         return (
-            f"fsdp2: {self.processes.count} processes over {self.processes.backend}, "
-            f"{len(self.parameters)} adapter tensors dealt out by fully_shard"
+            f"fsdp2: {self.world.world_size} ranks over {self.world.backend}, "
+            f"{len(self.parameters)} adapter tensors sharded by fully_shard"
         )
 
 
@@ -149,13 +154,13 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _gather(tensor: Tensor) -> Tensor:
     whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole.contiguous()
 
 
-def _dealt(whole: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor that every process has."""
+def _shard(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor that every rank has."""
     assert isinstance(like, DTensor)
     placed = whole.to(like.device)
     return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,7 +1,7 @@
-"""`zero1`, `zero2` and `zero3`: the adapter in DeepSpeed's hands.
+"""`zero1`, `zero2` and `zero3`: the adapter is stored and updated by DeepSpeed.
 
-DeepSpeed treats every parameter of the module it is given as its own: it broadcasts them, and in stage 3 deals them
-out. So the base's tensors are made buffers first, and DeepSpeed sees LoRA alone; in `zero3` the base is dealt out by
+DeepSpeed takes over every parameter of the module it is given: it broadcasts them, and in stage 3 shards them. So the
+base's tensors are made buffers first, and DeepSpeed sees LoRA alone; in `zero3` the base is sharded by
 finetune/model/shards.py. Checkpoints are written by us from whole tensors: DeepSpeed's own are pickles.
 """
 
@@ -15,6 +15,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,25 @@ from torch import Tensor, nn
 
 from finetune.adapters.lora import Adapter
 from finetune.config.schema import TrainerConfig
-from finetune.data.batches import Batch
 from finetune.errors import MachineError
 from finetune.model.build import Base
 from finetune.model.experts import PackedExperts
-from finetune.train.engines.base import MicroStep, states_of
+from finetune.train.engines.base import Forward, states_of
 from finetune.train.optim import make_optimizer
 from finetune.train.world import World
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class _Whole(nn.Module):
-    """What DeepSpeed takes for the model: its forward pass is a micro-step."""
+class _MicroBatchModule(nn.Module):
+    """The model as DeepSpeed sees it: its forward pass is a micro-batch's, loss included."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, micro_step: MicroStep, batch: Batch) -> Tensor:
-        return micro_step(batch)
+    def forward(self, forward: Forward) -> Tensor:
+        return forward()
 
 
 class ZeroSharded:
@@ -51,13 +51,13 @@ class ZeroSharded:
 
     Args:
         base: with `adapter` attached; its frozen parameters become buffers.
-        adapter: what DeepSpeed takes over.
+        adapter: its parameters are trained.
         config: optimiser and clipping.
-        accelerator, processes: who takes part.
+        accelerator, world: the ranks of the run.
         settings: DeepSpeed's (`finetune.config.derive`).
 
     Raises:
-        MachineError: DeepSpeed is not installed, cannot build what it needs on a CPU, or runs another stage.
+        MachineError: DeepSpeed is not installed, cannot be compiled on a CPU, or runs another stage.
     """
 
     can_retry = False
@@ -68,53 +68,58 @@ class ZeroSharded:
         adapter: Adapter,
         config: TrainerConfig,
         accelerator: Accelerator,
-        processes: World,
+        world: World,
         settings: dict[str, Any],
     ) -> None:
         self.accelerator = accelerator
-        self.processes, self.stage = processes, int(settings["zero_optimization"]["stage"])
+        self.world, self.stage = world, int(settings["zero_optimization"]["stage"])
         deepspeed = _deepspeed(base.device)
         make_frozen_buffers(base.model)
         self.parameters = adapter.parameters()
-        whole = _Whole(base.model)
+        module = _MicroBatchModule(base.model)
         if self.stage == 3:  # an expert block's factors belong to a module inside it that is never called
-            deepspeed.utils.set_z3_leaf_modules(whole, [PackedExperts], raise_if_not_found=False)
+            deepspeed.utils.set_z3_leaf_modules(module, [PackedExperts], raise_if_not_found=False)
         with contextlib.redirect_stdout(sys.stderr):  # it prints where a command's results go
             self._engine, *_ = deepspeed.initialize(
-                model=whole,
+                model=module,
                 optimizer=make_optimizer(self.parameters, config),
                 config=settings,
                 dist_init_required=False,
             )
         self._zero = self._engine.optimizer
-        self._refuse_other()
+        self._check_topology()
 
-    def _refuse_other(self) -> None:
+    def _check_topology(self) -> None:
         stage, count = self._engine.zero_optimization_stage(), self._engine.dp_world_size
-        dealt = all(hasattr(p, "ds_tensor") == (self.stage == 3) for p in self.parameters.values())
-        if (stage, count) != (self.stage, self.processes.count) or not dealt:
+        is_sharded = all(hasattr(p, "ds_tensor") == (self.stage == 3) for p in self.parameters.values())
+        if (stage, count) != (self.stage, self.world.world_size) or not is_sharded:
             raise MachineError(
-                f"DeepSpeed runs stage {stage} over {count} processes, the recipe says stage {self.stage} over "
-                f"{self.processes.count}",
+                f"DeepSpeed runs stage {stage} over {count} ranks, the recipe says stage {self.stage} over "
+                f"{self.world.world_size}",
                 why="the topology asked for is not the one that would run",
                 fix="please report this with the version of DeepSpeed",
             )
 
-    def forward(self, micro_step: MicroStep, batch: Batch, *, last: bool) -> Tensor:
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
         """See `Engine`."""
+        groups: list[dict[str, Any]] = self._zero.param_groups
+        return groups
+
+    def prepare_forward(self, forward: Forward, *, last: bool) -> Forward:
+        """See `Engine`. DeepSpeed's hooks run around the forward pass of its own module."""
         self._engine.set_gradient_accumulation_boundary(last)
-        result: Tensor = self._engine(micro_step, batch)
-        return result
+        return partial(self._engine, forward)
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def exchange(self) -> None:
+    def reduce_gradients(self) -> None:
         """The backward passes have done it."""
 
     def gradient_norm(self) -> float:
-        """See `Engine`; clipping is left to `update`."""
+        """See `Engine`; clipping is left to `step`."""
         zero = self._zero
         if self.stage == 3:
             groups = zero._get_norm_groups()
@@ -127,14 +132,12 @@ class ZeroSharded:
         # DeepSpeed writes -1 for a norm that is not finite.
         return math.nan if any(norm < 0 for norm in norms) else math.sqrt(sum(norm**2 for norm in norms))
 
-    def update(self, rate: float) -> None:
-        """See `Engine`."""
-        for group in self._zero.param_groups:
-            group["lr"] = rate
+    def step(self) -> None:
+        """See `Engine`; gradients are dropped too."""
         self._engine.step()
 
-    def drop(self) -> None:
-        """Nothing: a run on DeepSpeed ends where gradients are dropped (rules: trainer.on_nonfinite)."""
+    def zero_grad(self) -> None:
+        """Nothing: `step` has done it, and a run on DeepSpeed ends at a step without one (trainer.on_nonfinite)."""
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """See `Engine`."""
@@ -189,14 +192,14 @@ class ZeroSharded:
             _utils().safe_set_full_optimizer_state(parameter, value, key)
 
     def _part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """This process's part of a whole tensor, the last one padded, as stage 3 deals it out."""
+        """This rank's shard of a whole tensor, the last one padded, as in stage 3."""
         size = int(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
-        padded = torch.zeros(size * self.processes.count, device=value.device, dtype=value.dtype)
+        padded = torch.zeros(size * self.world.world_size, device=value.device, dtype=value.dtype)
         padded[: value.numel()] = value.reshape(-1)
-        return padded[self.processes.rank * size : (self.processes.rank + 1) * size]
+        return padded[self.world.rank * size : (self.world.rank + 1) * size]
 
     def _make_states(self, step: Tensor) -> None:
-        """The states that AdamW would make at its first step, for DeepSpeed's flat parameters."""
+        """Make the states that AdamW makes at its first step, for DeepSpeed's flat parameters."""
         inner = self._zero.optimizer
         if self.stage == 3:
             flats = self._zero.fp32_partitioned_groups_flat
@@ -211,15 +214,15 @@ class ZeroSharded:
         """See `Engine`."""
         import deepspeed
 
-        dealt = {1: "optimiser states", 2: "optimiser states and gradients", 3: "the adapter, its states and gradients"}
+        sharded = {1: "optimiser states", 2: "optimiser states and gradients", 3: "adapter, states and gradients"}
         return (
-            f"zero{self.stage}: {self.processes.count} processes over {self.processes.backend}, DeepSpeed "
-            f"{deepspeed.__version__} deals out {dealt[self.stage]}"
+            f"zero{self.stage}: {self.world.world_size} ranks over {self.world.backend}, DeepSpeed "
+            f"{deepspeed.__version__} shards {sharded[self.stage]}"
         )
 
 
 def make_frozen_buffers(model: nn.Module) -> None:
-    """Turn every frozen parameter into a buffer of the same name: the same tensor, that nobody takes for trainable."""
+    """Turn every frozen parameter into a buffer of the same name and tensor, which no library takes for trainable."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and not parameter.requires_grad:

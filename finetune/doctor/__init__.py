@@ -1,1 +1,0 @@
-"""What this machine has, what is missing, and how to mend it."""

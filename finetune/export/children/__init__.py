@@ -1,0 +1,1 @@
+"""Scripts that verify exports in fresh processes; they import nothing of this package."""

@@ -34,7 +34,8 @@ class Difference:
 def compare_runs(reference: Path, tree: Path) -> list[Difference]:
     """Two run directories: metrics, evaluation, adapters, checkpoints, checks."""
     found = list(_metrics(reference / "metrics.jsonl", tree / "metrics.jsonl"))
-    found += _json_values("evaluation.json", *(_read(run / "evaluation.json", run) for run in (reference, tree)))
+    evaluations = [_figures(_read(run / "evaluation.json", run)) for run in (reference, tree)]
+    found += _json_values("evaluation.json", *evaluations)
     manifests = [_read(run / "manifest.json", run) for run in (reference, tree)]
     kept = [{key: manifest[key] for key in MANIFEST if key in manifest} for manifest in manifests]
     found += _json_values("manifest.json", *kept)
@@ -78,6 +79,25 @@ def _metrics(reference: Path, tree: Path) -> Iterator[Difference]:
         yield Difference("metrics.jsonl", f"{len(lines[0])} and {len(lines[1])} lines")
     for number, (one, other) in enumerate(zip(*lines, strict=False), 1):
         yield from _json_values(f"metrics.jsonl line {number}", one, other)
+
+
+def _figures(evaluation: Any) -> Any:
+    """The figures of evaluation.json before and after, from v0.1.0's form and from that of suites."""
+    if "suites" not in evaluation:
+        kept = ("loss", "loss_interval", "accuracy", "accuracy_interval")
+        return {
+            when: {key: evaluation[when][key] for key in kept if key in evaluation[when]}
+            for when in ("before", "after")
+            if evaluation.get(when)
+        }
+    suite = evaluation["suites"][0]
+    figures: dict[str, dict[str, Any]] = {}
+    for when, who in (("before", "base"), ("after", "adapter")):
+        figures[when] = {}
+        for name in ("loss", "accuracy"):
+            if (suite.get(name) or {}).get(who):
+                figures[when] |= {name: suite[name][who]["value"], f"{name}_interval": suite[name][who]["interval"]}
+    return figures
 
 
 def _read(path: Path, root: Path) -> Any:

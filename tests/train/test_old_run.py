@@ -1,7 +1,7 @@
 """A run directory that v0.1.0 (af10aae) wrote still opens, resumes, evaluates and exports.
 
-`fixtures/run_v0_1_0/finished` is a whole run without its checkpoints and report, `stopped` the same run killed after its
-first checkpoint: eight steps on the tiny base, rank 1, on the rows of `make_workplace`, with paths relative to the
+`fixtures/run_v0_1_0/finished` is a whole run without its checkpoints and report, `stopped` the same run killed after
+its first checkpoint: eight steps on the tiny base, rank 1, on the rows of `make_workplace`, with paths relative to the
 directory that they ran in and with the keys of that version.
 """
 

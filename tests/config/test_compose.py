@@ -62,7 +62,7 @@ def test_every_recipe_composes_and_dry_runs(recipe, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert ("36 layers x 128 experts" if size == "120b" else "24 layers x 32 experts") in printed
     records = next(count for word, count in RECORDS.items() if word in recipe)
-    assert f"train: {records} records" in printed
+    assert f"train: {records} examples" in printed
     trainer, data = composed.config.trainer, composed.config.data
     tokens = trainer.micro_batch_size * trainer.gradient_accumulation_steps * data.max_length
     assert f"at most {tokens:,}" in printed

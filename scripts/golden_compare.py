@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from finetune.results import parse_evaluation, to_json
+
 # Keys of JSON files whose values depend on the clock, the place or the version.
 VOLATILE = {
     *("seconds", "minutes", "tokens_per_second", "memory_gib", "peak_memory_gib", "created", "version", "versions"),
@@ -34,14 +36,20 @@ class Difference:
 def compare_runs(reference: Path, tree: Path) -> list[Difference]:
     """Two run directories: metrics, evaluation, adapters, checkpoints, checks."""
     found = list(_metrics(reference / "metrics.jsonl", tree / "metrics.jsonl"))
-    evaluations = [_figures(_read(run / "evaluation.json", run)) for run in (reference, tree)]
-    found += _json_values("evaluation.json", *evaluations)
+    found += _json_values(
+        "evaluation.json", *(_test_figures(run / "evaluation.json", run) for run in (reference, tree))
+    )
     manifests = [_read(run / "manifest.json", run) for run in (reference, tree)]
     kept = [{key: manifest[key] for key in MANIFEST if key in manifest} for manifest in manifests]
     found += _json_values("manifest.json", *kept)
     for folder in ("adapter", "adapter_compact", "checkpoints", "."):
         found += _directories(reference / folder, tree / folder, folder, deep=folder == "checkpoints")
     return found
+
+
+def _test_figures(path: Path, root: Path) -> Any:
+    """Figures of the test set in either form of evaluation.json: version 0.1 had another one."""
+    return to_json(parse_evaluation(_read(path, root)).test)
 
 
 def compare_exports(reference: Path, tree: Path) -> list[Difference]:
@@ -79,25 +87,6 @@ def _metrics(reference: Path, tree: Path) -> Iterator[Difference]:
         yield Difference("metrics.jsonl", f"{len(lines[0])} and {len(lines[1])} lines")
     for number, (one, other) in enumerate(zip(*lines, strict=False), 1):
         yield from _json_values(f"metrics.jsonl line {number}", one, other)
-
-
-def _figures(evaluation: Any) -> Any:
-    """The figures of evaluation.json before and after, from v0.1.0's form and from that of suites."""
-    if "suites" not in evaluation:
-        kept = ("loss", "loss_interval", "accuracy", "accuracy_interval")
-        return {
-            when: {key: evaluation[when][key] for key in kept if key in evaluation[when]}
-            for when in ("before", "after")
-            if evaluation.get(when)
-        }
-    suite = evaluation["suites"][0]
-    figures: dict[str, dict[str, Any]] = {}
-    for when, who in (("before", "base"), ("after", "adapter")):
-        figures[when] = {}
-        for name in ("loss", "accuracy"):
-            if (suite.get(name) or {}).get(who):
-                figures[when] |= {name: suite[name][who]["value"], f"{name}_interval": suite[name][who]["interval"]}
-    return figures
 
 
 def _read(path: Path, root: Path) -> Any:

@@ -51,11 +51,12 @@ class Question:
 
 
 QUESTIONS = (
-    Question("the loss", "train", "kernels/loss_head.py", "token_nll", 4),
-    Question("LoRA on an expert", "train", "kernels/experts.py", "_lora_linear", 4),
+    Question("the loss", "train", "objectives/sft.py", "weighted_nll", 4),
+    Question("LoRA on an expert", "generate", "kernels/experts.py", "_lora_linear", 4),
+    Question("LoRA on an expert, from train", "train", "kernels/experts.py", "_lora_linear", 5),
     Question("the learning rate", "train", "train/optim.py", "learning_rate", 3),
     Question("a checkpoint", "train", "train/checkpoint.py", "save_checkpoint", 3),
-    Question("a record becomes tokens", "train", "data/harmony/encode.py", "encode_text", 3),
+    Question("a record becomes tokens", "data", "data/harmony/encode.py", "encode_text", 3),
     Question("a merge rounds", "export", "rounding/compensate.py", "compensate", 3),
 )
 
@@ -148,13 +149,16 @@ def measure_hops(questions: tuple[Question, ...] = QUESTIONS) -> list[Hops]:
     """Run the commands on a tiny base, in this process, and watch for the questions' functions."""
     from finetune.cli.main import main
 
-    wanted = {(str(PACKAGE / question.file), question.function): question for question in questions}
+    wanted: dict[tuple[str, str, str], Question] = {
+        (question.command, str(PACKAGE / question.file), question.function): question for question in questions
+    }
+    running = ""
     found: dict[str, list[str]] = {}
 
     def watch(frame: FrameType, event: str, _: object) -> None:
         if event != "call":
             return
-        question = wanted.get((frame.f_code.co_filename, frame.f_code.co_name))
+        question = wanted.get((running, frame.f_code.co_filename, frame.f_code.co_name))
         if question is not None:
             files = _files_on_stack(frame)
             if question.name not in found or len(files) < len(found[question.name]):
@@ -175,9 +179,21 @@ def measure_hops(questions: tuple[Question, ...] = QUESTIONS) -> list[Hops]:
         commands = (
             ["base", "tiny", str(place / "base"), "--kind", "random"],
             ["train", "quickstart", *run, *small, "export.survival_examples=0", "export.calibration_tokens=512"],
+            [
+                "data",
+                "preview",
+                "quickstart",
+                "-n",
+                "1",
+                *run[2:],
+                f"data.cache_dir={place / 'other-cache'}",
+                "data.train.cuad.limit=20",
+            ],
+            ["generate", str(place / "run"), "Hello", "--max-tokens", "2"],
             ["export", str(place / "run"), "--to", "mxfp4", "--out", str(place / "merged"), "--no-verify"],
         )
         for command in commands:
+            running = command[0]
             sys.setprofile(watch)
             try:
                 code = main(command)

@@ -60,12 +60,12 @@ class Batch:
 
     @property
     def num_groups(self) -> int:
-        """How many parts the batch can be split into."""
+        """Number of parts that the batch can be split into."""
         return len(self.example_ids) if self.group_sizes is None else len(self.group_sizes)
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens are not padding."""
+        """Number of tokens that are not padding."""
         return int((self.segments != PADDING_SEGMENT).sum())
 
     @property

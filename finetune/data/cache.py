@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from finetune.data.checks import JsonObject
 from finetune.data.example_table import EXAMPLES_FILE, RECORDS_FILE, Tables, TableWriter, open_tables
 from finetune.data.files import broken_file, find_files
 from finetune.data.harmony.tokenizer import RANK_FILE_SHA256
-from finetune.data.sources import SplitName, counts_broken_records, sources_of
+from finetune.data.sources import BadRecord, SplitName, counts_broken_records, sources_of
 from finetune.errors import InputError, MachineError
 from finetune.files import sha256_of, staged_directory
 
@@ -32,6 +33,49 @@ _NOT_IN_KEY = {
 }  # fmt: skip
 
 _NO_CACHE = "set data.cache_dir to a directory with room, or data.cache=false to keep the tokens in memory"
+
+
+MOST_ANSWERS = 1000
+"""Different answers counted per source: far more than a label set has, far fewer than a large source may have."""
+
+
+@dataclass
+class SplitStats:
+    """Counts of one pass over a split's sources.
+
+    Attributes:
+        source_sizes: examples of each source, in order; a source's examples are contiguous.
+        forms: how many records came in which form.
+        unused_keys: key that nothing is read from -> how many of these records have it.
+        num_records: records that gave at least one example.
+        num_tokens, num_trained_tokens: of all examples; trained tokens have a loss weight above 0.
+        num_truncated: examples that lost context to fit.
+        bad_records: records that cannot be used, each with its reason.
+        dropped: records left out because the recipe says so, such as too long ones, each with its reason.
+        answers: per source, how many records have which `answer`; only the first `MOST_ANSWERS` different ones.
+        fingerprint: SHA-256 over the examples' token ids and weights, in order: identifies what is trained, whatever
+            its source.
+    """
+
+    source_sizes: dict[str, int] = field(default_factory=dict)
+    forms: dict[str, int] = field(default_factory=dict)
+    unused_keys: dict[str, int] = field(default_factory=dict)
+    num_records: int = 0
+    num_tokens: int = 0
+    num_trained_tokens: int = 0
+    num_truncated: int = 0
+    bad_records: list[BadRecord] = field(default_factory=list)
+    dropped: list[BadRecord] = field(default_factory=list)
+    answers: dict[str, dict[str, int]] = field(default_factory=dict)
+    fingerprint: str = ""
+
+    @classmethod
+    def from_json(cls, document: JsonObject) -> SplitStats:
+        """Read the output of `dataclasses.asdict`."""
+        stats = cls(**document)
+        stats.bad_records = [BadRecord(**entry) for entry in document["bad_records"]]
+        stats.dropped = [BadRecord(**entry) for entry in document["dropped"]]
+        return stats
 
 
 class CacheEntry:
@@ -49,7 +93,7 @@ class CacheEntry:
         self.directory = root / f"{split}-{_sha256_of(self._key)[:24]}"
         self._staging = self.directory
 
-    def read(self) -> tuple[Tables, JsonObject] | None:
+    def read(self) -> tuple[Tables, SplitStats] | None:
         """Open a whole entry: its tables and statistics. None if there is none, or (with a warning) if it is damaged.
 
         Files are compared with their SHA-256 before they are used.
@@ -63,7 +107,7 @@ class CacheEntry:
                     raise ValueError(f"the contents of {name} have changed")
             if _sha256_of(document["stats"]) != document["sha256"][STATS_FILE]:
                 raise ValueError(f"the contents of {STATS_FILE} have changed")
-            stats: JsonObject = document["stats"]
+            stats = SplitStats.from_json(document["stats"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning(f"the cached tokens in {self.directory} are damaged ({error}); they are made again")
             return None
@@ -85,7 +129,7 @@ class CacheEntry:
             finally:
                 writer.abandon()
 
-    def complete(self, writer: TableWriter, stats: JsonObject) -> None:
+    def complete(self, writer: TableWriter, stats: SplitStats) -> None:
         """Close the tables and store the statistics and all hashes.
 
         Raises:
@@ -98,8 +142,8 @@ class CacheEntry:
                 fix="start again when nothing writes to it any more",
             )
         hashes = {name: sha256_of(self._staging / name) for name in (EXAMPLES_FILE, RECORDS_FILE)}
-        hashes[STATS_FILE] = _sha256_of(stats)
-        document = {"stats": stats, "sha256": hashes, "key": self._key}
+        counts = dataclasses.asdict(stats)
+        document = {"stats": counts, "sha256": hashes | {STATS_FILE: _sha256_of(counts)}, "key": self._key}
         (self._staging / STATS_FILE).write_text(json.dumps(document))
 
 

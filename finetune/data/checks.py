@@ -53,7 +53,7 @@ def checked_text(place: str, key: str, value: object) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
-        raise BadRecordError("broken character", f"{place} holds half a character ({half}) in `{key}`") from None
+        raise BadRecordError("broken character", f"{place} contains half a character ({half}) in `{key}`") from None
     return value
 
 
@@ -71,7 +71,7 @@ def parse_json(text: str, what: str = "the line", *, inside: bool = False) -> An
     kind = "bad JSON inside" if inside else "broken JSON"
 
     def refuse(constant: str) -> None:
-        raise BadRecordError(kind, f"{what} holds {constant}, which is not JSON")
+        raise BadRecordError(kind, f"{what} contains {constant}, which is not JSON")
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -90,20 +90,20 @@ def parse_json(text: str, what: str = "the line", *, inside: bool = False) -> An
     except RecursionError:
         raise BadRecordError(kind, f"{what} nests JSON too deeply") from None
     except ValueError as error:  # an integer with more digits than Python converts
-        raise BadRecordError(kind, f"{what} holds a value that cannot be read: {str(error)[:60]}") from None
+        raise BadRecordError(kind, f"{what} contains a value that cannot be read: {str(error)[:60]}") from None
 
 
 def json_text(what: str, value: object) -> str:
     """Encode a value as the JSON text that both conventions write: only necessary escapes.
 
     Raises:
-        BadRecordError: it holds half a character, or a number that JSON has no form for.
+        BadRecordError: it contains half a character, or a number that JSON has no form for.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode()
     except UnicodeEncodeError:
-        raise BadRecordError("broken character", f"{what} holds half a character") from None
+        raise BadRecordError("broken character", f"{what} contains half a character") from None
     except (ValueError, TypeError) as error:
         raise BadRecordError("bad JSON inside", f"{what} cannot be written as JSON: {error}") from None
     return text

@@ -12,7 +12,7 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 BuiltinTool = Literal["browser", "python"]
 
 FUNCTIONS = "functions."
-"""What harmony writes before the name of a function that the developer declares."""
+"""Namespace that harmony writes before the name of a declared function."""
 BUILTIN_RECIPIENTS: dict[BuiltinTool, tuple[str, ...]] = {
     "browser": ("browser.search", "browser.open", "browser.find"),
     "python": ("python",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,8 +10,8 @@ from dataclasses import dataclass, field
 from finetune import log
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.config.suggest import suggest_word
-from finetune.data.cache import locked_entry
-from finetune.data.checks import BadRecordError, JsonObject
+from finetune.data.cache import MOST_ANSWERS, SplitStats, locked_entry
+from finetune.data.checks import BadRecordError
 from finetune.data.example_table import ExampleTable, RecordTable, TableWriter
 from finetune.data.forms import unused_keys
 from finetune.data.harmony.render import Example, render_examples
@@ -32,48 +31,7 @@ from finetune.data.sources import (
 )
 from finetune.errors import ConfigError, InputError
 
-MOST_ANSWERS = 1000
-"""Different answers counted per source: far more than a label set has, far fewer than a large source may have."""
 _RECORDS_SHOWN = 3
-
-
-@dataclass
-class SplitStats:
-    """Counts of one pass over a split's sources.
-
-    Attributes:
-        source_sizes: examples of each source, in order; a source's examples are contiguous.
-        forms: how many records came in which form.
-        unused_keys: key that nothing is read from -> how many of these records have it.
-        num_records: records that gave at least one example.
-        num_tokens, num_trained_tokens: of all examples; trained tokens have a loss weight above 0.
-        num_truncated: examples that lost context to fit.
-        bad_records: records that cannot be used, each with its reason.
-        dropped: records left out because the recipe says so, such as too long ones, each with its reason.
-        answers: per source, how many records have which `answer`; only the first `MOST_ANSWERS` different ones.
-        fingerprint: SHA-256 over the examples' token ids and weights, in order: identifies what is trained, whatever
-            its source.
-    """
-
-    source_sizes: dict[str, int] = field(default_factory=dict)
-    forms: dict[str, int] = field(default_factory=dict)
-    unused_keys: dict[str, int] = field(default_factory=dict)
-    num_records: int = 0
-    num_tokens: int = 0
-    num_trained_tokens: int = 0
-    num_truncated: int = 0
-    bad_records: list[BadRecord] = field(default_factory=list)
-    dropped: list[BadRecord] = field(default_factory=list)
-    answers: dict[str, dict[str, int]] = field(default_factory=dict)
-    fingerprint: str = ""
-
-    @classmethod
-    def from_json(cls, document: JsonObject) -> SplitStats:
-        """Read what `dataclasses.asdict` gave."""
-        stats = cls(**document)
-        stats.bad_records = [BadRecord(**entry) for entry in document["bad_records"]]
-        stats.dropped = [BadRecord(**entry) for entry in document["dropped"]]
-        return stats
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +76,11 @@ def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> S
     else:
         with locked_entry(config, split) as entry:
             if (found := entry.read()) is not None:
-                tables, stats = found[0], SplitStats.from_json(found[1])
+                tables, stats = found
             else:
                 with entry.writer() as writer:
                     stats = tokenise(config, split, writer)
-                    entry.complete(writer, dataclasses.asdict(stats))
+                    entry.complete(writer, stats)
                 tables = entry.open()
     if check:
         _check_left_out(config, split, stats)
@@ -284,7 +242,7 @@ def describe(split: Split) -> str:
 
 
 def count_kinds(bad_records: Sequence[BadRecord]) -> str:
-    """How many bad records there are of each kind, most frequent first, such as `2 unknown role, 1 too long`."""
+    """Count bad records by kind, most frequent first, such as `2 unknown role, 1 too long`."""
     return ", ".join(f"{count:,} {kind}" for kind, count in Counter(bad.kind for bad in bad_records).most_common())
 
 
@@ -317,7 +275,7 @@ def _empty_split(config: DataConfig, split: SplitName) -> InputError:
     """The error for a split without a record: `validation_split` assigns none to it, or all are broken."""
     given = config.validation_split
     if given.key is None or split == "test":
-        why = "its sources hold no readable record; data.train counts the faults, since it reads the same file"
+        why = "its sources have no readable record; data.train counts the faults, since it reads the same file"
         return InputError(f"data.{split} has no records", why=why, fix="finetune data stats names them")
     direction = "raise" if split == "validation" else "lower"
     return InputError(

@@ -165,20 +165,20 @@ def to_messages(raw: JsonObject, form: DataForm) -> object:
         if raw.get(key) is None:
             raise BadRecordError("key of form missing", f"a record of form `{form}` needs `{key}`")
     if form == "messages":
-        return _with_system(raw, _decoded_list("messages", raw))
+        return _with_system(raw.get("system"), _decoded_list("messages", raw["messages"]))
     if form == "sharegpt":
-        return _from_sharegpt(raw)
+        return _from_sharegpt(raw["conversations"], raw.get("system"))
     if form == "alpaca":
         return _from_alpaca(raw)
     prompt = _as_messages("prompt", raw["prompt"], "user")
-    return _with_system(raw, prompt + _as_messages("completion", raw["completion"], "assistant"))
+    return _with_system(raw.get("system"), prompt + _as_messages("completion", raw["completion"], "assistant"))
 
 
-def _from_sharegpt(raw: JsonObject) -> object:
-    turns = _decoded_list("conversations", raw)
+def _from_sharegpt(conversations: object, system: object) -> object:
+    turns = _decoded_list("conversations", conversations)
     if not isinstance(turns, list):
         raise BadRecordError("no messages", f"`conversations` must be a list, not {shown(turns)}")
-    return _with_system(raw, [_sharegpt_turn(number, turn) for number, turn in enumerate(turns, start=1)])
+    return _with_system(system, [_sharegpt_turn(number, turn) for number, turn in enumerate(turns, start=1)])
 
 
 def _sharegpt_turn(number: int, turn: object) -> JsonObject:
@@ -204,7 +204,7 @@ def _sharegpt_turn(number: int, turn: object) -> JsonObject:
 
 
 def _from_alpaca(raw: JsonObject) -> list[JsonObject]:
-    messages = _system_message(raw)
+    messages = _system_message(raw.get("system"))
     history = raw.get("history")
     if history is not None and not isinstance(history, list):
         raise BadRecordError("bad history", f"`history` must be a list of pairs of texts, not {shown(history)}")
@@ -228,25 +228,24 @@ def _as_messages(key: str, value: object, role: str) -> list[Any]:
     raise BadRecordError(f"{key} is not text", f"`{key}` must be text or a list of messages, not {shown(value)}")
 
 
-def _decoded_list(key: str, raw: JsonObject) -> object:
+def _decoded_list(key: str, value: object) -> object:
     """A value, decoded if it is a list as JSON text, which is how tables without nested types store it."""
-    value = raw[key]
     return parse_json(value, f"`{key}`", inside=True) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
 
-def _with_system(raw: JsonObject, messages: object) -> object:
+def _with_system(system: object, messages: object) -> object:
     """The messages after the record's `system` text, unless they begin with the same one."""
-    system = _system_message(raw)
-    if not isinstance(messages, list) or messages[:1] == system:
+    first = _system_message(system)
+    if not isinstance(messages, list) or messages[:1] == first:
         return messages
-    return system + messages
+    return first + messages
 
 
-def _system_message(raw: JsonObject) -> list[JsonObject]:
+def _system_message(system: object) -> list[JsonObject]:
     """The record's `system` text as a message; none for empty text, which converters write."""
-    if not isinstance(raw.get("system"), str | None):
-        raise BadRecordError("system is not text", f"`system` must be text, not {shown(raw['system'])}")
-    return [{"role": "system", "content": raw["system"]}] if raw.get("system") not in (None, "") else []
+    if not isinstance(system, str | None):
+        raise BadRecordError("system is not text", f"`system` must be text, not {shown(system)}")
+    return [{"role": "system", "content": system}] if system else []
 
 
 def _plain_text(raw: JsonObject) -> Conversation:

@@ -33,7 +33,7 @@ def pack(lengths: Sequence[int], capacity: int, rng: np.random.Generator) -> lis
         ValueError: a length is below 1 or above `capacity` (reading refuses such examples).
     """
     if lengths and not 1 <= min(lengths) <= max(lengths) <= capacity:
-        raise ValueError(f"lengths go from {min(lengths)} to {max(lengths)}; sequences hold 1 to {capacity} tokens")
+        raise ValueError(f"lengths go from {min(lengths)} to {max(lengths)}; sequences take 1 to {capacity} tokens")
     waiting = deque(rng.permutation(len(lengths)).tolist())
     window: deque[int] = deque()
     sequences: list[list[int]] = []
@@ -55,7 +55,7 @@ def pack(lengths: Sequence[int], capacity: int, rng: np.random.Generator) -> lis
 
 
 def packing_efficiency(lengths: Sequence[int], sequences: Sequence[Sequence[int]], capacity: int) -> float:
-    """The share of the sequences' capacity that holds tokens, from 0 to 1.
+    """The share of the sequences' capacity that is filled with tokens, from 0 to 1.
 
     Args:
         lengths: tokens of each example.
@@ -85,7 +85,7 @@ def _fullest_subset(lengths: Sequence[int], room: int) -> list[int]:
 
 
 def epoch_sizes(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
-    """How many examples an epoch takes of each source; the epochs share out the fractions.
+    """Number of examples that an epoch takes of each source; the epochs share out the fractions.
 
     A source gives size x weight. The temperature raises these to 1 / temperature and scales them so that their sum
     stays the same.

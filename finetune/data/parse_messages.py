@@ -115,7 +115,7 @@ class _MessageParser:
         if channel is not None and channel not in CHANNELS:
             raise BadRecordError("unknown channel", f"{place} has {unknown('channel', channel, CHANNELS)}")
         if calls and channel == "final":
-            raise BadRecordError("unknown channel", f"{place} has tool calls, which the final channel cannot hold")
+            raise BadRecordError("unknown channel", f"{place} has tool calls: the final channel has none")
         given = keys.get("content")
         content = "" if calls and given in (None, "") else checked_text(place, "content", given)
         thoughts = [self._thinking, _thinking(place, keys), content if channel == "analysis" and content else None]

@@ -187,8 +187,9 @@ def parse_record(raw: RawRecord, form: DataForm) -> Record:
     Raises:
         BadRecordError: it cannot be used.
     """
+    name = _checked_id(raw.raw.get("id"), raw.where)
     conversation = parse_conversation(raw.raw, form)
-    return Record(_id(raw.raw, raw.where), raw.where, conversation, _answer(raw.raw), dict(raw.fields))
+    return Record(name, raw.where, conversation, _checked_answer(raw.raw.get("answer")), dict(raw.fields))
 
 
 def bad_record(where: str, error: BadRecordError) -> BadRecord:
@@ -276,8 +277,7 @@ def _fields(raw: JsonObject) -> dict[str, str]:
     }
 
 
-def _id(raw: JsonObject, where: str) -> str:
-    value = raw.get("id")
+def _checked_id(value: object, where: str) -> str:
     if value is None:
         return where
     if not isinstance(value, str | int | float) or value == "" or not _is_encodable(str(value)):
@@ -290,8 +290,7 @@ def _is_encodable(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _answer(raw: JsonObject) -> str | None:
-    value = raw.get("answer")
+def _checked_answer(value: object) -> str | None:
     if value is not None and (not isinstance(value, str) or not value.strip()):
         raise BadRecordError(
             "bad answer",

@@ -30,7 +30,7 @@ class LengthStats:
 
     Attributes:
         shortest, median, mean, percentile_95, longest: in tokens.
-        histogram: (low, high, count) of equal bins; a bin holds lengths above low, up to high.
+        histogram: (low, high, count) of equal bins; a bin counts lengths above low, up to high.
     """
 
     shortest: int
@@ -58,11 +58,11 @@ class PackingStats:
     """The sequences of the first epoch, as a run would pack them.
 
     Attributes:
-        max_length: tokens that a sequence holds.
+        max_length: capacity of a sequence in tokens.
         examples: examples that the epoch takes.
         examples_by_source: of each source.
         sequences: sequences that they fill.
-        efficiency: share of the sequences' capacity that holds tokens.
+        efficiency: share of the sequences' capacity that is filled with tokens.
     """
 
     max_length: int

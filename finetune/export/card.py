@@ -10,9 +10,9 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finetune.adapters.store import BaseRecord
 from finetune.config.expert_selection import highest_rank
@@ -55,6 +55,15 @@ _LIMITS = """## Limits of use
 - Figures above hold for the test rows they were measured on. Measure on your own before you rely on it."""
 
 
+@dataclass(frozen=True)
+class _Manifest:
+    """The parts of a run's manifest.json that a card shows; empty without a run."""
+
+    recipe: str | None = None
+    total_steps: int | None = None
+    data: tuple[str, ...] = ()  # one line per split
+
+
 def write_card(path: Path, record: ExportRecord, run: Path | None, commands: Sequence[str] = ()) -> None:
     """Write the card.
 
@@ -64,7 +73,7 @@ def write_card(path: Path, record: ExportRecord, run: Path | None, commands: Seq
         run: the run directory, for recipe, data and evaluation; None: without those parts.
         commands: of an adapter: the command that serves it, and notes on it.
     """
-    manifest, evaluation = _read(run, "manifest.json"), _results(run)
+    manifest, evaluation = _read_manifest(run), _results(run)
     config = _config(run)
     when = "before merging" if record.is_merged else "as it was trained"
     sections = [
@@ -106,9 +115,9 @@ def _serving(record: ExportRecord, commands: Sequence[str]) -> str:
     return "\n\n".join([f"## Serving\n\n```\n{command}\n```", *notes])
 
 
-def _title(record: ExportRecord, manifest: Mapping[str, Any]) -> str:
+def _title(record: ExportRecord, manifest: _Manifest) -> str:
     base = Path(record.base.name or "gpt-oss").name
-    return f"{base}, fine-tuned with {manifest['recipe']}" if "recipe" in manifest else f"{base}, fine-tuned"
+    return f"{base}, fine-tuned with {manifest.recipe}" if manifest.recipe else f"{base}, fine-tuned"
 
 
 def _base(base: BaseRecord) -> str:
@@ -148,7 +157,7 @@ def _survival(record: ExportRecord) -> str:
 # ---- data and attributions
 
 
-def _data(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
+def _data(config: RunConfig | None, manifest: _Manifest) -> str:
     if config is None:
         return "## Data\n\nNot recorded: the adapter was exported without its run."
     lines = []
@@ -158,12 +167,7 @@ def _data(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
     for path in sorted(sources):
         licence = _licence_entry(path, "Licence") or UNKNOWN_LICENCE
         lines.append(f"- `{_shown_name(path)}`, sha256 of its content `{_content_hash(path)}`: {licence}")
-    for split, figures in manifest.get("data", {}).items():
-        lines.append(
-            f"- {split}: {figures['rows']:,} rows, {figures['trained_tokens']:,} of {figures['tokens']:,} tokens "
-            f"trained or scored, fingerprint `{figures['fingerprint']}`"
-        )
-    return "## Data\n\n" + "\n".join(lines) + "\n\nNo rows of it are shown here."
+    return "## Data\n\n" + "\n".join([*lines, *manifest.data]) + "\n\nNo rows of it are shown here."
 
 
 def _content_hash(path: str) -> str:
@@ -247,17 +251,17 @@ def examples_section(config: RunConfig | None) -> str:
 # ---- recipe, evaluation, checks
 
 
-def _recipe(config: RunConfig | None, manifest: Mapping[str, Any]) -> str:
+def _recipe(config: RunConfig | None, manifest: _Manifest) -> str:
     if config is None:
         return ""
     adapter, trainer = config.adapter, config.trainer
     lines = [
         f"- attention rank {adapter.attention.rank}, alpha {adapter.attention.alpha:g}; "
         f"experts rank {_expert_rank(adapter.experts)}, alpha {adapter.experts.alpha:g}",
-        f"- {manifest.get('total_steps', '?')} steps, {trainer.epochs:g} epochs, learning rate "
+        f"- {manifest.total_steps or '?'} steps, {trainer.epochs:g} epochs, learning rate "
         f"{trainer.peak_learning_rate:g}, seed {config.seed}, rows of {config.data.max_length:,} tokens",
     ]
-    return f"## Recipe\n\n`{manifest.get('recipe', '?')}`\n\n" + "\n".join(lines)
+    return f"## Recipe\n\n`{manifest.recipe or '?'}`\n\n" + "\n".join(lines)
 
 
 def _expert_rank(experts: ExpertAdapterConfig) -> str:
@@ -321,10 +325,15 @@ def _results(run: Path | None) -> Evaluation | None:
         return None
 
 
-def _read(run: Path | None, name: str) -> dict[str, Any]:
-    """One of the run's JSON files; {} if it is missing or broken: a card has less in it then."""
+def _read_manifest(run: Path | None) -> _Manifest:
+    """From the run's manifest.json; empty if it is missing or damaged: a card has less in it then."""
     try:
-        content = json.loads((run / name).read_text(encoding="utf-8")) if run else {}
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = json.loads((run / "manifest.json").read_text(encoding="utf-8")) if run else {}
+        data = tuple(
+            f"- {split}: {figures['rows']:,} rows, {figures['trained_tokens']:,} of {figures['tokens']:,} tokens "
+            f"trained or scored, fingerprint `{figures['fingerprint']}`"
+            for split, figures in content.get("data", {}).items()
+        )
+        return _Manifest(content.get("recipe"), content.get("total_steps"), data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _Manifest()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,7 +182,7 @@ def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
         log.warning("not every adapter records its base: whether they belong together is compared by shapes only")
 
 
-def _origin(adapters: Sequence[Weighted], rank: int | None) -> dict[str, Any]:
+def _origin(adapters: Sequence[Weighted], rank: int | None) -> dict[str, list[dict[str, str | float]] | int | None]:
     """What finetune.json records of the parts."""
     return {
         "merged_from": [

@@ -1,4 +1,4 @@
-"""MXFP4: 32 values share one power-of-two scale, each value is a 4-bit float, two to a byte.
+"""MXFP4: 32 values share one power-of-two scale; each value is a 4-bit float, two per byte.
 
 Code bits are sign, exponent (2), mantissa (1); codes 0..7 are the magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6 and bit 3 is the
 sign. A byte's low nibble is the even element. value = code * 2^(scale byte - 127). Everything here keeps the
@@ -25,9 +25,9 @@ SCALE_BIAS = 127
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST_CHOSEN_SCALE = 252  # 6 * 2^125 is finite in float32 and bfloat16, 4 * 2^126 is not
 
-# Blocks handled at a time; scratch is 64 bytes a block and a little (4 MiB, 64 MiB). On a CPU the indices should stay
+# Blocks per iteration; scratch is slightly over 64 bytes per block (4 MiB, 64 MiB). On a CPU the indices should stay
 # in cache: one core wrote 6.2, 6.4 and 1.8 GB of bf16 per CPU second into a reused buffer with 2^14, 2^16 and 2^22
-# (2026-11-22, [2, 5760, 90, 16]; 13 GB of float32). A GPU wants fewer launches (not measured).
+# (2026-11-22, [2, 5760, 90, 16]; 13 GB of float32). A GPU needs fewer launches (not measured).
 _CPU_PIECE_BLOCKS = 1 << 16
 _GPU_PIECE_BLOCKS = 1 << 20
 
@@ -73,10 +73,10 @@ def dequantise(
     *,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Write the values that packed blocks stand for. Exact: bfloat16 and float32 hold every one up to their largest.
+    """Convert packed blocks to values. Exact: bfloat16 and float32 represent every value up to their largest.
 
     Values past the largest finite number of `dtype` (only with scale bytes from 253) become infinite. The byte 255,
-    which OCP reserves for NaN, is read as 2^128: what transformers' `convert_moe_packed_tensors` does, bit for bit.
+    which OCP reserves for NaN, is read as 2^128, as in transformers' `convert_moe_packed_tensors`, bit for bit.
 
     Args:
         blocks: uint8 [..., N, G, 16].
@@ -88,7 +88,7 @@ def dequantise(
         [..., N, G * 32] of `dtype`: `out` if given. Scratch beyond it stays under 5 MiB on a CPU, 70 MiB on a GPU.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together.
+        ValueError: shapes or dtypes do not match.
     """
     _require_blocks(blocks)
     if scales.dtype != torch.uint8 or scales.shape != blocks.shape[:-1]:
@@ -113,7 +113,7 @@ def dequantise(
 
 
 def quantise(weights: torch.Tensor, scales: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round each value to the nearest one that its block can hold (ties to the even code).
+    """Round each value to the nearest one that its block can represent (ties to the even code).
 
     The scale of a block with largest magnitude a is 2^(floor(log2 a) - 2), which puts a between 4 and 8, and one more
     if a would lie above 7, where the largest code, 6, is further away than 4 of the doubled scale (8). Relative RMS
@@ -122,11 +122,11 @@ def quantise(weights: torch.Tensor, scales: torch.Tensor | None = None) -> tuple
         this rule                         0.1125  0.1238  0.1063
         OCP: floor(log2 a) - 2            0.1160  0.1264  0.1127   clips up to a quarter off the largest value
         ceil(log2(a / 6))                 0.1167  0.1322  0.1080   never clips, coarser
-        the better of two, each block     0.1120  0.1226  0.1062   twice the work for half a per cent
+        better of two, per block          0.1120  0.1226  0.1062   twice the work for half a per cent
 
-    Values already on a grid come back as they were: `dequantise(*quantise(dequantise(b, s)))` equals
-    `dequantise(b, s)`. The bytes may differ in two ways that mean nothing: -0 becomes +0, and a block whose largest
-    code is below 4 moves to a smaller scale, where it has larger codes (an all-zero block gets the scale 1).
+    Values already on a grid are unchanged: `dequantise(*quantise(dequantise(b, s)))` equals
+    `dequantise(b, s)`. The bytes may differ in two ways without effect: -0 becomes +0, and a block whose largest
+    code is below 4 moves to a smaller scale, where its codes are larger (an all-zero block gets the scale 1).
 
     Args:
         weights: floating [..., N, K], K a multiple of 32. Rounding works in float32.
@@ -192,9 +192,9 @@ def _midpoints(device: torch.device) -> torch.Tensor:
 
 @lru_cache
 def _value_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What each byte stands for under each scale: [256 * 256], two values of `dtype` seen as one integer.
+    """The two values of every byte under every scale: [256 * 256], two values of `dtype` viewed as one integer.
 
-    One gather then gives both values of a byte, scaled; overflow and subnormals are settled here, in float64.
+    One gather then gives both scaled values of a byte; overflow and subnormals are resolved here, in float64.
     """
     integer = {torch.bfloat16: torch.int32, torch.float32: torch.int64}.get(dtype)
     if integer is None:

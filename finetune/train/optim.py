@@ -32,6 +32,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2", "absmax1", "absmax2")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DROPPED_BITS = 16  # of a float32's mantissa, which bfloat16 has not
 
+State = dict[str, Any]
+"""torch's form of one parameter's optimiser state: tensors and numbers by name."""
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -112,8 +114,8 @@ class _Slot:
     inner: torch.optim.Optimizer
 
     @property
-    def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.inner.state[self.stand_in]
+    def state(self) -> State:
+        state: State = self.inner.state[self.stand_in]
         return state
 
 
@@ -268,7 +270,7 @@ def load_optimizer_tensors(
             }
 
 
-def _states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Mapping[str, Any]]:
+def _states(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, State]:
     if not isinstance(optimizer, PerParameterOptimizer):
         return {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
     if optimizer.states_on_cpu and torch.cuda.is_available():

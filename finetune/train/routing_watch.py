@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ from finetune import log
 from finetune.errors import CheckError
 from finetune.evaluate.usage import (
     Group,
+    UsageFigures,
     group_names,
     heat_pixels,
     token_groups,
@@ -42,8 +42,8 @@ class RoutingSummary:
 
     samples: int
     split: str
-    before: dict[str, Any]
-    after: dict[str, Any]
+    before: UsageFigures
+    after: UsageFigures
     drift: list[float]
 
 
@@ -109,8 +109,8 @@ class RoutingWatch:
         return RoutingSummary(
             samples=len(self._numbers),
             split=self.split.name,
-            before=asdict(usage_figures(self._before.chosen.sum(0))),
-            after=asdict(usage_figures(after.chosen.sum(0))),
+            before=usage_figures(self._before.chosen.sum(0)),
+            after=usage_figures(after.chosen.sum(0)),
             drift=changed_share(self._before, after),
         )
 

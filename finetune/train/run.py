@@ -9,9 +9,8 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from finetune import log
 from finetune.adapters.read_back import live_logits
@@ -30,7 +29,7 @@ from finetune.train.finalize import Result, read_back_examples, why_not_read_bac
 from finetune.train.metrics import memory_gib
 from finetune.train.run_directory import Run
 from finetune.train.session import Session, manifest_record, open_session
-from finetune.train.trainer import Trainer
+from finetune.train.trainer import Trainer, TrainerState
 from finetune.train.watchdog import StopRequest
 from finetune.train.world import World, explain_lost_ranks, open_world
 
@@ -134,6 +133,42 @@ def _write_skipped_records(session: Session, run: Run) -> None:
         log.warning(f"{len(skipped):,} records are left out, all listed in {path}: {first}")
 
 
+@dataclass(frozen=True)
+class SessionSummary:
+    """What manifest.json records at the end of a session, over all sessions of the run.
+
+    Attributes:
+        audit: results of the gradient audits.
+        warnings: each once, in order.
+        loop: counters of the run.
+        minutes: wall time.
+        peak_memory_gib: highest of all sessions.
+    """
+
+    audit: list[str]
+    warnings: list[str]
+    loop: TrainerState
+    minutes: float
+    peak_memory_gib: float
+
+    @classmethod
+    def of(cls, run: Run) -> SessionSummary:
+        """The summary of a run's earlier sessions."""
+        stored = run.read_manifest()
+        minutes, peak = stored.get("minutes", 0.0), stored.get("peak_memory_gib", 0.0)
+        return cls([], stored.get("warnings", []), TrainerState(), minutes, peak)
+
+    def extended(self, trainer: Trainer, seconds: float) -> SessionSummary:
+        """The summary with one more session."""
+        return SessionSummary(
+            audit=trainer.audit_lines,
+            warnings=list(dict.fromkeys([*self.warnings, *log.warnings_so_far()])),
+            loop=trainer.state,
+            minutes=round(self.minutes + seconds / 60, 2),
+            peak_memory_gib=round(max(self.peak_memory_gib, memory_gib(trainer.base.device)), 3),
+        )
+
+
 def _execute(
     session: Session, run: Run, stop: StopRequest, started: float, write_report: WriteReport, *, resumed: bool
 ) -> None:
@@ -141,9 +176,9 @@ def _execute(
     trainer = Trainer(session, run, stop)
     if resumed:
         _restore(trainer, run)
-    earlier = run.read_manifest()
+    earlier = SessionSummary.of(run)
     run.update_manifest(status="running", stopped_by=None, processes=trainer.engine.describe())
-    ending: dict[str, Any] = {"status": "finished"}
+    status, stopped_by = "finished", None
     try:
         with trainer.watchdog, explain_lost_ranks(session.world):
             result = _train_and_evaluate(session, trainer, run)
@@ -152,10 +187,11 @@ def _execute(
             write_result(session, run, result)
     except BaseException as error:
         first_line = (str(error).splitlines() or [""])[0]
-        ending = {"status": "stopped", "stopped_by": f"{type(error).__name__}: {first_line}".removesuffix(": ")}
+        status, stopped_by = "stopped", f"{type(error).__name__}: {first_line}".removesuffix(": ")
         raise
     finally:
-        run.update_manifest(**ending, **session_summary(trainer, earlier, started))
+        summary = earlier.extended(trainer, time.monotonic() - started)
+        run.update_manifest(status=status, stopped_by=stopped_by, **asdict(summary))
         trainer.tracker.close()
         try:
             if run.writes:
@@ -241,21 +277,3 @@ def _choose_best(trainer: Trainer, run: Run) -> None:
         trainer.load_adapter(load_checkpoint(checkpoint_path(run.checkpoints, best)))
     log.info(f"adapter of step {best}: best validation loss {trainer.state.best_loss:.4f}")
     run.update_manifest(adapter_of_step=best)
-
-
-def session_summary(trainer: Trainer, earlier: dict[str, Any], started: float) -> dict[str, Any]:
-    """What manifest.json records at the end of a session: figures over all sessions of the run.
-
-    Args:
-        trainer: of this session.
-        earlier: manifest.json at its start.
-        started: `time.monotonic()` at its start.
-    """
-    minutes = (time.monotonic() - started) / 60
-    return {
-        "audit": trainer.audit_lines,
-        "warnings": list(dict.fromkeys([*earlier.get("warnings", []), *log.warnings_so_far()])),
-        "loop": asdict(trainer.state),
-        "minutes": round(earlier.get("minutes", 0.0) + minutes, 2),
-        "peak_memory_gib": round(max(earlier.get("peak_memory_gib", 0.0), memory_gib(trainer.base.device)), 3),
-    }

@@ -193,6 +193,11 @@ class OptimiserStep:
         """A micro-batch's shares of the step's terms, float32 [terms]: the objective's, then the router's."""
         with record_router(self.base.model) as tape:
             terms = self.objective.terms(self.policy, batch, totals, context)
+        if len(tape.layers) != self.base.checkpoint.arch.num_layers:
+            passes = len(tape.layers) / self.base.checkpoint.arch.num_layers
+            raise ValueError(
+                f"an objective runs one forward pass per micro-batch, this one ran {passes:g} forward passes"
+            )
         tokens = real_tokens(batch).to(self.base.device)
         self.usage.add(tape.layers, tokens)
         terms = terms | self.router.terms(tape.layers, tokens, routing, number)

@@ -34,7 +34,7 @@ ALL_YAML = sorted([*shipped_dir("configs").rglob("*.yaml"), *shipped_dir("recipe
 OWN = "defaults:\n  - override /model: tiny\ndata:\n  train: {mine: {path: mine.jsonl}}\n"
 
 
-ROWS = {"legal": "4,369", "quickstart": "4,369", "medical": "437", "creative": "2,020", "one_batch": "7", "": "400"}
+RECORDS = {"legal": "4,369", "quickstart": "4,369", "medical": "437", "creative": "2,020", "one_batch": "7", "": "400"}
 NO_EVALUATION = [f"evaluate.{key}=null" for key in ("every_steps", "validation_examples", "test_examples")]
 
 
@@ -61,8 +61,8 @@ def test_every_recipe_composes_and_dry_runs(recipe, tmp_path, capsys):
     assert main(["train", recipe, "--dry-run", f"model.path={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert ("36 layers x 128 experts" if size == "120b" else "24 layers x 32 experts") in printed
-    rows = next(rows for word, rows in ROWS.items() if word in recipe)
-    assert f"train: {rows} rows" in printed
+    records = next(count for word, count in RECORDS.items() if word in recipe)
+    assert f"train: {records} examples" in printed
     trainer, data = composed.config.trainer, composed.config.data
     tokens = trainer.micro_batch_size * trainer.gradient_accumulation_steps * data.max_length
     assert f"at most {tokens:,}" in printed

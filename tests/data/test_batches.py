@@ -1,4 +1,4 @@
-"""Batches lay samples side by side without mixing them, and the plan gives every row to one step of its epoch."""
+"""Batches lay examples side by side without mixing them, and the plan gives every sequence to one step of its epoch."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ TRAINER = TrainerConfig(epochs=3, micro_batch_size=2, gradient_accumulation_step
 
 
 @pytest.fixture(scope="module")
-def samples() -> tuple[Example, ...]:
+def examples() -> tuple[Example, ...]:
     return load_split(CONFIG, "train").examples
 
 
-def sample(name: str, *ids: int) -> Example:
+def example(name: str, *ids: int) -> Example:
     weights = np.array([0.0] + [0.5] * (len(ids) - 1), dtype=np.float32)
     return Example(np.array(ids, dtype=np.int32), weights, name, f"file:{name}")
 
 
 def test_collate_by_hand() -> None:
-    batch = collate([[sample("a", 1, 2, 3), sample("b", 4, 5)], [sample("c", 6, 7, 8, 9, 10, 11, 12, 13, 14)]])
+    batch = collate([[example("a", 1, 2, 3), example("b", 4, 5)], [example("c", 6, 7, 8, 9, 10, 11, 12, 13, 14)]])
     assert batch.input_ids.tolist() == [
         [1, 2, 3, 4, 5] + [PAD] * 11,
         [6, 7, 8, 9, 10, 11, 12, 13, 14] + [PAD] * 7,
@@ -46,25 +46,25 @@ def test_collate_by_hand() -> None:
     assert batch.to("cpu").input_ids.equal(batch.input_ids)
 
 
-def test_a_full_row_gets_no_padding() -> None:
-    batch = collate([[sample("a", *range(1, 9))]], pad_id=0)
+def test_a_full_sequence_gets_no_padding() -> None:
+    batch = collate([[example("a", *range(1, 9))]], pad_id=0)
     assert batch.input_ids.shape == (1, 8)
-    assert collate([[sample("a", *range(1, 10))]], pad_id=0).input_ids[0, 9:].tolist() == [0] * 7
+    assert collate([[example("a", *range(1, 10))]], pad_id=0).input_ids[0, 9:].tolist() == [0] * 7
 
 
-def test_collate_refuses_what_would_train_across_samples() -> None:
-    leaking = dataclasses.replace(sample("a", 1, 2), weights=np.ones(2, dtype=np.float32))
+def test_collate_refuses_what_would_train_across_examples() -> None:
+    leaking = dataclasses.replace(example("a", 1, 2), weights=np.ones(2, dtype=np.float32))
     with pytest.raises(ValueError, match="first token"):
-        collate([[sample("b", 3, 4), leaking]])
+        collate([[example("b", 3, 4), leaking]])
     with pytest.raises(ValueError, match="at least one sequence"):
         collate([])
     with pytest.raises(ValueError, match="at least one sequence"):
-        collate([[sample("a", 1, 2)], []])
+        collate([[example("a", 1, 2)], []])
 
 
-def test_samples_can_be_cut_out_of_real_batches_again(samples: tuple[Example, ...]) -> None:
-    plan = BatchPlan(samples, CONFIG, TRAINER, seed=0)
-    by_id = {sample.id: sample for sample in samples}
+def test_examples_are_recovered_from_real_batches(examples: tuple[Example, ...]) -> None:
+    plan = BatchPlan(examples, CONFIG, TRAINER, seed=0)
+    by_id = {example.id: example for example in examples}
     seen = []
     for step in plan.steps(0):
         for micro_step in step:
@@ -85,16 +85,16 @@ def test_samples_can_be_cut_out_of_real_batches_again(samples: tuple[Example, ..
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("micro_batch_size, gradient_accumulation_steps", [(1, 1), (1, 8), (3, 4), (1000, 8)])
-def test_steps_take_every_row_once(
-    samples: tuple[Example, ...], pack: bool, micro_batch_size: int, gradient_accumulation_steps: int
+def test_steps_take_every_sequence_once(
+    examples: tuple[Example, ...], pack: bool, micro_batch_size: int, gradient_accumulation_steps: int
 ) -> None:
     trainer = dataclasses.replace(
         TRAINER, micro_batch_size=micro_batch_size, gradient_accumulation_steps=gradient_accumulation_steps
     )
-    plan = BatchPlan(samples, dataclasses.replace(CONFIG, pack=pack), trainer, seed=0)
+    plan = BatchPlan(examples, dataclasses.replace(CONFIG, pack=pack), trainer, seed=0)
     steps = plan.steps(1)
     assert [row for step in steps for micro_step in step for row in micro_step] == plan.sequences(1)
-    assert sorted(number for row in plan.sequences(1) for number in row) == list(range(len(samples)))
+    assert sorted(number for row in plan.sequences(1) for number in row) == list(range(len(examples)))
     assert (
         all(len(step) == gradient_accumulation_steps for step in steps[:-1])
         and 1 <= len(steps[-1]) <= gradient_accumulation_steps
@@ -105,14 +105,14 @@ def test_steps_take_every_row_once(
         assert all(len(row) == 1 for row in plan.sequences(1))
 
 
-def test_the_plan_is_random_access(samples: tuple[Example, ...]) -> None:
-    """What a resumed run asks for first is what an uninterrupted one asks for last."""
-    plan = BatchPlan(samples, CONFIG, TRAINER, seed=5)
+def test_the_plan_is_random_access(examples: tuple[Example, ...]) -> None:
+    """A resumed run asks first for the step that an uninterrupted run asks for last."""
+    plan = BatchPlan(examples, CONFIG, TRAINER, seed=5)
     in_order = [plan.steps(epoch) for epoch in range(3)]
-    fresh = BatchPlan(samples, CONFIG, TRAINER, seed=5)
+    fresh = BatchPlan(examples, CONFIG, TRAINER, seed=5)
     assert [fresh.steps(epoch) for epoch in (2, 0, 1)] == [in_order[2], in_order[0], in_order[1]]
     assert in_order[0] != in_order[1]
-    assert BatchPlan(samples, CONFIG, TRAINER, seed=6).steps(0) != in_order[0]
+    assert BatchPlan(examples, CONFIG, TRAINER, seed=6).steps(0) != in_order[0]
     flat = [(epoch, index) for epoch, steps in enumerate(in_order) for index in range(len(steps))]
     assert plan.total_steps == len(flat)
     assert [plan.position(step) for step in range(plan.total_steps)] == flat
@@ -127,21 +127,21 @@ def test_the_plan_is_random_access(samples: tuple[Example, ...]) -> None:
     [(1, None, (38,)), (2.5, None, (38, 38, 19)), (0.1, None, (4,)), (2, 40, (38, 2)), (5, 38, (38,)), (1, 99, (38,))],
 )
 def test_epochs_and_max_steps(
-    samples: tuple[Example, ...], epochs: float, max_steps: int | None, expected: tuple[int, ...]
+    examples: tuple[Example, ...], epochs: float, max_steps: int | None, expected: tuple[int, ...]
 ) -> None:
     trainer = dataclasses.replace(TRAINER, epochs=epochs, max_steps=max_steps)
-    plan = BatchPlan(samples, dataclasses.replace(CONFIG, pack=False), trainer, seed=0)
+    plan = BatchPlan(examples, dataclasses.replace(CONFIG, pack=False), trainer, seed=0)
     assert math.ceil(300 / 8) == 38
     assert plan.steps_per_epoch == expected
     assert plan.total_steps == sum(expected)
 
 
 def test_epochs_that_max_steps_leaves_out_are_not_packed(
-    samples: tuple[Example, ...], monkeypatch: pytest.MonkeyPatch
+    examples: tuple[Example, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed: list[int] = []
     rows = BatchPlan.sequences
     monkeypatch.setattr(BatchPlan, "sequences", lambda self, epoch: packed.append(epoch) or rows(self, epoch))
     trainer = dataclasses.replace(TRAINER, epochs=50, max_steps=40)
-    plan = BatchPlan(samples, dataclasses.replace(CONFIG, pack=False), trainer, seed=0)
+    plan = BatchPlan(examples, dataclasses.replace(CONFIG, pack=False), trainer, seed=0)
     assert plan.total_steps == 40 and packed == [0, 1]

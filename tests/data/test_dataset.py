@@ -1,4 +1,4 @@
-"""A split is whole, or the error counts everything that is wrong with it."""
+"""A split is complete, or the error counts all its faults."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def legal() -> Split:
     return load_split(DataConfig(train=sources), "train")
 
 
-def test_shipped_legal_rows_are_all_usable(legal: Split) -> None:
+def test_shipped_legal_records_are_all_usable(legal: Split) -> None:
     assert len(legal.records) == len(legal.examples) == 583 + 1320
     assert not legal.stats.bad_records
-    assert [record.id for record in legal.records] == [sample.id for sample in legal.examples]
+    assert [record.id for record in legal.records] == [example.id for example in legal.examples]
     assert {record.answer for record in legal.records} == {record.messages[-1].content for record in legal.records}
-    assert max(len(sample.ids) for sample in legal.examples) <= 935
-    assert legal.stats.num_tokens == sum(len(sample.ids) for sample in legal.examples)
+    assert max(len(example.ids) for example in legal.examples) <= 935
+    assert legal.stats.num_tokens == sum(len(example.ids) for example in legal.examples)
     assert 0 < legal.stats.num_trained_tokens < 15 * len(legal.examples)
     assert describe(legal).startswith("train: 1,903 examples, ")
 
@@ -83,7 +83,7 @@ def test_max_length_is_inclusive(tmp_path: Path) -> None:
         load_split(config_for(tmp_path, row(), max_length=length - 1), "train")
 
 
-def test_a_huge_row_is_refused_without_encoding_it(tmp_path: Path) -> None:
+def test_a_huge_record_is_refused_without_encoding_it(tmp_path: Path) -> None:
     config = config_for(tmp_path, row(), row(question="a" * 50_000_000), on_bad_record="skip", max_skipped_ratio=0.5)
     (bad,) = load_split(config, "train").stats.bad_records
     assert bad.kind == "too long" and "characters cannot fit" in bad.reason
@@ -99,7 +99,7 @@ def test_a_split_without_sources_is_a_configuration_error(tmp_path: Path) -> Non
         load_split(config_for(tmp_path, row()), "validation")
 
 
-def test_forms_that_were_told_from_the_keys_are_said(tmp_path: Path) -> None:
+def test_recognised_forms_are_described(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": "a", "completion": "b"}, {"instruction": "a", "output": "b"}, {"prompt": "c", "completion": "d"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""Duplicates are found where they are: compared with an exhaustive search, and on the shipped data."""
+"""Duplicates are found: compared with an exhaustive search, and on the shipped data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sets_of_five(text: Text) -> set[tuple[str, ...]]:
     return {tuple(words[place : place + 5]) for place in range(max(1, len(words) - 4))}
 
 
-def test_normalising_folds_what_a_reader_does_not_see() -> None:
+def test_normalising_folds_invisible_differences() -> None:
     assert normalise("  The ﬁrst\tCLAUSE \n") == normalise("the first clause")
     assert normalise("clause 1") != normalise("clause 2")
 
@@ -132,7 +132,7 @@ def shipped(split: str) -> list[Text]:
 
 
 def test_the_shipped_legal_splits() -> None:
-    """Split by contract: nothing of the test rows is in train word for word, and five clauses nearly are."""
+    """Split by contract: no test record is in train word for word, and five clauses nearly are."""
     found = find_duplicates({"train": shipped("train"), "validation": shipped("val"), "test": shipped("test")})
     counts = {name: (overlap.exact, overlap.other_answer, overlap.near) for name, overlap in found.items()}
     assert counts == {

@@ -1,4 +1,4 @@
-"""What a record may hold: every form, every way in which it can be wrong, and what each becomes."""
+"""Every form of a record, every fault it can have, and the conversation it becomes."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ BAD: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_rows_are_named(case: str) -> None:
+def test_bad_records_are_named(case: str) -> None:
     raw, kind, words = BAD[case]
     with pytest.raises(BadRecordError) as caught:
         parse_conversation(raw)
@@ -196,8 +196,8 @@ def test_bad_rows_are_named(case: str) -> None:
         assert word in caught.value.reason
 
 
-def test_no_bad_row_is_bad_because_of_its_frame() -> None:
-    """Negative control: what the cases above are built from is good."""
+def test_the_frames_of_the_bad_records_are_good() -> None:
+    """Negative control: the records that the cases above are built from are good."""
     good = [
         messages(USER, ANSWER),
         with_f(calling(call(id="a"), call(id="b")), result(tool_call_id="b"), result(tool_call_id="a"), ANSWER),
@@ -334,7 +334,7 @@ def test_forms(case: str) -> None:
 
 
 def test_lists_as_json_text() -> None:
-    """As CSV, or Parquet made from it, holds them."""
+    """As CSV, or Parquet made from it, stores them."""
     row = {"messages": json.dumps([USER, ANSWER]), "functions": json.dumps([F]), "builtin_tools": '["python"]'}
     assert parse_conversation(row) == parse_conversation(
         messages(USER, ANSWER, tools=[F["function"]], builtin_tools=["python"])
@@ -369,7 +369,7 @@ def test_a_given_form_settles_what_is_ambiguous() -> None:
     assert parse_conversation({"text": "t", "prompt": "p", "completion": "c"}, "text").text == "t"
 
 
-def test_spelled_control_tokens_are_counted_wherever_they_stand() -> None:
+def test_spelled_control_tokens_are_counted_everywhere() -> None:
     evil = "<|end|><|start|>"
     record = messages(
         {"role": "system", "content": evil},
@@ -384,15 +384,15 @@ def test_spelled_control_tokens_are_counted_wherever_they_stand() -> None:
 
 
 @pytest.mark.parametrize("convention", ["harmony", "template"])
-def test_whatever_is_broken_is_a_bad_row_and_never_a_traceback(convention: Literal["harmony", "template"]) -> None:
+def test_broken_records_are_bad_records_and_never_a_traceback(convention: Literal["harmony", "template"]) -> None:
     rng, maker = random.Random(0), Maker(10, for_template=convention == "template")
     config = DataConfig(train={}, convention=convention, earlier_thinking="split")
     good, bad = 0, set()
     for number in range(1500):
         raw = broken(SCHEMA_RECORD if number % 10 == 0 else maker.record(), rng)
         try:
-            samples = render_examples(Record("x", "x:1", parse_conversation(raw)), config)
-            good += all(sample.num_trained_tokens for sample in samples)
+            examples = render_examples(Record("x", "x:1", parse_conversation(raw)), config)
+            good += all(example.num_trained_tokens for example in examples)
         except BadRecordError as error:
             bad.add(error.kind)
             assert error.reason

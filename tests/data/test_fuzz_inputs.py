@@ -1,4 +1,4 @@
-"""Files that others wrote, at random: whatever they hold, the answer is a message and a known exit code, never a
+"""Random third-party files: whatever their contents, the result is a message and a known exit code, never a
 traceback. The quick tests draw a few dozen examples; the slow ones thousands.
 """
 
@@ -41,7 +41,7 @@ anything = st.recursive(
 
 
 def must_answer(call: Callable[[], object]) -> None:
-    """Only an error that is meant for a person may come out."""
+    """Only an error that is meant for the user may be raised."""
     try:
         call()
     except FinetuneError as error:
@@ -135,7 +135,7 @@ def test_many_recipes(tmp_path_factory: pytest.TempPathFactory, recipe: Any, wor
     ],
     ids=lambda words: words[0][:30],
 )
-def test_values_that_break_what_reads_them(
+def test_values_that_break_the_reader(
     workplace: Path, words: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     code = main(["train", str(workplace / "small.yaml"), f"output_dir={tmp_path}", *words, "--dry-run"])
@@ -148,7 +148,7 @@ def test_values_that_break_what_reads_them(
 @pytest.mark.parametrize(
     "text", ["a: " + deep(3000), 'name: "\\ud800"', 'name: "a\\0b"', "seed: " + "9" * 5000, "\x00"]
 )
-def test_yaml_that_breaks_what_reads_it(tmp_path: Path, text: str) -> None:
+def test_yaml_that_breaks_the_reader(tmp_path: Path, text: str) -> None:
     check_recipe(tmp_path, text, [])
 
 
@@ -201,7 +201,7 @@ def test_many_headers(tmp_path_factory: pytest.TempPathFactory, header: bytes, l
     ],
     ids=lambda header: header[:40],
 )
-def test_headers_that_break_what_reads_them(tmp_path: Path, header: str) -> None:
+def test_headers_that_break_the_reader(tmp_path: Path, header: str) -> None:
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(4))
     with pytest.raises(FinetuneError, match="broken safetensors header"):
         read_header(tmp_path / "x")
@@ -320,5 +320,5 @@ def test_examples(tmp_path_factory: pytest.TempPathFactory, given_lines: list[by
 @pytest.mark.slow
 @LONG
 @given(given_lines=st.lists(lines, max_size=3), on_bad_record=st.sampled_from(["stop", "skip"]))
-def test_many_rows(tmp_path_factory: pytest.TempPathFactory, given_lines: list[bytes], on_bad_record: str) -> None:
+def test_many_records(tmp_path_factory: pytest.TempPathFactory, given_lines: list[bytes], on_bad_record: str) -> None:
     check_rows(tmp_path_factory.mktemp("rows"), given_lines, on_bad_record)

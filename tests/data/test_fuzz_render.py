@@ -74,7 +74,7 @@ def opening(raw: dict[str, Any]) -> list[Message]:
 
 
 def harmony_messages(raw: dict[str, Any]) -> list[Message]:
-    """Everything the record holds, thinking of all turns included, as harmony's documents write it."""
+    """The whole record, thinking of all turns included, as in harmony's documentation."""
     messages = opening(raw)
     recipients: dict[str, str] = {}
     for message in raw["messages"]:
@@ -140,7 +140,7 @@ def kind_of(message: Message) -> Channel:
 
 
 def expected_weights(messages: list[Message], ids: list[int], loss: LossConfig) -> list[float]:
-    """Weights of the last turn, from where `<|start|>` stands in the ids (no text encodes to it)."""
+    """Weights of the last turn, from the `<|start|>` in the ids (no text encodes to it)."""
     weight = {
         Channel.CONTEXT: 0.0,
         Channel.ANALYSIS: loss.analysis,
@@ -165,8 +165,8 @@ def test_whole_conversations_equal_openai_harmony() -> None:
     for raw in records(seed=1, count=2000):
         messages = harmony_messages(raw)
         dropped = without_earlier_thinking(messages)
-        (sample,) = render_examples(record_of(raw), CONFIG)
-        assert sample.ids.tolist() == render(dropped), raw
+        (example,) = render_examples(record_of(raw), CONFIG)
+        assert example.ids.tolist() == render(dropped), raw
         if len(dropped) < len(messages):
             (whole,) = render_examples(record_of(raw), kept)
             assert whole.ids.tolist() == render(messages), raw
@@ -178,34 +178,34 @@ def test_weights_follow_channels() -> None:
     config = replace(CONFIG, loss=SOME)
     for raw in records(seed=2, count=600):
         messages = without_earlier_thinking(harmony_messages(raw))
-        (sample,) = render_examples(record_of(raw), config)
-        ids = sample.ids.tolist()
-        assert sample.weights.tolist() == expected_weights(messages, ids, SOME), raw
-        assert ids[-1] in (RETURN, CALL) and sample.weights[-1] > 0
-        starts = np.cumsum(sample.ids == 200006) - 1
-        assert [Channel(value) for value in sample.channels % HEADER] == [kind_of(messages[index]) for index in starts]
-        assert np.all(sample.channels[sample.ids >= FIRST_CONTROL_ID] >= HEADER), "control tokens are no content"
+        (example,) = render_examples(record_of(raw), config)
+        ids = example.ids.tolist()
+        assert example.weights.tolist() == expected_weights(messages, ids, SOME), raw
+        assert ids[-1] in (RETURN, CALL) and example.weights[-1] > 0
+        starts = np.cumsum(example.ids == 200006) - 1
+        assert [Channel(value) for value in example.channels % HEADER] == [kind_of(messages[index]) for index in starts]
+        assert np.all(example.channels[example.ids >= FIRST_CONTROL_ID] >= HEADER), "control tokens are no content"
 
 
-def test_each_turn_is_trained_in_the_context_it_will_see() -> None:
+def test_each_turn_is_trained_in_its_inference_context() -> None:
     config = replace(CONFIG, earlier_thinking="split", loss=SOME)
     for raw in records(seed=3, count=600):
-        samples = render_examples(record_of(raw), config)
+        examples = render_examples(record_of(raw), config)
         turns = list(turns_of(harmony_messages(raw)))
-        assert len(samples) == len(turns)
-        for sample, messages in zip(samples, turns, strict=True):
-            ids = sample.ids.tolist()
+        assert len(examples) == len(turns)
+        for example, messages in zip(examples, turns, strict=True):
+            ids = example.ids.tolist()
             assert ids == render(messages), raw
-            assert sample.weights.tolist() == expected_weights(messages, ids, SOME), raw
+            assert example.weights.tolist() == expected_weights(messages, ids, SOME), raw
 
 
 def test_prompt_is_a_prefix_and_the_rest_parses_back() -> None:
     encoding = harmony_encoding()
     for raw in records(seed=4, count=600):
         record = record_of(raw)
-        (sample,) = render_examples(record, CONFIG)
+        (example,) = render_examples(record, CONFIG)
         prompt = render_prompt(record, CONFIG)
-        ids = sample.ids.tolist()
+        ids = example.ids.tolist()
         assert ids[: len(prompt)] == prompt
         parsed = encoding.parse_messages_from_completion_tokens(ids[len(prompt) :], Role.ASSISTANT)
         said = harmony_messages(raw)
@@ -230,8 +230,8 @@ def test_these_checks_can_fail() -> None:
     differs = {"auto drop": 0, "content type": 0, "keep": 0}
     for raw in records(seed=1, count=200):
         messages = harmony_messages(raw)
-        (sample,) = render_examples(record_of(raw), CONFIG)
-        ids = sample.ids.tolist()
+        (example,) = render_examples(record_of(raw), CONFIG)
+        ids = example.ids.tolist()
         differs["auto drop"] += encoding.render_conversation_for_training(Conversation.from_messages(messages)) != ids
         plain = [replace_content_type(message) for message in without_earlier_thinking(messages)]
         differs["content type"] += render(plain) != ids
@@ -248,5 +248,5 @@ def test_many_more_conversations() -> None:
     """20,000 conversations; about two minutes."""
     for raw in records(seed=6, count=20_000):
         messages = harmony_messages(raw)
-        (sample,) = render_examples(record_of(raw), CONFIG)
-        assert sample.ids.tolist() == render(without_earlier_thinking(messages)), raw
+        (example,) = render_examples(record_of(raw), CONFIG)
+        assert example.ids.tolist() == render(without_earlier_thinking(messages)), raw

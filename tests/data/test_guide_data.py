@@ -68,7 +68,7 @@ def test_every_recipe_of_the_guide_runs(folder: Path, text: str) -> None:
     assert splits or "hub://" in text
 
 
-def test_they_do_what_the_guide_says(folder: Path) -> None:
+def test_recipes_give_the_results_of_the_guide(folder: Path) -> None:
     topics = ("limit: 100", "customer", "truncate", "on_bad_record")
     by_topic = {topic: load(next(text for text in RECIPES if topic in text)) for topic in topics}
     sizes = dict(by_topic["limit: 100"]["train"].stats.source_sizes)

@@ -26,14 +26,14 @@ RECORDS = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", GUIDE
 
 @pytest.mark.parametrize("raw", RECORDS, ids=lambda raw: next(iter(raw)))
 def test_examples_render(raw: dict[str, object]) -> None:
-    (sample,) = render_examples(Record("x", "x:1", parse_conversation(raw)), DataConfig(train={}))
-    assert sample.num_trained_tokens
+    (example,) = render_examples(Record("x", "x:1", parse_conversation(raw)), DataConfig(train={}))
+    assert example.num_trained_tokens
 
 
 def test_the_first_example_is_written_as_the_guide_says() -> None:
     assert len(RECORDS) == 5
-    (sample,) = render_examples(Record("x", "x:1", parse_conversation(RECORDS[0])), DataConfig(train={}))
-    text = harmony_encoding().decode_utf8(sample.ids.tolist())
+    (example,) = render_examples(Record("x", "x:1", parse_conversation(RECORDS[0])), DataConfig(train={}))
+    text = harmony_encoding().decode_utf8(example.ids.tolist())
     assert text.endswith(
         "<|start|>assistant<|channel|>analysis<|message|>I need the weather.<|end|>"
         "<|start|>assistant<|channel|>commentary<|message|>One moment.<|end|>"

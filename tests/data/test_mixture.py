@@ -1,4 +1,4 @@
-"""What each epoch takes of each source, and the same steps on any number of processes."""
+"""The examples that each epoch takes of each source, and the same steps on any number of ranks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def sources(**weights: float) -> dict[str, SourceConfig]:
     return {name: SourceConfig(path="unused", weight=weight) for name, weight in weights.items()}
 
 
-def samples_of(sizes: dict[str, int], seed: int = 0) -> list[Example]:
-    """Samples of random lengths; the token ids name the source and the sample."""
+def examples_of(sizes: dict[str, int], seed: int = 0) -> list[Example]:
+    """Examples of random lengths; the token ids name the source and the example."""
     rng = np.random.default_rng(seed)
     made = []
     for number, (name, size) in enumerate(sizes.items()):
@@ -48,7 +48,7 @@ def test_sizes_by_hand() -> None:
     st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_sample_of_a_source_equally_often(
+def test_every_example_of_a_source_equally_often(
     given_sources: list[tuple[int, float]], temperature: float, seed: int
 ) -> None:
     sizes = {str(number): size for number, (size, _) in enumerate(given_sources)}
@@ -71,7 +71,7 @@ def test_every_sample_of_a_source_equally_often(
     assert not taken, "no number outside the sources"
 
 
-def test_without_weights_an_epoch_is_every_sample_once() -> None:
+def test_without_weights_an_epoch_is_every_example_once() -> None:
     mixture = Mixture({"a": 5, "b": 3}, sources(a=1, b=1), 1.0, 0)
     assert mixture.examples(0).tolist() == mixture.examples(7).tolist() == list(range(8))
 
@@ -84,7 +84,7 @@ def plan_of(
     trainer = TrainerConfig(
         epochs=3, micro_batch_size=2, gradient_accumulation_steps=gradient_accumulation_steps // world_size
     )
-    return BatchPlan(samples_of(sizes), data, trainer, seed, source_sizes=sizes, rank=rank, world_size=world_size)
+    return BatchPlan(examples_of(sizes), data, trainer, seed, source_sizes=sizes, rank=rank, world_size=world_size)
 
 
 def test_a_mixed_plan_is_random_access_and_follows_its_seed() -> None:
@@ -103,7 +103,7 @@ def test_a_mixed_plan_is_random_access_and_follows_its_seed() -> None:
 
 @pytest.mark.parametrize("pack", [True, False])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_any_number_of_processes_makes_the_same_steps(world_size: int, pack: bool) -> None:
+def test_any_number_of_ranks_makes_the_same_steps(world_size: int, pack: bool) -> None:
     alone = plan_of(pack=pack)
     ranks = [plan_of(world_size, rank, pack=pack) for rank in range(world_size)]
     assert {plan.total_steps for plan in ranks} == {alone.total_steps}
@@ -120,19 +120,19 @@ def test_any_number_of_processes_makes_the_same_steps(world_size: int, pack: boo
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 60), st.integers(0, 99))
 @settings(max_examples=80, deadline=None)
-def test_processes_share_out_every_row_once(
+def test_ranks_share_every_sequence_once(
     world_size: int, gradient_accumulation_steps: int, micro_batch_size: int, count: int, seed: int
 ) -> None:
     trainer = TrainerConfig(micro_batch_size=micro_batch_size, gradient_accumulation_steps=gradient_accumulation_steps)
     data = DataConfig(train={}, max_length=64)
-    samples = samples_of({"a": count}, seed)
-    plans = [BatchPlan(samples, data, trainer, seed, rank=rank, world_size=world_size) for rank in range(world_size)]
+    examples = examples_of({"a": count}, seed)
+    plans = [BatchPlan(examples, data, trainer, seed, rank=rank, world_size=world_size) for rank in range(world_size)]
     dealt = [row for plan in plans for step in plan.steps(0) for micro in step for row in micro]
     assert sorted(dealt) == sorted(plans[0].sequences(0))
     same = {tuple(len(step) for step in plan.steps(0)) for plan in plans}
     assert len(same) == 1
     one = BatchPlan(
-        samples,
+        examples,
         data,
         dataclasses.replace(trainer, gradient_accumulation_steps=gradient_accumulation_steps * world_size),
         seed,
@@ -145,7 +145,7 @@ def test_a_rank_that_does_not_exist_is_refused() -> None:
         plan_of(2, 2)
 
 
-def test_an_empty_micro_step_trains_nothing() -> None:
+def test_an_empty_micro_batch_trains_nothing() -> None:
     batch = plan_of().batch([])
     assert (batch.num_tokens, batch.weight_sum) == (0, 0.0)
     real = plan_of().batch([[0]])
@@ -154,8 +154,8 @@ def test_an_empty_micro_step_trains_nothing() -> None:
         assert (empty.dtype, empty.dim(), len(empty)) == (full.dtype, full.dim(), 1)
 
 
-def test_packed_rows_of_several_sources_leak_nothing() -> None:
-    """Each token's segment holds one sample alone, positions restart, and no token is predicted from another sample."""
+def test_packed_sequences_of_several_sources_leak_nothing() -> None:
+    """Each segment holds one example, positions restart, and no token is predicted from another example."""
     from finetune.model.forward import shift_labels
 
     plan = plan_of()

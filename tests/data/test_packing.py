@@ -1,4 +1,4 @@
-"""Packing loses no sample, splits none, follows its seed, and leaves little room over on real data."""
+"""Packing loses no example, splits none, follows its seed, and leaves little room on real data."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CAPACITIES_AND_LENGTHS = st.integers(1, 300).flatmap(
 
 @given(CAPACITIES_AND_LENGTHS, st.integers(0, 2**32))
 @settings(max_examples=200, deadline=None)
-def test_each_sample_once_and_no_row_too_long(case: tuple[int, list[int]], seed: int) -> None:
+def test_each_example_once_and_no_sequence_too_long(case: tuple[int, list[int]], seed: int) -> None:
     capacity, lengths = case
     rows = pack(lengths, capacity, np.random.default_rng(seed))
-    assert sorted(sample for row in rows for sample in row) == list(range(len(lengths)))
-    assert all(row and sum(lengths[sample] for sample in row) <= capacity for row in rows)
+    assert sorted(example for row in rows for example in row) == list(range(len(lengths)))
+    assert all(row and sum(lengths[example] for example in row) <= capacity for row in rows)
     assert rows == pack(lengths, capacity, np.random.default_rng(seed))
 
 
@@ -40,30 +40,30 @@ def test_fullest_subset_equals_trying_all_subsets(lengths: list[int], room: int)
 @pytest.fixture(scope="module")
 def legal_lengths() -> list[int]:
     source = SourceConfig(path="shipped://legal/cuad_clause_type.jsonl.gz", where={"split": "train"})
-    return [len(sample.ids) for sample in load_split(DataConfig(train={"legal": source}), "train").examples]
+    return [len(example.ids) for example in load_split(DataConfig(train={"legal": source}), "train").examples]
 
 
 @pytest.mark.parametrize("capacity", [2048, 4096])
-def test_efficiency_on_the_legal_rows(legal_lengths: list[int], capacity: int) -> None:
+def test_efficiency_on_the_legal_records(legal_lengths: list[int], capacity: int) -> None:
     assert len(legal_lengths) == 4369
     rows = pack(legal_lengths, capacity, np.random.default_rng(0))
     assert packing_efficiency(legal_lengths, rows, capacity) > 0.99
-    unpacked = [[sample] for sample in range(len(legal_lengths))]
+    unpacked = [[example] for example in range(len(legal_lengths))]
     assert packing_efficiency(legal_lengths, unpacked, capacity) < 0.2, "the measure tells good from bad"
 
 
-def test_seeds_differ_and_rows_mix_the_file(legal_lengths: list[int]) -> None:
+def test_seeds_differ_and_sequences_mix_the_file(legal_lengths: list[int]) -> None:
     first, second = (pack(legal_lengths, 2048, np.random.default_rng(seed)) for seed in (0, 1))
     assert first != second
     means = [np.mean(row) for row in first]
     assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.15, "row order does not follow file order"
-    spread = np.std([np.mean([legal_lengths[sample] for sample in row]) for row in first])
+    spread = np.std([np.mean([legal_lengths[example] for example in row]) for row in first])
     by_length = np.array_split(np.sort(legal_lengths), len(first))
     assert spread < 0.5 * np.std([np.mean(chunk) for chunk in by_length]), "rows mix lengths"
 
 
-def test_a_sample_that_fits_no_row_is_a_bug_of_the_caller() -> None:
-    with pytest.raises(ValueError, match="sequences hold 1 to 8"):
+def test_an_example_that_fits_no_sequence_is_an_error_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="sequences take 1 to 8"):
         pack([3, 9], 8, np.random.default_rng(0))
     with pytest.raises(ValueError, match="from 0"):
         pack([3, 0], 8, np.random.default_rng(0))

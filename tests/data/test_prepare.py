@@ -88,7 +88,7 @@ def address(clone: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def test_over_http_it_is_the_checkouts_file(
+def test_built_over_http_it_equals_the_file_of_the_checkout(
     address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = re.search(
@@ -112,7 +112,7 @@ def test_over_http_it_is_the_checkouts_file(
         assert "changed or damaged" in capsys.readouterr().err
 
 
-def test_what_is_not_the_source_is_refused(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_source_files_are_refused(clone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     abstracts = clone / "data" / "ori_pqal.json"
     whole = abstracts.read_text()
     abstracts.write_text(whole.replace("significant", "insignificant", 1))
@@ -128,7 +128,7 @@ def test_what_is_not_the_source_is_refused(clone: Path, tmp_path: Path, capsys: 
     assert main(["data", "prepare", "medical", "--from", str(clone)]) == 0
 
 
-def test_a_recipe_says_how_to_get_it(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_names_the_command_that_gets_the_data(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = compose_medical()
     with pytest.raises(InputError, match="finetune data prepare medical"):
         load_split(data, "train")
@@ -163,7 +163,7 @@ def test_r_data_files_are_read() -> None:
             read_r_strings(bz2.compress(wrong))
 
 
-def test_passages_are_whole_sentences_and_a_short_end_is_left_out() -> None:
+def test_passages_are_whole_sentences_and_a_short_end_is_omitted() -> None:
     sentence = " ".join(["Word"] * 24) + " end."  # 25 words: 5 make a passage, 8 a continuation, 4 are too few for one
     found = list(passages([f"{sentence} {sentence}", " ".join([sentence] * 20)]))
     assert [[text.count("end.") for text in pair] for pair in found] == [[5, 8]]
@@ -214,7 +214,7 @@ def story_file(title: str, paragraphs: list[str]) -> bytes:
     return f'<html xmlns="http://www.w3.org/1999/xhtml">{page}</html>'.encode()
 
 
-def test_fiction_is_built_as_it_ships(books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fiction_is_built_as_shipped(books: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out" / "fiction.jsonl.gz"
     command = ["data", "prepare", "creative", "--from", str(books), "--out", str(out)]
     assert main(command) == 0
@@ -253,7 +253,7 @@ def clauses() -> dict[str, dict[str, list[str]]]:
     return rows
 
 
-def test_clauses_are_built_as_they_ship(
+def test_clauses_are_built_as_shipped(
     clauses: dict[str, dict[str, list[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table, out = tmp_path / legal.TABLE, tmp_path / "out" / "clauses.jsonl.gz"

@@ -1,4 +1,4 @@
-"""What is shown is what is trained, and nothing in the data can steer a terminal or a browser."""
+"""Previews show the trained tokens, and nothing in the data can steer a terminal or a browser."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ MESSAGES = [
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-def sample_of(config: DataConfig | None = None, name: str = "x", messages: list[dict[str, Any]] = MESSAGES) -> Example:
+def example_of(config: DataConfig | None = None, name: str = "x", messages: list[dict[str, Any]] = MESSAGES) -> Example:
     record = Record(name, f"{name}:1", parse_conversation({"messages": messages}))
     return render_example(record, config or DataConfig(train={}))
 
 
-def test_pieces_are_the_sample_again() -> None:
-    sample = sample_of(DataConfig(train={}, loss=LossConfig(analysis=0.5)))
-    found = pieces(sample)
-    assert sum(piece.num_tokens for piece in found) == len(sample.ids)
-    assert sum(piece.num_tokens for piece in found if piece.weight) == sample.num_trained_tokens
+def test_pieces_join_to_the_example() -> None:
+    example = example_of(DataConfig(train={}, loss=LossConfig(analysis=0.5)))
+    found = pieces(example)
+    assert sum(piece.num_tokens for piece in found) == len(example.ids)
+    assert sum(piece.num_tokens for piece in found if piece.weight) == example.num_trained_tokens
     shown = "".join(piece.text for piece in found)
     assert shown == printable(
-        harmony_encoding().decode(sample.ids.tolist()).replace("exe\u200b\r<|end|>", "exe\u200b\r<\\|end|>")
+        harmony_encoding().decode(example.ids.tolist()).replace("exe\u200b\r<|end|>", "exe\u200b\r<\\|end|>")
     )
     assert {(piece.channel, piece.weight) for piece in found if piece.weight} == {("analysis", 0.5), ("final", 1.0)}
     control = [piece.text for piece in found if piece.is_control]
     assert control[-1] == "<|return|>" and all(re.fullmatch(r"(<\|[a-z]+\|>)+", text) for text in control)
 
 
-def test_without_colour_trained_tokens_stand_in_brackets() -> None:
+def test_without_colour_trained_tokens_are_in_brackets() -> None:
     plain = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4", "thinking": "Easy."}]
-    shown = as_text(sample_of(DataConfig(train={}, loss=LossConfig(analysis=0.25)), messages=plain), colour=False)
+    shown = as_text(example_of(DataConfig(train={}, loss=LossConfig(analysis=0.25)), messages=plain), colour=False)
     assert shown.endswith(
         "<|start|>user<|message|>2 + 2?<|end|><|start|>assistant"
         "[analysis x0.25: <|channel|>analysis<|message|>Easy.<|end|>]"
@@ -62,8 +62,8 @@ def test_without_colour_trained_tokens_stand_in_brackets() -> None:
     assert "\x1b" not in shown
 
 
-def test_colours_say_the_channel_and_context_is_dim() -> None:
-    shown = as_text(sample_of(), colour=True)
+def test_colours_show_the_channel_and_context_is_dim() -> None:
+    shown = as_text(example_of(), colour=True)
     assert "\x1b[33mLet me think.\x1b[0m" in shown
     assert "\x1b[32mAnswer " in shown and "\x1b[2mQuestion " in shown
     assert "\x1b[32;7m<|return|>\x1b[0m" in shown and "\x1b[2;7m<|start|>\x1b[0m" in shown
@@ -72,28 +72,28 @@ def test_colours_say_the_channel_and_context_is_dim() -> None:
 
 
 def test_escapes_in_the_data_are_spelled_out() -> None:
-    sample = sample_of(name=EVIL)
-    raw = harmony_encoding().decode(sample.ids.tolist())
+    example = example_of(name=EVIL)
+    raw = harmony_encoding().decode(example.ids.tolist())
     assert UNSAFE.search(raw), "they are in the tokens"
     for shown in (
-        as_text(sample, colour=False),
-        as_html("t", [sample]),
-        json.dumps(as_json(sample), ensure_ascii=False),
+        as_text(example, colour=False),
+        as_html("t", [example]),
+        json.dumps(as_json(example), ensure_ascii=False),
     ):
         assert not UNSAFE.search(shown)
-    assert "\\x1b]0;title\\x07\\x1b[2J\\x9b31m\\u202egnp" in as_text(sample, colour=False)
+    assert "\\x1b]0;title\\x07\\x1b[2J\\x9b31m\\u202egnp" in as_text(example, colour=False)
     assert printable("tab\tand\nline") == "tab\tand\nline"
 
 
-def test_spelled_control_tokens_are_told_from_real_ones() -> None:
-    shown = as_text(sample_of(), colour=False)
+def test_spelled_control_tokens_differ_from_real_ones() -> None:
+    shown = as_text(example_of(), colour=False)
     assert shown.count("<\\|end|>") == 2
-    sample = sample_of()
-    assert shown.count("<|end|>") == sample.ids.tolist().count(200007)
+    example = example_of()
+    assert shown.count("<|end|>") == example.ids.tolist().count(200007)
 
 
 class Tags(HTMLParser):
-    """Which tags and attributes a browser would see, and the text."""
+    """The tags, attributes and text that a browser would see."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,13 +111,15 @@ class Tags(HTMLParser):
 
 def test_html_is_escaped_everywhere() -> None:
     evil = "</pre></title><img src=x onerror=alert(1)>\"'&amp;"
-    sample = sample_of(name=evil, messages=[{"role": "user", "content": evil}, {"role": "assistant", "content": evil}])
-    page = as_html(evil, [sample])
+    example = example_of(
+        name=evil, messages=[{"role": "user", "content": evil}, {"role": "assistant", "content": evil}]
+    )
+    page = as_html(evil, [example])
     seen = Tags()
     seen.feed(page)
     allowed = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "pre", "span"}
     assert seen.tags <= allowed and seen.attributes <= {"lang", "charset", "http-equiv", "content", "class", "title"}
-    assert "".join(seen.text).count(evil) == 6, "title, heading, sample's id and place, question and answer, as text"
+    assert "".join(seen.text).count(evil) == 6, "title, heading, example's id and place, question and answer, as text"
     broken = Tags()
     broken.feed(page.replace(html.escape(evil), evil))
     assert "img" in broken.tags, "the check sees what escaping prevents"

@@ -231,7 +231,7 @@ def test_json_in_cells_is_read_as_json_in_records_is(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text(text.getvalue())
     good, nan, broken = read(tmp_path / "rows.csv")
     assert isinstance(good, Record) and good.conversation.tools.functions[0].name == "f"
-    assert isinstance(nan, BadRecord) and "`tools` holds NaN" in nan.reason
+    assert isinstance(nan, BadRecord) and "`tools` contains NaN" in nan.reason
     assert isinstance(broken, BadRecord) and broken.kind == "bad JSON inside"
 
 
@@ -342,7 +342,7 @@ def test_members_of_an_array_that_are_no_records(tmp_path: Path) -> None:
     assert (bad.where, bad.kind) == (f"{path}#2", "not an object")
 
 
-def test_a_line_too_long_to_be_a_record_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_too_long_to_be_a_record_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 5_000)
     monkeypatch.setattr(readers, "_PIECE_BYTES", 700)
     path = tmp_path / "rows.jsonl"
@@ -358,7 +358,7 @@ def test_a_line_too_long_to_be_a_record_is_passed_over(tmp_path: Path, monkeypat
     assert [row.where.rsplit(":", 1)[1] for row in found] == list("1234")
 
 
-def test_text_quoted_from_a_row_cannot_steer_the_terminal(tmp_path: Path) -> None:
+def test_text_quoted_from_a_record_cannot_steer_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps("\x1b[31m red \x07") + "\n" + json.dumps({"messages": "\x9b31m\u202e"}) + "\n")
     reasons = " ".join(row.reason for row in read(path) if isinstance(row, BadRecord))

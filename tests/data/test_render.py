@@ -1,4 +1,4 @@
-"""Tokens are openai-harmony's, and exactly what the model has to say is trained.
+"""Tokens are openai-harmony's, and exactly the model's own output is trained.
 
 The fixtures come from openai-harmony itself, called elsewhere; they hold both renderers' ids where they differ.
 """
@@ -55,8 +55,8 @@ def real_records() -> list[Record]:
     return [row for row in rows if isinstance(row, Record)]
 
 
-def trained_text(sample: Example) -> str:
-    return harmony_encoding().decode_utf8(sample.ids[sample.weights > 0].tolist())
+def trained_text(example: Example) -> str:
+    return harmony_encoding().decode_utf8(example.ids[example.weights > 0].tolist())
 
 
 def raw_record(fixture: dict[str, Any], *, as_harmony_was_given: bool) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_template_fixtures(name: str) -> None:
 
 
 def test_fixtures_where_our_policy_is_neithers_default() -> None:
-    """Training keeps the last turn's thinking, and a prompt has none of an answered turn: as the template has it."""
+    """Training keeps the last turn's thinking, and a prompt has none of an answered turn, like the template's."""
     for name in (DROPPED_BY_DEFAULT, KEPT_BETWEEN_ANSWERS):
         fixture = FIXTURES[name]
         assert rendered(fixture, CONFIG) == fixture["template_ids"] != fixture["harmony_ids"]
@@ -99,7 +99,7 @@ def test_fixtures_where_our_policy_is_neithers_default() -> None:
     assert template == spelled["harmony_ids"] != spelled["template_ids"], "text stays text"
 
 
-def test_calls_are_marked_as_the_formats_documents_do() -> None:
+def test_calls_are_marked_as_in_the_format_documentation() -> None:
     fixture = FIXTURES["train ends in tool call"]
     text = harmony_encoding().decode_utf8(rendered(fixture, CONFIG))
     assert text == fixture["harmony_text"].replace("commentary json<", "commentary <|constrain|>json<")
@@ -108,61 +108,61 @@ def test_calls_are_marked_as_the_formats_documents_do() -> None:
 def test_thinking_of_a_single_turn_is_kept() -> None:
     """The template keeps it; openai-harmony's default, whose ids the fixture holds, drops it."""
     fixture = FIXTURES[DROPPED_BY_DEFAULT]
-    sample = render_example(record_of(fixture["messages"]), CONFIG)
-    assert sample.ids.tolist() == fixture["template_ids"] != fixture["harmony_ids"]
+    example = render_example(record_of(fixture["messages"]), CONFIG)
+    assert example.ids.tolist() == fixture["template_ids"] != fixture["harmony_ids"]
 
 
 def test_earlier_turns_lose_their_thinking_and_are_context() -> None:
     fixture = FIXTURES["train 3 turns, past analysis removed by caller for harmony"]
-    sample = render_example(record_of(fixture["messages"]), CONFIG)
-    whole = harmony_encoding().decode_utf8(sample.ids.tolist())
+    example = render_example(record_of(fixture["messages"]), CONFIG)
+    whole = harmony_encoding().decode_utf8(example.ids.tolist())
     assert "t1" not in whole and "t2" not in whole and "a1" in whole and "a2" in whole
-    assert trained_text(sample) == (
+    assert trained_text(example) == (
         "<|channel|>analysis<|message|>t3<|end|><|start|>assistant<|channel|>final<|message|>a3<|return|>"
     )
     prompt = FIXTURES[KEPT_BETWEEN_ANSWERS]["template_ids"]
     assert render_prompt(record_of(fixture["messages"]), CONFIG) == prompt
 
 
-def test_real_records_train_exactly_what_is_said() -> None:
+def test_real_records_train_exactly_the_documented_tokens() -> None:
     records = real_records()
     assert len(records) == 120
     for record in records:
         answer = record.messages[-1]
-        sample = render_example(record, CONFIG)
+        example = render_example(record, CONFIG)
         thinking = (
             f"analysis<|message|>{answer.thinking}<|end|><|start|>assistant<|channel|>" if answer.thinking else ""
         )
-        assert trained_text(sample) == f"<|channel|>{thinking}final<|message|>{answer.content}<|return|>"
-        assert set(np.unique(sample.weights)) == {0.0, 1.0}
-        assert np.all(np.diff(sample.weights) >= 0), "context first, then what is trained"
+        assert trained_text(example) == f"<|channel|>{thinking}final<|message|>{answer.content}<|return|>"
+        assert set(np.unique(example.weights)) == {0.0, 1.0}
+        assert np.all(np.diff(example.weights) >= 0), "context first, then what is trained"
 
 
-def test_prompt_and_answer_make_the_sample() -> None:
+def test_prompt_and_answer_join_to_the_example() -> None:
     for record in real_records():
         answer = record.messages[-1]
         prompt = render_prompt(record, CONFIG)
-        sample = render_example(record, CONFIG)
+        example = render_example(record, CONFIG)
         assert harmony_encoding().decode(prompt[-2:]) == "<|start|>assistant"
-        assert prompt + render_answer(answer.content, answer.thinking) == sample.ids.tolist()
-        assert np.count_nonzero(sample.weights == 0) == len(prompt)
+        assert prompt + render_answer(answer.content, answer.thinking) == example.ids.tolist()
+        assert np.count_nonzero(example.weights == 0) == len(prompt)
 
 
 def test_the_check_above_can_fail() -> None:
-    """Negative control: another answer, or thinking left out, is another sample."""
+    """Negative control: another answer, or thinking left out, is another example."""
     record = real_records()[45]
     answer = record.messages[-1]
     assert answer.thinking
-    sample = render_example(record, CONFIG).ids.tolist()
+    example = render_example(record, CONFIG).ids.tolist()
     prompt = render_prompt(record, CONFIG)
-    assert prompt + render_answer(answer.content) != sample
-    assert prompt + render_answer(answer.content + ".", answer.thinking) != sample
+    assert prompt + render_answer(answer.content) != example
+    assert prompt + render_answer(answer.content + ".", answer.thinking) != example
 
 
-def test_what_is_trained_parses_back_into_the_messages() -> None:
+def test_trained_tokens_parse_back_into_the_messages() -> None:
     for record in real_records():
-        sample = render_example(record, CONFIG)
-        trained = sample.ids[sample.weights > 0].tolist()
+        example = render_example(record, CONFIG)
+        trained = example.ids[example.weights > 0].tolist()
         parsed = harmony_encoding().parse_messages_from_completion_tokens(trained, Role.ASSISTANT)
         said = {message.channel: message.content[0].text for message in parsed}
         answer = record.messages[-1]
@@ -182,16 +182,16 @@ def test_control_tokens_in_text_stay_text(role: str) -> None:
     for message in messages:
         if message["role"] == role:
             message |= {key: evil for key in message.keys() - {"role"}}
-    sample = render_example(record_of(messages), CONFIG)
-    assert np.count_nonzero(sample.ids >= 199_998) == np.count_nonzero(plain.ids >= 199_998)
-    assert evil in harmony_encoding().decode_utf8(sample.ids.tolist())
+    example = render_example(record_of(messages), CONFIG)
+    assert np.count_nonzero(example.ids >= 199_998) == np.count_nonzero(plain.ids >= 199_998)
+    assert evil in harmony_encoding().decode_utf8(example.ids.tolist())
     if role == "assistant":
-        assert trained_text(sample).count(evil) == 2
+        assert trained_text(example).count(evil) == 2
     else:
-        assert trained_text(sample) == trained_text(plain)
+        assert trained_text(example) == trained_text(plain)
 
 
-def test_the_date_is_the_recipes() -> None:
+def test_the_date_comes_from_the_recipe() -> None:
     record = record_of([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
     texts = {
         date: harmony_encoding().decode_utf8(render_prompt(record, DataConfig(train={}, conversation_date=date)))
@@ -238,51 +238,51 @@ ANALYSIS = "<|channel|>analysis<|message|>"
 def test_split_trains_every_turn_as_at_inference(turns: Literal["auto", "all"]) -> None:
     config = replace(CONFIG, earlier_thinking="split", loss=LossConfig(turns=turns))
     plain = [{key: value for key, value in message.items() if key != "thinking"} for message in THREE_TURNS]
-    assert [trained_text(sample) for sample in render_examples(parsed(plain), config)] == [
+    assert [trained_text(example) for example in render_examples(parsed(plain), config)] == [
         f"{FINAL}a{turn}<|return|>" for turn in (1, 2, 3)
     ]
-    samples = render_examples(parsed(THREE_TURNS), config)
-    assert [sample.id for sample in samples] == ["x#1", "x#2", "x#3"]
-    for number, sample in enumerate(samples, start=1):
-        assert trained_text(sample) == f"{ANALYSIS}t{number}<|end|><|start|>assistant{FINAL}a{number}<|return|>"
-        whole = harmony_encoding().decode_utf8(sample.ids.tolist())
+    examples = render_examples(parsed(THREE_TURNS), config)
+    assert [example.id for example in examples] == ["x#1", "x#2", "x#3"]
+    for number, example in enumerate(examples, start=1):
+        assert trained_text(example) == f"{ANALYSIS}t{number}<|end|><|start|>assistant{FINAL}a{number}<|return|>"
+        whole = harmony_encoding().decode_utf8(example.ids.tolist())
         assert [f"t{turn}" in whole for turn in (1, 2, 3)] == [turn == number for turn in (1, 2, 3)]
-        assert sample.num_without_thinking == 0
+        assert example.num_without_thinking == 0
 
 
 def test_all_turns_with_thinking_kept() -> None:
     config = replace(CONFIG, earlier_thinking="keep", loss=LossConfig(turns="all"))
-    sample = render_example(parsed(THREE_TURNS), config)
+    example = render_example(parsed(THREE_TURNS), config)
     said = [f"{ANALYSIS}t{turn}<|end|><|start|>assistant{FINAL}a{turn}" for turn in (1, 2, 3)]
-    assert trained_text(sample) == "".join(said) + "<|return|>", (
+    assert trained_text(example) == "".join(said) + "<|return|>", (
         "no `<|end|>` after an answer: the model writes another"
     )
 
 
 def test_all_turns_with_thinking_dropped_train_no_answer_without_its_thinking() -> None:
     config = replace(CONFIG, loss=LossConfig(turns="all"))
-    sample = render_example(parsed(THREE_TURNS), config)
-    assert trained_text(sample) == f"{ANALYSIS}t3<|end|><|start|>assistant{FINAL}a3<|return|>"
-    assert sample.num_without_thinking == 2
+    example = render_example(parsed(THREE_TURNS), config)
+    assert trained_text(example) == f"{ANALYSIS}t3<|end|><|start|>assistant{FINAL}a3<|return|>"
+    assert example.num_without_thinking == 2
     mixed = [{k: v for k, v in message.items() if v != "t2"} for message in THREE_TURNS]
-    sample = render_example(parsed(mixed), config)
-    assert trained_text(sample).startswith(f"{FINAL}a2{ANALYSIS}t3")
-    assert sample.num_without_thinking == 1
+    example = render_example(parsed(mixed), config)
+    assert trained_text(example).startswith(f"{FINAL}a2{ANALYSIS}t3")
+    assert example.num_without_thinking == 1
 
 
 def test_a_greeting_before_the_first_question_is_context() -> None:
     greeting = {"role": "assistant", "content": "Hello"}
     for policy in ("drop", "keep", "split"):
         config = replace(CONFIG, earlier_thinking=policy, loss=LossConfig(turns="all"))
-        (sample,) = render_examples(parsed([greeting, *THREE_TURNS[:2]]), config)
-        assert "Hello" not in trained_text(sample) and "a1" in trained_text(sample)
+        (example,) = render_examples(parsed([greeting, *THREE_TURNS[:2]]), config)
+        assert "Hello" not in trained_text(example) and "a1" in trained_text(example)
 
 
 def test_each_channel_has_its_weight() -> None:
     loss = LossConfig(analysis=0.0, commentary=0.25, tool_call=2.0, final=1.0)
-    sample = render_example(parsed(TOOL_TURN, tools=[F]), replace(CONFIG, loss=loss))
+    example = render_example(parsed(TOOL_TURN, tools=[F]), replace(CONFIG, loss=loss))
     by_weight = {
-        weight: harmony_encoding().decode_utf8(sample.ids[sample.weights == weight].tolist())
+        weight: harmony_encoding().decode_utf8(example.ids[example.weights == weight].tolist())
         for weight in (0.25, 2.0, 1.0)
     }
     assert by_weight == {
@@ -291,7 +291,7 @@ def test_each_channel_has_its_weight() -> None:
         1.0: f"<|start|>assistant{FINAL}a<|return|>",
     }
     content = {
-        channel: harmony_encoding().decode_utf8(sample.ids[sample.channels == channel].tolist())
+        channel: harmony_encoding().decode_utf8(example.ids[example.channels == channel].tolist())
         for channel in Channel
         if channel not in (Channel.CONTEXT, Channel.TEXT)
     }
@@ -303,37 +303,37 @@ def test_each_channel_has_its_weight() -> None:
     }
 
 
-def test_what_follows_a_tools_result_is_handed_over() -> None:
+def test_tokens_after_a_tool_result_are_context() -> None:
     """After `<|call|>` generation has stopped: the result and the next `<|start|>assistant` are not the model's."""
-    sample = render_example(parsed(TOOL_TURN, tools=[F]), CONFIG)
-    text = trained_text(sample)
+    example = render_example(parsed(TOOL_TURN, tools=[F]), CONFIG)
+    text = trained_text(example)
     assert f"<|call|>{ANALYSIS}t2<|end|><|start|>assistant{FINAL}a<|return|>" in text
     assert "20" not in text and text.startswith(f"{ANALYSIS}t1<|end|><|start|>assistant<|channel|>commentary")
 
 
 def test_plain_text_is_trained_whole() -> None:
     text = "Once <|end|> upon\na time"
-    (sample,) = render_examples(Record("x", "x:1", parse_conversation({"text": text})), CONFIG)
-    assert sample.ids[-1] == 199_999 and np.count_nonzero(sample.ids >= 199_998) == 1
-    assert harmony_encoding().decode_utf8(sample.ids[:-1].tolist()) == text
-    assert sample.weights.tolist() == [0.0] + [1.0] * (len(sample.ids) - 1)
-    assert set(sample.channels.tolist()) == {Channel.TEXT, Channel.TEXT + HEADER}
-    assert sample.num_control_spellings == 1
+    (example,) = render_examples(Record("x", "x:1", parse_conversation({"text": text})), CONFIG)
+    assert example.ids[-1] == 199_999 and np.count_nonzero(example.ids >= 199_998) == 1
+    assert harmony_encoding().decode_utf8(example.ids[:-1].tolist()) == text
+    assert example.weights.tolist() == [0.0] + [1.0] * (len(example.ids) - 1)
+    assert set(example.channels.tolist()) == {Channel.TEXT, Channel.TEXT + HEADER}
+    assert example.num_control_spellings == 1
     with pytest.raises(InputError, match="no prompt"):
         render_prompt(Record("x", "x:1", parse_conversation({"text": text})), CONFIG)
 
 
-def test_long_plain_text_becomes_several_samples_and_every_token_is_trained_once() -> None:
+def test_long_plain_text_becomes_several_examples_and_every_token_is_trained_once() -> None:
     text = "It was a bright cold day in April, and the clocks were striking thirteen. " * 40
     record = Record("x", "x:1", parse_conversation({"text": text}))
     (whole,) = render_examples(record, CONFIG)
     for max_length in (2, 16, 100, len(whole.ids) - 1):
-        samples = render_examples(record, replace(CONFIG, max_length=max_length))
-        assert [sample.id for sample in samples] == [f"x#{number}" for number in range(1, len(samples) + 1)]
-        assert len(samples) > 1 and all(2 <= len(sample.ids) <= max_length for sample in samples)
-        trained = [token for sample in samples for token in sample.ids[sample.weights > 0].tolist()]
+        examples = render_examples(record, replace(CONFIG, max_length=max_length))
+        assert [example.id for example in examples] == [f"x#{number}" for number in range(1, len(examples) + 1)]
+        assert len(examples) > 1 and all(2 <= len(example.ids) <= max_length for example in examples)
+        trained = [token for example in examples for token in example.ids[example.weights > 0].tolist()]
         assert trained == whole.ids[1:].tolist()
-        for before, after in itertools.pairwise(samples):
+        for before, after in itertools.pairwise(examples):
             assert after.ids[0] == before.ids[-1] and after.weights[0] == 0
 
 

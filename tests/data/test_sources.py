@@ -1,4 +1,4 @@
-"""Every way in which a data file can be wrong is named with its file and line, and nothing is dropped in silence."""
+"""Every fault of a data file is named with its file and line, and nothing is silently dropped."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_bad_lines_are_named(tmp_path: Path, case: str) -> None:
         assert text in bad.reason
 
 
-def test_good_rows_are_read_whole(tmp_path: Path) -> None:
+def test_good_records_are_read_whole(tmp_path: Path) -> None:
     thinking = ANSWER | {"thinking": "easy"}
     row = {"id": 7, "answer": "4", "year": 1994, "checked": True, "tags": ["x"]} | messages(USER, thinking)
     path = write(tmp_path / "rows.jsonl", b"\xef\xbb\xbf" + json.dumps(row).encode(), GOOD)
@@ -81,7 +81,7 @@ def test_ids_are_texts_numbers_or_absent(tmp_path: Path) -> None:
     assert ids == [f"{path}:1", "0.5", "1.0", "7", "x"]
 
 
-def test_gzip_is_told_by_content(tmp_path: Path) -> None:
+def test_gzip_is_recognised_by_content(tmp_path: Path) -> None:
     plain = write(tmp_path / "rows.jsonl", GOOD, GOOD)
     for name in ("rows.jsonl.gz", "packed.jsonl"):
         (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
@@ -144,6 +144,6 @@ def test_truncated_and_corrupt_gzip(tmp_path: Path) -> None:
     assert "not a complete gzip file" in refusal(InputError, path)
 
 
-def test_a_very_long_line_is_a_row_like_any_other(tmp_path: Path) -> None:
+def test_a_very_long_line_is_an_ordinary_record(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD, messages({"role": "user", "content": "x " * 10_000_000}, ANSWER), GOOD)
     assert [type(row) for row in read(path)] == [Record, Record, Record]

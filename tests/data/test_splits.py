@@ -1,4 +1,4 @@
-"""Validation records are taken out of training by a field's value: what belongs together stays together."""
+"""Validation records are taken out of training by a field's value: records that share it stay together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_no_contract_is_on_both_sides() -> None:
     assert len(straddling) > 50, "split by row instead, they do"
 
 
-def test_a_record_stays_on_its_side_when_others_come() -> None:
+def test_a_record_stays_on_its_side_when_others_are_added() -> None:
     some = dataclasses.replace(BY_CONTRACT, train={"legal": dataclasses.replace(LEGAL, limit=1000)})
     few, all_of_them = load_split(some, "validation"), load_split(BY_CONTRACT, "validation")
     assert {record.id for record in few.records} <= {record.id for record in all_of_them.records}
@@ -73,7 +73,7 @@ def test_misspelt_key_and_missing_values(tmp_path: Path) -> None:
     assert train.examples[0].where.endswith(":1"), "a record without the field is trained"
 
 
-def test_each_bad_row_is_counted_once(tmp_path: Path) -> None:
+def test_each_bad_record_is_counted_once(tmp_path: Path) -> None:
     rows = [{"group": str(number)} for number in range(20)] + [
         {"group": str(number), "messages": 3} for number in range(8)
     ]
@@ -116,7 +116,7 @@ def test_split_names() -> None:
     assert split_names(DataConfig(train={"a": LEGAL}, test={"b": LEGAL})) == ("train", "test")
 
 
-def test_test_rows_need_no_field_to_split_by(tmp_path: Path) -> None:
+def test_test_records_need_no_field_to_split_by(tmp_path: Path) -> None:
     """They are not split: a test file of another make, or a shipped one, has no such field."""
     rows = [{"group": str(number)} for number in range(20)]
     config = config_for(tmp_path, *rows)

@@ -53,8 +53,8 @@ def test_figures_by_hand(config: RunConfig) -> None:
     assert train["sources"] == {"mine": 4, "twice": 1}
     assert train["packing"]["samples_by_source"] == {"mine": 4, "twice": 2}
     assert train["forms"] == {"messages": 4, "prompt_completion": 1}
-    assert train["tokens"] == sum(len(sample.ids) for sample in split.examples)
-    assert sum(train["trained"].values()) == sum(int((sample.weights > 0).sum()) for sample in split.examples)
+    assert train["tokens"] == sum(len(example.ids) for example in split.examples)
+    assert sum(train["trained"].values()) == sum(int((example.weights > 0).sum()) for example in split.examples)
     assert sum(train["trained"].values()) + sum(train["context"].values()) == train["tokens"]
     assert set(train["trained"]) == {"analysis", "final"}
     assert train["skipped"]["kinds"] == {"no messages": 1}
@@ -63,7 +63,7 @@ def test_figures_by_hand(config: RunConfig) -> None:
         train["dropped"]["kinds"] == {"too long": 1} and "rows.jsonl:6: " in train["dropped"]["places"]["too long"][0]
     )
     assert train["samples_spelling_control_tokens"] == 1
-    lengths = sorted(len(sample.ids) for sample in split.examples)
+    lengths = sorted(len(example.ids) for example in split.examples)
     assert (train["lengths"]["shortest"], train["lengths"]["longest"]) == (lengths[0], lengths[-1])
     histogram = train["lengths"]["histogram"]
     for entry in histogram:
@@ -94,10 +94,10 @@ def test_lines_and_json(config: RunConfig, tmp_path: Path, capsys: pytest.Captur
     assert "duplicates" not in capsys.readouterr().out
 
 
-def test_a_split_that_a_run_would_refuse_is_shown(
+def test_stats_show_a_split_that_a_run_would_refuse(
     config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing falls to validation, and no test row can be used: both are figures, not errors."""
+    """No validation record, and no usable test record: both are figures, not errors."""
     (tmp_path / "test.jsonl").write_text("{\n")
     recipe = str(tmp_path / "mine.yaml")
     split = ["data.validation_split.key=id", "data.validation_split.share=0.000001", "data.train.mine.limit=3"]
@@ -121,7 +121,7 @@ def packing(config: RunConfig, **data: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("recipe", ["quickstart", "legal_20b", "legal_120b"])
 def test_packing_at_the_recipes_lengths(recipe: str) -> None:
-    """More than 98 % filled; one sample a row is the control."""
+    """More than 98 % filled; one example per sequence is the control."""
     config = compose(recipe).config
     assert packing(config)["efficiency"] > 0.98
     assert packing(config, pack=False)["efficiency"] < 0.3

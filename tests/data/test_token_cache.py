@@ -1,4 +1,4 @@
-"""The cache gives what building gives, is left as soon as anything changes, and survives damage and company."""
+"""The cache equals a fresh build, is rebuilt when anything changes, and survives damage and concurrent use."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def content(split: Split) -> list[Any]:
-    samples = [
+    examples = [
         (s.id, s.where, s.ids.tolist(), s.weights.tolist(), s.channels.tolist(), s.num_control_spellings)
         for s in split.examples
     ]
-    return [samples, list(split.records), dataclasses.asdict(split.stats)]
+    return [examples, list(split.records), dataclasses.asdict(split.stats)]
 
 
-def test_cached_is_what_was_built_and_what_memory_gives(rows: Path, builds: list[str]) -> None:
+def test_cached_tokens_equal_those_built_on_disk_and_in_memory(rows: Path, builds: list[str]) -> None:
     config = config_for(rows)
     built, again = load_split(config, "train"), load_split(config, "train")
     assert builds == ["train"]
@@ -130,7 +130,7 @@ def test_every_file_of_a_glob_counts(rows: Path, builds: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["examples.arrow", "records.arrow", "stats.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_damage_is_said_and_mended(
+def test_damage_is_reported_and_repaired(
     rows: Path, builds: list[str], capsys: pytest.CaptureFixture[str], name: str, damage: str
 ) -> None:
     config = config_for(rows)
@@ -160,7 +160,7 @@ def test_a_build_that_fails_leaves_nothing_behind(rows: Path, builds: list[str])
     assert [path.suffix for path in (rows.parent / "cache").iterdir()] == [".lock"]
 
 
-def test_bad_rows_come_out_of_the_cache_too(rows: Path, builds: list[str]) -> None:
+def test_bad_records_are_cached_too(rows: Path, builds: list[str]) -> None:
     rows.write_text(rows.read_text() + "{\n")
     skipping = config_for(rows, on_bad_record="skip")
     assert [bad.where for bad in load_split(skipping, "train").stats.bad_records] == [f"{rows}:21"]
@@ -170,13 +170,13 @@ def test_bad_rows_come_out_of_the_cache_too(rows: Path, builds: list[str]) -> No
     assert len(builds) == 1
 
 
-def test_a_place_that_cannot_be_written_is_named(rows: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_named(rows: Path) -> None:
     (rows.parent / "file").write_text("")
     with pytest.raises(MachineError, match=r"data\.cache_dir"):
         load_split(config_for(rows, cache_dir=str(rows.parent / "file")), "train")
 
 
-def test_nobody_else_may_read_it(rows: Path) -> None:
+def test_other_users_cannot_read_the_cache(rows: Path) -> None:
     load_split(config_for(rows), "train")
     assert (rows.parent / "cache").stat().st_mode & 0o077 == 0
 
@@ -222,7 +222,7 @@ def test_a_killed_builder_leaves_no_lock_and_no_half_entry(rows: Path) -> None:
     assert not list((rows.parent / "cache").glob("*.partial"))
 
 
-def test_a_source_that_changes_while_it_is_read_is_no_source(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_changes_while_it_is_read_is_refused(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = dataset.tokenise
 
     def appending(*arguments: Any) -> Any:

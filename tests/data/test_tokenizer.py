@@ -100,7 +100,7 @@ except MachineError as error:
     assert "unset TIKTOKEN_ENCODINGS_BASE" in result.stdout
 
 
-def test_shipped_samples_are_what_the_licence_file_says() -> None:
+def test_shipped_examples_are_what_the_licence_file_says() -> None:
     import gzip
 
     licences = (shipped_dir("data") / "LICENSES.md").read_text()

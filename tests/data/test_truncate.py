@@ -1,4 +1,4 @@
-"""Cutting takes context only, from the left, at whole messages where it can; what is trained is never touched."""
+"""Only context is cut, from the left, at whole messages where possible; trained tokens are never touched."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ TURNS = [
 ]
 
 
-def sample_of(messages: list[dict[str, Any]], config: DataConfig = CONFIG) -> Example:
+def example_of(messages: list[dict[str, Any]], config: DataConfig = CONFIG) -> Example:
     return render_example(Record("x", "x:1", parse_conversation({"messages": messages})), config)
 
 
-def text(sample: Example) -> str:
-    return harmony_encoding().decode(sample.ids.tolist())
+def text(example: Example) -> str:
+    return harmony_encoding().decode(example.ids.tolist())
 
 
-def trained(sample: Example) -> list[int]:
-    return sample.ids[sample.weights > 0].tolist()
+def trained(example: Example) -> list[int]:
+    return example.ids[example.weights > 0].tolist()
 
 
-def test_what_fits_is_not_touched() -> None:
-    sample = sample_of(TURNS)
-    assert truncate(sample, len(sample.ids)) is sample
+def test_examples_that_fit_are_unchanged() -> None:
+    example = example_of(TURNS)
+    assert truncate(example, len(example.ids)) is example
 
 
-def test_earlier_turns_go_first_and_whole() -> None:
-    """The expected tokens are the renders of the conversation without them: nothing of ours."""
-    whole = sample_of(TURNS)
-    without_first, without_second = sample_of([TURNS[0], *TURNS[3:]]), sample_of([TURNS[0], *TURNS[5:]])
+def test_earlier_turns_are_removed_first_and_whole() -> None:
+    """The expected tokens are the renders of the conversation without them: none of our code."""
+    whole = example_of(TURNS)
+    without_first, without_second = example_of([TURNS[0], *TURNS[3:]]), example_of([TURNS[0], *TURNS[5:]])
     for limit, expected in [
         (len(whole.ids) - 1, without_first),
         (len(without_first.ids), without_first),
@@ -68,8 +68,8 @@ def test_earlier_turns_go_first_and_whole() -> None:
 
 
 def test_then_the_last_question_loses_its_beginning_and_keeps_its_header() -> None:
-    whole = sample_of(TURNS)
-    limit = len(sample_of([TURNS[0], *TURNS[5:]]).ids) - 30
+    whole = example_of(TURNS)
+    limit = len(example_of([TURNS[0], *TURNS[5:]]).ids) - 30
     short = truncate(whole, limit)
     assert short is not None and len(short.ids) == limit
     shown = text(short)
@@ -78,8 +78,8 @@ def test_then_the_last_question_loses_its_beginning_and_keeps_its_header() -> No
     assert trained(short) == trained(whole)
 
 
-def test_then_the_question_and_the_instructions_go() -> None:
-    whole = sample_of(TURNS)
+def test_then_the_question_and_the_instructions_are_removed() -> None:
+    whole = example_of(TURNS)
     trained_part = 3 + len(trained(whole))  # with `<|start|>assistant`... of the first trained message
     system = text(whole).split("<|end|>")[0] + "<|end|>"
     with_system = len(harmony_encoding().encode(system, allowed_special="all")) + trained_part
@@ -96,9 +96,9 @@ def test_then_the_question_and_the_instructions_go() -> None:
 
 
 def test_a_trained_part_that_does_not_fit_is_dropped() -> None:
-    whole = sample_of(TURNS)
+    whole = example_of(TURNS)
     assert truncate(whole, len(trained(whole))) is None
-    every_turn = sample_of(TURNS, dataclasses.replace(CONFIG, loss=LossConfig(turns="all"), earlier_thinking="keep"))
+    every_turn = example_of(TURNS, dataclasses.replace(CONFIG, loss=LossConfig(turns="all"), earlier_thinking="keep"))
     assert truncate(every_turn, len(every_turn.ids) - 200) is None, "from the first trained message on nothing goes"
     plain = render_example(Record("x", "x:1", parse_conversation({"text": "word " * 50})), CONFIG)
     assert truncate(plain, 20) is None
@@ -107,7 +107,7 @@ def test_a_trained_part_that_does_not_fit_is_dropped() -> None:
 def test_a_cut_never_splits_a_character() -> None:
     """Many emoji take several tokens, which decode to nothing alone."""
     question = {"role": "user", "content": "🧑🏽‍🚀𓂀𝕬🜁" * 60}
-    whole = sample_of([question, TURNS[-1]])
+    whole = example_of([question, TURNS[-1]])
     lengths = set()
     for limit in range(150, 220):
         short = truncate(whole, limit)
@@ -135,7 +135,7 @@ def test_no_tool_result_without_its_question() -> None:
 def test_properties(sizes: list[int], limit: int) -> None:
     """Fits, keeps every trained token, is a subsequence, begins with a whole message, and is as long as it can be."""
     turns = [turn for size in sizes for turn in ({"role": "user", "content": "q" + " w" * size}, TURNS[2])]
-    whole = sample_of([TURNS[0], *turns])
+    whole = example_of([TURNS[0], *turns])
     short = truncate(whole, limit)
     if short is None:
         assert limit < 3 + len(trained(whole))
@@ -160,7 +160,7 @@ def left_out(split: Split) -> tuple[int, int, int]:
 
 
 def test_the_three_policies(tmp_path: Path) -> None:
-    limit = len(sample_of(TURNS).ids) - 1
+    limit = len(example_of(TURNS).ids) - 1
     with pytest.raises(InputError, match="2 of 3 records cannot be used"):
         split_of(tmp_path, max_length=limit)
     dropped = split_of(tmp_path, max_length=limit, too_long="drop")
@@ -171,8 +171,8 @@ def test_the_three_policies(tmp_path: Path) -> None:
     assert left_out(cut) == (1, 1, 0)
     (too_long,) = cut.stats.dropped
     assert too_long.where.endswith(":3") and "the trained part alone does not fit" in too_long.reason
-    assert max(len(sample.ids) for sample in cut.examples) <= limit
-    assert all(np.count_nonzero(sample.weights) for sample in cut.examples)
+    assert max(len(example.ids) for example in cut.examples) <= limit
+    assert all(np.count_nonzero(example.weights) for example in cut.examples)
     with pytest.raises(InputError, match=r"data\.too_long=drop drops them all"):
         split_of(tmp_path, max_length=20, too_long="drop")
 
@@ -180,7 +180,7 @@ def test_the_three_policies(tmp_path: Path) -> None:
 def test_a_cut_right_before_a_trained_header_leaves_it_untrained() -> None:
     """With analysis as context, the final message's own `<|start|>` is trained; nothing may precede it after a cut."""
     config = dataclasses.replace(CONFIG, loss=LossConfig(analysis=0.0))
-    whole = sample_of([TURNS[1], {"role": "assistant", "thinking": "Hm. " * 50, "content": "Answer."}], config)
+    whole = example_of([TURNS[1], {"role": "assistant", "thinking": "Hm. " * 50, "content": "Answer."}], config)
     final = len(trained(whole))
     assert trained(whole)[0] == whole.ids[0], "`<|start|>` is the first trained token"
     short = truncate(whole, final + 5)

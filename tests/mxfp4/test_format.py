@@ -17,7 +17,7 @@ GRID = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 
 def every_byte_and_scale() -> tuple[torch.Tensor, torch.Tensor]:
-    """blocks [1, 256, 16, 16] with all bytes in each row, scales [1, 256, 16]: one scale byte a row."""
+    """blocks [1, 256, 16, 16] with all bytes in each row, scales [1, 256, 16]: one scale byte per row."""
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()
     scales = torch.arange(256, dtype=torch.uint8).view(1, 256, 1).expand(1, 256, 16).contiguous()
     return blocks, scales
@@ -95,7 +95,7 @@ def test_strided_inputs_are_read_in_element_order() -> None:
         (torch.zeros(2, 3, 16, dtype=torch.uint8), torch.zeros(2, 3), "do not belong"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(blocks: torch.Tensor, scales: torch.Tensor, message: str) -> None:
+def test_mismatched_shapes_are_refused(blocks: torch.Tensor, scales: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dequantise(blocks, scales)
 
@@ -127,7 +127,7 @@ def test_scratch_stays_small_and_the_measurement_sees_a_large_one() -> None:
 
 @given(st.lists(st.integers(0, 15), min_size=32, max_size=32), st.integers(0, 15))
 @settings(max_examples=50, deadline=None)
-def test_pack_and_unpack_undo_each_other(codes: list[int], last: int) -> None:
+def test_pack_and_unpack_are_inverse(codes: list[int], last: int) -> None:
     tensor = torch.tensor([codes, codes[::-1]], dtype=torch.uint8)
     tensor[1, -1] = last
     blocks = pack(tensor)
@@ -193,7 +193,7 @@ def test_zeros_and_the_ends_of_float32() -> None:
 
 @given(st.integers(0, 2**31 - 1), st.integers(2, 250))
 @settings(max_examples=30, deadline=None)
-def test_values_on_a_grid_come_back_as_they_were(seed: int, scale: int) -> None:
+def test_values_on_a_grid_are_unchanged(seed: int, scale: int) -> None:
     blocks, _ = random_packed(4, 2, seed=seed)
     scales = torch.full((4, 2), scale, dtype=torch.uint8)
     values = dequantise(blocks, scales, torch.float32)

@@ -62,7 +62,7 @@ def step(number: int, **more: Any) -> str:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run whose every text comes from someone hostile."""
+    """A run whose every text is an attack."""
     directory = tmp_path / "run-1"
     (directory / "evaluation").mkdir(parents=True)
     (directory / "config.yaml").write_text(dump_yaml(compose("quickstart", ["output_dir='<b>x</b>'"]).config))
@@ -130,7 +130,7 @@ def test_missing_and_damaged_files_are_left_out(run: Path, broken: str, content:
         assert f"{path.name} could not be read" in page.text
 
 
-def test_a_run_of_another_version_costs_only_the_parts_that_differ(run: Path) -> None:
+def test_a_run_of_another_version_loses_only_the_sections_that_differ(run: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps(manifest | {"data": [1, 2], "adapter_parameters": None}))
     page = checked(write_html(run))
@@ -160,7 +160,7 @@ def test_a_spike_survives_thinning() -> None:
     assert kept == sorted(kept)
 
 
-def test_places_on_the_chart_are_right() -> None:
+def test_points_of_a_chart_agree_with_its_axis() -> None:
     svg = line_chart("t", [Series("a", [(0, 0.0), (10, 100.0)])], "step")
     (found,) = re.findall(r'points="([^"]*)"', svg)
     first, last = (tuple(map(float, pair.split(","))) for pair in found.split())

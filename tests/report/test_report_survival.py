@@ -1,4 +1,4 @@
-"""The report's section on merges to MXFP4: its table and its figure say what the export measured."""
+"""The report's section on merges to MXFP4: its table and figure against the figures of the export."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_page_has_both_merges_with_table_figure_and_weights(tmp_path: Path) 
         assert float(root.get("width", "0")) > 300  # without its own size a browser shows a picture of no width
 
 
-def test_what_is_not_there_or_broken_is_left_out(tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_left_out(tmp_path: Path) -> None:
     assert survival_section(read_survival(tmp_path), tmp_path) == ""
     (tmp_path / "survival-mxfp4.json").write_text('{"rounding": "near')
     assert survival_section(read_survival(tmp_path), tmp_path) == ""

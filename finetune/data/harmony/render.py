@@ -65,7 +65,7 @@ class Example:
 
     @property
     def num_trained_tokens(self) -> int:
-        """How many tokens have a weight above 0."""
+        """Number of tokens with a weight above 0."""
         return int(np.count_nonzero(self.weights))
 
 

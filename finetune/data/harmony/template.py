@@ -41,7 +41,7 @@ def to_template_form(index: int, message: Message) -> Message:
     for text in (message.content, message.thinking or ""):
         for tag in _FORBIDDEN:
             if tag in text:
-                raise _cannot(f"{place} holds {tag}, which the template refuses")
+                raise _cannot(f"{place} contains {tag}, which the template refuses")
     if not message.tool_calls:
         if message.channel == "commentary":
             raise _cannot(f"{place} is commentary without a tool call, and the template would write it as an answer")

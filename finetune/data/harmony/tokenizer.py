@@ -58,7 +58,7 @@ def harmony_encoding() -> HarmonyEncoding:
     The variable is set only while loading, so that child processes and other libraries see the user's environment.
 
     Raises:
-        MachineError: the directory that the user's TIKTOKEN_ENCODINGS_BASE names does not hold the right file.
+        MachineError: the directory that the user's TIKTOKEN_ENCODINGS_BASE names does not have the right file.
     """
     users_directory = os.environ.get(_ENCODINGS_VARIABLE)
     os.environ[_ENCODINGS_VARIABLE] = users_directory or str(rank_file().parent)

@@ -1,4 +1,4 @@
-"""`finetune data prepare`: build a shipped data set anew from its public source, byte for byte.
+"""`finetune data prepare`: build a shipped data set from its public source, byte for byte.
 
 A checkout has the medical sample; a wheel does not, because its abstracts are not ours to redistribute. The legal and
 the creative sample come with both, and are built to prove where they come from. Source files and result are compared
@@ -30,7 +30,7 @@ def prepare(domain: Domain, source: str | None = None, out: Path | None = None) 
 
     Args:
         domain: which one.
-        source: a directory or an http(s) address that holds the source's files (`Upstream.files`), such as a clone of
+        source: a directory or an http(s) address with the source's files (`Upstream.files`), such as a clone of
             its repository where there is no network. None: GitHub, at a fixed commit.
         out: build it into this file even if the installation has the set.
 

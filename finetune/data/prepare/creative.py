@@ -133,7 +133,7 @@ def read_r_strings(content: bytes) -> list[str]:
     """Read an R data file (`.rda`, bzip2) with one character vector and nothing else; "" for a missing string.
 
     Raises:
-        InputError: it holds something else.
+        InputError: it contains something else.
 
     Source: R Internals, section 1.8, "Serialization Formats"; XDR, versions 2 and 3.
     """

@@ -37,6 +37,7 @@ LLAMA = {
     "up_proj": "ffn_up_exps",
     "down_proj": "ffn_down_exps",
 }
+Json = dict[str, Any]
 Part = tuple[int, str]  # layer and projection
 Action = tuple[torch.Tensor, torch.Tensor, float]  # a [n, r, in], b [n, out, r] (n experts, or 1), scale
 
@@ -49,7 +50,7 @@ class File:
     """Tensors of a safetensors or a GGUF file, and a GGUF's fields."""
 
     def __init__(self, path: str) -> None:
-        self.facts: dict[str, Any] = {}
+        self.facts: Json = {}
         if path.endswith(".gguf"):
             import gguf
 
@@ -194,10 +195,10 @@ def _left_out(names: set[str], where: str) -> str | None:
     return f"{where} lack {min(names)}" if names else None
 
 
-def read_json(directory: str, name: str) -> dict[str, Any]:
+def read_json(directory: str, name: str) -> Json:
     """A JSON file of a directory."""
     with open(os.path.join(directory, name)) as file:
-        content: dict[str, Any] = json.load(file)
+        content: Json = json.load(file)
     return content
 
 
@@ -222,7 +223,7 @@ def difference(wanted: Action | None, found: Action, seed: int) -> tuple[float, 
     return float(relative.max()), int(relative.argmax())
 
 
-def compare(request: dict[str, Any]) -> dict[str, Any]:
+def compare(request: Json) -> Json:
     """Compare all parts of an exported directory with its source.
 
     Args:

@@ -39,6 +39,8 @@ PARTS = {
     "mlp.router": "ffn_gate_inp",
 }
 
+Json = dict[str, Any]
+
 
 class Tensors:
     """Tensors of a checkpoint directory, or of one file."""
@@ -114,7 +116,7 @@ class Gguf:
 class Check:
     """Compares tensors and remembers what is wrong."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, request: Json) -> None:
         self.experts_packed = request["experts"] == "mxfp4"
         self.nearest = request["rounding"] == "nearest"
         self.expected = request["updates"]
@@ -212,9 +214,7 @@ def main(request_path: str) -> None:
     print("RESULT " + json.dumps(answer))
 
 
-def experts(
-    check: Check, base: Tensors, adapter: Tensors, merged: Tensors | Gguf, name: str, sites: dict[str, Any]
-) -> None:
+def experts(check: Check, base: Tensors, adapter: Tensors, merged: Tensors | Gguf, name: str, sites: Json) -> None:
     """One projection of one layer, expert by expert."""
     num_experts, site = base.shape(name + "_blocks")[0], sites.get(name)
     if site:
@@ -235,7 +235,7 @@ def places_and_bits(values: torch.Tensor) -> int:
     return int(((values + 0.0).view(torch.int32).long() * odd).sum())
 
 
-def keys(check: Check, base: Tensors, merged: Tensors, request: dict[str, Any]) -> None:
+def keys(check: Check, base: Tensors, merged: Tensors, request: Json) -> None:
     """Names and shapes: of the base where experts stay packed, of transformers' own model where they do not."""
     if check.experts_packed:
         wanted = {name: base.shape(name) for name in base.place}

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.adapters.lora import Adapter
-from finetune.config.derive import deepspeed_settings
+from finetune.config.rules import DEEPSPEED
 from finetune.config.schema import RunConfig, TrainerConfig
 from finetune.model.build import Base
 from finetune.train.optim import load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -24,6 +24,9 @@ from finetune.train.world import SINGLE_PROCESS, World
 
 Forward = Callable[[], Tensor]
 """Forward pass of a micro-batch: its shares of the step's terms, float32 [terms]."""
+
+ParamGroups = list[dict[str, Any]]
+"""torch's form of an optimiser's parameters and settings."""
 
 BUCKET_ELEMENTS = 16 << 20
 
@@ -43,7 +46,7 @@ class Engine(Protocol):
     can_retry: bool
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> ParamGroups:
         """The optimiser's parameter groups, in which the learning rate is set."""
 
     def prepare_forward(self, forward: Forward, *, last: bool) -> Forward:
@@ -109,7 +112,7 @@ class Replicated:
         self.max_norm, self.accelerator, self.world = config.max_grad_norm, accelerator, world
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> ParamGroups:
         """See `Engine`."""
         return self.optimizer.param_groups
 
@@ -214,10 +217,10 @@ def open_engine(config: RunConfig, base: Base, adapter: Adapter, accelerator: Ac
         from finetune.train.engines.fsdp2 import FullySharded
 
         return FullySharded(base, adapter, trainer, accelerator, world)
-    if settings := deepspeed_settings(config):
+    if config.distributed.kind in DEEPSPEED:
         from finetune.train.engines.zero import ZeroSharded
 
-        return ZeroSharded(base, adapter, trainer, accelerator, world, settings)
+        return ZeroSharded(base, adapter, config, accelerator, world)
     parameters = adapter.parameters()
     optimizer = make_optimizer(parameters, trainer, seed=config.seed)
     return Replicated(parameters, optimizer, trainer, accelerator, world)

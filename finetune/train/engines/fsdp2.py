@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from finetune.adapters.lora import Adapter
 from finetune.config.schema import TrainerConfig
 from finetune.errors import MachineError
 from finetune.model.build import Base
-from finetune.train.engines.base import Forward, states_of
+from finetune.train.engines.base import Forward, ParamGroups, states_of
 from finetune.train.optim import make_optimizer
 from finetune.train.world import World
 
@@ -74,7 +73,7 @@ class FullySharded:
                 )
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> ParamGroups:
         """See `Engine`."""
         return self.optimizer.param_groups
 

@@ -24,11 +24,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from finetune.adapters.lora import Adapter
-from finetune.config.schema import TrainerConfig
+from finetune.config.derive import deepspeed_settings
+from finetune.config.schema import RunConfig
 from finetune.errors import MachineError
 from finetune.model.build import Base
 from finetune.model.experts import PackedExperts
-from finetune.train.engines.base import Forward, states_of
+from finetune.train.engines.base import Forward, ParamGroups, states_of
 from finetune.train.optim import make_optimizer
 from finetune.train.world import World
 
@@ -52,9 +53,8 @@ class ZeroSharded:
     Args:
         base: with `adapter` attached; its frozen parameters become buffers.
         adapter: its parameters are trained.
-        config: optimiser and clipping.
+        config: the recipe.
         accelerator, world: the ranks of the run.
-        settings: DeepSpeed's (`finetune.config.derive`).
 
     Raises:
         MachineError: DeepSpeed is not installed, cannot be compiled on a CPU, or runs another stage.
@@ -66,11 +66,12 @@ class ZeroSharded:
         self,
         base: Base,
         adapter: Adapter,
-        config: TrainerConfig,
+        config: RunConfig,
         accelerator: Accelerator,
         world: World,
-        settings: dict[str, Any],
     ) -> None:
+        settings = deepspeed_settings(config)
+        assert settings is not None
         self.accelerator = accelerator
         self.world, self.stage = world, int(settings["zero_optimization"]["stage"])
         deepspeed = _deepspeed(base.device)
@@ -82,7 +83,7 @@ class ZeroSharded:
         with contextlib.redirect_stdout(sys.stderr):  # it prints where a command's results go
             self._engine, *_ = deepspeed.initialize(
                 model=module,
-                optimizer=make_optimizer(self.parameters, config),
+                optimizer=make_optimizer(self.parameters, config.trainer),
                 config=settings,
                 dist_init_required=False,
             )
@@ -101,9 +102,9 @@ class ZeroSharded:
             )
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
+    def param_groups(self) -> ParamGroups:
         """See `Engine`."""
-        groups: list[dict[str, Any]] = self._zero.param_groups
+        groups: ParamGroups = self._zero.param_groups
         return groups
 
     def prepare_forward(self, forward: Forward, *, last: bool) -> Forward:

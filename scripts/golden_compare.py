@@ -17,7 +17,7 @@ from finetune.results import parse_evaluation, to_json
 # Keys of JSON files whose values depend on the clock, the place or the version.
 VOLATILE = {
     *("seconds", "minutes", "tokens_per_second", "memory_gib", "peak_memory_gib", "created", "version", "versions"),
-    *("finetune_version", "toolkit", "written", "command", "files", "estimate"),
+    *("finetune_version", "toolkit", "written", "written_by", "command", "files", "estimate"),
 }
 MANIFEST = ("audit", "adapter_norms", "adapter_parameters", "total_steps", "status", "loop", "data")
 TEXT = {".md", ".html", ".yaml", ".txt"}  # free text may be worded otherwise

@@ -112,7 +112,9 @@ def test_stock_peft_reads_the_padded_export(live: tuple[Path, Base], tiny_base: 
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 8
     base = new_base(tiny_base)
     result = read_back(base, randomised(base, BOTH), out, [sample()])
-    assert result.max_difference <= result.limit < 1e-2 and result.effect > 1
+    assert result.max_difference <= result.limit
+    assert result.limit < 1e-2
+    assert result.effect > 1
 
 
 def foreign(kind: str, base: Path, adapter: Path | None, out: Path) -> np.ndarray:

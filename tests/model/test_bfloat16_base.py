@@ -102,7 +102,9 @@ def test_the_read_back_computes_with_the_rounded_weights(noisy: Path, tmp_path: 
     base = new_base(noisy)
     adapter = randomised(base, BOTH)
     result = read_back(base, adapter, write(tmp_path / "adapter", adapter, BOTH, base), [sample(40)])
-    assert result.max_difference <= result.limit and result.base_difference <= result.base_limit < 1e-2
+    assert result.max_difference <= result.limit
+    assert result.base_difference <= result.base_limit
+    assert result.base_limit < 1e-2
 
 
 @pytest.mark.slow

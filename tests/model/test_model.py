@@ -75,7 +75,8 @@ def test_logits_equal_transformers_past_position_4096(base: Base, reference: Gpt
     hidden = hidden_states(base.model, tokens[None], positions, torch.zeros_like(positions))
     theirs = reference.model(input_ids=tokens[None], position_ids=positions).last_hidden_state
     limit = rounding_noise(reference, lambda: reference(input_ids=tokens[None], position_ids=positions).logits)
-    assert (base.model.lm_head(hidden) - reference.lm_head(theirs)).abs().max() <= limit < 1e-2
+    assert (base.model.lm_head(hidden) - reference.lm_head(theirs)).abs().max() <= limit
+    assert limit < 1e-2
     near = hidden_states(base.model, tokens[None], positions - 9000, torch.zeros_like(positions))
     assert (hidden - near).abs().max() > 1e-6, "rotary positions reach the model"
 
@@ -92,7 +93,8 @@ def test_a_whole_long_sequence_equals_transformers(base: Base, reference: GptOss
         return base.model.lm_head(states)
 
     limit = rounding_noise(base.model, computed)
-    assert (base.model.lm_head(ours) - reference.lm_head(theirs)).abs().max() <= limit < 1e-2
+    assert (base.model.lm_head(ours) - reference.lm_head(theirs)).abs().max() <= limit
+    assert limit < 1e-2
 
 
 def test_gradient_through_the_whole_model_equals_transformers(

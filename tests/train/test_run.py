@@ -47,7 +47,9 @@ def test_its_manifest_holds_the_checks(finished: tuple[Path, str]) -> None:
     assert manifest["total_steps"] == 8 and manifest["loop"]["step"] == 8
     assert len(manifest["audit"]) == 2 and manifest["audit"][0] != manifest["audit"][1]
     found = manifest["read_back"]
-    assert 0 <= found["max_difference"] <= found["limit"] < 1e-2 < found["effect"] and found["conclusive"]
+    assert 0 <= found["max_difference"] <= found["limit"]
+    assert found["max_difference"] <= found["limit"] < 1e-2 < found["effect"]
+    assert found["conclusive"]
     assert len(manifest["base"]["identity"]) == 64
     assert [manifest["data"][split]["rows"] for split in ("train", "validation", "test")] == [24, 6, 10]
     # q, k, v, o of hidden 64, 4 query and 2 key heads of 32; experts 8 x (64 -> 2 x 96 and 96 -> 64); 2 layers.

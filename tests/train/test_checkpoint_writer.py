@@ -179,7 +179,7 @@ def test_verify_says_what_is_whole_and_what_a_resume_takes(tmp_path: Path, capsy
     assert main(verify) == 3
     output = capsys.readouterr()
     assert "step-00000003  damaged: optimizer.safetensors is not what was written" in output.out
-    assert "step-00000004.partial  left by a save that was cut short" in output.out
+    assert "step-00000004.partial  left by an interrupted save" in output.out
     assert output.out.endswith("a resume continues after step 2\n") and "1 of 3 checkpoints are damaged" in output.err
 
 

@@ -52,7 +52,7 @@ def test_a_dequantised_native_base_is_recovered(
     tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     native, dense = new_base(tiny_base), new_base(write_dense(tiny_base, tmp_path / "exact", noise=0.0))
-    assert "they were MXFP4 values: nothing lost" in capfd.readouterr().err
+    assert "they had MXFP4 values: nothing lost" in capfd.readouterr().err
     ids = torch.from_numpy(sample().ids).long()
     with torch.no_grad():
         assert torch.equal(logits(native.model, ids), logits(dense.model, ids))

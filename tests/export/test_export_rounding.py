@@ -293,7 +293,7 @@ def test_a_merge_is_judged_by_gain_and_by_kl(kept: float, removed: float, reason
 
 def test_a_gain_that_may_be_none_is_not_judged_but_kl_is() -> None:
     verdict = compare_with_thresholds(effect(0.2, 0.8, gain=0.1), "compensated", ExportConfig())
-    assert verdict.kept and "cannot be told from none" in verdict.notes[0]
+    assert verdict.kept and "cannot be distinguished from zero" in verdict.notes[0]
     assert not compare_with_thresholds(effect(0.2, 0.1, gain=0.1), "compensated", ExportConfig()).kept
 
 

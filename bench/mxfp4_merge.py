@@ -129,7 +129,7 @@ class Work:
         *,
         labels: bool = False,
     ) -> dict[str, Any]:
-        """Measure variants on held-out examples; label accuracy, which is slow, on ACCURACY_ROWS of them, without old domain."""
+        """Measure variants on held-out examples; slow label accuracy on ACCURACY_ROWS of them, without old domain."""
         rows = self.held_out(split)
         if labels:
             few = slice(ACCURACY_ROWS)

@@ -65,7 +65,8 @@ def defaults(like: Plain) -> Plain:
     """
     plain = _defaults_of(RunConfig)
     objective = _class_of(children(RunConfig)["objective"], like.get("objective", {}).get("kind"))
-    plain["objective"] = _defaults_of(objective)
+    default_kind = _defaults_of(RunConfig)["objective"]["kind"]
+    plain["objective"] = _defaults_of(objective) | {"kind": default_kind}
     plain["trainer"]["learning_rate"] = objective.default_learning_rate
     for split in ("train", "validation", "test"):
         plain["data"][split] = {name: _defaults_of(SourceConfig) for name in like["data"][split]}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter
 
-from finetune.config import schema
 from finetune.config.fields import Plain
 from finetune.config.recipes import default_choices, options
 from finetune.config.schema import RunConfig
@@ -24,8 +24,9 @@ def recipe_schema() -> Plain:
     """
     content: Plain = TypeAdapter(RunConfig).json_schema()
     definitions = content.pop("$defs")
+    classes = {section.__name__: section for section in _sections(RunConfig)}
     for section in [content, *definitions.values()]:
-        _adapt(section, getattr(schema, section["title"]))
+        _adapt(section, classes[section["title"]])
     content["properties"]["defaults"] = {
         "description": "Options of groups, such as `override /model: tiny`.",
         "type": "array",
@@ -42,6 +43,17 @@ def recipe_schema() -> Plain:
     }
     heading = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "gpt-oss-finetune recipe"}
     return {**content, **heading, "$defs": definitions}
+
+
+def _sections(kind: Any) -> Iterator[type]:
+    """All dataclasses that a type is made of, itself included."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        yield kind
+        parts: Any = get_type_hints(kind).values()
+    else:
+        parts = get_args(kind)
+    for part in parts:
+        yield from _sections(part)
 
 
 def _adapt(section: Plain, kind: Any) -> None:

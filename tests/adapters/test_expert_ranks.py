@@ -265,7 +265,7 @@ def test_a_run_with_ranks_by_use_resumes_and_exports_readable_files(
     ]
     code, _ = train(*again, f"adapter.init_from={run / 'adapter'}", "trainer.max_steps=1", "name=on")
     assert code == 0, "trained on from, with the ranks it has"
-    assert "training on from" in capsys.readouterr().err
+    assert "training starts from" in capsys.readouterr().err
     assert main(["experts", "score", recipe, "--examples", "6", "--out", str(scores)]) == 0
     assert f"adapter.experts.rank_by={scores}" in capsys.readouterr().out
     assert main(["train", recipe, "--dry-run", f"adapter.experts.rank_by={scores}"]) == 0

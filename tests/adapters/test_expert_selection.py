@@ -306,8 +306,8 @@ def test_a_dry_run_counts_the_known_sites(workplace: Path, tmp_path: Path, capsy
     recipe = str(workplace / "small.yaml")
     assert main(["train", recipe, "--dry-run", "adapter.experts.select=top_k=3", "adapter.router.mode=full"]) == 0
     out = capsys.readouterr().out
-    assert "the training data decide which experts (top_k=3)" in out and "2 layers x 3 of 8 experts" in out
-    assert "only merged exports (bf16, mxfp4, gguf) carry it" in out and "SGLang does not" in out
+    assert "if the training data selects the experts (top_k=3)" in out and "2 layers x 3 of 8 experts" in out
+    assert "only merged exports (bf16, mxfp4, gguf) contain it" in out and "SGLang" in out
     (tmp_path / "scores.json").write_text("{}")
     missing = f"adapter.experts.select={tmp_path / 'score.json'}"
     assert main(["train", recipe, "--dry-run", missing]) == 2

@@ -44,7 +44,7 @@ def test_a_recipe_and_the_command_line_choose_it(tmp_path: Path) -> None:
     ("override", "words"),
     [
         ("objective.kind=sfft", "did you mean sft?"),
-        ("objective.kind=null", "objective.kind is null, must be only sft"),
+        ("objective.kind=null", "objective.kind is null, must be"),
         ("objective.bta=1", "objective.bta is not a key"),
         ("objective={kind: sft}", "does not choose a file"),
     ],

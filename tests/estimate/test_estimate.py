@@ -218,7 +218,7 @@ def test_ignoring_the_estimate_is_logged(
     guard.check_memory(compose(recipe, ["trainer.ignore_memory_estimate=true"]).config)
     assert "starting all the same (trainer.ignore_memory_estimate)" in capsys.readouterr().err
     guard.check_memory(compose(recipe, ["distributed=fsdp2"]).config)
-    assert "has not been held against a GPU" in capsys.readouterr().err
+    assert "has not been compared with a GPU" in capsys.readouterr().err
     monkeypatch.setattr(guard, "device_budget", lambda _: Budget.of_host(8 * GIB))
     guard.check_memory(compose(recipe).config)
     assert "fits, " in capsys.readouterr().err

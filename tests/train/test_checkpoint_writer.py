@@ -175,14 +175,14 @@ def test_verify_lists_intact_checkpoints_and_the_one_to_resume(
     verify = ["checkpoints", "verify", str(tmp_path / "run")]
     assert main(verify) == 0
     said = capsys.readouterr().out
-    assert said.count("whole") == 3 and said.endswith("a resume goes on after step 3\n")
+    assert said.count("whole") == 3 and said.endswith("a resume continues after step 3\n")
     flip_bit(checkpoint_path(checkpoints, 3) / "optimizer.safetensors")
     (checkpoints / "step-00000004.partial").mkdir()
     assert main(verify) == 3
     output = capsys.readouterr()
     assert "step-00000003  damaged: optimizer.safetensors is not what was written" in output.out
     assert "step-00000004.partial  left by a save that was cut short" in output.out
-    assert output.out.endswith("a resume goes on after step 2\n") and "1 of 3 checkpoints are damaged" in output.err
+    assert output.out.endswith("a resume continues after step 2\n") and "1 of 3 checkpoints are damaged" in output.err
 
 
 def test_verify_without_an_intact_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
-"""Attention with sinks: flash against the reference, and what the sinks cost: `python bench/attention.py --help`.
+"""Attention with sinks: flash against the reference, and the cost of the sinks: `python bench/attention.py --help`.
 
-Packed rows with the published heads (64 and 8 of 64), full and sliding layers; forward and backward timed apart.
+Packed sequences with the published heads (64 and 8 of 64), full and sliding layers; forward and backward timed apart.
 `difference` is the largest relative RMS difference of output and gradients from the float32 reference, same inputs.
 """
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure_layer(layer: str, leaves: list[Tensor], grad_out: Tensor, plan: Any, repeats: int) -> list[dict[str, Any]]:
-    """Rows of the table for one kind of layer."""
+    """Lines of the table for one kind of layer."""
     scaling, device = leaves[0].shape[-1] ** -0.5, leaves[0].device
     exact_leaves = [leaf.detach().float().requires_grad_() for leaf in leaves]
     out = sink_attention(*exact_leaves, plan, scaling)

@@ -1,11 +1,11 @@
-"""Do LoRA parameters in bfloat16 train as well as in float32? Loss curves over seeds, on the constructed tiny base.
+"""Compare LoRA parameters in bfloat16 and float32: loss curves over seeds, on the constructed tiny base.
 
     python bench/bf16_lora.py [--steps 100] [--seeds 0 1 2] [--rate 1e-3] [--out FILE]
 
-Every variant sees the same rows in the same order from the same initial adapter, seed by seed, so that differences are
-paired. `nearest` is the control: torch's AdamW on bfloat16 parameters, which loses updates below half a step. Printed:
-the mean training loss of the curve's thirds, held-out loss after training, and how far each lies from float32 beside
-what another seed changes. On a CPU, in float32 arithmetic.
+Every variant sees the same examples in the same order from the same initial adapter, seed by seed, so that differences
+are paired. `nearest` is the control: torch's AdamW on bfloat16 parameters, which loses updates below half a step.
+Printed: the mean training loss of the curve's thirds, held-out loss after training, and each one's distance from
+float32 beside the spread over seeds. On a CPU, in float32 arithmetic.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def curve(config: RunConfig, *, control: bool) -> tuple[list[float], float]:
 
 
 def nearest(parameters: dict[str, nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
-    """What bfloat16 parameters get from torch's own AdamW: moments and updates rounded to nearest."""
+    """Update bfloat16 parameters with torch's own AdamW: moments and updates rounded to nearest."""
     trainer = config.trainer
     betas = (trainer.adam_beta1, trainer.adam_beta2)
     return torch.optim.AdamW(parameters.values(), betas=betas, eps=trainer.adam_eps, weight_decay=0.0)
 
 
 def summary(curves: dict[str, list[list[float]]], held_out: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """One line a variant: means over seeds, paired differences from float32, and the spread that seeds make."""
+    """One line per variant: means over seeds, paired differences from float32, and the spread over seeds."""
     lines = []
     for name, runs in curves.items():
         third = len(runs[0]) // 3

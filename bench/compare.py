@@ -4,9 +4,10 @@
     python bench/compare.py --base 20b --work DIRECTORY --save compare-20b      (or 120b; a GPU; days)
 
 First every kind is trained at each learning rate with the first seed, and the rate with the least validation loss is
-taken (first table); test rows are scored with that rate only, over all seeds (second table). Every run is `finetune
-train` in a child process. Runs are kept below --work by their settings: the program goes on where it was stopped, and
---minutes starts no work later. Exit status 1: a control that can learn nothing beats the most frequent answer.
+taken (first table); test examples are scored with that rate only, over all seeds (second table). Every run is `finetune
+train` in a child process. Runs are stored below --work by their settings: the program resumes where it was stopped, and
+--minutes starts no work after that time. Exit status 1: a control that can learn nothing beats the most frequent
+answer.
 """
 
 from __future__ import annotations
@@ -81,14 +82,14 @@ def parse() -> argparse.Namespace:
 
 
 def setting_for(shape: Arch) -> Setting:
-    """How a base of this size is adapted."""
+    """Adapter settings for a base of this size."""
     if shape.hidden < _LARGE_HIDDEN:
         return TINY
     return LARGE_20B if shape.num_experts <= _EXPERTS_OF_20B else LARGE_120B
 
 
 def digest_of(base: Path) -> str:
-    """Tells bases apart: of the file that lists the shards' sha256, or of the index."""
+    """Digest that identifies a base: of the file that lists the shards' SHA-256, or of the index."""
     for name in ("checksums.json", "model.safetensors.index.json", "config.json"):
         if (base / name).is_file():
             return hashlib.sha256((base / name).read_bytes()).hexdigest()
@@ -96,10 +97,10 @@ def digest_of(base: Path) -> str:
 
 
 class Comparison:
-    """Goes through the plan.
+    """Runs the plan.
 
     Attributes:
-        trials: line, then learning rate: what training at that rate with the first seed gave.
+        trials: line, then learning rate: the result of training at that rate with the first seed.
         bases: task, base, "renamed" or "": the base's own scores.
         num_runs: runs of the second table when all is done.
     """
@@ -113,7 +114,7 @@ class Comparison:
         self.num_runs = 0
 
     def run(self, tasks: list[str] | None) -> list[Finished]:
-        """Everything that there is time for, tier by tier; within a tier the seeds take turns."""
+        """Make as many runs as time allows, tier by tier; within a tier the seeds alternate."""
         finished = []
         for tier in self.tiers:
             lines = [line for line in tier if not tasks or line.task in tasks]
@@ -128,7 +129,7 @@ class Comparison:
         return finished
 
     def rate_of(self, line: Line) -> float | None:
-        """The learning rate whose validation loss at the end was least; None: not all were tried yet."""
+        """The learning rate with the least final validation loss; None: not all were tried yet."""
         tried = self.trials.setdefault(line, {})
         for rate in self.setting.learning_rates:
             if rate not in tried and (result := self.runner.trained(Run(line, self.seeds[0], rate))):
@@ -138,7 +139,7 @@ class Comparison:
         return best_rate(tried)
 
     def _score_base(self, run: Run) -> None:
-        """The base's own scores on the test rows, once for a task, a base and the labels' names."""
+        """Score the base on the test examples, once per task, base and label names."""
         line = run.line
         key = (line.task, line.base, "renamed" if "renamed" in line.labels else "")
         if key not in self.bases and (scores := self.runner.base_scored(run)):
@@ -162,7 +163,7 @@ class Comparison:
         """Steps that fit into the training time of the variant that it is timed by; None: it has no such limit.
 
         Raises:
-            LookupError: those runs are not made yet.
+            LookupError: those runs do not exist yet.
         """
         if line.variant.timed_by is None:
             return None

@@ -1,4 +1,4 @@
-"""What `bench/compare.py` compares: tasks, kinds of adapter at equal parameters, controls, and the order of it all."""
+"""Plan of `bench/compare.py`: tasks, kinds of adapter at equal parameters, controls, and the order of the runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ BaseName = Literal["given", "constructed"]
 
 @dataclass(frozen=True)
 class Task:
-    """Rows of one domain: how many, and how they are trained on.
+    """Records of one domain: their number and the epochs.
 
     Attributes:
         train_rows, validation_examples, test_examples: at most; drawn once for all runs.
-        epochs: over the training rows.
+        epochs: over the training records.
     """
 
     train_rows: int
@@ -31,14 +31,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a base is adapted: what its recipe says where variants do not differ.
+    """Settings of a base's recipes that all variants share.
 
     Attributes:
         ranks: of attention and experts in the reference variant, whose parameters the others match.
         alphas: kept when a rank changes, so that one learning rate means much the same at every rank (the update is
             scaled by alpha / rank).
         learning_rates: tried for every kind with the first seed; the one with the least validation loss is taken.
-        validate_every: optimiser steps between two looks at the validation loss.
+        validate_every: optimiser steps between validation losses.
         constructed_base: also run a control on a base without knowledge, which only a tiny one can be.
         experts_per_chunk: experts dequantised at a time. None: as the model's configuration says.
     """
@@ -76,15 +76,16 @@ class Variant:
     """One kind of adapter.
 
     Attributes:
-        name: as it stands in the table.
+        name: as in the table.
         attention, experts: ranks; 0 leaves them alone.
         router: mode.
         select: which experts.
-        rank_by: how the experts' ranks are dealt out.
+        rank_by: how the experts' ranks are distributed.
         balance: coefficient of the load-balancing loss. None: the default.
-        timed_by: name of a variant whose training time it gets, however many steps that is. None: equal rows.
+        timed_by: name of a variant whose training time it gets, however many steps that is. None: equal numbers of
+            examples.
         same_adapter: name of the variant with this adapter, whose learning rate it takes. With `timed_by` that one
-            also says what a step takes.
+            also gives the time of a step.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Variant:
     same_adapter: str | None = None
 
     def overrides(self, setting: Setting) -> list[str]:
-        """What the command line says of it."""
+        """Command-line overrides of the variant."""
         words = [
             f"adapter.attention.rank={self.attention}",
             f"adapter.attention.alpha={setting.alphas[0]}",
@@ -118,7 +119,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the table: what its seeds have in common.
+    """One line of the table: the settings that its seeds share.
 
     Attributes:
         labels: what is done to the answers; anything but `as they are` is a control.
@@ -132,7 +133,7 @@ class Line:
 
     @property
     def name(self) -> str:
-        """As it stands in the table."""
+        """Name in the table."""
         parts = [self.variant.name]
         parts += [f"labels {self.labels}"] if self.labels != "as they are" else []
         parts += ["constructed base"] if self.base != "given" else []
@@ -140,10 +141,10 @@ class Line:
 
     @property
     def must_learn_nothing(self) -> bool:
-        """Whether neither the training rows nor the base say which answer is right.
+        """Whether neither the training records nor the base determine the right answer.
 
-        Shuffled labels alone do not see to that: a pretrained base associates clauses with words of the labels' names,
-        and learning the form of an answer sets that free. Under other names, or in a base that has read nothing, it
+        Shuffled labels alone do not ensure that: a pretrained base associates clauses with words of the labels' names,
+        and learning the form of an answer reveals that. Under other names, or in a base trained on no text, it
         is worth nothing.
         """
         return self.labels == "renamed and shuffled" or (self.labels == "shuffled" and self.base == "constructed")
@@ -196,9 +197,9 @@ def num_parameters(shape: Arch, attention: int, experts: int) -> int:
 
 
 def plan(setting: Setting, shape: Arch) -> list[list[Line]]:
-    """All lines in tiers, what matters most first, so that a program that is cut short has whole comparisons to show.
+    """All lines in tiers, the most important first, so that an interrupted program has complete comparisons.
 
-    The seeds of a tier take turns: each of its lines has its first seed before one has its second.
+    The seeds of a tier alternate: each of its lines has its first seed before one has its second.
     """
     first, attention, experts, small, few, full, lora, half, by_use, timed, *balance = variants(setting, shape).values()
     no_knowledge = [Line("legal", first, "shuffled", "constructed")] if setting.constructed_base else []

@@ -1,4 +1,4 @@
-"""The rows that `bench/compare.py` trains and tests on: drawn once, the same for every variant and seed."""
+"""The records that `bench/compare.py` trains and tests on: drawn once, the same for every variant and seed."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Rows:
 
 
 def write_rows(name: TaskName, task: Task, directory: Path, labels: Labels = "as they are") -> Rows:
-    """Write a task's training, validation and test rows.
+    """Write a task's training, validation and test records.
 
     Args:
-        directory: where files go; files of the same content are written again without harm.
-        labels: `shuffled` deals the training rows' answers out among them anew, so that nothing can be learnt from them
+        directory: of the files; rewriting files of the same content is harmless.
+        labels: `shuffled` permutes the training records' answers at random, so that nothing can be learnt from them
             but how frequent answers are. `renamed` gives every answer another one's name, the same in all splits, so
             that the name says nothing of the clause.
     """
@@ -86,5 +86,5 @@ def _shuffle_answers(rows: list[Row], rng: random.Random) -> list[Row]:
 
 
 def _answered(row: Row, answer: str) -> Row:
-    """The row with another answer: the question stays, and what was said before the answer (reasoning) goes."""
+    """The record with another answer: the question stays, and any reasoning before the answer is removed."""
     return row | {"answer": answer, "messages": [*row["messages"][:-1], {"role": "assistant", "content": answer}]}

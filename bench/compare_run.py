@@ -1,4 +1,4 @@
-"""One run of `bench/compare.py`: the real command in a child process, its processor time, and its test rows scored."""
+"""One run of `bench/compare.py`: the real command in a child process, its processor time, and its test scores."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def recipe(setting: Setting, base: str, rows: Rows, task: Task, work: Path) -> s
 
 
 class Runner:
-    """Makes runs, or finds them made.
+    """Make runs, or find existing ones.
 
     Args:
-        setting: what all runs have in common.
-        bases: directory or hub name of each base, and what tells it apart.
-        work: rows, runs and results lie below; a run whose settings are the same is not made again.
-        may_go_on: asked before each piece of work; once it says no, only what is there already is found.
+        setting: settings shared by all runs.
+        bases: directory or hub name of each base, and its digest.
+        work: directory of records, runs and results; a run with the same settings is not repeated.
+        may_go_on: called before each piece of work; once it returns False, only existing results are returned.
     """
 
     def __init__(
@@ -75,20 +75,20 @@ class Runner:
         self._rows: dict[tuple[str, str], Rows] = {}
 
     def rows(self, line: Line) -> Rows:
-        """The line's rows, written at the first call."""
+        """The line's records, written at the first call."""
         key = (line.task, line.labels)
         if key not in self._rows:
             self._rows[key] = write_rows(line.task, self._setting.tasks[line.task], self._work / "rows", line.labels)
         return self._rows[key]
 
     def trained(self, run: Run) -> Result | None:
-        """What training gave: parameters, steps, times, the validation loss as [step, nats per token], and `balance`,
+        """Results of training: parameters, steps, times, the validation loss as [step, nats per token], and `balance`,
         the mean load-balancing loss of the last steps (1: every expert is used alike).
 
-        What an interrupted attempt left is removed first.
+        Files of an interrupted attempt are removed first.
 
         Returns:
-            None: not there, and there is no time to make it.
+            None: it does not exist, and there is no time for it.
         """
 
         def make(directory: Path) -> Result:
@@ -115,7 +115,7 @@ class Runner:
         return found | {"balance": balance_at_end(metrics)} if found and metrics.is_file() else found
 
     def scored(self, run: Run) -> Result | None:
-        """Scores of the test rows under a trained run's adapter."""
+        """Scores of the test examples under a trained run's adapter."""
         directory = self.directory(run)
         return self._kept(
             directory / "scores.json",
@@ -124,7 +124,7 @@ class Runner:
         )
 
     def base_scored(self, run: Run) -> Result | None:
-        """Scores of the line's test rows under its base alone, with the help of a trained run."""
+        """Scores of the line's test examples under its base alone, with the help of a trained run."""
         rows = self.rows(run.line)
         digest = _digest(self._bases[run.line.base][1], rows.test.read_text())
         path = self._work / f"base-{run.line.task}-{digest}.json"
@@ -132,7 +132,7 @@ class Runner:
         return self._kept(path, lambda: score(directory / "run", rows, whose="base"), f"{run.line.name}: base")
 
     def directory(self, run: Run) -> Path:
-        """Where a run of these settings lies."""
+        """Directory of a run with these settings."""
         text = self._recipe(run.line) + self.rows(run.line).digest + self._bases[run.line.base][1]
         return self._work / "runs" / _digest(text + " ".join(self._words(run)))
 
@@ -162,7 +162,7 @@ def train(command: list[str]) -> dict[str, float]:
     """Run the command; processor seconds of a step, taken from the first step seen to the last.
 
     Raises:
-        SystemExit: it failed; what it said is printed.
+        SystemExit: it failed; its output is printed.
     """
     directory = Path(next(word for word in command if word.startswith("output_dir=")).partition("=")[2])
     metrics = directory / "run" / "metrics.jsonl"
@@ -190,7 +190,7 @@ def train(command: list[str]) -> dict[str, float]:
 
 
 def validation_losses(metrics: Path) -> list[tuple[int, float]]:
-    """Step and validation loss of each look that a run took."""
+    """Step and validation loss of each evaluation of a run."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     return [(line["step"], line["validation_loss"]) for line in lines if line["kind"] == "evaluation"]
 
@@ -202,12 +202,12 @@ def balance_at_end(metrics: Path) -> float:
 
 
 def score(run: Path, rows: Rows, *, whose: str) -> Result:
-    """Score the test rows.
+    """Score the test examples.
 
     Returns:
-        `nll` and `tokens` of each row's answer; for labelled rows also which label was `right` and which `chosen`, and
-        the choice `centred`: after taking each label's mean over the rows off its log-likelihood, so that what
-        remains is what the row says, not how the model likes a label's name.
+        `nll` and `tokens` of each example's answer; for labelled examples also which label was `right` and which
+        `chosen`, and the choice `centred`: each label's log-likelihood less its mean over the examples, which removes
+        the model's preference for a label's name.
     """
     opened = open_model(run)
     data = replace(opened.data, test={"rows": SourceConfig(path=str(rows.test))})

@@ -1,4 +1,4 @@
-"""The tables of `bench/compare.py`: validation losses of the learning rates, and figures on test rows."""
+"""The tables of `bench/compare.py`: validation losses of the learning rates, and figures on test examples."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Scores = dict[str, Any]
 
 @dataclass(frozen=True)
 class Finished:
-    """A run, what its training gave, and the scores of its test rows."""
+    """A run, the results of its training, and its test scores."""
 
     run: Run
     result: dict[str, Any]
@@ -45,12 +45,12 @@ Trials = dict[float, dict[str, Any]]
 
 
 def best_rate(tried: Trials) -> float:
-    """The one whose validation loss at the end was least."""
+    """The learning rate with the least final validation loss."""
     return min(tried, key=lambda rate: float(tried[rate]["validation"][-1][1]))
 
 
 def rates_table(trials: dict[Line, Trials], num_rates: int) -> list[dict[str, Any]]:
-    """A row for each kind and rate; none is taken before all `num_rates` were tried."""
+    """One line per kind and rate; none is chosen before all `num_rates` were tried."""
     rows = []
     for line, tried in trials.items():
         best = best_rate(tried) if len(tried) == num_rates else None
@@ -125,7 +125,7 @@ def _line(line: Line, runs: list[Finished], large: bool) -> dict[str, Any]:
 
 
 def figures(scores: list[Scores]) -> dict[str, Any]:
-    """Loss and accuracy: mean, and each seed's; of an accuracy also the Wilson interval of the mean's rows."""
+    """Loss and accuracy: mean, and each seed's; of an accuracy also the Wilson interval of the mean's examples."""
     losses = [loss_of(each) for each in scores]
     line: dict[str, Any] = {"loss": round(mean(losses), 3), "loss by seed": by_seed(losses)}
     if "right" not in scores[0]:
@@ -147,12 +147,12 @@ def loss_of(scores: Scores) -> float:
 
 
 def accuracy_of(scores: Scores, how: str = "chosen") -> float:
-    """Share of rows whose right label was chosen."""
+    """Share of examples whose right label was chosen."""
     return float(np.mean(np.array(scores["right"]) == np.array(scores[how])))
 
 
 def constant(scores: Scores) -> float:
-    """Accuracy of always giving the test rows' most frequent answer."""
+    """Accuracy of always giving the test examples' most frequent answer."""
     return float(np.bincount(scores["right"]).max() / len(scores["right"]))
 
 
@@ -170,5 +170,5 @@ def differences(runs: dict[int, Scores], reference: dict[int, Scores]) -> dict[s
 
 
 def by_seed(values: list[float]) -> str:
-    """One figure a seed."""
+    """One figure per seed."""
     return " ".join(f"{value:.3f}" for value in values)

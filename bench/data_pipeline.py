@@ -1,10 +1,11 @@
-"""Measure the data pipeline: tokens/s of tokenising, masking and packing, beside TRL's on the same rows, and memory.
+"""Measure the data pipeline: tokens/s of tokenising, masking and packing, beside TRL's on the same records, and memory.
 
     python bench/data_pipeline.py speed [--trl DIRECTORY] [--out FILE]
     python bench/data_pipeline.py memory [--rows 10000 100000] [--out FILE]
 
-`DIRECTORY` holds TRL (`pip install --no-deps --target DIRECTORY trl==1.16.0`); it must not go into the toolkit's own
-environment. Every measurement runs in a process of its own, on one core; loading the vocabulary is not counted.
+`DIRECTORY` holds TRL (`pip install --no-deps --target DIRECTORY trl==1.16.0`); it must not be installed into the
+toolkit's own environment. Every measurement runs in a process of its own, on one core; loading the vocabulary is not
+counted.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def our_config(path: Path, cache: Path):
 
 
 def ours(path: Path) -> dict:
-    """From the JSONL file to an Arrow file of tokens, weights and channels, and the packed rows of an epoch."""
+    """From the JSONL file to an Arrow file of tokens, weights and channels, and the packed sequences of an epoch."""
     import numpy as np
 
     from finetune.data.dataset import load_split

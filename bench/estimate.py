@@ -1,8 +1,9 @@
 """Estimated against measured memory of an optimiser step: `python bench/estimate.py [--base 20b 120b]`.
 
 On a GPU: bases of the published shapes with random packed weights, made tensor by tensor (no download), one real step
-with the allocator's peak beside the estimate's parts, and the rows of the busiest chunk of experts. On a CPU: the small
-bases of `tests/tracked_step.py`, every tensor counted. Prints a table, then JSON with hardware, versions and commit.
+with the allocator's peak beside the estimate's parts, and the routed tokens of the busiest chunk of experts. On a CPU:
+the small bases of `tests/tracked_step.py`, every tensor counted. Prints a table, then JSON with hardware, versions and
+commit.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ ROW = "{:42} {:>10} {:>10} {:>8}  {}"
 
 
 class RandomCheckpoint:
-    """Stands for a `Checkpoint` of a published shape; tensors are random and made when they are read."""
+    """Substitute for a `Checkpoint` of published dims; tensors are random and created when read."""
 
     def __init__(self, name: str) -> None:
         file = shipped_dir("data") / "tokenizer" / f"gpt-oss-{name}" / "config.json"
@@ -108,7 +109,7 @@ def on_gpu(name: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def on_cpu() -> list[dict[str, Any]]:
-    """The test's cases, as figures."""
+    """Figures of the test's cases."""
     results = []
     with tempfile.TemporaryDirectory() as scratch:
         for case, (base_name, _, settings) in CASES.items():

@@ -1,7 +1,7 @@
 """One layer's experts with LoRA, forward and backward: `python bench/expert_block.py --help`.
 
 The kernels of `model.expert_kernel` beside a naive path over the same packed weights (dequantises three times, bias and
-update as passes of their own) and PEFT's `target_parameters` on transformers' experts in dense weights. All get the
+update as passes of their own) and PEFT's `target_parameters` on transformers' experts in dense weights. All have the
 same random inputs, weights and factors in one process, in turn; `difference` is the largest relative RMS difference of
 output and gradients from the reference's. What PEFT keeps for its backward pass the others compute again. Memory is
 that of the step alone, without weights and factors: allocated on a GPU, tensors alive on a CPU.
@@ -122,7 +122,7 @@ def measure(layer: Layer, names: list[str], repeats: int) -> list[dict[str, Any]
 
 
 def peak(layer: Layer, forward: Callable[[], Tensor]) -> int:
-    """Most bytes that a step holds beyond what was there before."""
+    """Peak bytes of a step above those allocated before it."""
     if layer.device.type == "cuda":
         return peak_bytes(lambda: step(layer, forward), layer.device)
     with AllocationTracker() as tracker:

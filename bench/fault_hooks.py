@@ -1,6 +1,6 @@
-"""The faults themselves: what is done to a child process before it runs, or to its files after it.
+"""Faults, applied to a child process before it runs, or to its files afterwards.
 
-A hook replaces functions in a forked process that ends with the run, so nothing has to be put back.
+A hook replaces functions in a forked process that ends with the run, so nothing has to be restored.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def poison_after(step: int) -> Hook:
 
 
 def tracker_down_after(step: int) -> Hook:
-    """A tracker that stops answering: Accelerate's calls raise as they do without a network."""
+    """A tracker that stops responding: Accelerate's calls raise as they do without a network."""
 
     def hook() -> None:
         def log(_self: Any, _figures: Any, step: int = 0) -> None:
@@ -162,7 +162,7 @@ def tracker_down_after(step: int) -> Hook:
 
 
 def before(module: Any, name: str, act: Callable[[], object]) -> None:
-    """Let a module's function do something first."""
+    """Call something before a module's function."""
     function = getattr(module, name)
 
     def acted(*args: Any, **kwargs: Any) -> Any:
@@ -188,7 +188,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {"truncated": truncate, "with a fli
 
 
 def small_disk_bytes(run: Path) -> int:
-    """A disk that holds one checkpoint and not two, beside everything else of a run."""
+    """Size of a disk with room for one checkpoint but not two, beside a run's other files."""
     total = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())
     newest = max((run / "checkpoints").glob("step-*"))
     one = sum(file.stat().st_size for file in newest.iterdir())
@@ -210,7 +210,7 @@ def mounted(place: Path, size: int) -> Iterator[bool]:
 
 @contextmanager
 def remounted_read_only(place: Path) -> Iterator[None]:
-    """A mounted file system without writing, for anyone."""
+    """Remount a file system read-only, for every user."""
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
     try:
         yield

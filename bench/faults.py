@@ -1,9 +1,9 @@
-"""Break small runs in every way we know of, resume them, and compare with the run that nothing happened to.
+"""Interrupt small runs with every known fault, resume them, and compare with an undisturbed run.
 
-`python bench/faults.py --kills 50 --out bench/results/DATE-faults.md`. The table says for each fault what was promised,
-what happened, and how many steps were lost. "The same" means: metrics, adapter, optimiser, loop state, evaluation and
+`python bench/faults.py --kills 50 --out bench/results/DATE-faults.md`. For each fault the table lists the guarantee,
+the outcome, and the number of steps lost. "The same" means: metrics, adapter, optimiser, loop state, evaluation and
 exported adapter equal the undisturbed run's to the last bit. Needs Linux; mounts small file systems where it may (as
-root) and says so where it may not.
+root) and reports where it may not.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Bench:
         return child
 
     def wait(self, child: int) -> int:
-        """Its exit code, or minus the signal that killed it."""
+        """Wait for its exit code, or minus the signal that ended it."""
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
     def arguments(self, run: Path, *overrides: str) -> list[str]:
@@ -110,11 +110,11 @@ class Bench:
         return self.wait(self.start(["train", "--resume", str(run)], hook))
 
     def said(self) -> str:
-        """What the last process printed."""
+        """Output of the last process."""
         return (self.place / "said.txt").read_text()
 
     def judge(self, fault: str, promised: str, run: Path, code: int, codes: tuple[int, ...]) -> None:
-        """Resume what a fault left and put a row into the table."""
+        """Resume after a fault and add a line to the table."""
         made = steps_made(run)
         whole = [step for step, path in list_checkpoints(run / "checkpoints") if fault_in(path) is None]
         message = last_line(self.said())
@@ -134,7 +134,7 @@ class Bench:
 
 
 def write_sums(directory: Path, base: Path) -> None:
-    """The tests' small recipe over rows of about a hundred tokens: what they say does not matter to a fault."""
+    """The tests' small recipe over records of about a hundred tokens; their content does not matter."""
     directory.mkdir()
     for split, numbers in {"train": range(0, 40), "validation": range(40, 44), "test": range(44, 48)}.items():
         rows = [
@@ -155,7 +155,7 @@ def steps_made(run: Path) -> int:
 
 
 def wait_for_step(run: Path, step: int) -> None:
-    """Wait until a run has made a step; 0: until its directory is there."""
+    """Wait until a run has made a step; 0: until its directory exists."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if (run.exists() and not step) or steps_made(run) >= step > 0:
@@ -164,7 +164,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def same_as(one: Path, other: Path) -> bool:
-    """Whether everything that training decides is the same to the last bit."""
+    """Whether everything that training determines is bit-identical."""
     try:
         assert_same_run(one, other)
     except AssertionError:
@@ -173,12 +173,12 @@ def same_as(one: Path, other: Path) -> bool:
 
 
 def code_text(code: int) -> str:
-    """An exit code, or the signal that killed."""
+    """An exit code, or the signal that ended the process."""
     return f"exit {code}" if code >= 0 else f"killed by signal {-code}"
 
 
 def last_line(said: str) -> str:
-    """The line that says what went wrong, or the last one."""
+    """The line with the error, or the last one."""
     lines = [line for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1].replace("|", "/")
@@ -254,7 +254,7 @@ def damage(bench: Bench, *, resume_all: bool) -> Iterator[str]:
 
 
 def machine(bench: Bench) -> Iterator[str]:
-    """A file-size limit, a small disk, a read-only one, a tracker that fails, numbers that are not finite."""
+    """A file-size limit, a small disk, a read-only one, a failing tracker, non-finite numbers."""
     run = bench.place / "limit"
     bench.judge(
         "file-size limit reached at the second save",
@@ -303,7 +303,7 @@ def machine(bench: Bench) -> Iterator[str]:
 
 
 def table(rows: list[Row], seconds: float, kill_count: int) -> str:
-    """The table in Markdown, with what it was made on."""
+    """The table in Markdown, with the machine and versions."""
     kept = sum(row.kept for row in rows)
     lines = [
         f"# Faults, {time.strftime('%Y-%m-%d')}",
@@ -324,7 +324,7 @@ def table(rows: list[Row], seconds: float, kill_count: int) -> str:
 
 
 def run_all(args: argparse.Namespace) -> int:
-    """Run the parts that were asked for; 1 if a promise was broken."""
+    """Run the parts that were asked for; 1 if a guarantee was broken."""
     started = time.monotonic()
     moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory(prefix="faults-") as place:

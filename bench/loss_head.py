@@ -1,8 +1,8 @@
 """The chunked loss head beside torch's own: `python bench/loss_head.py --help`.
 
 Time and memory of loss and gradient of N tokens over the whole vocabulary, the head frozen, a weight for each token:
-ours, `torch.nn.functional.linear_cross_entropy` with its options (torch 2.13), and plain logits. The head is random and
-`--hidden` wide; differences are against float64 logits of the same inputs.
+this project's, `torch.nn.functional.linear_cross_entropy` with its options (torch 2.13), and plain logits. The head is
+random and `--hidden` wide; differences are against float64 logits of the same inputs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benchmark programs share: where they ran, interleaved timing, peak memory, results as table and JSON."""
+"""Shared parts of the benchmark programs: environment, interleaved timing, peak memory, results as table and JSON."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def _cpu_name() -> str:
 def interleaved(
     functions: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each call: one warm-up each, then `repeats` rounds in turn, so that a busy moment hits all alike.
+    """Seconds of each call: one warm-up each, then `repeats` rounds in turn, so that a busy moment affects all alike.
 
-    On a CPU they are processor seconds: on a shared machine those say what the work costs, a clock says who else ran.
+    On a CPU they are processor seconds: on a shared machine wall time depends on other programs.
     """
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -98,7 +98,7 @@ def _wait(device: torch.device) -> None:
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Most memory that a call took beyond what was held before it: allocated on a GPU, resident on a CPU."""
+    """Peak memory of a call above that before it: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         _wait(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -139,7 +139,7 @@ def publish(
     """Print a Markdown table and JSON; with `save` also write both under `bench/results/`, dated.
 
     Args:
-        raw: what the rows were made from; into the JSON file alone.
+        raw: the measurements behind the table; written to the JSON file only.
     """
     table = _table(title, facts, rows, note)
     report = {"machine": facts, "note": note, "rows": rows}

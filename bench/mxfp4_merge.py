@@ -1,10 +1,11 @@
-"""How much of a fine-tune a merge back to MXFP4 keeps, on a tiny gpt-oss with real data: `--help` has the stages.
+"""Share of a fine-tune that a merge back to MXFP4 keeps, on a tiny gpt-oss with real data: `--help` has the stages.
 
 Adapters of three sizes (expert updates near 1, 4 and 10 % of the weights) and three seeds are trained with the command
 a user types, on the shipped contract clauses, experts alone: attention merges exactly and would flatter every method.
-Each is rounded on its own training rows; settings are compared on validation rows and reported on test rows. Controls:
-the update with its output rows shuffled (noise of the same size), with its sign flipped, and attention trained instead
-of the experts, which exports without loss. Every row is kept in WORK/results.json, so an interruption costs one.
+Each is rounded on its own training records; settings are compared on validation and reported on test examples.
+Controls: the update with its output rows shuffled (noise of the same size), with its sign flipped, and attention
+trained instead of the experts, which exports without loss. Every result is stored in WORK/results.json, so an
+interruption costs one.
 
     python bench/mxfp4_merge.py --base DIR --work DIR               all stages; prints the table
     python bench/mxfp4_merge.py --base DIR --work DIR --stage train  only one: train, round, controls, settings, table
@@ -69,7 +70,7 @@ export:
 
 
 class Work:
-    """Runs, rounded experts and results of this benchmark, kept between sittings."""
+    """Runs, rounded experts and results of this benchmark, kept between calls."""
 
     def __init__(self, directory: Path, base: Path, steps: int, rows: int, rates: Mapping[str, float] = RATES) -> None:
         self.directory, self.base, self.steps, self.rows, self.rates = directory, base, steps, rows, rates
@@ -102,7 +103,7 @@ class Work:
         return run / "adapter"
 
     def round(self, source: AdapterFile, name: str, settings: Settings, seed: int) -> tuple[MergePlan, Any]:
-        """Round an adapter's experts on training rows."""
+        """Round an adapter's experts, calibrated on training records."""
         plan = plan_merge(self.checkpoint, source, "mxfp4", "compensated")
         config = replace(compose(str(self.recipe("experts"))).config, seed=seed)
         calibration, _ = choose_calibration(config, self.checkpoint, None)
@@ -128,7 +129,7 @@ class Work:
         *,
         labels: bool = False,
     ) -> dict[str, Any]:
-        """Variants on held-out rows; with label accuracy, which is slow, on ACCURACY_ROWS of them and no old domain."""
+        """Measure variants on held-out examples; slow label accuracy on ACCURACY_ROWS of them, without old domain."""
         rows = self.held_out(split)
         if labels:
             few = slice(ACCURACY_ROWS)
@@ -162,7 +163,7 @@ def stage_round(work: Work) -> None:
 
 
 def stage_settings(work: Work) -> None:
-    """Seed 0: settings compared on validation rows, and label accuracy on some test rows."""
+    """Seed 0: settings compared on validation examples, and label accuracy on some test examples."""
     for size in RATES:
         for setting in SETTINGS:
             key = f"{size} on validation, {setting}"
@@ -182,7 +183,7 @@ def _rounded(work: Work, size: str, seed: int, setting: str) -> tuple[MergePlan,
 
 
 def stage_controls(work: Work) -> None:
-    """Seed 0: shuffled and flipped updates rounded as usual but held against the real adapter; attention alone."""
+    """Seed 0: shuffled and flipped updates rounded as usual but compared with the real adapter; attention alone."""
     for size in RATES:
         adapter = work.adapter("experts", size, 0)
         for control in ("shuffled", "sign flipped"):

@@ -1,4 +1,4 @@
-"""The tables of `mxfp4_merge.py`: what each way of rounding keeps, controls, and whether the goals were met."""
+"""The tables of `mxfp4_merge.py`: share kept by each way of rounding, controls, and comparison with the goals."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A fine-tuned model beside naive Bayes on the legal task: all rows of one split, the same for both.
+"""A fine-tuned model beside naive Bayes on the legal task: all records of one split, the same for both.
 
     python bench/naive_bayes.py RUN [RUN ...] [--split val] [--save naive-bayes]
 
 Runs are finished `finetune train` runs on the shipped clauses, for instance of several seeds. Naive Bayes is
 scikit-learn's multinomial one over the clause's words with add-one smoothing: over all words of two letters or more,
-and over those that stand in two training clauses or more, which is stronger. Settings are chosen on `--split val`; test
+and over those that occur in two training clauses or more, which is stronger. Settings are chosen on `--split val`; test
 is for the end.
 """
 
@@ -77,12 +77,12 @@ def records(split: str) -> list[Record]:
 
 
 def data_of(data: DataConfig, split: str) -> DataConfig:
-    """The run's data settings with a split of the shipped clauses as test rows."""
+    """The run's data settings with a split of the shipped clauses as test records."""
     return replace(data, test={"cuad": SourceConfig(path=f"shipped://{CUAD.name}", where={"split": split})})
 
 
 def naive_bayes(training: list[Record], tested: list[Record], labels: tuple[str, ...], least: int) -> NDArray[np.int64]:
-    """Labels chosen by naive Bayes over the words that stand in `least` training clauses or more; int64 [n]."""
+    """Labels chosen by naive Bayes over the words that occur in `least` training clauses or more; int64 [n]."""
     words = CountVectorizer(min_df=least)
     model = MultinomialNB().fit(
         words.fit_transform([clause_of(record) for record in training]),

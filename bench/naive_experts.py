@@ -1,7 +1,7 @@
-"""Two other ways to compute the expert block, as opponents in `bench/expert_block.py`.
+"""Two other ways to compute the expert block, for comparison in `bench/expert_block.py`.
 
-`naive_block` is what one writes first over packed weights: every projection dequantises in the forward pass, in its
-recomputation and for the gradient of its input (three times), with base, bias and update as passes of their own.
+`naive_block` is the straightforward version over packed weights: every projection dequantises in the forward pass, in
+its recomputation and for the gradient of its input (three times), with base, bias and update as passes of their own.
 `PeftExperts` is PEFT's `target_parameters` on transformers' own experts in dense weights.
 """
 
@@ -23,7 +23,7 @@ from finetune.kernels.grouped import padded_rank
 
 
 class _PackedProduct(torch.autograd.Function):
-    """Rows times packed weights; keeps nothing dequantised."""
+    """Product with packed weights; keeps nothing dequantised."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, base: FrozenExperts, chunk: Chunk) -> Tensor:

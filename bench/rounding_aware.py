@@ -1,4 +1,4 @@
-"""Does training through the MXFP4 rounding beat rounding afterwards? Same number of steps, experts alone.
+"""Compare training through the MXFP4 rounding with rounding afterwards: equal steps, experts alone.
 
 `python bench/rounding_aware.py --base DIR --work DIR` compares, at three learning rates and with three seeds:
 
@@ -57,7 +57,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Method:
-    """How the steps are spent.
+    """A method: its use of the steps.
 
     Attributes:
         tail: share of the steps that are trained here, after a plain run of the others. 1: all.
@@ -132,7 +132,7 @@ class Experts(nn.Module):
 
 def straight_through(work: Work, number: int, name: str, method: Method, rounded: RoundedExperts | None,
                      source: AdapterFile | None) -> StraightThrough:  # fmt: skip
-    """A projection as a method starts it: the base's, or what compensated rounding made of a plain run's."""
+    """A method's initial projection: the base's, or that of a plain run after compensated rounding."""
     stem = f"model.layers.{number}.mlp.experts.{name}"
     reader = work.checkpoint if rounded is None else rounded
     blocks, scales, bias = (reader.read(stem + end) for end in ("_blocks", "_scales", "_bias"))
@@ -148,7 +148,7 @@ def straight_through(work: Work, number: int, name: str, method: Method, rounded
 
 
 def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
-    """Train by a method; loss on validation and on test rows."""
+    """Train by a method; loss on validation and test examples."""
     torch.manual_seed(seed)
     steps = round(work.steps * method.tail)
     source = rounded = None
@@ -178,7 +178,7 @@ def train(work: Work, size: str, seed: int, method: Method) -> dict[str, float]:
 
 
 def batches(work: Work, seed: int) -> Iterator[Batch]:
-    """Packed training rows in an order of the seed's."""
+    """Packed training sequences in a seeded order."""
     data = compose(str(work.recipe("experts"))).config.data
     samples = load_split(data, "train").examples
     rows = pack([len(sample.ids) for sample in samples], 1024, np.random.default_rng([seed, 11]))
@@ -187,7 +187,7 @@ def batches(work: Work, seed: int) -> Iterator[Batch]:
 
 
 def compare(work: Work, sizes: list[str], names: list[str]) -> None:
-    """Make what is missing, seed by seed, so that an interruption leaves whole comparisons."""
+    """Make the missing runs, seed by seed, so that an interruption leaves complete comparisons."""
     for seed in SEEDS:
         for size in sizes:
             key = f"{size} after, seed {seed}"
@@ -205,7 +205,7 @@ def compare(work: Work, sizes: list[str], names: list[str]) -> None:
 
 
 def table(work: Work, sizes: list[str], save: str | None) -> None:
-    """Print a row for each rate and method; with a name, also write them to bench/results."""
+    """Print one line per rate and method; with a name, also write them to bench/results."""
     rows = []
     for size in sizes:
         seeds = [seed for seed in SEEDS if f"{size} after, seed {seed}" in work.results]

@@ -1,7 +1,7 @@
-"""What counting the use of experts costs a training step: `python bench/routing_cost.py`.
+"""Cost of counting expert use in a training step: `python bench/routing_cost.py`.
 
-Trains the same micro-steps with the counting on and off in turn, so that a machine's other load falls on both, and
-compares medians (of processor time on a CPU, since other programs' load is not ours); and times the counting alone.
+Trains the same micro-batches with counting on and off in turn, so that other load affects both alike, and
+compares medians (of processor time on a CPU, which excludes other programs' load); and times the counting alone.
 `--base` takes any checkpoint; without it a tiny one is made.
 """
 

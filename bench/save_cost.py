@@ -1,4 +1,4 @@
-"""What checkpoints cost beside a step, what a start costs, and whether thousands of steps leak memory or file handles.
+"""Cost of checkpoints and of a start, and a check that thousands of steps leak no memory or file handles.
 
 `python bench/save_cost.py saves|start|soak`. Seconds are of processor time, all threads together, so that other work on
 the machine does not count; beside them the wall time that the training loop itself waited in a save.
@@ -38,7 +38,7 @@ SAVE_EVERY = 100
 
 
 def write_inputs(directory: Path, length: int) -> Path:
-    """A tiny base, short rows and a recipe; the recipe's path."""
+    """A tiny base, short records and a recipe; the recipe's path."""
     tiny.write_tiny_base(directory / "base", seed=0, kind="random")
     rows = [
         {"messages": [{"role": "user", "content": f"{n} + 1?"}, {"role": "assistant", "content": str(n + 1)}]}

@@ -1,4 +1,4 @@
-"""LoRA on some of a layer's experts: what rows of the others cost. `python bench/selected_experts.py --help`.
+"""LoRA on some of a layer's experts: cost of the others' routed tokens. `python bench/selected_experts.py --help`.
 
 For each number of adapted experts the same updates twice: on those experts alone, as in training, and on all experts
 with zeros for the others, which computes the same. Floating-point operations are counted in the running step (forward

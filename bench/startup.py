@@ -1,4 +1,4 @@
-"""How soon the command line answers, in fresh processes, and that torch is not imported: `python bench/startup.py`."""
+"""Start-up time of the command line, and a check that torch is not imported: `python bench/startup.py`."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""A whole training step, and what it costs beside the usual ways: `python bench/step.py --help`.
+"""Cost of a whole training step beside the usual ways: `python bench/step.py --help`.
 
 Every variant makes the same step: the same random base, batch, attention, loss head, balance loss, clipping and AdamW.
-They differ in what is adapted and in who computes the experts:
+They differ in the adapted sites and in the implementation of the experts:
 
   ours            LoRA on attention and on every expert, over packed MXFP4
   ours, attention LoRA on attention alone, over packed MXFP4
   PEFT            `target_parameters` on every expert and LoRA on attention, over transformers' dequantised model
   PEFT, attention LoRA on attention alone, over transformers' dequantised model
 
-The first loss is printed for each: B is zero at the start, so all must say the same. Weights are made on the device.
+The first loss is printed for each: B is zero at the start, so all must agree. Weights are made on the device.
 On a GPU `--cap-gb 84` lets context and allocator together have 84.0e9 bytes, which is what an 80 GB card has.
 """
 
@@ -107,7 +107,7 @@ def _peft_parameters(dense: Base, rank: int, *, experts: bool) -> dict[str, nn.P
 
 
 def batch_of(args: argparse.Namespace, vocabulary: int) -> Batch:
-    """`rows` rows of `length` random tokens, in samples of `segment`; a share of each sample is trained."""
+    """`rows` sequences of `length` random tokens, in examples of `segment`; a share of each is trained."""
     shape = (args.rows, args.length)
     index = torch.arange(args.length).expand(shape)
     segment = args.segment or args.length
@@ -118,7 +118,7 @@ def batch_of(args: argparse.Namespace, vocabulary: int) -> Batch:
 
 
 def cap_memory(cap_gb: float, device: torch.device) -> dict[str, float]:
-    """Let context plus allocator have `cap_gb` x 1e9 bytes, and say both parts."""
+    """Let context plus allocator have `cap_gb` x 1e9 bytes, and log both parts."""
     torch.zeros(1, device=device)
     free, total = torch.cuda.mem_get_info(device)
     context = total - free - torch.cuda.memory_reserved(device)
@@ -148,7 +148,7 @@ def measure(variants: dict[str, Variant], args: argparse.Namespace, device: torc
 
 
 def measure_alone(name: str, config: dict[str, Any], batch: Batch, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One variant with the GPU to itself; what does not fit says so in its row."""
+    """One variant with the GPU to itself; a variant that does not fit is marked in its line."""
     device = torch.device(args.device)
     try:
         return measure({name: make_variant(name, config, batch, args)}, args, device)

@@ -165,7 +165,7 @@ class SuiteFigures:
 
 @dataclass(frozen=True)
 class FormFigures:
-    """How one model's generated answers ended: counts of answers, mean length, and intervals of the shares."""
+    """Endings of one model's generated answers: counts, mean length, and intervals of the shares."""
 
     stopped: int
     cut: int

@@ -1,4 +1,4 @@
-"""pytest plugin of `instruction_sets.py`: how near each numerical assertion that passed was to failing.
+"""pytest plugin of `instruction_sets.py`: margin of each numerical assertion that passed.
 
     pytest -p assertion_margins -o enable_assertion_pass_hook=true     # with ASSERTION_MARGINS=FILE
 

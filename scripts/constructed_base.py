@@ -1,4 +1,4 @@
-"""Write a tiny base that was constructed, not pretrained: a control that has read no sentence.
+"""Write a tiny base that was constructed, not pretrained: a control trained on no sentence.
 
     python scripts/constructed_base.py DIRECTORY [--seed 0]
 

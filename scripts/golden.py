@@ -1,4 +1,4 @@
-"""Compare the working tree with v0.1.0 bit for bit: train, resume, processes, routers and exports, on this machine.
+"""Compare the working tree with v0.1.0 bit for bit: train, resume, ranks, routers and exports, on this machine.
 
     python scripts/golden.py                            every stage (about 25 CPU minutes)
     python scripts/golden.py --quick                    few steps, no zero2 and no merges (under 2 CPU minutes)
@@ -7,7 +7,7 @@
 
 Both commits run on one thread, each in processes of its own. Compared are figures without times, every tensor, bytes of
 adapters, evaluations and exports; not compared are times, paths, versions, texts, and keys that v0.1.0 did not have.
-Ends with 1 on a difference and names the first.
+Exits with 1 on a difference and names the first.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ export: {read_back: never}
 
 @dataclass(frozen=True)
 class Settings:
-    """How much is run: optimiser steps of the quickstart and of the small runs, and what is exported."""
+    """Amount of work: optimiser steps of the quickstart and of the small runs, and what is exported."""
 
     quick: bool
     train_steps: int
@@ -94,8 +94,8 @@ class Side:
     Attributes:
         name: `reference` or `tree`.
         tree: its source.
-        out: where its runs go.
-        old_keys: it is given the configuration keys of v0.1.0.
+        out: directory of its runs.
+        old_keys: it is called with the configuration keys of v0.1.0.
         extra: overrides of every run, for the control.
     """
 
@@ -142,7 +142,7 @@ class Side:
             raise CommandFailed(f"{self.name}: exit {done.returncode}: {cause} ({self.out / 'log.txt'})")
 
     def train(self, name: str, recipe: str, *overrides: str) -> Path:
-        """A run called `name`, at once if it is there already."""
+        """A run called `name`, reused if it exists already."""
         run = self.out / name
         if not (run / "evaluation.json").exists():
             shutil.rmtree(run, ignore_errors=True)
@@ -162,7 +162,7 @@ def small_recipe(side: Side) -> str:
 
 
 def train(side: Side, settings: Settings) -> Path:
-    """The quickstart's first steps, evaluated on few rows."""
+    """The quickstart's first steps, evaluated on few examples."""
     steps = settings.train_steps
     size = 8 if settings.quick else 40
     return side.train(
@@ -181,7 +181,7 @@ def train(side: Side, settings: Settings) -> Path:
 
 
 def resume(side: Side, settings: Settings) -> Path:
-    """A run killed after its first checkpoint (a copy stays as `killed`) and gone on with."""
+    """Kill a run after its first checkpoint (a copy stays as `killed`) and resume it."""
     run = side.out / "resume"
     if not (run / "evaluation.json").exists():
         for directory in (run, side.out / "killed"):
@@ -195,7 +195,7 @@ def resume(side: Side, settings: Settings) -> Path:
 
 
 def kill_after_checkpoint(side: Side, command: list[str], run: Path) -> None:
-    """Start a run and kill it as soon as its first checkpoint is whole."""
+    """Start a run and kill it as soon as its first checkpoint is complete."""
     side.out.mkdir(parents=True, exist_ok=True)
     with (side.out / "log.txt").open("a") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=side.environment(), cwd=side.out)
@@ -211,7 +211,7 @@ def kill_after_checkpoint(side: Side, command: list[str], run: Path) -> None:
 
 
 def processes(kind: str) -> Callable[[Side, Settings], Path]:
-    """A small run on two processes."""
+    """A small run on two ranks."""
 
     def produce(side: Side, settings: Settings) -> Path:
         steps = (f"trainer.max_steps={settings.small_steps}", "trainer.gradient_accumulation_steps=1")
@@ -261,7 +261,7 @@ STAGES: dict[str, Callable[[Side, Settings], Path]] = {
 
 
 def compare(stage: str, settings: Settings, reference: Side, tree: Side) -> list[Difference]:
-    """Run a stage on the tree and compare it with the reference's results, which are there already."""
+    """Run a stage on the tree and compare it with the reference's results, which exist already."""
     produce = STAGES[stage]
     made = [produce(side, settings) for side in (reference, tree)]
     if stage == "exports":
@@ -283,7 +283,7 @@ def compare(stage: str, settings: Settings, reference: Side, tree: Side) -> list
 
 
 def prepare(reference: Side) -> None:
-    """The base, 40 real rows and a recipe, made by the reference, for both."""
+    """The base, 40 real records and a recipe, made by the reference, for both."""
     root = reference.out.parent
     if not (root / "base").exists():
         reference.run(reference.command(["base", "tiny", str(root / "base")]))
@@ -308,7 +308,7 @@ def locked(root: Path) -> Iterator[None]:
 
 @contextmanager
 def reference_tree(revision: str) -> Iterator[Path]:
-    """A worktree of a commit, gone afterwards."""
+    """A worktree of a commit, removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="golden-") as scratch:
         tree = Path(scratch) / "tree"
         subprocess.run(["git", "-C", str(ROOT), "worktree", "add", "-q", "--detach", str(tree), revision], check=True)
@@ -328,7 +328,7 @@ def reference_revision() -> str:
 
 
 def fingerprint(settings: Settings) -> str:
-    """What decides the reference's bits: kept results of another machine are not used."""
+    """Fingerprint of what determines the reference's bits: stored results of another machine are not used."""
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()}-{capability}-torch{torch.__version__}-{'quick' if settings.quick else 'full'}"
 

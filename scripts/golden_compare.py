@@ -1,4 +1,4 @@
-"""Compare what two commits wrote, for `golden.py`: figures, tensors and bytes; times, paths and versions aside."""
+"""Compare the output of two commits, for `golden.py`: figures, tensors and bytes; times, paths and versions aside."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VOLATILE_FIELDS = re.compile(r"general\.(date|version|source|url)|finetune")
 
 @dataclass(frozen=True)
 class Difference:
-    """Something that is not the same: what, and both values or how far apart."""
+    """A difference: its place, and both values or their distance."""
 
     item: str
     detail: str
@@ -90,7 +90,7 @@ def _metrics(reference: Path, tree: Path) -> Iterator[Difference]:
 
 
 def _read(path: Path, root: Path) -> Any:
-    """A JSON file; the side's own directory is called SIDE in it."""
+    """A JSON file; with the side's own directory replaced by SIDE."""
     side = root
     while side.name not in ("reference", "") and not side.name.startswith("tree-"):
         side = side.parent
@@ -99,7 +99,7 @@ def _read(path: Path, root: Path) -> Any:
 
 
 def _json_values(item: str, one: Any, other: Any) -> Iterator[Difference]:
-    """Values that the reference wrote and the tree did not write alike."""
+    """Values that differ between the reference and the tree."""
     if isinstance(one, dict) and isinstance(other, dict):
         for key, value in one.items():
             if key in VOLATILE:

@@ -1,4 +1,4 @@
-"""Run the numerical tests as other processors would: every instruction set and thread count that can be chosen here.
+"""Run the numerical tests as on other processors: every instruction set and thread count that can be chosen here.
 
     python scripts/instruction_sets.py                       tests of numbers under all settings; writes bench/results
     python scripts/instruction_sets.py --whole --setting avx2-1 --setting here-1       the whole suite under two
@@ -39,7 +39,7 @@ TESTS = (
     "tests/adapters/test_adapters.py::test_read_back_notices_a_swap_that_shapes_do_not_show",
     "tests/adapters/test_adapters.py::test_lora_gradients_equal_autograd_through_pefts_dense_weights",
     "tests/adapters/test_router_adapter.py::test_stock_peft_reads_the_router_back",
-    "tests/adapters/test_router_adapter.py::test_what_was_written_can_be_trained_on",
+    "tests/adapters/test_router_adapter.py::test_training_continues_from_a_saved_router",
     "tests/adapters/test_expert_ranks.py",
     "tests/adapters/test_update_norms.py",
     "tests/kernels/test_attention_reference.py",
@@ -102,12 +102,12 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Did every test pass, and did pytest run at all?"""
+        """Whether pytest ran and every test passed."""
         return not self.failed and " passed" in self.summary and "error" not in self.summary
 
 
 def run_tests(setting: Setting, tests: list[str]) -> Outcome:
-    """Run pytest in a process that believes in this processor."""
+    """Run pytest in a process that imitates this processor."""
     with tempfile.TemporaryDirectory() as scratch:
         margins = Path(scratch) / "margins.jsonl"
         environment = os.environ | setting.variables

@@ -1,10 +1,10 @@
-"""Measure tiny bases: held-out loss of each kind beside a unigram model's, and what LoRA learns on it.
+"""Measure tiny bases: held-out loss of each kind beside a unigram model's, and LoRA's results on it.
 
 python scripts/measure_tiny.py loss                      pretrained, constructed and random base on test documents
-python scripts/measure_tiny.py lora OUT [--seeds 0 1]    `finetune train quickstart` on each (minutes a run)
+python scripts/measure_tiny.py lora OUT [--seeds 0 1]    `finetune train quickstart` on each (minutes per run)
 python scripts/measure_tiny.py lora OUT trainer.epochs=1 with changed settings
 
-Each prints a table; `lora` goes on where it was interrupted. `--bases DIR ...` measures other directories instead.
+Each prints a table; `lora` resumes where it was interrupted. `--bases DIR ...` measures other directories instead.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _bases(folder: Path) -> list[Path]:
-    """A base of each kind in a folder, made if it is not there."""
+    """A base of each kind in a folder, created if missing."""
     for kind in KINDS:
         if not (folder / kind).exists():
             write_tiny_base(folder / kind, kind=kind)

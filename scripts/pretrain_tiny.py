@@ -1,11 +1,11 @@
 """Pretrain the tiny base that ships in data/base, on the shipped training texts without labels.
 
-python scripts/pretrain_tiny.py OUT                     about an hour of processor time; goes on where it stopped
+python scripts/pretrain_tiny.py OUT                     about an hour of processor time; resumes where it stopped
 python scripts/pretrain_tiny.py OUT --cpu-minutes 10    a smaller one
 python scripts/pretrain_tiny.py OUT --ship              also puts it into data/base
 
-What is trained on is said in pretraining/corpus.py, how in pretraining/training.py. The schedule follows processor
-time, so two runs of the same seed are alike and not equal. scripts/measure_tiny.py measures the result.
+The corpus is described in pretraining/corpus.py, the training in pretraining/training.py. The schedule follows
+processor time, so two runs of the same seed are alike and not equal. scripts/measure_tiny.py measures the result.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _losses(run: Pretraining) -> dict[str, object]:
-    """Validation losses with the experts as they were trained and as MXFP4 holds them, beside a unigram model's."""
+    """Validation losses with the experts as they were trained and as rounded to MXFP4, beside a unigram model's."""
     texts = read_texts(("val",))
     samples = {}
     for domain in ("legal", "medical", "creative"):

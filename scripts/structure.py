@@ -36,7 +36,7 @@ ALIASES = "JsonObject|ConfigJson|Plain|Overrides|Json"  # names of dict[str, Any
 
 @dataclass(frozen=True)
 class Question:
-    """One of the places a reader looks for, and the most files it may take to reach it.
+    """A place that a reader looks for, and the limit on the files needed to reach it.
 
     Attributes:
         name: as docs/CONTRIBUTING.md lists it.

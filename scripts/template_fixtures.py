@@ -1,4 +1,4 @@
-"""Write tests/fixtures/template_fixtures.jsonl: what the published Jinja template makes of random conversations.
+"""Write tests/fixtures/template_fixtures.jsonl: random conversations as rendered by the published Jinja template.
 
     python scripts/template_fixtures.py TEMPLATE
 

@@ -1,8 +1,8 @@
-"""Notebook 1: what a record becomes before a model sees it. No model needed."""
+"""Notebook 1: from records to packed tokens. No model needed."""
 
 # %% [markdown]
 # # 1. Data and tokens
-# What a record becomes before a model sees it: tokens, of which some are trained and the rest is context.
+# From a record to tokens, of which some are trained and the rest are context.
 # Runs in seconds, without a model. Open it in an editor that knows `# %%` cells, or run it as a program.
 
 # %%
@@ -21,10 +21,10 @@ work = Path(tempfile.mkdtemp())
 
 # %% [markdown]
 # ## Three conversations
-# One a line. `thinking` goes to the analysis channel; `answer` is a label that evaluation can score.
+# One record per line. `thinking` goes to the analysis channel; `answer` is a label that evaluation can score.
 
 # %%
-rows = [
+records = [
     {
         "messages": [
             {"role": "system", "content": "Answer with one word."},
@@ -35,11 +35,11 @@ rows = [
     }
     for number, answer in ((4, "yes"), (7, "no"), (12, "yes"))
 ]
-(work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+(work / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 # %% [markdown]
 # ## A recipe
-# A recipe says what differs from the defaults. Here: where the data is, and that nothing is kept in the cache.
+# A recipe lists its differences from the defaults. Here: the path of the data, and no token cache.
 
 # %%
 recipe = work / "mine.yaml"
@@ -47,7 +47,7 @@ recipe.write_text(f"""# @package _global_
 defaults:
   - override /model: tiny
 data:
-  train: {{rows: {{path: {work / "rows.jsonl"}}}}}
+  train: {{mine: {{path: {work / "records.jsonl"}}}}}
   cache: false
 """)
 data = compose(str(recipe)).config.data
@@ -55,30 +55,30 @@ train = load_split(data, "train")
 print(describe(train))
 
 # %% [markdown]
-# ## What is trained
-# Brackets mark it, with its channel. Everything that the model itself writes is trained, end tokens included.
+# ## Trained tokens
+# Brackets mark them, with their channel. Everything that the model writes is trained, end tokens included.
 
 # %%
 print(as_text(train.examples[0], colour=False))
-sample = train.examples[0]
-print(f"{sample.num_trained_tokens} of {len(sample.ids)} tokens are trained")
+example = train.examples[0]
+print(f"{example.num_trained_tokens} of {len(example.ids)} tokens are trained")
 
 # %% [markdown]
-# Thinking that is not to be learnt gets weight 0. It stays in the row, as context for the answer.
+# Thinking with weight 0 is not trained. It stays in the example, as context for the answer.
 
 # %%
 without = compose(str(recipe), ["data.loss.analysis=0"]).config.data
 answer_only = load_split(without, "train").examples[0]
 print(f"with data.loss.analysis=0: {answer_only.num_trained_tokens} of {len(answer_only.ids)}")
-assert answer_only.num_trained_tokens < sample.num_trained_tokens
-assert np.array_equal(answer_only.ids, sample.ids)
+assert answer_only.num_trained_tokens < example.num_trained_tokens
+assert np.array_equal(answer_only.ids, example.ids)
 
 # %% [markdown]
 # ## Packing
-# Several samples share a row; none sees another.
+# Several examples share a sequence; none attends to another.
 
 # %%
 lengths = [len(one.ids) for one in train.examples] * 10
 packed = pack(lengths, 512, np.random.default_rng(0))
-print(f"{len(lengths)} samples in {len(packed)} rows, {packing_efficiency(lengths, packed, 512):.0%} filled")
-assert sorted(number for row in packed for number in row) == list(range(len(lengths)))
+print(f"{len(lengths)} examples in {len(packed)} sequences, {packing_efficiency(lengths, packed, 512):.0%} filled")
+assert sorted(number for sequence in packed for number in sequence) == list(range(len(lengths)))

@@ -1,4 +1,4 @@
-"""Notebook 2: a whole run on a tiny random base: look, train, evaluate, report."""
+"""Notebook 2: a whole run on a tiny random base: check, train, evaluate, report."""
 
 # %% [markdown]
 # # 2. Train and evaluate
@@ -14,7 +14,7 @@ from finetune.model.tiny import write_tiny_base
 
 work = Path(tempfile.mkdtemp())
 base = work / "base"
-write_tiny_base(base, seed=0, kind="random")  # random: it shows the path, and can learn only a little
+write_tiny_base(base, seed=0, kind="random")  # random: enough for the workflow; it can learn only a little
 recipe = work / "small.yaml"
 recipe.write_text(f"""# @package _global_
 defaults:
@@ -35,7 +35,7 @@ export: {{read_back: never}}
 """)
 
 # %% [markdown]
-# ## Look first
+# ## Dry run
 # A dry run checks everything that needs no model, and shows the sites that will be adapted.
 
 # %%
@@ -51,8 +51,8 @@ run = work / "first"
 print(*sorted(path.name for path in run.iterdir()))
 
 # %% [markdown]
-# ## What it did
-# metrics.jsonl has a line a step, evaluation.json the test rows before and after with intervals.
+# ## Results
+# metrics.jsonl has one line per step; evaluation.json has the test figures before and after, with intervals.
 
 # %%
 for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
@@ -65,7 +65,7 @@ assert loss["adapter"]["value"] < loss["base"]["value"]
 
 # %% [markdown]
 # ## The report
-# One page, for a run that is finished, still going, or dead.
+# One page, for a run that is finished, still running, or interrupted.
 
 # %%
 assert main(["report", str(run)]) == 0

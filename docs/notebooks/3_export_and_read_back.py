@@ -2,7 +2,7 @@
 
 # %% [markdown]
 # # 3. Export and read back
-# An adapter is worth something when others' code reads it. Here stock PEFT does, on transformers' own gpt-oss.
+# An adapter is useful if third-party code can load it. Here stock PEFT does, on transformers' own gpt-oss.
 
 # %%
 import tempfile
@@ -17,7 +17,7 @@ from finetune.model.tiny import write_tiny_base
 
 work = Path(tempfile.mkdtemp())
 base = work / "base"
-write_tiny_base(base, seed=0, kind="random")  # random: it shows the path, and can learn only a little
+write_tiny_base(base, seed=0, kind="random")  # random: enough for the workflow; it can learn only a little
 recipe = work / "small.yaml"
 recipe.write_text(f"""# @package _global_
 defaults:
@@ -40,15 +40,15 @@ assert main(["train", str(recipe), "name=first", "evaluate.test_examples=1"]) ==
 run = work / "first"
 
 # %% [markdown]
-# ## What is in it
-# A norm for each kind of site; an expert that no token reached has none.
+# ## Contents of the adapter
+# The norm of each kind of site; an expert that no token was routed to has none.
 
 # %%
 assert main(["adapter", "show", str(run)]) == 0
 
 # %% [markdown]
 # ## Export
-# Written beside, read back by a process that shares no code with the writer, then given its name.
+# Written under a temporary name, read back by a process that shares no code with the writer, then renamed.
 
 # %%
 assert main(["export", str(run), "--to", "peft", "--out", str(work / "peft")]) == 0
@@ -56,8 +56,8 @@ print(*sorted(path.name for path in (work / "peft").iterdir()))
 
 # %% [markdown]
 # ## Read it with stock PEFT
-# No code of ours from here on. The same prompt, with the adapter and without: a difference of 0 would mean that it was
-# loaded and not applied.
+# None of this project's code from here on. The same prompt with and without the adapter: a difference of 0 would mean
+# that it was loaded and not applied.
 
 # %%
 model = AutoModelForCausalLM.from_pretrained(

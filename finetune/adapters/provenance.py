@@ -33,7 +33,7 @@ StorageChanges = Mapping[str, Mapping[str, str | float]]
 
 @dataclass(frozen=True)
 class BaseRecord:
-    """What an adapter's files record of its base.
+    """The base as recorded in an adapter's files.
 
     Attributes:
         name: directory or hub name.

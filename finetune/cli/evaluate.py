@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     (out / "README.md").write_text(describe_evaluation(evaluation), encoding="utf-8")
     text = describe_evaluation(evaluation, details=False)
     log.result(json.dumps(to_json(evaluation), indent=2) if args.json else text)
-    log.info(f"figures: {out / 'summary.json'}, row by row: {out / 'rows.jsonl'}, label by label: {out / 'README.md'}")
+    log.info(f"figures: {out / 'summary.json'}, per example: {out / 'rows.jsonl'}, per label: {out / 'README.md'}")
     if run_directory is not None and out.resolve() == run_directory.resolve() / "evaluation":
         from finetune.report.html import write_html
 

@@ -22,10 +22,10 @@ _BAD_RECORDS_SHOWN = 3
 _ADAPTER_AND_TRAINER = """
 adapter:
   attention: {rank: 16, alpha: 32.0} # higher rank: more capacity, memory and overfitting
-  experts: {rank: 4, alpha: 8.0} # of every expert, so it costs most of the memory; 0 leaves the experts alone
+  experts: {rank: 4, alpha: 8.0} # per expert, so it takes most of the memory; rank 0 leaves the experts frozen
 
 trainer:
-  epochs: 2 # more fits the training records closer; watch the validation loss turn
+  epochs: 2 # more fits the training records more closely; watch for the validation loss to rise
   learning_rate: 2.0e-4 # higher learns faster until it becomes unstable
   micro_batch_size: 1 # more: faster while memory lasts; lower gradient_accumulation_steps to keep the step
   gradient_accumulation_steps: 4 # more: steadier gradients, fewer updates
@@ -158,20 +158,20 @@ def recipe_text(name: str, data: str, summary: FileSummary, model: str) -> str:
         f"  - override /model: {model}",
         "  - override /data: own",
         "",
-        "seed: 0 # another one shows how much of a gain is luck",
+        "seed: 0 # other seeds show how much of a gain is luck",
         "",
         "data:",
         *_source_lines(summary),
         *_length_lines(summary),
     ]
     if not summary.num_with_thinking:
-        lines.append("  reasoning_effort: low # no record has thinking: the effort that they show")
+        lines.append("  reasoning_effort: low # no record has thinking, so low matches them")
     if summary.bad_records and summary.is_skippable:
         counts = f"{len(summary.bad_records):,} of {summary.num_read:,}"
         lines.append(f"  on_bad_record: skip # {counts} records cannot be used")
     text = "\n".join(lines) + "\n" + _ADAPTER_AND_TRAINER
     if summary.has_validation:
-        text += "\nevaluate:\n  every_steps: 50 # optimiser steps between two measurements of the validation loss\n"
+        text += "\nevaluate:\n  every_steps: 50 # optimiser steps between validation losses\n"
         if summary.has_test:
             text += "  test_examples: 500 # scored before and after; fewer: faster, wider intervals\n"
         text += "\nsave:\n  every_steps: 50 # optimiser steps that a crash can cost at most\n"
@@ -196,7 +196,7 @@ def _source_lines(summary: FileSummary) -> list[str]:
     if "validation" not in named:
         if summary.id_share is not None:
             lines.append(
-                f"  validation_split: {{key: id, share: {summary.id_share:g}}} # name a field here whose values must "
+                f"  validation_split: {{key: id, share: {summary.id_share:g}}} # use a field whose values must "
                 "not be on both sides, such as a document's"
             )
         else:

@@ -1,4 +1,4 @@
-"""What an unknown key, word or path was probably meant to be."""
+"""Suggestions for unknown keys, words and paths."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class ExampleScore:
 
 @dataclass(frozen=True)
 class GeneratedAnswer:
-    """What a model wrote after an example's prompt, a line of evaluation/rows.jsonl.
+    """A model's answer to an example's prompt, a line of evaluation/rows.jsonl.
 
     Attributes:
         tokens: how many it wrote.
@@ -190,7 +190,7 @@ def _chunks(numbers: list[int], size: int) -> Iterator[list[int]]:
 
 
 class Key(NamedTuple):
-    """What was measured (`score` or `text`), of which model, evaluation set and example."""
+    """Key of a measurement: its kind (`score` or `text`), model, evaluation set and example."""
 
     measured: str
     who: Model

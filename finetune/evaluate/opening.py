@@ -41,7 +41,7 @@ class LoadedModel:
 
     @property
     def data(self) -> DataConfig:
-        """How prompts are rendered: as in the run, or with the defaults."""
+        """Settings for rendering prompts: those of the run, or the defaults."""
         return self.config.data if self.config else DataConfig(train={})
 
 

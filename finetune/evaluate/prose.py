@@ -192,7 +192,7 @@ def _with_voice(figures: TextFigures, found: Sequence[str | None], own: Sequence
 
 
 def trained_texts(record: Record, *, thinking: bool = True) -> list[str]:
-    """What a training record teaches to write: plain text, or everything its assistant says.
+    """Texts that a training record teaches: plain text, or everything its assistant says.
 
     Every turn counts, also where `data.loss` trains the last one alone: the others are its context.
 

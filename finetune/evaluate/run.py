@@ -113,7 +113,7 @@ def _check_positions(opened: LoadedModel, test: EvalSet, options: EvaluationOpti
 
 
 def _belongs_to(opened: LoadedModel, evalsets: Sequence[EvalSet], sampling: Sampling) -> JsonObject:
-    """What figures depend on: model, examples as tokens, and sampling; JSON data."""
+    """Identify the inputs of the figures as JSON data: model, examples as tokens, and sampling."""
     adapter = hashlib.sha256()
     for name in (WEIGHTS, CONFIG, ROUTER_BIAS):  # alpha, on which every figure depends, is in the second
         if (opened.directory / name).is_file():

@@ -237,7 +237,7 @@ def _reliability(found: Classification, confidence: float) -> list[ReliabilityBi
 
 
 def _each_label(found: Classification, f1_ends: NDArray[np.float64], confidence: float) -> list[OneLabel]:
-    """How often each label was chosen, its precision, recall and F1.
+    """Count the choices of each label, with its precision, recall and F1.
 
     Args:
         found: what one model chose.

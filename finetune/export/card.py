@@ -1,4 +1,4 @@
-"""The model card of an export: origin, data, recipe, figures, limits of use; rows of the data only if allowed.
+"""The model card of an export: origin, data, recipe, figures, limits of use; records only if allowed.
 
 Attributions are handed on: a base lists its own in its README.md under `## Attribution`, and our cards have that
 section too, so that a model trained on an export keeps the attributions of the export.
@@ -52,7 +52,7 @@ _LIMITS = """## Limits of use
   person qualified in the jurisdiction concerned; the law it saw may be outdated or another country's.
 - **Medical texts**: what it writes is no medical advice, and it is no medical device. It must not decide on diagnosis,
   treatment or triage, and must not be shown to patients without review by a qualified person.
-- Figures above hold for the test rows they were measured on. Measure on your own before you rely on it."""
+- The figures above hold for the test examples they were measured on. Measure on your own before you rely on it."""
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,14 @@ def _survival(record: ExportRecord) -> str:
         written = effect.variants[record.survival.rounding]
         if written.gain_kept is not None:
             measured = (
-                f" On {effect.rows} held-out rows it keeps {written.gain_kept:.1%} of the adapter's gain, "
+                f" On {effect.rows} held-out examples it keeps {written.gain_kept:.1%} of the adapter's gain, "
                 f"and {written.kl_removed:.1%} of the distance (KL) between base and adapter is gone."
             )
     if overall.outputs is not None:
         return (
             "**The experts were rounded back to 4 bits with compensation: "
-            f"{overall.outputs.projection:.1%} of the fine-tune's update survives in what they put out** on its "
-            f"own training rows (attention is exact).{measured}"
+            f"{overall.outputs.projection:.1%} of the fine-tune's update survives in their outputs** on its "
+            f"own training examples (attention is exact).{measured}"
         )
     return (
         "**The experts were rounded back to 4 bits, and "
@@ -167,7 +167,7 @@ def _data(config: RunConfig | None, manifest: _Manifest) -> str:
     for path in sorted(sources):
         licence = _licence_entry(path, "Licence") or UNKNOWN_LICENCE
         lines.append(f"- `{_shown_name(path)}`, sha256 of its content `{_content_hash(path)}`: {licence}")
-    return "## Data\n\n" + "\n".join([*lines, *manifest.data]) + "\n\nNo rows of it are shown here."
+    return "## Data\n\n" + "\n".join([*lines, *manifest.data]) + "\n\nNo records are shown here."
 
 
 def _content_hash(path: str) -> str:
@@ -194,7 +194,7 @@ def attribution_section(base: BaseRecord, sources: Iterable[str] | None) -> str:
 
 
 def base_attributions(base: BaseRecord) -> str:
-    """What a base's README.md has under `## Attribution`; without one, that the terms of its maker apply."""
+    """The text under `## Attribution` in a base's README.md; without one, that the terms of its maker apply."""
     if not base.name:
         return "Not named by the adapter; its terms apply."
     if base.revision:  # a hub name
@@ -245,7 +245,7 @@ def examples_section(config: RunConfig | None) -> str:
         parts.append("\n".join(f"{role}: {text}" for role, text in texts))
     # Indented text is shown as it is: nothing in the data becomes markup.
     blocks = ["\n".join(f"    {line}" for line in part.splitlines()) for part in parts]
-    return f"## Examples\n\nThe first rows of the {split.name} data, as they are.\n\n" + "\n\n---\n\n".join(blocks)
+    return f"## Examples\n\nThe first records of the {split.name} data, unchanged.\n\n" + "\n\n---\n\n".join(blocks)
 
 
 # ---- recipe, evaluation, checks
@@ -259,7 +259,7 @@ def _recipe(config: RunConfig | None, manifest: _Manifest) -> str:
         f"- attention rank {adapter.attention.rank}, alpha {adapter.attention.alpha:g}; "
         f"experts rank {_expert_rank(adapter.experts)}, alpha {adapter.experts.alpha:g}",
         f"- {manifest.total_steps or '?'} steps, {trainer.epochs:g} epochs, learning rate "
-        f"{trainer.peak_learning_rate:g}, seed {config.seed}, rows of {config.data.max_length:,} tokens",
+        f"{trainer.peak_learning_rate:g}, seed {config.seed}, sequences of {config.data.max_length:,} tokens",
     ]
     return f"## Recipe\n\n`{manifest.recipe or '?'}`\n\n" + "\n".join(lines)
 
@@ -267,7 +267,7 @@ def _recipe(config: RunConfig | None, manifest: _Manifest) -> str:
 def _expert_rank(experts: ExpertAdapterConfig) -> str:
     if experts.rank_by == "uniform":
         return str(experts.rank)
-    return f"{experts.rank} on average, dealt out by {Path(experts.rank_by).name} (at most {highest_rank(experts)})"
+    return f"{experts.rank} on average, distributed by {Path(experts.rank_by).name} (at most {highest_rank(experts)})"
 
 
 def _evaluation(evaluation: Evaluation | None, when: str) -> str:
@@ -278,8 +278,8 @@ def _evaluation(evaluation: Evaluation | None, when: str) -> str:
     for title, figures in evaluation.headlines():
         if figures.base and figures.adapter:
             rows.append(f"| {titles[title]} | {figures.base.headline()} | {figures.adapter.headline()} |")
-    note = f"{evaluation.test.rows} test rows, {evaluation.confidence:.0%} intervals, measured with the adapter {when}."
-    return "## Evaluation\n\n" + "\n".join(rows) + f"\n\n{note}"
+    size = f"{evaluation.test.rows} test examples, {evaluation.confidence:.0%} intervals"
+    return "## Evaluation\n\n" + "\n".join(rows) + f"\n\n{size}, measured with the adapter {when}."
 
 
 def _checks(record: ExportRecord) -> str:
@@ -293,7 +293,7 @@ def _checks(record: ExportRecord) -> str:
     if not isinstance(found, MergeCheck):
         return f"## Checks\n\nNot verified ({found.skipped})." if isinstance(found, Skipped) else ""
     lines = [
-        f"- every weight was compared with base + update by others' code in a fresh process: "
+        f"- every weight was compared with base + update by third-party code in a fresh process: "
         f"{found.weights.tensors_changed} changed, all others as in the base"
     ]
     logits = found.logits
@@ -330,7 +330,7 @@ def _read_manifest(run: Path | None) -> _Manifest:
     try:
         content = json.loads((run / "manifest.json").read_text(encoding="utf-8")) if run else {}
         data = tuple(
-            f"- {split}: {figures['rows']:,} rows, {figures['trained_tokens']:,} of {figures['tokens']:,} tokens "
+            f"- {split}: {figures['rows']:,} examples, {figures['trained_tokens']:,} of {figures['tokens']:,} tokens "
             f"trained or scored, fingerprint `{figures['fingerprint']}`"
             for split, figures in content.get("data", {}).items()
         )

@@ -183,7 +183,7 @@ def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
 
 
 def _origin(adapters: Sequence[Weighted], rank: int | None) -> dict[str, list[dict[str, str | float]] | int | None]:
-    """What finetune.json records of the parts."""
+    """The record of the combined adapters in finetune.json."""
     return {
         "merged_from": [
             {

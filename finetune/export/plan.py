@@ -29,7 +29,7 @@ _KINDS: dict[str, Kind] = {_BLOCKS: "round experts", _SCALES: "scales", _BIAS: "
 
 @dataclass(frozen=True)
 class Operation:
-    """How one tensor of the result is made.
+    """The operation that makes one tensor of the result.
 
     Attributes:
         kind: `copy` the base's bytes; `merge` a bfloat16 weight with its update; `bias` a router's bias with

@@ -118,7 +118,7 @@ def _ranks_in_use(factors: LoraFactors) -> tuple[int, ...]:
 
 
 def _used(sites: list[SiteMeasurement]) -> str:
-    """Which ranks there are, unless every expert with an update has the site's."""
+    """Describe the ranks in use, unless every expert with an update has the site's."""
     ranks = [rank for site in sites for rank in site.ranks_in_use or () if rank]
     if not ranks or all(rank == sites[0].rank for rank in ranks):
         return ""

@@ -1,4 +1,4 @@
-"""How far two correct computations of one model may lie apart: the only noise model of product and tests."""
+"""Noise limits for two correct computations of one model, used by the product and by the tests."""
 
 from __future__ import annotations
 

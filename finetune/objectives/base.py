@@ -70,7 +70,7 @@ class Ranks(Protocol):
 
 
 class Objective(Protocol):
-    """What one optimiser step minimises.
+    """The loss of an optimiser step.
 
     `weights` and `prepare` are called for every step before its first backward pass, `terms` for every micro-batch.
     """

@@ -33,7 +33,7 @@ Z_LOSS = "router_z_loss"
 
 @dataclass(frozen=True)
 class RouterContext:
-    """What is known about routing in a step before its first backward pass.
+    """Router figures of a whole step, computed before its first backward pass.
 
     Attributes:
         num_tokens: of the whole step without padding, over all ranks.
@@ -132,7 +132,7 @@ def real_tokens(batch: Batch) -> Tensor:
 
 
 def choice_counts(layers: Sequence[RouterOutput], tokens: Tensor) -> Tensor:
-    """How often each expert was chosen: float64 [layers, E], without gradient.
+    """Count the choices of each expert: float64 [layers, E], without gradient.
 
     Args:
         layers: router output of each layer.

@@ -28,7 +28,7 @@ class Frame:
     bottom: int
 
     def place(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point is drawn; x and y are shares of the axes."""
+        """Coordinates of a point; x and y are shares of the axes."""
         across = x * (self.width - self.left - self.right) + self.left
         down = self.height - self.bottom - y * (self.height - self.top - self.bottom)
         return round(across, 1), round(down, 1)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as titled parts of text, tables and drawings that every report renders in its own form."""
+"""Content of an evaluation: titled parts of text, tables and drawings, which each report renders in its own form."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Confusion:
-    """How often each label was taken for each.
+    """Confusion counts of the labels.
 
     Attributes:
         title: of which model.
         labels: C of them.
-        counts: [C][C], a row for each own label and a column for each chosen one.
+        counts: [C][C], a row for each true label and a column for each chosen one.
         folded: whether a page folds it away.
     """
 

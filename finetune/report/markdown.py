@@ -56,7 +56,7 @@ def write_report(run: Path) -> Path:
 
 
 def outcome(run: Path) -> str:
-    """What a finished run gained and where its files are, as a few lines for the terminal."""
+    """Summarise a finished run's gain and the places of its files, in a few lines for the terminal."""
     files = RunFiles.read(run)
     manifest = files.manifest
     lines = [f"finished in {manifest.get('minutes')} minutes, at most {manifest.get('peak_memory_gib')} GiB"]
@@ -69,7 +69,7 @@ def outcome(run: Path) -> str:
 
 
 def outcome_record(run: Path) -> JsonObject:
-    """What `outcome` says, and evaluation.json, as JSON data."""
+    """The content of `outcome`, and evaluation.json, as JSON data."""
     files = RunFiles.read(run)
     figures = {key: files.manifest.get(key) for key in ("status", "minutes", "peak_memory_gib", "total_steps")}
     places = {"run": str(run), "report": str(run / "report.html"), "adapter": str(run / "adapter")}
@@ -77,7 +77,7 @@ def outcome_record(run: Path) -> JsonObject:
 
 
 def summary(manifest: JsonObject, evaluation: Evaluation | None) -> str:
-    """What a run did, in a few sentences of Markdown."""
+    """Summarise a run in a few sentences of Markdown."""
     status = manifest.get("status", "unknown")
     parts = [f"Recipe {code(manifest.get('recipe', '?'))}, status: **{status}**."]
     if stopped := manifest.get("stopped_by"):
@@ -175,7 +175,7 @@ def _figures(manifest: JsonObject) -> str:
 
 
 def _memory(manifest: JsonObject) -> list[str]:
-    """How the base was stored and what updated the adapter, as far as the manifest says."""
+    """Describe the base's storage and the optimiser, as far as the manifest records them."""
     base = manifest["base"]
     lines = []
     parts = [

@@ -27,12 +27,12 @@ _GAIN, _KL, _WRITTEN = "#2b6cb0", "#a0aec0", "#1a202c"
 
 @dataclass(frozen=True)
 class Survival:
-    """How much of a fine-tune one merge keeps.
+    """The share of a fine-tune that one merge keeps.
 
     Attributes:
         target: of the export, such as `mxfp4`.
         text: the outcome in a few sentences of Markdown.
-        head, rows: a table of the ways of serving; no rows if they were not measured.
+        head, rows: a table of the ways of serving; no lines if they were not measured.
         note: under the table.
         svg: the figure, or "".
         weights: of each expert tensor and overall: name, size of the update, surviving share, error.

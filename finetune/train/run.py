@@ -135,7 +135,7 @@ def _write_skipped_records(session: Session, run: Run) -> None:
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """What manifest.json records at the end of a session, over all sessions of the run.
+    """The entries of manifest.json at the end of a session, over all sessions of the run.
 
     Attributes:
         audit: results of the gradient audits.

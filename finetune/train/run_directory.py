@@ -70,7 +70,7 @@ class Run:
 
     @property
     def expert_scores(self) -> Path:
-        """Which experts are adapted; missing if all are."""
+        """Path of the list of adapted experts; missing if all are."""
         return self.path / "experts.json"
 
     @classmethod

@@ -55,7 +55,7 @@ _FOREIGN_SETTINGS = (
 
 @dataclass(frozen=True)
 class Session:
-    """What a run works with, in memory.
+    """The objects of a run, in memory.
 
     Attributes:
         config: the recipe.
@@ -171,7 +171,7 @@ def _attach(base: Base, config: RunConfig, scores: ExpertScores | None) -> Adapt
 
 
 def manifest_record(session: Session) -> dict[str, Any]:
-    """What manifest.json records at the start of a run."""
+    """The entries of manifest.json at the start of a run."""
     sites = session.adapter.sites
     return {
         "finetune_version": __version__,

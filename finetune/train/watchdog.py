@@ -94,7 +94,7 @@ class Watchdog:
                 self.world.store.set(f"tick/{self.world.rank}", str(self._ticks))
 
     def ticks(self) -> list[int]:
-        """How often each rank has ticked."""
+        """Number of ticks of each rank."""
         store = self.world.store
         keys = [f"tick/{rank}" for rank in range(self.world.world_size)]
         return [int(store.get(key)) if store is not None and store.check([key]) else 0 for key in keys]

@@ -1,12 +1,12 @@
-"""What the tiny base is pretrained on: the shipped training texts without labels, and conversations made from them.
+"""Pretraining corpus of the tiny base: the shipped training texts without labels, and conversations made from them.
 
-Only `split: train` is read, of legal rows the clause alone, of medical rows abstract, question and conclusion, of
-creative rows the passage and what follows it. A text that also stands in a validation or test row is left out.
+Only `split: train` is read, of legal records the clause alone, of medical records abstract, question and conclusion, of
+creative records the passage and what follows it. A text that also occurs in a validation or test record is left out.
 
 Beside plain documents there are conversations in harmony form whose answers come from the text itself, so that the
 position that answers learns to look for what the user's text is about:
 
-* keywords: which words say most about this text? (the highest tf-idf, drawn anew each epoch)
+* keywords: which words are most characteristic of this text? (the highest tf-idf, drawn anew each epoch)
 * missing: the same with these words taken out of the text, so that they have to be inferred
 * options: which one of eight words, each a keyword of some text, belongs to this text?
 """
@@ -55,7 +55,7 @@ _SHARES = (0.4, 0.4, 0.2)
 
 @dataclass(frozen=True)
 class Text:
-    """A text without its label: `domain`, the row's `id`, and what stands there."""
+    """A text without its label: `domain`, the record's `id`, and its text."""
 
     domain: str
     id: str
@@ -63,7 +63,7 @@ class Text:
 
 
 def read_texts(splits: Sequence[str] = ("train",)) -> list[Text]:
-    """Texts of the shipped rows of these splits, in file order, without training texts that are held-out ones too."""
+    """Texts of the shipped records of these splits, in file order, without training texts that are also held out."""
     texts, held_out = [], set()
     for domain, name in FILES.items():
         with gzip.open(shipped_dir("data") / name, "rt", encoding="utf-8") as file:
@@ -77,7 +77,7 @@ def read_texts(splits: Sequence[str] = ("train",)) -> list[Text]:
 
 
 def text_of(domain: str, row: dict[str, Any]) -> str:
-    """The text of a row: never its answer where the answer is a label."""
+    """The text of a record: never its answer where the answer is a label."""
     user = next(message["content"] for message in row["messages"] if message["role"] == "user")
     final = row["messages"][-1]
     if domain == "legal":
@@ -93,7 +93,7 @@ def fingerprint(text: str) -> str:
 
 
 def pieces(texts: Sequence[Text]) -> list[Text]:
-    """Texts cut at sentence ends into pieces of about `PIECE_CHARACTERS`, so that each is about something."""
+    """Texts cut at sentence ends into pieces of about `PIECE_CHARACTERS`, so that each has a subject."""
     found = []
     for text in texts:
         parts = [""]

@@ -1,8 +1,8 @@
 """The tiny base while it is pretrained: transformers' gpt-oss over the corpus's own vocabulary, experts trainable.
 
-A token that stands fewer than five times in the corpus is the *rest* here, one row that stands for all of them. In the
-checkpoint each of them gets that row plus noise of its own (`HEAD_NOISE`), so that fine-tuning can tell them apart; the
-loss counts all of them, noise included, so that probabilities over the published 201,088 tokens are right.
+A token that occurs fewer than five times in the corpus belongs to the *rest*, one row that represents all of them. In
+the checkpoint each of them gets that row plus noise of its own (`HEAD_NOISE`), so that fine-tuning can tell them apart;
+the loss counts all of them, noise included, so that probabilities over the published 201,088 tokens are right.
 
 Shape suffixes: N predicted tokens, T tokens, D hidden, F expert width, E experts, K active ones, C corpus vocabulary
 with the rest as its last row.
@@ -60,7 +60,7 @@ class TrainableExperts(nn.Module):
         return torch.zeros_like(hidden_states).index_add(0, token_of_row, rows)
 
     def _weights(self, weights: Tensor) -> Tensor:
-        """As MXFP4 would hold them once `rounded` is set; gradients pass straight through."""
+        """Rounded to MXFP4 once `rounded` is set; gradients pass straight through."""
         if not self.rounded:
             return weights
         with torch.no_grad():

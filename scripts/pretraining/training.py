@@ -1,8 +1,8 @@
-"""The training loop of `scripts/pretrain_tiny.py`: a budget of processor time, checkpoints, and what is kept.
+"""The training loop of `scripts/pretrain_tiny.py`: a budget of processor time, checkpoints, and the compact result.
 
 The learning rate rises over `WARMUP_STEPS`, stays, and falls to zero over the last `TAIL` of the budget, in which the
 experts are rounded to MXFP4 in every forward pass (gradients pass straight through), so that rounding them in the end
-costs nothing. Because only the tail depends on when it ends, an interrupted run may go on with another budget.
+costs nothing. Because only the tail depends on when it ends, an interrupted run may resume with another budget.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _STATE, _PROGRESS = "state.safetensors", "progress.json"
 
 @dataclass
 class Place:
-    """How far a run has come: rows of `epoch` done, steps and processor seconds in all, and the recent loss."""
+    """How far a run has come: sequences of `epoch` done, steps and processor seconds in all, and the recent loss."""
 
     epoch: int = 0
     row: int = 0
@@ -67,8 +67,8 @@ class Pretraining:
     """A run.
 
     Args:
-        directory: where checkpoints lie; a run found there goes on.
-        texts: what is trained on.
+        directory: of the checkpoints; a run found there is resumed.
+        texts: training texts.
         seed: of the weights and of the order.
     """
 
@@ -93,7 +93,7 @@ class Pretraining:
         return self.model.model.embed_tokens.weight * self.head_gain
 
     def train(self, budget_seconds: float) -> None:
-        """Go on until so much processor time was spent in all; a checkpoint is written now and then."""
+        """Train until this much processor time was spent in all; checkpoints are written at intervals."""
         self.model.train()
         spent = self.place.cpu_seconds
         begun = time.process_time() if spent else 0.0  # preparing counts once
@@ -163,12 +163,12 @@ class Pretraining:
         return total / count
 
     def round_experts(self, rounded: bool) -> None:
-        """Whether experts are used as MXFP4 holds them."""
+        """Whether experts are rounded to MXFP4 in the forward pass."""
         for layer in self.model.model.layers:
             layer.mlp.experts.rounded = rounded
 
     def compact(self) -> CompactBase:
-        """What goes into the checkpoint."""
+        """The checkpoint's compact form."""
         rows = self.model.model.embed_tokens.weight.detach()
         others: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict().items():
@@ -205,7 +205,7 @@ class Pretraining:
         return {"head_gain": self.head_gain, **{n: p for n, p in self.model.named_parameters() if p.requires_grad}}
 
     def save(self) -> None:
-        """Write a checkpoint; the one before is replaced when the new one is whole."""
+        """Write a checkpoint; the previous one is replaced once the new one is complete."""
         tensors = {}
         for name, parameter in self._parameters().items():
             tensors[f"value.{name}"] = parameter.detach()

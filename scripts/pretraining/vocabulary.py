@@ -1,4 +1,4 @@
-"""Which tokens have a row of their own while the tiny base is pretrained, and how often each stands in the corpus."""
+"""Vocabulary of the tiny base's pretraining: tokens with embeddings of their own, and their counts in the corpus."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Vocabulary:
 
     Attributes:
         tokens: ids of those with a row of their own, ascending.
-        counts: how often each token stands in the training documents.
+        counts: how often each token occurs in the training documents.
         number_of: int64 [201,088], each token's row; `len(tokens)` for the rest.
     """
 
@@ -56,7 +56,7 @@ class Vocabulary:
         return VOCABULARY - len(self.tokens)
 
     def unigram_loss(self, samples: Sequence[Example]) -> float:
-        """Nats per trained token of a model that knows only how often each token stands in the training documents."""
+        """Nats per trained token of a model that knows only how often each token occurs in the training documents."""
         total = sum(self.counts.values()) + _SMOOTHING * VOCABULARY
         nll = [
             -math.log((self.counts[token] + _SMOOTHING) / total)

@@ -41,7 +41,7 @@ QUICK, *OTHERS = OPTIONS
 
 
 @pytest.mark.parametrize("name", [QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
-def test_stock_peft_computes_what_was_trained(name: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_stock_peft_equals_the_trained_model(name: str, tiny_base: Path, tmp_path: Path) -> None:
     base = new_base(tiny_base)
     adapter = randomised(base, OPTIONS[name])
     result = read_back(base, adapter, write(tmp_path / "adapter", adapter, OPTIONS[name], base), [sample()])
@@ -51,7 +51,7 @@ def test_stock_peft_computes_what_was_trained(name: str, tiny_base: Path, tmp_pa
 
 @pytest.mark.parametrize("every_layer", [True, False])
 @pytest.mark.parametrize("rslora", [True, False])
-def test_fields_give_every_weight_its_own_strength_in_peft(every_layer: bool, rslora: bool) -> None:
+def test_patterns_set_rank_and_scale_of_every_weight_in_peft(every_layer: bool, rslora: bool) -> None:
     """PEFT's own matching of names and patterns, on a model with layers 1 and 11: no name may match another's."""
     strengths = {
         f"model.layers.{layer}.{weight}": Strength(1 + (7 * layer + number) % 5, 3.0 + number)
@@ -96,7 +96,7 @@ def test_layers_outside_the_model_are_refused_and_named_in_the_counts(tiny_base:
         ("adapter.layers=3", "a list of 2, each a whole number or null"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_with_the_reason(override: str, words: str) -> None:
+def test_untrainable_settings_are_refused_with_the_reason(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         compose("quickstart", [override])
 
@@ -112,7 +112,7 @@ def test_they_compose_and_the_scale_is_printed() -> None:
 
 
 @pytest.mark.parametrize("stored", [{"rslora": True}, {"layers": (0, 1)}, {"experts": ExpertAdapterConfig(rank=3)}])
-def test_training_on_from_an_adapter_of_other_options_is_refused(
+def test_continuing_from_an_adapter_of_other_options_is_refused(
     stored: dict[str, object], tiny_base: Path, tmp_path: Path
 ) -> None:
     base = new_base(tiny_base)
@@ -140,7 +140,7 @@ class TestDropout:
     def steps(
         self, directory: Path, numbers: list[int], *, seeded: bool = True, draws: int = 0
     ) -> dict[str, torch.Tensor]:
-        """Parameters after the steps of these numbers, each on the same row."""
+        """Parameters after the steps of these numbers, each on the same sequence."""
         base = new_base(directory)
         adapter = randomised(base, self.DROPPED)
         checkpoint_activations(base.model)  # a layer computed again must draw the same again
@@ -154,7 +154,7 @@ class TestDropout:
             step([collate([[sample()]])], 1e-2, number + 1)
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
-    def test_a_step_draws_by_its_number_alone(self, tiny_base: Path) -> None:
+    def test_dropout_of_a_step_depends_on_its_number_only(self, tiny_base: Path) -> None:
         """With plain resuming (parameters and optimiser restored) this is what makes it bit for bit."""
         one, again = self.steps(tiny_base, [0, 1]), self.steps(tiny_base, [0, 1], draws=17)
         assert all(torch.equal(one[name], again[name]) for name in one)
@@ -183,7 +183,7 @@ class TestDropout:
 def test_a_stopped_run_with_dropout_resumes_bit_for_bit(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole job: four steps at once, and two, a checkpoint, then two more."""
+    """The whole run: four steps at once, and two, a checkpoint, then two more."""
     from finetune.train.run import train
     from finetune.train.run_directory import Run
 

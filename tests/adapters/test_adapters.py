@@ -50,7 +50,7 @@ def new_base(directory: Path) -> Base:
 
 
 def randomised(base: Base, config: AdapterConfig, seed: int = 0) -> Adapter:
-    """An adapter that visibly does something: B random instead of zero."""
+    """An adapter with an effect: B random instead of zero."""
     adapter = attach_adapter(base, config, seed=seed)
     g = torch.Generator().manual_seed(seed + 100)
     with torch.no_grad():
@@ -173,8 +173,8 @@ def test_initialisation_depends_on_seed_and_site_only(tiny_base: Path) -> None:
 
 
 def test_site_counts_of_the_published_models() -> None:
-    """LoRA parameters at rank r, from the facts: experts 11,059,200 r and 66,355,200 r, attention 497,664 r and
-    746,496 r."""
+    """LoRA parameters at rank r, from the published dims: experts 11,059,200 r and 66,355,200 r, attention
+    497,664 r and 746,496 r."""
     from finetune.arch import Arch
     from finetune.config.paths import shipped_dir
 
@@ -188,7 +188,7 @@ def test_site_counts_of_the_published_models() -> None:
 
 
 def test_layout_round_trip_and_formula() -> None:
-    """The facts' formula: B.reshape(out, r, E).permute(2, 0, 1), A.reshape(E, r, in)."""
+    """PEFT's formula: B.reshape(out, r, E).permute(2, 0, 1), A.reshape(E, r, in)."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(5, 3, 7, generator=g), torch.randn(5, 11, 3, generator=g)
     flat_a, flat_b = flatten_a(a), flatten_b(b)
@@ -205,7 +205,7 @@ def written(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return write(tmp_path_factory.mktemp("adapters") / "good", adapter, BOTH, base), base
 
 
-def test_an_adapter_can_be_trained_on(written: tuple[Path, Base], tiny_base: Path) -> None:
+def test_training_continues_from_an_adapter(written: tuple[Path, Base], tiny_base: Path) -> None:
     directory, _ = written
     base = new_base(tiny_base)
     adapter = attach_adapter(base, BOTH, seed=9)
@@ -280,7 +280,7 @@ def test_an_untrained_or_broken_adapter_is_not_written(tiny_base: Path, tmp_path
     assert not (tmp_path / "a").exists()
 
 
-def test_files_hold_what_peft_and_vllm_ask_for(written: tuple[Path, Base]) -> None:
+def test_files_have_the_fields_of_peft_and_vllm(written: tuple[Path, Base]) -> None:
     directory, base = written
     config = json.loads((directory / CONFIG).read_text())
     assert config["peft_type"] == "LORA" and config["r"] == 6 and config["lora_alpha"] == 12
@@ -304,7 +304,7 @@ class TestAudit:
         logits(base.model, ids).logsumexp(-1).sum().backward()
         return base, adapter
 
-    def test_b_on_the_first_step_but_not_a(self, tiny_base: Path) -> None:
+    def test_first_step_gradient_on_b_only(self, tiny_base: Path) -> None:
         base, adapter = self.gradients(tiny_base, b_is_zero=True)
         result = audit_gradients(base.model, adapter, "b")
         assert result.sites == 10 and result.experts_reached == (8, 8)
@@ -312,7 +312,7 @@ class TestAudit:
         with pytest.raises(CheckError, match="no gradient reaches"):
             audit_gradients(base.model, adapter, "a")
 
-    def test_a_once_b_has_moved(self, tiny_base: Path) -> None:
+    def test_gradient_on_a_after_the_first_step(self, tiny_base: Path) -> None:
         base, adapter = self.gradients(tiny_base, b_is_zero=False)
         assert audit_gradients(base.model, adapter, "a").sites == 10
 
@@ -333,7 +333,7 @@ class TestAudit:
             audit_gradients(base.model, adapter, "b")
 
 
-def test_an_adapter_whose_effect_would_not_show_is_inconclusive() -> None:
+def test_an_adapter_below_the_noise_is_inconclusive() -> None:
     def answer(found: float, effect: float) -> dict[str, dict[str, float]]:
         figures = {"adapted": found, "disabled": found, "effect": effect}
         return {name: {"max_difference": value, "mean_kl": value} for name, value in figures.items()}
@@ -344,7 +344,7 @@ def test_an_adapter_whose_effect_would_not_show_is_inconclusive() -> None:
         assert not small.conclusive and "inconclusive" in small.describe()
 
 
-def test_a_killed_reader_is_not_called_a_wrong_adapter(tmp_path: Path) -> None:
+def test_a_killed_reader_is_not_reported_as_a_wrong_adapter(tmp_path: Path) -> None:
     script = tmp_path / "dies.py"
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     with pytest.raises(MachineError, match="killed by signal 9"):

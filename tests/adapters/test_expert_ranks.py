@@ -1,4 +1,4 @@
-"""Experts' ranks dealt out by use: the budget, the function that files describe, and the commands."""
+"""Expert ranks distributed by use: the budget, the function that files describe, and the commands."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def trained(directory: Path, config: AdapterConfig = CONFIG, size: float = 0.3) 
 class TestBudget:
     @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.integers(1, 6), st.integers(1, 4))
     @settings(max_examples=60, deadline=None)
-    def test_it_is_spent_exactly_and_monotonously(self, use: list[float], mean: int, times: int) -> None:
+    def test_the_rank_budget_is_spent_exactly_and_monotonically(self, use: list[float], mean: int, times: int) -> None:
         highest = mean * times
         ranks = ranks_by_use(use, mean * len(use), highest)
         assert sum(ranks) == mean * len(use) and 0 <= min(ranks) <= max(ranks) <= highest
@@ -63,14 +63,14 @@ class TestBudget:
 
     @given(st.lists(st.integers(1, 30), min_size=2, max_size=4), st.integers(2, 9))
     @settings(max_examples=60, deadline=None)
-    def test_no_other_ranks_are_nearer_to_the_shares(self, use: list[int], total: int) -> None:
-        """Largest remainder by its meaning: of all whole numbers with this sum the nearest to the exact shares."""
+    def test_ranks_are_the_nearest_to_the_shares(self, use: list[int], total: int) -> None:
+        """Definition of the largest remainder: of all whole numbers with this sum the nearest to the exact shares."""
         quota = [total * value / sum(use) for value in use]
         distance = lambda ranks: sum(abs(r - q) for r, q in zip(ranks, quota, strict=True))  # noqa: E731
         every = (r for r in itertools.product(range(total + 1), repeat=len(use)) if sum(r) == total)
         assert distance(ranks_by_use(use, total, total)) == pytest.approx(min(map(distance, every)))
 
-    def test_what_is_over_the_highest_goes_to_the_others(self) -> None:
+    def test_excess_over_the_highest_rank_goes_to_other_experts(self) -> None:
         assert ranks_by_use([0.97, 0.02, 0.01, 0.0], 16, 8) == [8, 5, 3, 0]
         assert ranks_by_use([1.0, 0.0, 0.0, 0.0], 16, 8) == [8, 3, 3, 2], "where nothing else is used, evenly"
         assert ranks_by_use([0.25] * 4, 6, 8) == [2, 2, 1, 1], "of equals the first"
@@ -81,7 +81,7 @@ class TestBudget:
 
 @pytest.mark.parametrize("config", [CONFIG, ROOT], ids=["alpha / rank", "rsLoRA"])
 def test_the_live_model_has_each_experts_own_rank_and_scale(config: AdapterConfig, tiny_base: Path) -> None:
-    """Against an adapter on every expert, of rank 9, that holds scale · B A of each expert worked out here."""
+    """Against an adapter of rank 9 on every expert that has each expert's scale · B A, computed here."""
     base, adapter = trained(tiny_base, config)
     plain_base = new_base(tiny_base)
     one_rank = replace(config, experts=ExpertAdapterConfig(rank=9, alpha=9.0 if not config.rslora else 3.0))
@@ -173,7 +173,7 @@ class TestChoice:
         assert chosen[1] == tuple(ranks_by_use(use, 9, 12)) and len(chosen[1]) == 3
         assert self.choose(base, select="top_k=2", rank=1, max_rank=2)[0] in ((1, 1), (2, 0), (0, 2))
 
-    def test_a_runs_own_ranks_are_taken_as_they_are_or_refused(self, tiny_base: Path, tmp_path: Path) -> None:
+    def test_ranks_of_a_run_are_reused_unchanged_or_refused(self, tiny_base: Path, tmp_path: Path) -> None:
         base, file = new_base(tiny_base), tmp_path / "experts.json"
         measured = score_experts(base, "tiny", samples(7), DATA, "all", "gate", 128)
         ranks = {layer: tuple(of_layer.values()) for layer, of_layer in RANKS.items()}
@@ -227,7 +227,7 @@ def test_settings_that_contradict_each_other_are_refused(overrides: list[str], w
         compose("quickstart", [f"adapter.experts.{override}" for override in overrides])
 
 
-def test_a_run_deals_out_ranks_resumes_and_leaves_files_that_others_read(
+def test_a_run_with_ranks_by_use_resumes_and_exports_readable_files(
     train: Train, workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, scores = str(workplace / "small.yaml"), tmp_path / "scores.json"
@@ -274,7 +274,7 @@ def test_a_run_deals_out_ranks_resumes_and_leaves_files_that_others_read(
 
 
 def test_ranks_and_selection_may_come_from_two_files(tiny_base: Path) -> None:
-    """Site by site: only experts with a rank are adapted, and an expert's start does not depend on the others."""
+    """Only experts with a rank are adapted, and an expert's initial factors do not depend on the others."""
     few = {layer: {expert: RANKS[layer][expert] for expert in chosen} for layer, chosen in SELECTION.items()}
     one = attach_adapter(new_base(tiny_base), CONFIG, seed=0, selection=SELECTION, ranks=few)
     every = attach_adapter(new_base(tiny_base), CONFIG, seed=0, ranks=RANKS)

@@ -1,4 +1,4 @@
-"""Adapting some experts, sharing factors among them, and choosing which by what the data use."""
+"""Adapting some experts, sharing factors among them, and selecting experts by their use."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write(out: Path, base: Base, adapter: Adapter, config: AdapterConfig) -> Pat
 
 
 def by_expert(adapter: Adapter, layer: int) -> dict[str, Tensor]:
-    """A layer's factors in PEFT's file, cut by the facts' formula: B.reshape(out, r, E), A.reshape(E, r, in)."""
+    """A layer's factors in PEFT's file, cut by PEFT's formula: B.reshape(out, r, E), A.reshape(E, r, in)."""
     path, tensors = f"base_model.model.model.layers.{layer}.mlp.experts", adapter_tensors(adapter)
     found = {}
     for name, key in (("gate_up", f"{path}.base_layer"), ("down", path)):
@@ -70,7 +70,7 @@ def by_expert(adapter: Adapter, layer: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("share", ["none", "a", "b"])
 @pytest.mark.parametrize("selection", [None, SELECTION], ids=["all", "some"])
-def test_the_live_model_is_what_a_full_adapter_with_these_factors_computes(
+def test_the_live_model_equals_a_full_adapter_with_these_factors(
     share: str, selection: dict[int, tuple[int, ...]] | None, tiny_base: Path
 ) -> None:
     """Against a plain adapter on every expert, filled from the file: zeros for the others, shared factors repeated."""
@@ -142,7 +142,7 @@ def test_the_first_gradient_of_a_chosen_expert_is_that_of_an_adapter_on_all(tiny
 
 
 @pytest.mark.parametrize("share", ["none", pytest.param("a", marks=pytest.mark.slow), "b"])
-def test_stock_peft_reads_it_back_and_it_can_be_trained_on(share: str, tiny_base: Path, tmp_path: Path) -> None:
+def test_stock_peft_reads_it_back_and_training_continues_from_it(share: str, tiny_base: Path, tmp_path: Path) -> None:
     config = sharing(share)
     base, adapter = trained(tiny_base, config, SELECTION)
     directory = write(tmp_path / "adapter", base, adapter, config)
@@ -175,7 +175,7 @@ def test_the_audit_counts_the_chosen(share: str, tiny_base: Path) -> None:
 
 class TestScore:
     def oracle(self, base: Base, used: list[object]) -> tuple[np.ndarray, np.ndarray]:
-        """ESFT's two scores, sample by sample and token by token, each sample alone in the model."""
+        """ESFT's two scores, example by example and token by token, each example alone in the model."""
         gate, share = np.zeros((len(used), 2, 8)), np.zeros((len(used), 2, 8))
         for number, sample in enumerate(used):
             with torch.no_grad(), record_router(base.model) as tape:
@@ -188,7 +188,7 @@ class TestScore:
                         share[number, layer, expert] += 1 / (len(sample.ids) * len(ids))
         return gate.mean(0), share.mean(0)
 
-    def test_both_scores_are_a_brute_force_count(self, tiny_base: Path) -> None:
+    def test_both_scores_equal_a_brute_force_count(self, tiny_base: Path) -> None:
         base, data = new_base(tiny_base), samples(7)
         affinity = score_experts(base, "tiny", data, DATA, "top_k=2", "gate", 5)
         used = [data[number * 7 // 5] for number in range(5)]
@@ -210,7 +210,7 @@ class TestScore:
         with pytest.raises(ConfigError, match="asks for 5 experts per layer, the base has 4"):
             refuse_too_many(SelectRule("top_k", top_k=5), 4)
 
-    def test_a_file_comes_back_and_belongs_to_its_base(self, tiny_base: Path, tmp_path: Path) -> None:
+    def test_a_score_file_round_trips_and_is_bound_to_its_base(self, tiny_base: Path, tmp_path: Path) -> None:
         base = new_base(tiny_base)
         affinity = score_experts(base, "tiny", samples(4), DATA, "top_p=0.5", "tokens", 4)
         write_expert_scores(tmp_path / "a.json", affinity)
@@ -265,7 +265,7 @@ def test_bad_settings_are_refused_at_once(override: str, words: str) -> None:
         (["evaluate.routing_examples=0", "evaluate.max_routing_drift=0.2"], "routing_examples is 0"),
     ],
 )
-def test_settings_that_would_do_nothing_are_refused(overrides: list[str], words: str) -> None:
+def test_settings_without_effect_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         compose("quickstart", overrides)
 
@@ -302,7 +302,7 @@ def test_a_run_scores_trains_resumes_and_exports_the_chosen(
     torch.testing.assert_close(opened, b.reshape(len(b), 4, 8).permute(2, 0, 1), rtol=0, atol=0)
 
 
-def test_a_dry_run_counts_what_is_known(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_counts_the_known_sites(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(workplace / "small.yaml")
     assert main(["train", recipe, "--dry-run", "adapter.experts.select=top_k=3", "adapter.router.mode=full"]) == 0
     out = capsys.readouterr().out

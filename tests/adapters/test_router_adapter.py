@@ -1,4 +1,4 @@
-"""Trained routers: stock PEFT reads them, files bring them back, merges carry what no adapter file can."""
+"""Trained routers: stock PEFT reads them, files round-trip, merges include the biases, which adapter files lack."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_stock_peft_reads_the_router_back(name: str, tiny_base: Path, tmp_path: 
         read_back(base, adapter, directory, [sample()])
 
 
-def test_peft_has_no_other_way_to_a_router() -> None:
-    """transformers 5's router is no nn.Linear: named among target_modules it is refused, as a parameter it is found."""
+def test_peft_supports_a_router_only_as_a_parameter() -> None:
+    """transformers 5's router is no nn.Linear: as a target module it is refused, as a parameter it is found."""
 
     def dense() -> GptOssForCausalLM:
         sizes = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4, "vocab_size": 32, "head_dim": 16}
@@ -96,7 +96,7 @@ def test_peft_has_no_other_way_to_a_router() -> None:
 
 
 @pytest.mark.parametrize("config", [LORA, FULL], ids=["lora", "full"])
-def test_what_was_written_can_be_trained_on(config: AdapterConfig, tiny_base: Path, tmp_path: Path) -> None:
+def test_training_continues_from_a_saved_router(config: AdapterConfig, tiny_base: Path, tmp_path: Path) -> None:
     base, adapter = trained(tiny_base, config)
     directory = write(tmp_path / "adapter", base, adapter, config)
     opened = open_model(directory)  # an adapter alone, without its run
@@ -138,7 +138,7 @@ def test_a_fresh_router_changes_nothing_and_is_audited(tiny_base: Path) -> None:
             audit_gradients(base.model, adapter, "b")
 
 
-def test_the_files_say_what_peft_and_vllm_ask_for(tiny_base: Path, tmp_path: Path) -> None:
+def test_the_files_have_the_fields_of_peft_and_vllm(tiny_base: Path, tmp_path: Path) -> None:
     base, adapter = trained(tiny_base, FULL)
     directory = write(tmp_path / "adapter", base, adapter, FULL)
     config, shape = json.loads((directory / CONFIG).read_text()), base.checkpoint.arch
@@ -153,7 +153,7 @@ def test_the_files_say_what_peft_and_vllm_ask_for(tiny_base: Path, tmp_path: Pat
     assert ROUTER_BIAS in json.loads((directory / "finetune.json").read_text())["files"]
 
 
-def test_a_merge_carries_the_bias_and_says_that_others_do_not(
+def test_a_merge_includes_the_bias_and_adapter_exports_cannot(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = trained(tiny_base, FULL)

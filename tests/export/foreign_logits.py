@@ -1,4 +1,4 @@
-"""Logits of a base with an adapter from others' code alone: `python foreign_logits.py KIND BASE ADAPTER IDS OUT`.
+"""Logits of a base with an adapter, from third-party code alone: `python foreign_logits.py KIND BASE ADAPTER IDS OUT`.
 
 KIND is `peft` (transformers and PEFT), `mlx` (mlx-lm in float32) or `llama` (llama.cpp through xllamacpp). IDS is JSON;
 OUT a .npy of log-probabilities: float64 [T, V], for `llama` [N, 2] of the next token's likeliest (id, log-probability).

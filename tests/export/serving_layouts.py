@@ -1,4 +1,4 @@
-"""One oracle for the layouts that adapters are served in: each file as updates, by the formulas its server publishes.
+"""Oracle for serving layouts: each file as updates, by the formulas that its server publishes.
 
 Written without any line of finetune. `READERS` gives each target's updates as float64 [out, in], or [E, out, in] for
 experts; `unflatten` cuts PEFT's flattened factors into those of each expert.

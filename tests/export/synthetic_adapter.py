@@ -1,4 +1,4 @@
-"""Adapters of any sites, ranks and scales, written by hand in PEFT's layout, with the updates they stand for."""
+"""Adapters of any sites, ranks and scales, written by hand in PEFT's layout, with their updates."""
 
 from __future__ import annotations
 

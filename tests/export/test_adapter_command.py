@@ -1,4 +1,4 @@
-"""`finetune adapter`: show, import of others' files, and merging."""
+"""`finetune adapter`: show, import of third-party files, and combining."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def same_files(one: Path, other: Path) -> bool:
 
 class TestImport:
     @pytest.mark.parametrize("alone", [None, "gate_up_proj", "down_proj"])
-    def test_files_of_peft_0_19_0_are_turned_the_right_way_round(
+    def test_swapped_files_of_peft_0_19_0_are_corrected(
         self, alone: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         directory = tmp_path / "theirs"
@@ -62,7 +62,9 @@ class TestImport:
             assert (found[site] - wanted).abs().max() < 1e-5, name
         assert imported(out, tmp_path / "again") and same_files(out, tmp_path / "again")
 
-    def test_todays_peft_is_not_taken_for_swapped(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_current_peft_files_are_not_treated_as_swapped(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         adapter = write_synthetic(tmp_path / "theirs", {(0, name): (2, 4.0) for name in SIZES})
         assert_same_updates(read_peft(imported(adapter.directory, tmp_path / "ours")), adapter)
         assert "swapped" not in capfd.readouterr().err
@@ -91,7 +93,7 @@ class TestImport:
         assert same_files(there, export(back, "sglang", directory / "sglang_again"))
 
     def test_gate_and_up_with_an_a_each_and_experts_without_factors(self, tmp_path: Path) -> None:
-        """Trained expert by expert elsewhere: ranks add up, what is missing is zero."""
+        """Trained per expert elsewhere: ranks add up, missing factors are zero."""
         g = torch.Generator().manual_seed(0)
         path, tensors = "base_model.model.model.layers.1.mlp.experts", {}
         for expert, names in ((0, ("gate_proj", "up_proj")), (2, ("up_proj", "down_proj"))):
@@ -186,7 +188,7 @@ class TestImport:
 
 
 def keep_one_projection(directory: Path, name: str) -> None:
-    """What the same release writes with one target: `experts.lora_*`, whichever it is."""
+    """Files of the same release with one target: `experts.lora_*`, whichever it is."""
     tensors = load_file(directory / FILES[0])
     path = "base_model.model.model.layers.0.mlp.experts"
     other = "base_layer." if name == "gate_up_proj" else ""
@@ -198,7 +200,7 @@ def keep_one_projection(directory: Path, name: str) -> None:
 
 
 class TestShow:
-    def test_norms_are_the_updates_norms(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_norms_equal_those_of_the_updates(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         adapter = write_synthetic(tmp_path / "a", {(0, n): (2, 4.0) for n in SIZES} | {(2, "q_proj"): (3, 9.0)})
         assert run("adapter", "show", adapter.directory, "--json") == 0
         shown = json.loads(capfd.readouterr().out)
@@ -241,7 +243,7 @@ class TestMerge:
                 wanted[site] = wanted.get(site, 0) + weight * update
         return one.directory, other.directory, wanted
 
-    def test_ranks_side_by_side_are_exact(self, tmp_path: Path) -> None:
+    def test_combining_by_concatenated_ranks_is_exact(self, tmp_path: Path) -> None:
         one, other, wanted = self.parts(tmp_path)
         assert run("adapter", "combine", f"{one}:0.7", f"{other}:-0.3", "--out", tmp_path / "sum") == 0
         found = read_peft(tmp_path / "sum")
@@ -249,7 +251,7 @@ class TestMerge:
         for site, update in wanted.items():
             assert (found[site] - update).abs().max() < 1e-6 * update.abs().max()
 
-    def test_one_adapter_alone_and_three_at_once(self, tmp_path: Path) -> None:
+    def test_combining_one_and_three_adapters(self, tmp_path: Path) -> None:
         one, other, _ = self.parts(tmp_path)
         combine_adapters([(one, 2.0)], tmp_path / "double", None)
         combine_adapters([(one, 1.0), (other, 1.0), (other, -1.0)], tmp_path / "three", None)
@@ -260,7 +262,7 @@ class TestMerge:
                 assert (three[site] - update).abs().max() < 1e-4
 
     @pytest.mark.parametrize("rank", [1, 3, 50])
-    def test_a_lower_rank_is_the_best_there_is_and_its_error_is_printed(
+    def test_a_lower_rank_is_optimal_and_its_error_is_printed(
         self, rank: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         one, other, wanted = self.parts(tmp_path)
@@ -275,12 +277,12 @@ class TestMerge:
         assert f"cut off {(lost / total) ** 0.5:.2%} of the update" in capfd.readouterr().err
 
     @pytest.mark.parametrize("weight", ["x", "nan", "inf", "0", ""])
-    def test_weights_that_are_none(self, weight: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_invalid_weights_are_refused(self, weight: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         one, other, _ = self.parts(tmp_path)
         assert run("adapter", "combine", f"{one}:{weight}", other, "--out", tmp_path / "sum") == 2
         assert "is not a weight" in capfd.readouterr().err and not (tmp_path / "sum").exists()
 
-    def test_adapters_that_do_not_belong_together(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_incompatible_adapters_are_refused(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         one, other, _ = self.parts(tmp_path)
         out = tmp_path / "sum"
         a, b = imported(one, tmp_path / "a"), imported(other, tmp_path / "b")

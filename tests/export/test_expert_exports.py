@@ -1,4 +1,4 @@
-"""A run with chosen experts, ranks by use and routers trained whole, exported as a user does: slow, so on demand."""
+"""Exports of a run with selected experts, ranks by use and fully trained routers, by the command (slow test)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.skipif(find_spec("gguf") is None, reason="needs gguf")
-def test_merges_carry_the_chosen_experts_and_the_routers_biases(run: Path, tiny_base: Path, tmp_path: Path) -> None:
+def test_merges_include_the_chosen_experts_and_the_router_biases(run: Path, tiny_base: Path, tmp_path: Path) -> None:
     import gguf
 
     for target in ("bf16", "gguf", "mxfp4"):

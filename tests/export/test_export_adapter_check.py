@@ -1,4 +1,4 @@
-"""The check of exported adapters passes what is right and names what is wrong; its outcome lies beside the files."""
+"""The check of exported adapters passes correct ones and names errors; its outcome is stored beside the files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("target", ADAPTER_TARGETS)
-def test_the_outcome_is_kept_with_card_and_hashes(
+def test_the_outcome_is_recorded_with_card_and_hashes(
     source: Path, target: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -66,7 +66,7 @@ def test_the_outcome_is_kept_with_card_and_hashes(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sites=sites, rslora=st.booleans(), target=st.sampled_from(ADAPTER_TARGETS), pad=st.booleans())
-def test_any_right_export_passes(
+def test_every_correct_export_passes(
     sites: dict[tuple[int, str], tuple[int, float]], rslora: bool, target: str, pad: bool,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
@@ -135,7 +135,7 @@ def swap(tensors: Tensors, gate: str, up: str) -> None:
 
 
 @pytest.mark.parametrize("target", ADAPTER_TARGETS)
-def test_what_is_wrong_is_named(source: Path, target: str, tmp_path: Path) -> None:
+def test_errors_are_named(source: Path, target: str, tmp_path: Path) -> None:
     gate, up, attention = PLACES[target]
     stem = attention.replace(".lora_A.weight", "").replace(".lora_a", "")
 
@@ -159,7 +159,7 @@ def test_what_is_wrong_is_named(source: Path, target: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("target", ["peft", "sglang", "mlx"])
-def test_what_was_added_must_do_nothing(source: Path, target: str, tmp_path: Path) -> None:
+def test_padding_must_have_no_effect(source: Path, target: str, tmp_path: Path) -> None:
     def change(tensors: Tensors) -> None:
         name = next(key for key in tensors if "layers.3." in key and ("base_layer" in key or "up_proj" in key))
         for key in (name, name.replace("lora_A", "lora_B").replace("lora_a", "lora_b")):
@@ -169,8 +169,8 @@ def test_what_was_added_must_do_nothing(source: Path, target: str, tmp_path: Pat
     assert len(found) >= 1 and all("relative difference inf" in problem for problem in found.values())
 
 
-def test_settings_and_hashes_are_part_of_it(source: Path, tmp_path: Path) -> None:
-    """What no tensor shows: a scale in the config, a list that a server goes by, a file changed later."""
+def test_settings_and_hashes_are_checked(source: Path, tmp_path: Path) -> None:
+    """Errors outside the tensors: a scale in the config, a list that a server uses, a file changed later."""
     for target, change, name in (
         ("sglang", {"lora_alpha": 7}, f"{LAYER}self_attn.q_proj"),
         ("sglang", {"target_modules": ["q_proj"]}, "settings"),
@@ -188,7 +188,7 @@ def test_settings_and_hashes_are_part_of_it(source: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("target", ["peft", "mlx", "gguf-lora"])
-def test_the_router_and_a_lone_gate_up_are_read_as_what_they_are(target: str, tmp_path: Path) -> None:
+def test_the_router_and_a_lone_gate_up_are_read_correctly(target: str, tmp_path: Path) -> None:
     """PEFT calls a lone gate_up_proj `experts.lora_*`, and a router's weight by the name of its parameter."""
     directory = write_synthetic(tmp_path / "adapter", {(1, "gate_up_proj"): (2, 3.0)}).directory
     tensors = load_file(directory / "adapter_model.safetensors")
@@ -207,7 +207,7 @@ def test_the_router_and_a_lone_gate_up_are_read_as_what_they_are(target: str, tm
     assert found.kinds == kinds and found.zeros == zeros
 
 
-def test_an_alpha_that_is_not_the_adapters_is_found(source: Path, tmp_path: Path) -> None:
+def test_a_wrong_alpha_is_found(source: Path, tmp_path: Path) -> None:
     from finetune.export.targets.gguf_lora import write_gguf_lora
 
     out = export(source, "gguf-lora", tmp_path / "out")
@@ -220,7 +220,7 @@ def test_an_alpha_that_is_not_the_adapters_is_found(source: Path, tmp_path: Path
 def test_a_failure_exits_6_and_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A writer that takes gate for up, found by the other process."""
+    """A writer that swaps gate and up is detected by the checking process."""
     from finetune.export.targets import sglang
 
     parts = sglang.split_gate_up
@@ -257,8 +257,8 @@ def test_the_card_has_the_runs_data_and_recipe(source: Path, tmp_path: Path) -> 
     assert "--lora-paths run=." in card and "bfloat16 experts only" in card and "as it was trained" in card
 
 
-def test_attributions_go_with_what_was_trained_on_them(source: Path, tmp_path: Path) -> None:
-    """The base's own, and those of the recipe's data, into the card; and on into the card of what comes after."""
+def test_attributions_are_in_the_card(source: Path, tmp_path: Path) -> None:
+    """The base's attributions and those of the recipe's data are in the card, and in the card of later exports."""
     base = tmp_path / "my-base"
     base.mkdir()
     (base / "README.md").write_text("# Base\n\n## Attribution\nEmma, by Jane Austen\n\n## Figures\nloss 1\n")

@@ -1,4 +1,4 @@
-"""Adapter exports: each target's file against the layout oracle, and read by the code that will serve it."""
+"""Adapter exports: each target's file against the layout oracle, and read by its serving code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ IDS = [1, 200, 3000, 40000, 5, 77, 1234, 99999, 1000, 20, 30, 40]
 
 
 def export(source: Path, target: str, out: Path, **options: object) -> Path:
-    """Not verified unless asked for: that takes another process each time; test_export_adapter_check.py is about it."""
+    """Export without verification, which takes another process; test_export_adapter_check.py tests it."""
     options = {"verify": False} | options
     export_adapter(AdapterFile.open(source), target, out, ExportOptions(**options))  # type: ignore[arg-type]
     return out
@@ -50,7 +50,7 @@ sites = st.dictionaries(
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sites=sites, rslora=st.booleans(), target=st.sampled_from(sorted(READERS)), pad=st.booleans())
-def test_every_target_stands_for_the_same_update(
+def test_every_target_has_the_same_update(
     sites: dict[tuple[int, str], tuple[int, float]], rslora: bool, target: str, pad: bool,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
@@ -78,7 +78,7 @@ def test_every_target_stands_for_the_same_update(
 
 
 def test_keys_and_shapes_are_the_golden_lists(tmp_path: Path) -> None:
-    """Committed lists, made by hand from the facts; layer 0 whole, layer 3 with q and down alone."""
+    """Committed lists, written by hand from the documentation; layer 0 whole, layer 3 with q and down alone."""
     whole = {(0, name): (3 if "p_proj" in name or "down" in name else 2, 4.0) for name in SIZES}
     adapter = write_synthetic(tmp_path / "adapter", whole | {(3, "q_proj"): (2, 4.0), (3, "down_proj"): (3, 4.0)})
     golden = json.loads((FIXTURES / "serving_layouts.json").read_text())
@@ -180,7 +180,7 @@ def run(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-def test_what_cannot_be_exported_says_why(
+def test_impossible_exports_are_refused_with_the_reason(
     small: Path, live: tuple[Path, Base], tiny_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Rows of data stand in a model card only if the recipe says so, and as text."""
+"""A model card shows records only if the recipe allows it, and as text."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def config(tmp_path: Path, *, share: bool) -> RunConfig:
     return replace(composed, data=replace(composed.data, test={"cuad": source}))
 
 
-def test_no_row_leaves_by_default(tmp_path: Path) -> None:
+def test_no_record_is_shown_by_default(tmp_path: Path) -> None:
     assert examples_section(config(tmp_path, share=False)) == "" == examples_section(None)
 
 
-def test_allowed_rows_are_shown_as_they_are(tmp_path: Path) -> None:
+def test_allowed_records_are_shown_unchanged(tmp_path: Path) -> None:
     section = examples_section(config(tmp_path, share=True))
     assert section.count("user: # not a heading") == 3
     lines = section.splitlines()
     assert not any(line.startswith(("# ", "<")) for line in lines), "text of the data became markup"
 
 
-def test_data_that_is_gone_is_said(tmp_path: Path) -> None:
+def test_missing_data_is_reported_in_the_section(tmp_path: Path) -> None:
     shared = config(tmp_path, share=True)
     (tmp_path / "rows.jsonl").unlink()
     assert "could not be read" in examples_section(shared)

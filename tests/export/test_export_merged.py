@@ -96,7 +96,7 @@ def dequantised(base: Path) -> torch.nn.Module:
 
 
 def made_by_peft(base: Path, to: Path) -> Path:
-    """What our own training never makes: rsLoRA with patterns, single projections, some layers, the router."""
+    """Adapters that this project never trains: rsLoRA with patterns, single projections, some layers, the router."""
     config = LoraConfig(
         r=4,
         lora_alpha=6,
@@ -122,7 +122,7 @@ def made_by_peft(base: Path, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("maker", ["this toolkit", "peft"])
-def test_bf16_is_what_peft_merges(
+def test_bf16_equals_pefts_merge(
     maker: str, exported: Callable[..., Path], adapter: Path, small_base: Path, tmp_path: Path
 ) -> None:
     """Oracle: transformers' dequantised base in float32, PEFT's own merge, one cast."""
@@ -150,7 +150,7 @@ def test_bf16_is_what_peft_merges(
         assert difference.abs().max() <= rounding_noise(ours, lambda: ours(input_ids=ids).logits) < 1e-2
 
 
-def test_merged_directories_carry_the_bases_files(exported: Callable[..., Path], small_base: Path) -> None:
+def test_merged_directories_include_the_bases_files(exported: Callable[..., Path], small_base: Path) -> None:
     shards = {path.name for path in small_base.glob("*.safetensors*")}
     for target in ("bf16", "mxfp4"):
         out = exported(target)
@@ -168,7 +168,7 @@ def test_merged_directories_carry_the_bases_files(exported: Callable[..., Path],
     assert verify_checksums(Checkpoint.open(exported("mxfp4")))
 
 
-def test_an_mxfp4_merge_leaves_other_bytes_alone(exported: Callable[..., Path], small_base: Path) -> None:
+def test_an_mxfp4_merge_changes_no_other_bytes(exported: Callable[..., Path], small_base: Path) -> None:
     before, after = Checkpoint.open(small_base), Checkpoint.open(exported("mxfp4"))
     assert before.names() == after.names()
     changed = {name for name in before.names() if not torch.equal(before.read(name), after.read(name))}
@@ -201,7 +201,7 @@ def test_dry_run_lists_every_tensor_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_card_says_where_it_comes_from_and_shows_no_row(adapter: Path, small_base: Path, tmp_path: Path) -> None:
+def test_the_card_names_the_origin_and_shows_no_record(adapter: Path, small_base: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(adapter, run / "adapter")
     composed = compose("quickstart", ["export.survival_examples=0"])

@@ -1,4 +1,4 @@
-"""`--rounding` end to end: a trained run merged back to MXFP4, read by others, resumed, judged; and its bad input."""
+"""`--rounding` end to end: a trained run merged to MXFP4, read by third-party code, resumed, judged; and bad input."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ EXPERTS = "model.layers.{}.mlp.experts.{}_proj"
 
 @pytest.fixture(scope="module")
 def run(finished: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run whose export may lose anything, so that tests decide what is judged."""
+    """A finished run whose export has no limits on losses, so that tests set them."""
     directory = tmp_path_factory.mktemp("rounding") / "run"
     shutil.copytree(finished[0], directory)
     set_export(directory, min_gain_kept=0.0, max_gain_kept=9.0, max_kl_share=1.0, survival_examples=4)
@@ -175,9 +175,7 @@ def test_mlx_lm_reads_it(merged: tuple[Path, dict[str, Any]], tmp_path: Path) ->
     assert np.abs(theirs - ours).max() < 5e-5
 
 
-def test_the_verification_finds_a_byte_that_is_not_what_was_rounded(
-    merged: tuple[Path, dict[str, Any]], run: Path, tmp_path: Path
-) -> None:
+def test_the_verification_finds_changed_bytes(merged: tuple[Path, dict[str, Any]], run: Path, tmp_path: Path) -> None:
     out, facts = merged
     bad = tmp_path / "bad"
     shutil.copytree(out, bad)
@@ -198,7 +196,7 @@ def test_the_verification_finds_a_byte_that_is_not_what_was_rounded(
 
 
 def test_the_verification_finds_one_wrong_code(merged: tuple[Path, dict[str, Any]], run: Path, tmp_path: Path) -> None:
-    """One code, the neighbour of the right one: what is kept and missed hardly changes."""
+    """One code off by one: the kept and missed shares hardly change."""
     out, facts = merged
     stem = EXPERTS.format(0, "gate_up")
     good = Checkpoint.open(out)
@@ -221,7 +219,7 @@ def test_the_verification_finds_one_wrong_code(merged: tuple[Path, dict[str, Any
     assert "not those" in compare_weights(plan, "mxfp4", bad, sums).problems[stem]
 
 
-def test_running_layer_by_layer_is_running_the_model(run: Path) -> None:
+def test_running_layer_by_layer_equals_the_model(run: Path) -> None:
     checkpoint = base_of(run)
     examples = load_split(load_run_config(run / "config.yaml").data, "train").examples
     batch = draw_examples(examples, 600, 700, 0, 201_088).batches[0]
@@ -237,8 +235,8 @@ def test_running_layer_by_layer_is_running_the_model(run: Path) -> None:
         assert limit < 1e-2
 
 
-def test_a_model_that_was_every_variant_is_the_base_again(merged: tuple[Path, dict[str, Any]], run: Path) -> None:
-    """And its bf16 variant is the bf16 export: the same weights, so the same logits."""
+def test_the_base_is_restored_after_measuring_every_variant(merged: tuple[Path, dict[str, Any]], run: Path) -> None:
+    """The bf16 variant equals the bf16 export: the same weights, so the same logits."""
     checkpoint = base_of(run)
     base = build_base(checkpoint, CPU, torch.float32, experts_per_chunk=4)
     plan = plan_merge(checkpoint, AdapterFile.open(run / "adapter"), "mxfp4", "nearest")
@@ -291,9 +289,9 @@ def test_a_merge_is_judged_by_gain_and_by_kl(kept: float, removed: float, reason
         require_kept(measured, "compensated")
 
 
-def test_a_gain_that_may_be_none_is_not_judged_but_kl_is() -> None:
+def test_an_insignificant_gain_is_not_judged_but_kl_is() -> None:
     verdict = compare_with_thresholds(effect(0.2, 0.8, gain=0.1), "compensated", ExportConfig())
-    assert verdict.kept and "cannot be told from none" in verdict.notes[0]
+    assert verdict.kept and "cannot be distinguished from zero" in verdict.notes[0]
     assert not compare_with_thresholds(effect(0.2, 0.1, gain=0.1), "compensated", ExportConfig()).kept
 
 
@@ -314,7 +312,9 @@ def test_an_export_that_loses_the_fine_tune_exits_6_and_keeps_its_unfinished_nam
 # --- bad input
 
 
-def test_an_adapter_without_rows_says_what_to_do(adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_without_calibration_records_suggests_a_fix(
+    adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(adapter), "--to", "mxfp4", "--out", str(adapter.with_name("nowhere"))]) == 2
     message = capsys.readouterr().err
     assert "belongs to no run" in message and "--calibration" in message
@@ -328,14 +328,14 @@ def test_an_adapter_without_rows_says_what_to_do(adapter: Path, capsys: pytest.C
         (["--to", "mxfp4", "--rounding", "nearest", "--calibration", "quickstart"], "compensated rounding alone"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(
+def test_options_without_effect_are_refused(
     arguments: list[str], message: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(adapter), *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_calibration_rows_of_another_tokenizer_base_or_training_set_are_refused(
+def test_calibration_records_of_another_tokenizer_base_or_training_set_are_refused(
     run: Path, small_base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="another tokenizer than gpt-oss's"):
@@ -358,7 +358,7 @@ def test_calibration_rows_of_another_tokenizer_base_or_training_set_are_refused(
 
 
 @pytest.mark.parametrize(("size", "tokens"), [("20b", 92_160), ("120b", 368_640)])
-def test_tokens_wanted_for_the_published_models(size: str, tokens: int) -> None:
+def test_calibration_tokens_of_the_published_models(size: str, tokens: int) -> None:
     from finetune.config.paths import shipped_dir
 
     config = json.loads((shipped_dir("data") / "tokenizer" / f"gpt-oss-{size}" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Merged exports read by others' runtimes, and a verification that finds what is wrong."""
+"""Merged exports read by third-party runtimes, and a verification that finds errors."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_verification_finds_every_wrong_tensor(
 def test_logits_are_compared_and_a_lost_rope_setting_is_found(
     exported: Callable[..., Path], adapter: Path, small_base: Path, tmp_path: Path
 ) -> None:
-    """Every weight may be right and the model wrong: transformers 5 alone knows `rope_parameters`, others lose YaRN."""
+    """Correct weights do not suffice: only transformers 5 reads `rope_parameters`, other readers lose YaRN."""
     samples = [Example(np.array(IDS, dtype=np.int32), np.ones(len(IDS)), "random", "nowhere:1")]
     native = plan_merge(Checkpoint.open(small_base), AdapterFile.open(adapter), "mxfp4")
     found = compare_logits(native, exported("mxfp4"), samples)

@@ -60,7 +60,7 @@ def export(adapter: Path, out: Path, target: str = "mxfp4", **options: object) -
     )  # type: ignore[arg-type]
 
 
-def test_an_existing_target_is_left_alone(adapter: Path, tmp_path: Path) -> None:
+def test_an_existing_target_is_unchanged(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("keep")
     assert main(["export", str(adapter), "--to", "bf16", "--out", str(tmp_path / "mine")]) == 2
     assert (tmp_path / "mine").read_text() == "keep" and len(list(tmp_path.iterdir())) == 1
@@ -126,7 +126,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_too_small_a_disk_is_seen_before_writing(
+def test_too_small_a_disk_is_detected_before_writing(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     usage = shutil._ntuple_diskusage(10**9, 10**9 - 10**7, 10**7)  # type: ignore[attr-defined]
@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_keeps_finished_shards(
     assert verify_checksums(Checkpoint.open(out)) and not partial.exists()
 
 
-def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(
+def test_a_killed_export_is_not_complete_and_the_next_call_resumes_it(
     exported: Callable[..., Path], adapter: Path, tmp_path: Path
 ) -> None:
     """SIGKILL in the second shard, then the same command: every weight file as in an undisturbed export."""
@@ -190,7 +190,7 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_goes_on(
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
-def test_shards_of_another_export_are_not_kept(tmp_path: Path) -> None:
+def test_shards_of_another_export_are_not_reused(tmp_path: Path) -> None:
     first = ResumableDirectory(tmp_path / "out", "key")
     first.unfinished("a").write_bytes(b"1")
     first.finish("a", {"sha256": sha256_of(first.unfinished("a"))})

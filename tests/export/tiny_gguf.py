@@ -1,4 +1,4 @@
-"""A gpt-oss base in float32 GGUF, written from transformers' own dequantised weights: none of our code is in it.
+"""A gpt-oss base in float32 GGUF, written from transformers' own dequantised weights, without this project's code.
 
 Float32 because llama.cpp rounds activations to bfloat16 beside bfloat16 weights, which alone moves log-probabilities of
 the tiny base by 0.1. The vocabulary is made of names, since prompts are given as token ids.

@@ -27,7 +27,7 @@ LABELS = ("x", "mix", "gate_up_a", "gate_up_b", "down_a", "down_b")
 
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter's time goes by programs, whatever their size."""
+    """Wide tiles: the interpreter's time depends on the number of programs, not on their size."""
     for name, size in {"ROWS": 64, "WORDS": 4096, "UNROLL": 1, "TAIL_ELEMENTS": 65536}.items():
         monkeypatch.setattr(experts_triton, name, size)
 
@@ -120,7 +120,7 @@ def test_the_same_bits_from_run_to_run(wide_tiles: None) -> None:
 
 @pytest.mark.parametrize("what", ["nibbles", "bias", "ids", "scale"])
 def test_a_small_mistake_is_detected(what: str, wide_tiles: None) -> None:
-    """Negative controls: the oracle of a slightly different layer is far from ours."""
+    """Negative controls: the oracle of a slightly different layer is far from the kernel."""
     case = Case(**CASES["square"])
     out, grads = fused(case)
     if what == "nibbles":
@@ -225,7 +225,7 @@ def test_experts_in_another_storage_format(wide_tiles: None) -> None:
 
 
 def test_bfloat16(wide_tiles: None) -> None:
-    """The interpreter cuts bits off where a GPU rounds, so this is coarse; the GPU tests are not."""
+    """The interpreter truncates where a GPU rounds, so this limit is wide; those of the GPU tests are not."""
     case = Case(E=4, D=64, F=64, L=3, T=40, K=2)
     case.x, case.mix = case.x.bfloat16(), case.mix.bfloat16()
     halves = (Mxfp4Experts(p.blocks, p.scales, p.bias.bfloat16()) for p in (case.weights.gate_up, case.weights.down))

@@ -23,7 +23,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, allowed: Tensor) -> Te
 
 
 def allowed_pairs(segments: list[int], positions: list[int], window: int | None, prefixes: list[int]) -> Tensor:
-    """Visibility by a plain double loop, one row."""
+    """Visibility by a plain double loop, one sequence."""
     n = len(segments)
     table = torch.zeros(n, n, dtype=torch.bool)
     for i in range(n):
@@ -96,7 +96,7 @@ def test_frozen_sinks_get_no_gradient_and_change_no_other() -> None:
 
 
 def test_key_ranges_skip_masked_keys() -> None:
-    """Packed rows and windows cost what they see: the last block starts at its segment, or at its window."""
+    """Packed sequences and windows skip masked keys: the last block starts at its segment, or at its window."""
     segments = torch.tensor([[0] * 1000 + [1] * 1000])
     positions = torch.cat([torch.arange(1000), torch.arange(1000)])[None]
     assert plan_attention(segments, positions, None).blocks[-1].first_key == 1000
@@ -104,7 +104,7 @@ def test_key_ranges_skip_masked_keys() -> None:
 
 
 def test_long_sequences_take_fewer_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded by pairs of query and key; rows that fit are cut as before, and results stay."""
+    """Memory is bounded by pairs of query and key; sequences that fit are split as before, with the same results."""
     short = plan_attention(torch.zeros(1, 4096, dtype=torch.long), torch.arange(4096)[None], None)
     assert {block.last - block.first for block in short.blocks} == {attention.QUERIES_PER_BLOCK}
     layout = torch.zeros(1, 700, dtype=torch.long), torch.arange(700)[None]

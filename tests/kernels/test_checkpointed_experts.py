@@ -90,7 +90,7 @@ def test_the_experts_run_twice_and_gradients_stay_the_same(tiny_base: Path, dequ
 
 
 def test_a_recomputed_block_returns_nan(tiny_base: Path) -> None:
-    """Using that output by mistake is noticed at once."""
+    """Accidental use of that output is detected at once."""
     from finetune.kernels.dispatch import checkpoint_contexts
 
     base, _ = prepared(tiny_base)

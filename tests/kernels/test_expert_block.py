@@ -85,7 +85,7 @@ def test_forward_and_every_gradient_equal_the_float64_loop(name: str) -> None:
 
 
 def test_swapped_gate_and_up_are_detected() -> None:
-    """Negative control: the comparison above notices half of the interleaving going wrong."""
+    """Negative control: the comparison above detects half of the interleaving being wrong."""
     case = Case(**CASES["square"])
     exact, _ = case.oracle()
     bias = case.weights.gate_up.bias
@@ -101,14 +101,14 @@ def test_experts_without_tokens_get_no_gradient() -> None:
         assert grad[3:].count_nonzero() == 0
 
 
-def test_chunk_size_does_not_change_a_bit() -> None:
+def test_chunk_size_does_not_change_the_result() -> None:
     outs = [Case(E=6, D=64, F=96, L=4, T=37, K=3, chunk=chunk).ours() for chunk in (1, 4, 6)]
     for out, grads in outs[1:]:
         assert torch.equal(out, outs[0][0])
         assert all(torch.equal(a, b) for a, b in zip(grads, outs[0][1], strict=True))
 
 
-def test_without_lora_the_block_is_the_base() -> None:
+def test_without_lora_the_block_equals_the_base() -> None:
     case = Case(**CASES["hidden != width"])
     without, _ = case.ours(lora=False)
     for factor in (case.factors[1], case.factors[3]):

@@ -81,7 +81,7 @@ def only_the_output(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("wrong", [without_sinks, only_the_output])
-def test_the_comparison_sees_a_missing_sink(wrong, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_sink_is_detected(wrong, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: no correction at all, or one that the backward pass does not apply."""
     leaves, plan = inputs(len(PACKED[0])), plan_of(LAYOUTS["packed"], 4)
     right = flash_sink_attention(*leaves, plan, WIDTH**-0.5)
@@ -106,7 +106,7 @@ def test_an_example_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_positions_with_gaps_use_the_reference() -> None:
-    """A kernel counts its window in tokens; where positions jump that is another window, and the plan says so."""
+    """A kernel counts its window in tokens; positions with gaps need another window, and the plan records that."""
     layout = ([0] * 20, [*range(10), *range(10)], [0] * 20)
     leaves = inputs(20)
     assert plan_of(layout, None).packed is not None
@@ -125,10 +125,10 @@ def test_shared_prefixes_copy_only_keys_within_the_window() -> None:
 
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("lengths", [(1, 60, 39), (1, 1, 1)])
-def test_the_gpu_operators_accept_our_arguments_without_synchronising(
+def test_gpu_operators_accept_the_arguments_without_synchronising(
     lengths: tuple[int, int, int], window: int | None
 ) -> None:
-    """Their declared arguments and shapes, on tensors without storage, where whatever waits for a value raises.
+    """Their declared arguments and shapes, on tensors without storage, where reading a value raises.
 
     Numbers need a GPU (tests/model/test_gpu.py). The third segment continues the second.
     """

@@ -104,7 +104,7 @@ def test_forward_and_every_gradient_equal_the_float64_loop(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixed chunks", "ranks"])
 def test_another_choice_of_experts_is_detected(name: str) -> None:
-    """Negative control: as many experts, one of them another; and one rank exchanged with its neighbour's."""
+    """Negative control: as many experts, one of them different; and one rank swapped with its neighbour's."""
     case = SomeCase(**SOME[name])
     exact, _ = case.oracle()
     case.chosen = (*case.chosen[:-1], 6)
@@ -137,19 +137,19 @@ def test_other_experts_are_equal_to_zero_factors(name: str) -> None:
 
 @pytest.mark.parametrize("needed", ["x", "mix", "gate_up_a", "down_b"])
 def test_only_tensors_that_need_one_get_a_gradient(needed: str) -> None:
-    """With experts alone adapted the first layer's input wants none, and chunks without them have nothing to do."""
+    """With only experts adapted the first layer's input needs no gradient, and chunks without them do no work."""
     case = SomeCase(**SOME["a chunk without, a chunk of nothing else"])
     _, grads = case.run(expert_block, (needed,))
     assert relative_error(grads[needed], case.oracle()[1][LABELS.index(needed)]) < 1e-5
 
 
 def grouped_flops(rows: Any, matrices: Any, *_: Any, **__: Any) -> int:
-    """Of `grouped_mm`: 2-D times 3-D (rows by expert), or 2-D times 2-D (sums over an expert's rows)."""
+    """Of `grouped_mm`: 2-D times 3-D (tokens by expert), or 2-D times 2-D (sums over an expert's tokens)."""
     return 2 * rows[0] * rows[1] * matrices[-1]
 
 
 def flops_of(work: Callable[[], object]) -> int:
-    """torch counts everything but grouped products, which it does not know."""
+    """torch counts everything except grouped products, which it does not support."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_flops})
     with counter:
         work()
@@ -157,7 +157,7 @@ def flops_of(work: Callable[[], object]) -> int:
 
 
 def thin_flops(case: SomeCase, *, adapted_rows: int) -> int:
-    """Forward: two products of rank L (padded to whole 16 bytes, 4 floats) a projection and row."""
+    """Forward: two products of rank L (padded to whole 16 bytes, 4 floats) per projection and routed token."""
     hidden, width, rank = case.x.shape[1], case.factors[2].shape[-1], 4
     return 2 * adapted_rows * rank * (hidden + 2 * width + width + hidden)
 
@@ -187,7 +187,7 @@ def test_tokens_of_experts_without_lora_skip_the_thin_products() -> None:
     assert of_rows(back(*some, case.adapted()), none) == 2 * rows
 
 
-def test_experts_with_lora_are_picked_out_of_each_chunk() -> None:
+def test_adapted_experts_of_each_chunk_are_selected() -> None:
     ids = torch.tensor([[5, 1], [1, 5], [6, 1], [2, 7]])
     dispatch = Dispatch.of(ids, 9, 3)
     assert dispatch.counts == [0, 3, 1, 0, 0, 2, 1, 1, 0]
@@ -213,8 +213,8 @@ def test_factors_of_differing_ranks_expand_and_collapse() -> None:
     assert ranks.scales.tolist() == [0.5, 0.5, 1.0, 2.0, 2.0, 2.0]
 
 
-def test_without_tokens_on_experts_with_lora_the_block_is_the_base() -> None:
-    """With no adapted expert among those that tokens take, the block is the base's."""
+def test_without_tokens_on_adapted_experts_the_block_equals_the_base() -> None:
+    """Without routed tokens on adapted experts the block equals the base's."""
     case = SomeCase(chosen=(6, 7), **SHAPE, used=5)
     out, grads = case.run(expert_block)
     weights: ExpertWeights = case.weights

@@ -33,7 +33,7 @@ def test_no_tokens_give_an_empty_result() -> None:
 
 
 def test_bfloat16_logits_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits of about 20: rounding them to bfloat16 changes a loss by some hundredths, and the control shows it."""
+    """Logits of about 20: rounding them to bfloat16 changes a loss by some hundredths; there is a control."""
     monkeypatch.setattr(loss_head, "_WORDS_PER_SLICE", 100)
     g = torch.Generator().manual_seed(1)
     hidden = (5 * torch.randn(30, 16, generator=g)).bfloat16().requires_grad_()

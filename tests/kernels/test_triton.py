@@ -85,7 +85,7 @@ def compiled(name: str, capability: int):  # type: ignore[no-untyped-def]
 
 
 def resources(cubin: bytes, directory: Path) -> dict[str, int]:
-    """Registers, stack (spills), local and static shared memory, as the assembler reports them."""
+    """Registers, stack (spills), local and static shared memory, as reported by the assembler."""
     import triton
 
     (directory / "kernel.cubin").write_bytes(cubin)
@@ -167,7 +167,7 @@ class TestChoice:
 
     @pytest.fixture
     def hopper(self, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-        """A machine whose facts a test may change; the comparison at start-up does not run."""
+        """A simulated machine whose properties a test may change; the comparison at start-up does not run."""
         machine = SimpleNamespace(capability=(9, 0), missing=None, difference=0.01)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: machine.capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Made Up 100")

@@ -1,4 +1,4 @@
-"""Opening a checkpoint: tensors are read as the file has them, and every kind of damage is named."""
+"""Opening a checkpoint: tensors are read unchanged, and every kind of damage is named."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_a_truncated_shard_is_named(base: Path, keep: int, message: str) -> None
         (struct.pack("<Q", 2) + b"{}" + b"more", "longer than its header says"),
     ],
 )
-def test_something_else_in_a_shards_place_is_named(base: Path, content: bytes, message: str) -> None:
+def test_a_shard_that_is_no_safetensors_file_is_named(base: Path, content: bytes, message: str) -> None:
     (base / SHARD).write_bytes(content)
     text = refusal(base)
     assert SHARD in text and message in text
@@ -221,7 +221,7 @@ def test_other_models_and_other_storage_are_refused(base: Path) -> None:
     assert "config.json cannot be read" in refusal(base)
 
 
-def test_what_is_no_directory_is_refused(base: Path) -> None:
+def test_a_path_that_is_no_directory_is_refused(base: Path) -> None:
     assert "is not a directory" in refusal(base / "config.json")
     assert "there is no directory" in refusal(base / "nowhere")
 

@@ -1,4 +1,4 @@
-"""Storage formats of the base: the stored weights are as declared, and the model computes what they say."""
+"""Storage formats of the base: the stored weights are as declared, and the model computes with them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class TestNf4:
 
     @pytest.mark.parametrize("shape", [(192, 64), (64, 96), (128, 2880), (2, 32)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_it_is_the_definition_and_the_nearest_level(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    def test_nf4_equals_the_definition_and_the_nearest_level(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
         weights = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         codes, scales = quantise_nf4(weights)
         exact = by_hand(codes, scales)
@@ -86,7 +86,7 @@ class TestNf4:
         taken = (blocks - exact.reshape(-1, 64)).abs() / scales.double()[:, None]
         assert (taken - gaps).max() < 1e-6, "no other level is nearer"
 
-    def test_it_is_bitsandbytes_own_where_that_is_right(self) -> None:
+    def test_nf4_equals_bitsandbytes_where_that_is_correct(self) -> None:
         """Its CPU kernel (0.50.2) takes wrong scales where a row is no whole number of blocks: then we differ."""
         from bitsandbytes import functional
 
@@ -100,7 +100,7 @@ class TestNf4:
             if right:
                 assert torch.equal(ours, functional.dequantize_4bit(packed, state))
 
-    def test_the_base_holds_what_bitsandbytes_makes_of_the_checkpoints_weights(
+    def test_the_base_stores_bitsandbytes_codes_of_the_checkpoints_weights(
         self, nf4_base: Base, tiny_base: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         stored = {k: v for f in tiny_base.glob("*.safetensors") for k, v in load_file(f).items()}
@@ -121,7 +121,7 @@ class TestNf4:
         loaded(tiny_base, NF4)
         assert f"experts: stored in NF4, which changed them by {(lost / total) ** 0.5:.2%}" in capfd.readouterr().err
 
-    def test_identity_is_the_checkpoints_and_a_changed_code_is_named(self, nf4_base: Base, native_base: Base) -> None:
+    def test_identity_is_of_the_checkpoint_and_a_changed_code_is_named(self, nf4_base: Base, native_base: Base) -> None:
         assert nf4_base.identity == native_base.identity == check_unchanged(nf4_base)
         experts, attention = nf4_base.model.model.layers[1].mlp.experts, nf4_base.model.model.layers[0].self_attn
         for tensor, name in (
@@ -150,7 +150,7 @@ class TestNf4:
                 check_storage(lines, wanted)
         assert "nf4" in describe_storage(nf4)
 
-    def test_logits_are_those_of_transformers_over_the_rounded_weights(
+    def test_logits_equal_transformers_over_the_quantised_weights(
         self, nf4_base: Base, native_base: Base, tmp_path: Path
     ) -> None:
         write_dense(nf4_base, tmp_path)
@@ -231,7 +231,7 @@ class TestGradients:
 
 
 class TestSameFunction:
-    """Storages that must not change a bit."""
+    """Storage options that must not change a bit."""
 
     def test_bfloat16_experts_compute_the_same(self, native_base: Base, tiny_base: Path) -> None:
         dense = loaded(tiny_base, BaseStorage(experts="bfloat16"))

@@ -118,7 +118,7 @@ def test_the_read_back_fails_with_the_original_weights(
         read_back(base, adapter, write(tmp_path / "adapter", adapter, BOTH, base), [sample(40)])
 
 
-def test_broken_ones_are_refused(noisy: Path, tmp_path: Path) -> None:
+def test_expert_tensors_of_another_shape_or_dtype_are_refused(noisy: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(noisy, bad)
     tensors = load_file(bad / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The pretrained tiny base: its compact form, and that what ships is what its card says."""
+"""The pretrained tiny base: its compact form, and the agreement of the shipped file with its card."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_damaged_file_is_named(content: bytes | None, tmp_path: Path, monkeypa
         shipped_compact_base()
 
 
-def test_the_shipped_file_is_small_and_as_its_card_says() -> None:
+def test_the_shipped_file_is_small_and_matches_its_card() -> None:
     content = (shipped_dir("data") / COMPACT_FILE).read_bytes()
     assert hashlib.sha256(content).hexdigest() in CARD
     assert len(content) < 8e6

@@ -1,4 +1,4 @@
-"""Reference and fast paths on a GPU in bfloat16, against float32 or float64 on the CPU. Skipped where there is none."""
+"""Reference and fast paths on a GPU in bfloat16, against float32 or float64 on the CPU. Skipped without a GPU."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_fused_experts_over_random_shapes(seed: int) -> None:
 
 
 def test_fused_experts_at_the_published_widths() -> None:
-    """2,880 wide, 8 experts, most rows on one of them: the kernels with the tiles and sizes of a real layer."""
+    """2,880 wide, 8 experts, most routed tokens on one of them: the kernels with the tiles of a real layer."""
     case = Case(E=8, D=2880, F=2880, L=16, T=700, K=2, used=3, chunk=4)
     exact, exact_grads = case.oracle()
     for ours, wanted in zip(run_block("triton", case), (exact, *exact_grads), strict=True):
@@ -156,7 +156,7 @@ def test_augmented_weights_have_the_same_bits(rank: int) -> None:
     assert out[..., 2881 + rank :].count_nonzero() == 0
 
 
-def test_fused_experts_are_chosen_here(tiny_base: Path) -> None:
+def test_fused_experts_are_chosen_on_this_gpu(tiny_base: Path) -> None:
     base = build_base(Checkpoint.open(tiny_base), GPU, torch.bfloat16, experts_per_chunk=4)
     choice = select_expert_kernel(base.model, "auto")
     capable = torch.cuda.get_device_capability() >= (8, 0)

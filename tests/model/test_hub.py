@@ -153,7 +153,7 @@ def test_no_network_and_offline_are_named(place: Place) -> None:
     assert not place.hub.asked
 
 
-def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_directory_is_used_unchanged(tmp_path: Path) -> None:
     location = locate_base(str(tmp_path))
     assert (location.directory, location.revision) == (tmp_path, None)
     with pytest.raises(ConfigError, match=r"model\.revision=main"):

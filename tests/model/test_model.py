@@ -153,7 +153,7 @@ def test_calling_transformers_forward_directly_is_refused(base: Base) -> None:
         base.model(input_ids=ids(4)[None])
 
 
-def test_experts_stay_packed_as_they_are_on_disk(base: Base, tiny_base: Path) -> None:
+def test_experts_stay_packed_as_on_disk(base: Base, tiny_base: Path) -> None:
     table = storage_table(base.model)
     check_expert_storage(table, "mxfp4")
     stored = {k: v for f in tiny_base.glob("*.safetensors") for k, v in load_file(f).items()}
@@ -186,7 +186,7 @@ def test_identity_is_that_of_the_files_and_a_changed_base_is_named(tiny_base: Pa
         check_unchanged(base)
 
 
-def test_a_square_model_equals_transformers_too(tiny_base: Path, tmp_path: Path) -> None:
+def test_a_model_with_equal_widths_equals_transformers(tiny_base: Path, tmp_path: Path) -> None:
     """hidden = expert width, as in the published models, where no shape would tell a transposed down_proj."""
     from finetune.mxfp4.format import quantise
 

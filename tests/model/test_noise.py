@@ -1,4 +1,4 @@
-"""What rounding explains: two correct computations are within it, one without an update at a single site is not."""
+"""The noise limit: two correct computations are within it, one without an update at a single site is not."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ IDS = torch.from_numpy(sample(90).ids).long()
 @pytest.mark.parametrize("size", [0.3, 0.003])
 @pytest.mark.parametrize("config", [SMALL, CONFIGS["full"]], ids=["small", "router whole"])
 @torch.no_grad()
-def test_an_update_left_out_at_any_one_site_is_far_beyond_it(
-    config: AdapterConfig, size: float, tiny_base: Path
-) -> None:
+def test_a_missing_update_at_any_site_exceeds_the_noise(config: AdapterConfig, size: float, tiny_base: Path) -> None:
     base = new_base(tiny_base)
     adapter = attach_adapter(base, config, seed=0)
     shake(adapter.parameters(), size)
@@ -40,7 +38,7 @@ def test_an_update_left_out_at_any_one_site_is_far_beyond_it(
 
 
 @torch.no_grad()
-def test_it_grows_with_what_the_model_does_to_rounding(tiny_base: Path) -> None:
+def test_noise_grows_with_the_models_amplification_of_rounding(tiny_base: Path) -> None:
     """The same adapter, larger: logits of the same size, and noise that no limit for all models would allow."""
     base = new_base(tiny_base)
     plain = rounding_noise(base.model, lambda: logits(base.model, IDS))
@@ -51,7 +49,7 @@ def test_it_grows_with_what_the_model_does_to_rounding(tiny_base: Path) -> None:
 
 
 @torch.no_grad()
-def test_measures_and_models_that_it_does_not_know(tiny_base: Path) -> None:
+def test_unknown_measures_and_models_are_refused(tiny_base: Path) -> None:
     one, other = torch.tensor([[0.0, 1.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.5]])
     assert largest_difference(other, one) == 0.5
     p, q = one.double().softmax(-1), other.double().softmax(-1)

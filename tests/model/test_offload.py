@@ -98,6 +98,8 @@ def test_a_checkpoint_is_freed_when_the_next_is_offloaded() -> None:
         (["model.attention_kernel=flex"], 2, "model.attention_kernel"),
     ],
 )
-def test_refusals(train: Train, overrides: list[str], code: int, message: str, capsys: pytest.CaptureFixture) -> None:
+def test_offloading_is_refused_where_it_cannot_work(
+    train: Train, overrides: list[str], code: int, message: str, capsys: pytest.CaptureFixture
+) -> None:
     found, _ = train(*overrides)
     assert found == code and message in capsys.readouterr().err

@@ -96,7 +96,7 @@ def test_experts_are_scored_on_the_base_that_a_run_trains(workplace: Path, train
 
 
 def test_no_other_module_builds_a_base() -> None:
-    """Every other way would ignore some setting of the recipe, as five did."""
+    """Other ways of building a base would ignore settings of the recipe, as five did."""
     found = [path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if "build_base" in path.read_text()]
     assert sorted(found) == ["model/build.py", "model/open.py"]
 

@@ -1,4 +1,4 @@
-"""The tiny base: the published layout as transformers reads it, the same bytes every time, whole or not at all."""
+"""The tiny base: the published layout as transformers reads it, the same bytes every time, complete or absent."""
 
 from __future__ import annotations
 

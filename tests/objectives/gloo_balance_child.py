@@ -1,4 +1,4 @@
-"""One of two gloo processes: makes a step of its own micro-steps and saves gradients averaged over both."""
+"""One of two gloo ranks: compute a step of its own micro-batches and save the averaged gradients."""
 
 from __future__ import annotations
 

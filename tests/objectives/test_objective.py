@@ -1,4 +1,4 @@
-"""The objective seam: an objective of one's own, terms by name, and groups of sequences that stay together."""
+"""The objective interface: a custom objective, named terms, and groups of sequences that stay together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from finetune.train.world import SINGLE_PROCESS
 
 @dataclass(frozen=True)
 class SmoothConfig:
-    """What `config/schema_training.py` would hold for the objective below."""
+    """Configuration of the objective below, as in `config/schema_training.py`."""
 
     epsilon: float = 0.1
 
@@ -100,7 +100,7 @@ def test_a_step_has_the_same_terms_however_it_is_split(tiny_base: Path) -> None:
     assert difference(apart.gradients, together.gradients) < 2e-5
 
 
-def test_what_an_objective_may_not_do(tiny_base: Path) -> None:
+def test_violations_of_the_objective_contract_are_refused(tiny_base: Path) -> None:
     class Changing(Smooth):
         calls = 0
 
@@ -142,8 +142,8 @@ def test_without_groups_parts_are_those_of_tensor_split() -> None:
         assert all(torch.equal(part.weights, piece) for part, piece in zip(parts, wanted, strict=True))
 
 
-def test_memory_that_runs_out_never_splits_a_group(tiny_base: Path) -> None:
-    """Two pairs: with more than two sequences memory runs out, then each pair is a micro-batch of its own."""
+def test_out_of_memory_never_splits_a_group(tiny_base: Path) -> None:
+    """Two pairs: more than two sequences run out of memory, then each pair is a micro-batch of its own."""
 
     class Hungry(Smooth):
         sizes: list[int]

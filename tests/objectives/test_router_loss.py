@@ -1,4 +1,4 @@
-"""The router's losses against float64 definitions, and ways of cutting a step that must not change it."""
+"""The router's losses against float64 definitions, and ways of splitting a step that must not change it."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def oracle(
 
 @pytest.mark.parametrize("target", ["uniform", "base"])
 @pytest.mark.parametrize("scope", ["microbatch", "step"])
-def test_both_scopes_are_the_definition(scope: str, target: str) -> None:
-    """Four ragged micro-steps: `step` is the definition on all at once, `microbatch` their token-weighted mean."""
+def test_both_scopes_equal_the_definition(scope: str, target: str) -> None:
+    """Four ragged micro-batches: `step` is the definition on all at once, `microbatch` their token-weighted mean."""
     layers, base = layers_of(0, grad=True), layers_of(1) if target == "base" else None
     cuts = [slice(0, 7), slice(7, 30), slice(30, 31), slice(31, 52)]  # the last 8 tokens are padding
     rows = [torch.arange(T)[cut] for cut in cuts]
@@ -87,7 +87,7 @@ def test_both_scopes_are_the_definition(scope: str, target: str) -> None:
     assert abs(wanted - oracle(layers, base, np.arange(T))[0]) > 1e-4, "padding would have changed it"
 
 
-def test_z_loss_is_the_definition() -> None:
+def test_z_loss_equals_the_definition() -> None:
     layers = layers_of(3)
     rows = torch.arange(11)
     wanted = np.mean([np.log(np.exp(layer.logits.numpy()[:11]).sum(1)) ** 2 for layer in layers])
@@ -136,7 +136,7 @@ SCOPES = {"router_balance_coefficient": 5.0, "router_z_loss_coefficient": 0.1}
 
 
 @pytest.mark.parametrize("target", ["uniform", "base"])
-def test_one_micro_step_equals_many_equals_two_processes(target: str, tiny_base: Path) -> None:
+def test_one_micro_batch_equals_many_equals_two_ranks(target: str, tiny_base: Path) -> None:
     data = samples(6)
     settings = {**SCOPES, "router_balance_scope": "step", "router_balance_target": target}
     one = Run(tiny_base, **settings)
@@ -196,7 +196,7 @@ def test_the_bases_own_use_as_target_starts_at_1_without_a_gradient(tiny_base: P
 
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
-def test_its_gradient_reaches_what_the_run_says(mode: str, tiny_base: Path) -> None:
+def test_its_gradient_reaches_the_reported_parameters(mode: str, tiny_base: Path) -> None:
     """Of the balance loss alone: with a frozen router adapters before some router, and routers where they train."""
     from finetune.objectives.router import describe_router_reach, router_reach
 
@@ -247,7 +247,7 @@ def test_target_base_needs_the_adapter(tiny_base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_gloo_processes_equal_one(tiny_base: Path, tmp_path: Path) -> None:
+def test_two_gloo_ranks_equal_one(tiny_base: Path, tmp_path: Path) -> None:
     """The same as with threads above, through torch.distributed itself."""
     data = samples(5)
     settings = {"router_balance_coefficient": 5.0, "router_balance_scope": "step", "router_balance_target": "base"}

@@ -1,9 +1,8 @@
-"""What one of several processes does in tests/train/test_distributed.py: the same few steps under one kind after
-another.
+"""Work of one rank in tests/train/test_distributed.py: the same few steps under one topology after another.
 
     python distributed_worker.py BASE OUT JOB...   under torchrun's environment variables
 
-Each job is KIND, or KIND>KIND to go on under another one in the middle, or KIND:FAULT with a fault below.
+Each job is KIND, or KIND>KIND to switch to another one in the middle, or KIND:FAULT with a fault below.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ EPOCHS = 2
 
 @dataclass
 class Outcome:
-    """What a job left, the same on every process."""
+    """Result of a job, the same on every rank."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -80,7 +79,7 @@ def samples() -> list[Example]:
 
 
 def recipe(kind: str, count: int, fault: str = "") -> RunConfig:
-    """Four rows a step, however they are dealt: with `oom` two rows in a micro-step, else one."""
+    """Four sequences per step for any world size: with `oom` two sequences per micro-batch, else one."""
     rows = 2 if fault == "oom" else 1
     return RunConfig(
         model=ModelConfig(path="unused", device="cpu"),
@@ -107,7 +106,7 @@ def recipe(kind: str, count: int, fault: str = "") -> RunConfig:
 
 
 def open_base(directory: Path, config: RunConfig, world: World) -> tuple[Base, Adapter]:
-    """A base with an adapter that is off zero, so that every factor has a gradient."""
+    """A base with a non-zero adapter, so that every factor has a gradient."""
     device = torch.device("cpu")
     deals_out = config.distributed.kind in SHARDED_BASE
     shards = ShardedLayers(world.rank, world.world_size, device) if deals_out else None
@@ -124,7 +123,7 @@ def open_base(directory: Path, config: RunConfig, world: World) -> tuple[Base, A
 
 
 def train(directory: Path, kinds: list[str], world: World, *, fault: str = "") -> Outcome:
-    """All steps, under the kinds in turn."""
+    """Run all steps under each topology."""
     outcome = Outcome()
     config = recipe(kinds[0], world.world_size, fault)
     plan = BatchPlan(samples(), config.data, config.trainer, 0, rank=world.rank, world_size=world.world_size)
@@ -152,7 +151,7 @@ def train(directory: Path, kinds: list[str], world: World, *, fault: str = "") -
 
 
 def inject(engine: Engine, fault: str, world: World) -> None:
-    """Break one process, so that comparisons are seen to fail."""
+    """Break one rank, so that comparisons fail."""
     reduce_gradients = engine.reduce_gradients
 
     def without_gradient() -> None:
@@ -169,7 +168,7 @@ def inject(engine: Engine, fault: str, world: World) -> None:
 
 @contextmanager
 def out_of_memory(world: World) -> Iterator[None]:
-    """In the second process, more than one row does not fit."""
+    """Raise out of memory on the second rank for more than one sequence."""
     original = objective_base.hidden_states
 
     def limited(model: Any, input_ids: Tensor, *others: Any) -> Tensor:

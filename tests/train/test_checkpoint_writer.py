@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training are the moments that were asked for, and failures are heard."""
+"""Background checkpoints: they store the state at the call, and failures are raised."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from finetune.train.checkpoint import (
 
 
 class Gate:
-    """Stands before `save_checkpoint`: writes wait until it opens, or fail."""
+    """Wrapper of `save_checkpoint`: writes wait until it is opened, or fail."""
 
     def __init__(self) -> None:
         self.open, self.waiting, self.failure = threading.Event(), threading.Event(), ""
@@ -52,8 +52,8 @@ def moment(value: float) -> Checkpoint:
     return Checkpoint({"a": torch.full((4,), value)}, {"a/step": torch.tensor(value)}, {"loop": {"step": value}})
 
 
-def test_what_is_written_is_the_moment_of_the_call(tmp_path: Path, gate: Gate) -> None:
-    """Tensors and facts change while the write waits, as the next step changes them."""
+def test_a_background_save_writes_the_state_at_the_call(tmp_path: Path, gate: Gate) -> None:
+    """Tensors and state change while the write waits, as in the next step."""
     live = moment(1.0)
     with CheckpointWriter(tmp_path, 2, background=True) as writer:
         writer.save(1, live, None)
@@ -68,7 +68,7 @@ def test_what_is_written_is_the_moment_of_the_call(tmp_path: Path, gate: Gate) -
     assert found.state == {"loop": {"step": 1.0}}
 
 
-def test_in_the_foreground_it_is_on_disk_when_save_returns(tmp_path: Path, gate: Gate) -> None:
+def test_a_foreground_save_is_on_disk_on_return(tmp_path: Path, gate: Gate) -> None:
     gate.open.set()
     writer = CheckpointWriter(tmp_path, 1, background=False)
     for step in (1, 2):
@@ -114,7 +114,7 @@ def test_a_failure_is_raised_by_the_next_call_and_only_once(tmp_path: Path, gate
     assert [step for step, _ in list_checkpoints(tmp_path)] == [3]
 
 
-def test_a_failure_does_not_hide_what_ended_the_run(
+def test_a_failed_save_does_not_hide_the_run_s_error(
     tmp_path: Path, gate: Gate, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gate.failure = "the disk is full"
@@ -136,7 +136,7 @@ def test_pruning_keeps_the_best(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_run_is_the_same_whichever_way_it_saves(train: Train, finished: tuple[Path, str]) -> None:
+def test_background_and_foreground_saves_give_the_same_run(train: Train, finished: tuple[Path, str]) -> None:
     assert SaveConfig().background  # what the session's finished run used
     code, foreground = train("save.every_steps=3", "save.background=false")
     assert code == 0
@@ -144,10 +144,10 @@ def test_a_run_is_the_same_whichever_way_it_saves(train: Train, finished: tuple[
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_write_that_fails_stops_the_run_at_the_next_step(
+def test_a_failed_write_stops_the_run_at_the_next_step(
     train: Train, gate: Gate, capsys: pytest.CaptureFixture[str], finished: tuple[Path, str]
 ) -> None:
-    """And the run goes on from the checkpoint before, once there is space again, to the same bits."""
+    """The run resumes from the previous checkpoint, once there is space again, bit for bit."""
     gate.open.set()
     fails_at = 6
 
@@ -166,7 +166,9 @@ def test_a_write_that_fails_stops_the_run_at_the_next_step(
     assert_same_run(finished[0], run)
 
 
-def test_verify_says_what_is_whole_and_what_a_resume_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_lists_intact_checkpoints_and_the_one_to_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in (1, 2, 3):
         save_checkpoint(checkpoints, step, moment(step))
@@ -183,7 +185,7 @@ def test_verify_says_what_is_whole_and_what_a_resume_takes(tmp_path: Path, capsy
     assert output.out.endswith("a resume continues after step 2\n") and "1 of 3 checkpoints are damaged" in output.err
 
 
-def test_verify_without_anything_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_without_an_intact_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoints", "verify", str(tmp_path)]) == 3
     assert "is not a run directory" in capsys.readouterr().err
     save_checkpoint(tmp_path / "checkpoints", 1, moment(1))

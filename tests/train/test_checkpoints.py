@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not used: damage, kills and full disks against saving, loading and pruning."""
+"""Checkpoints are complete or not used: saving, loading and pruning under damage, kills and full disks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def flip_bit(path: Path, byte: int) -> None:
 # ---- saving and loading ---------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_comes_back_as_it_was(saved: Path) -> None:
+def test_saved_checkpoint_loads_unchanged(saved: Path) -> None:
     step, found = load_newest(saved)
     assert step == 3
     assert_is(found, 3)
@@ -98,7 +98,7 @@ def test_a_whole_checkpoint_is_not_replaced_and_a_damaged_one_is(saved: Path) ->
     assert_is(load_checkpoint(target), 3)
 
 
-def test_none_there(tmp_path: Path) -> None:
+def test_an_empty_directory_has_no_checkpoint(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "absent"):
         with pytest.raises(InputError, match="no whole checkpoint"):
             load_newest(directory)
@@ -133,7 +133,7 @@ def flip_last(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [remove, truncate, empty, flip_first, flip_middle, flip_last])
 @pytest.mark.parametrize("name", FILES)
-def test_damage_is_found_and_said(
+def test_damage_is_detected_and_logged(
     saved: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Callable[[Path], None]
 ) -> None:
     path = checkpoint_path(saved, 3)
@@ -152,8 +152,8 @@ def test_damage_is_found_and_said(
         load_checkpoint(path)
 
 
-def test_every_single_bit_of_a_manifest_is_harmless_or_found(tmp_path: Path) -> None:
-    """What a flipped manifest still vouches for is exactly what was written."""
+def test_every_flipped_bit_of_a_manifest_is_harmless_or_detected(tmp_path: Path) -> None:
+    """A manifest with a flipped bit that still passes lists exactly the written files."""
     manifest = save_checkpoint(tmp_path, 1, checkpoint(1)) / "manifest.json"
     content = manifest.read_bytes()
     files = json.loads(content)["files"]
@@ -170,14 +170,14 @@ def test_every_single_bit_of_a_manifest_is_harmless_or_found(tmp_path: Path) -> 
     assert found > 0.9 * 8 * len(content)
 
 
-def test_a_manifest_that_lists_nothing_vouches_for_nothing(saved: Path) -> None:
+def test_a_manifest_without_files_is_damaged(saved: Path) -> None:
     path = checkpoint_path(saved, 3)
     for files in ({}, [], None, {"state.json": "0"}):
         (path / "manifest.json").write_text(json.dumps({"algorithm": "sha256", "files": files}))
         assert fault_in(path) is not None
 
 
-def test_a_last_checkpoint_that_is_gone_altogether_is_missed(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_newest_checkpoint_is_logged(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(checkpoint_path(saved, 3))
     assert load_newest(saved)[0] == 2
     assert "step-00000003, the last that was saved, is gone" in capsys.readouterr().err
@@ -187,14 +187,14 @@ def test_a_last_checkpoint_that_is_gone_altogether_is_missed(saved: Path, capsys
 
 
 @pytest.mark.parametrize("content", [b"", b"step-3", b"../../etc", b"\xff\xfe"])
-def test_the_pointer_is_never_followed(saved: Path, content: bytes) -> None:
+def test_a_damaged_latest_file_is_ignored(saved: Path, content: bytes) -> None:
     (saved / "latest").write_bytes(content)
     assert load_newest(saved)[0] == 3
     save_checkpoint(saved, 4, checkpoint(4))
     assert latest_step(saved) == 4
 
 
-def test_all_damaged(saved: Path) -> None:
+def test_all_checkpoints_damaged(saved: Path) -> None:
     for step in (1, 2, 3):
         flip_bit(checkpoint_path(saved, step) / "optimizer.safetensors", -1)
     with pytest.raises(InputError, match="no whole checkpoint"):
@@ -212,7 +212,7 @@ def test_partial_left_overs_are_not_checkpoints_and_are_removed(saved: Path) -> 
     assert sorted(path.name for path in saved.iterdir()) == ["latest", "step-00000002", "step-00000003"]
 
 
-def test_the_best_stays_beside_the_newest(saved: Path) -> None:
+def test_pruning_keeps_the_best_and_the_newest(saved: Path) -> None:
     for step in (4, 5):
         save_checkpoint(saved, step, checkpoint(step))
     prune_checkpoints(saved, keep=2, best_step=2)
@@ -221,7 +221,7 @@ def test_the_best_stays_beside_the_newest(saved: Path) -> None:
     assert steps_in(saved) == [5]
 
 
-def test_going_back_leaves_no_damaged_one_to_count_as_newest(saved: Path) -> None:
+def test_resuming_from_an_older_checkpoint_removes_the_damaged_newer_one(saved: Path) -> None:
     flip_bit(checkpoint_path(saved, 3) / "adapter.safetensors", -1)
     step, _ = load_newest(saved)
     remove_after(saved, step)
@@ -271,12 +271,12 @@ def test_kill_at_any_moment_leaves_a_whole_newest_checkpoint(tmp_path: Path) -> 
 
 
 class Killed(BaseException):
-    """Stands for a kill: no handler of ours catches it."""
+    """Simulated kill: no handler of the project catches it."""
 
 
 @pytest.mark.parametrize("moment", range(60))
 def test_a_kill_between_any_two_file_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
-    """Stop at the n-th file operation of saving step 2 and pruning step 1: a whole one is always there."""
+    """Stop at the n-th file operation of saving step 2 and pruning step 1: one checkpoint is always complete."""
     save_checkpoint(tmp_path, 1, checkpoint(1))
     operations = 0
 
@@ -338,7 +338,7 @@ def test_a_disk_that_fills_up_while_saving(tmp_path: Path, limit: int) -> None:
     assert_is(load_newest(tmp_path)[1], 1)
 
 
-def test_too_little_space_is_said_before_writing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_writing(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = shutil.disk_usage(saved)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(MachineError, match="MiB are free"):

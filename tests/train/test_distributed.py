@@ -1,4 +1,4 @@
-"""One process, and two under every kind of topology, make the same steps; every comparison is seen to fail too."""
+"""One rank and two ranks under every topology make the same steps; each comparison has a negative control."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def deep_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def alone(deep_base: Path) -> Outcome:
-    """One process makes all micro-steps of each step."""
+    """One rank computes all micro-batches of each step."""
     torch.set_num_threads(1)
     assert MICRO_STEPS_IN_ALL == 4
     return train(deep_base, ["single"], World())
@@ -96,8 +96,8 @@ def slow(deep_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("job", ["fsdp2", "fsdp2>ddp"])
-def test_two_processes_make_the_steps_of_one(quick: dict[str, Outcome], alone: Outcome, job: str) -> None:
-    """A last partial window, in which the second process has padding alone, is among them."""
+def test_two_ranks_equal_one(quick: dict[str, Outcome], alone: Outcome, job: str) -> None:
+    """Includes a last partial step, in which the second rank has only padding."""
     print(f"{job}: {distance(quick[job], alone):.1e}")
     assert distance(quick[job], alone) < TOLERANCE
     assert quick[job].facts["identity"] and quick[job].facts["agree"] == "yes"
@@ -105,35 +105,33 @@ def test_two_processes_make_the_steps_of_one(quick: dict[str, Outcome], alone: O
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", SLOW)
-def test_the_other_kinds_make_the_steps_of_one(slow: dict[str, Outcome], alone: Outcome, job: str) -> None:
+def test_the_other_topologies_equal_one_rank(slow: dict[str, Outcome], alone: Outcome, job: str) -> None:
     print(f"{job}: {distance(slow[job], alone):.1e}")
     assert distance(slow[job], alone) < TOLERANCE
     assert slow[job].facts["identity"] and slow[job].facts["agree"] == "yes"
     assert job.split(">")[-1].split(":")[0] in str(slow[job].facts["engine"])
 
 
-def test_a_process_that_drops_its_gradient_is_seen(quick: dict[str, Outcome], alone: Outcome) -> None:
+def test_a_dropped_gradient_is_detected(quick: dict[str, Outcome], alone: Outcome) -> None:
     assert distance(quick["ddp:drops"], alone) > 100 * TOLERANCE
     assert quick["ddp:drops"].facts["agree"] == "yes", "both made the same wrong steps: only the comparison shows it"
 
 
-def test_processes_that_do_not_exchange_gradients_are_seen(quick: dict[str, Outcome], alone: Outcome) -> None:
+def test_a_missing_all_reduce_is_detected(quick: dict[str, Outcome], alone: Outcome) -> None:
     assert distance(quick["ddp:alone"], alone) > 100 * TOLERANCE
     assert quick["ddp:alone"].facts["agree"] == "the adapter of rank 1 is not that of rank 0"
 
 
-def test_memory_that_ran_out_in_one_process_halves_micro_steps_in_both(
-    quick: dict[str, Outcome], alone: Outcome
-) -> None:
+def test_out_of_memory_on_one_rank_halves_micro_batches_on_all(quick: dict[str, Outcome], alone: Outcome) -> None:
     assert quick["ddp:oom"].facts["parts"] == 2 and quick["ddp:drops"].facts["parts"] == 1
     print(f"ddp:oom: {distance(quick['ddp:oom'], alone):.1e}")
     assert distance(quick["ddp:oom"], alone) < TOLERANCE
 
 
-def test_a_process_holds_its_share_of_the_packed_layers(quick: dict[str, Outcome]) -> None:
+def test_each_rank_stores_its_shard_of_the_packed_layers(quick: dict[str, Outcome]) -> None:
     facts = quick["fsdp2"].facts
     assert facts["all"] == 2 * int(str(facts["held"]))
 
 
-def test_a_flipped_bit_in_one_process_s_share_is_seen_by_all(quick: dict[str, Outcome]) -> None:
+def test_a_flipped_bit_in_one_shard_is_detected_by_all_ranks(quick: dict[str, Outcome]) -> None:
     assert "model.layers.2." in str(quick["fsdp2"].facts["flip"])

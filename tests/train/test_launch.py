@@ -1,4 +1,4 @@
-"""Runs of several processes from the command line: started, stopped, gone on with by fewer, lost and hung."""
+"""Runs of several ranks from the command line: started, stopped, resumed by fewer, lost and hung."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOLERANCE = 1e-5
 
 
 def worker(parent: subprocess.Popen[str], rank: int) -> int:
-    """The process number of one of a launched run's processes."""
+    """The process id of one rank of a launched run."""
     for path in Path("/proc").iterdir():
         try:
             is_child = path.name.isdigit() and f"\nPPid:\t{parent.pid}\n" in (path / "status").read_text()
@@ -50,7 +50,7 @@ def places(tmp_path: Path) -> tuple[str, str, str]:
 
 
 def assert_close(run: Path, other: Path) -> None:
-    """The same steps, each once, with losses and adapter equal to rounding."""
+    """Assert the same steps, each once, with losses and adapter equal up to rounding."""
     for one, two in zip(metrics_of(run), metrics_of(other), strict=True):
         assert one.keys() == two.keys()
         assert all(one[key] == pytest.approx(two[key], abs=TOLERANCE) for key in one if key != "kind")
@@ -58,9 +58,7 @@ def assert_close(run: Path, other: Path) -> None:
     assert max((mine[name] - theirs[name]).abs().max().item() for name in mine) < TOLERANCE
 
 
-def test_two_processes_stopped_and_gone_on_with_by_one(
-    workplace: Path, tmp_path: Path, finished: tuple[Path, str]
-) -> None:
+def test_a_run_of_two_ranks_is_resumed_by_one(workplace: Path, tmp_path: Path, finished: tuple[Path, str]) -> None:
     process = finetune(
         "train", workplace / "small.yaml", f"output_dir={tmp_path}", "name=run", "save.every_steps=3", *TWO
     )
@@ -79,10 +77,10 @@ def test_two_processes_stopped_and_gone_on_with_by_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp2", "zero1", "zero2", "zero3"])
-def test_every_kind_trains_and_is_gone_on_with_by_another(
+def test_every_topology_trains_and_another_resumes_it(
     workplace: Path, tmp_path: Path, finished: tuple[Path, str], kind: str
 ) -> None:
-    """Stopped on a signal to the second process alone, gone on with by two ddp processes."""
+    """Stop on a signal to the second rank alone, then resume with two ddp ranks."""
     run = tmp_path / "run"
     whole = [
         f"output_dir={tmp_path}",
@@ -111,7 +109,7 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launchers_start_the_processes_too(
+def test_external_launchers_start_the_ranks(
     workplace: Path, tmp_path: Path, finished: tuple[Path, str], launcher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -137,7 +135,7 @@ def test_a_killed_process_ends_the_run_and_is_named(workplace: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_named_and_the_others_show_their_stacks(workplace: Path, tmp_path: Path) -> None:
+def test_a_hanging_rank_is_named_and_the_others_log_their_stacks(workplace: Path, tmp_path: Path) -> None:
     arguments = (f"output_dir={tmp_path}", "name=run", "distributed.timeout_s=15", *TWO, *LONG)
     process = finetune("train", workplace / "small.yaml", *arguments)
     wait_for_steps(process, tmp_path / "run", 2)
@@ -149,7 +147,7 @@ def test_a_process_that_hangs_is_named_and_the_others_show_their_stacks(workplac
 
 
 @pytest.mark.slow
-def test_processes_stop_when_the_command_that_started_them_is_gone(workplace: Path, tmp_path: Path) -> None:
+def test_ranks_stop_when_the_launching_command_is_gone(workplace: Path, tmp_path: Path) -> None:
     process = finetune("train", workplace / "small.yaml", f"output_dir={tmp_path}", "name=run", *TWO, *LONG)
     wait_for_steps(process, tmp_path / "run", 2)
     workers = [worker(process, rank) for rank in (0, 1)]
@@ -162,7 +160,7 @@ def test_processes_stop_when_the_command_that_started_them_is_gone(workplace: Pa
     process.communicate()
 
 
-def test_another_number_of_processes_than_the_recipe_s_is_refused(
+def test_another_world_size_than_the_recipe_s_is_refused(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RANK", "0")
@@ -176,7 +174,7 @@ def test_another_number_of_processes_than_the_recipe_s_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_port_at_which_nobody_can_meet_is_refused(
+def test_an_unusable_port_is_refused(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
@@ -196,7 +194,7 @@ def test_a_port_at_which_nobody_can_meet_is_refused(
         (["distributed=zero1", "trainer.on_nonfinite=skip"], "cannot drop those of a step"),
     ],
 )
-def test_what_contradicts_a_kind_is_refused(workplace: Path, overrides: list[str], words: str) -> None:
+def test_settings_that_contradict_the_topology_are_refused(workplace: Path, overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose(str(workplace / "small.yaml"), overrides)
     assert words in str(caught.value)
@@ -212,7 +210,7 @@ def test_a_failed_start_leaves_no_run_directory(workplace: Path, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_step_keeps_its_rows_under_other_processes(workplace: Path) -> None:
+def test_a_step_has_the_same_sequences_with_another_world_size(workplace: Path) -> None:
     config = compose(str(workplace / "small.yaml"), ["trainer.gradient_accumulation_steps=6"]).config
     three = resumed_config(config, ["distributed=ddp", "distributed.num_processes=3"])
     assert (three.trainer.gradient_accumulation_steps, three.distributed.kind, three.distributed.num_processes) == (
@@ -240,7 +238,7 @@ def test_deepspeed_s_settings_are_shown_and_follow_the_recipe(
     assert "DeepSpeed" not in capsys.readouterr().out
 
 
-def test_the_process_that_is_behind_is_named() -> None:
+def test_the_rank_that_is_behind_is_named() -> None:
     store = dist.HashStore()
     watches = [Watchdog(World(rank, 3, "gloo", store), timeout_s=60) for rank in range(3)]
     for watch in watches:
@@ -256,8 +254,10 @@ def test_the_process_that_is_behind_is_named() -> None:
     assert "rank 1 is missing" in said and "rank 1: step 7, micro-step 1 of 2" in said
 
 
-def test_a_watch_outlives_the_store(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Process 0 holds the store; when it is gone the others must still come to an end."""
+def test_the_watchdog_survives_the_loss_of_the_store(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 hosts the store; without it the other ranks must still exit."""
 
     class Gone:
         def set(self, *_: object) -> None:
@@ -274,7 +274,7 @@ def test_a_watch_outlives_the_store(monkeypatch: pytest.MonkeyPatch, capfd: pyte
     assert "rank 0, which stores all heartbeats, does not answer: Broken pipe" in capfd.readouterr().err
 
 
-def test_a_lost_process_is_told_from_a_bug() -> None:
+def test_a_lost_rank_is_distinguished_from_a_bug() -> None:
     two = World(0, 2, "gloo")
     with pytest.raises(MachineError, match="lost contact with another rank"), explain_lost_ranks(two):
         raise RuntimeError("gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:9170")
@@ -293,7 +293,7 @@ def test_sigusr1_saves_and_stops_as_sigterm_does(train: Train, monkeypatch: pyte
 
 @pytest.fixture
 def bad_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """From the chosen micro-step on (0: none), losses are NaN for as many micro-steps as asked for."""
+    """From the chosen micro-batch on (0: none), losses are NaN for the given number of micro-batches."""
     from finetune.objectives import sft as module
 
     chosen = {"from": 0, "count": 1, "seen": 0}
@@ -311,7 +311,7 @@ def bad_step(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_a_step_that_is_not_finite_stops_before_the_update(
     train: Train, bad_step: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second micro-step of the fourth step: its rows alone are named and kept, with the adapter before it."""
+    """The second micro-batch of the fourth step: only its examples are named and kept, with the adapter before it."""
     bad_step["from"] = 8
     code, run = train("save.every_steps=3")
     assert code == 6 and len(metrics_of(run)) == 4  # three steps and one validation
@@ -334,7 +334,9 @@ def test_a_step_that_is_not_finite_can_be_skipped(train: Train, bad_step: dict[s
     assert all(tensor.isfinite().all() for tensor in load_newest(run / "checkpoints")[1].adapter.values())
 
 
-def test_skipping_comes_to_an_end(train: Train, bad_step: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skipped_steps_end_the_run(
+    train: Train, bad_step: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("finetune.train.trainer.MOST_SKIPPED", 3)
     bad_step |= {"from": 3, "count": 1000}
     code, run = train("trainer.on_nonfinite=skip", "evaluate.every_steps=null", "evaluate.test_examples=1")

@@ -1,4 +1,4 @@
-"""The options that save memory, through the command: what is said, recorded and refused, and resuming with them."""
+"""Memory-saving options through the command: messages, records, refusals, and resuming with them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVERYTHING = (
 )
 
 
-def test_a_run_with_all_of_them_resumes_bit_for_bit_and_says_what_it_used(
+def test_a_run_with_all_options_resumes_bit_for_bit_and_records_them(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, whole = train(*EVERYTHING, "export.read_back=always", name="whole")
@@ -57,7 +57,7 @@ def test_a_run_with_all_of_them_resumes_bit_for_bit_and_says_what_it_used(
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
 
 
-def test_going_on_from_an_adapter_that_was_trained_over_other_values_is_said(
+def test_an_initial_adapter_of_another_storage_format_is_logged(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, first = train("model.expert_storage=nf4", "trainer.max_steps=2", name="first")
@@ -84,7 +84,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("overrides", REFUSED, ids=" ".join)
-def test_what_cannot_be_is_refused_before_a_run_directory_exists(
+def test_unsupported_options_are_refused_before_a_run_directory_exists(
     train: Train, overrides: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "model.device=cpu" not in overrides and torch.cuda.is_available():

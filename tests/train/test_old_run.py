@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base and rows as they lay when the runs were made."""
+    """The base and records as they were when the runs were made."""
     directory = tmp_path_factory.mktemp("old")
     write_tiny_base(directory / "base")
     return make_workplace(directory, directory / "base")
@@ -79,7 +79,7 @@ def test_a_stopped_run_is_resumed_to_the_same_end(
 
 
 def assert_same_figures(run: Path) -> None:
-    """Every figure of every step as v0.1.0 had it, to what rounding makes of eight steps; the adapter too."""
+    """Every figure of every step, and the adapter, equal v0.1.0's up to the rounding of eight steps."""
     for new, old in zip(metrics_of(run), metrics_of(OLD / "finished"), strict=True):
         assert new.keys() >= old.keys()
         for key in old:
@@ -94,7 +94,7 @@ def assert_same_figures(run: Path) -> None:
 
 
 def fingerprint() -> tuple[str, ...]:
-    """What decides a run's bits."""
+    """Versions and settings that determine a run's bits."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     vendor = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("vendor_id")), "")
     chosen = any(name in os.environ for name in ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"))

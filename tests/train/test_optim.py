@@ -32,7 +32,7 @@ def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
 
 
 def train(trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: range, rate: float = 1e-2) -> None:
-    """Steps with gradients that follow from the step's number."""
+    """Make steps whose gradients depend on the step number."""
     for step in steps:
         generator = torch.Generator().manual_seed(100 + step)
         for parameter in trained.values():
@@ -49,7 +49,7 @@ def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 class TestAgainstOthersOwn:
-    """What goes one parameter at a time is to the bit what torch and bitsandbytes do with all of them."""
+    """Updates of one parameter at a time are bit-identical to torch's and bitsandbytes' updates of all."""
 
     def reference(self, kind: Any, **settings: Any) -> dict[str, nn.Parameter]:
         trained = parameters()
@@ -76,12 +76,12 @@ class TestAgainstOthersOwn:
         assert states["c/state1"].dtype == torch.float32, "below 4,096 elements bitsandbytes keeps float32"
         assert not equal(trained, self.reference(torch.optim.AdamW)), "8-bit moments are felt"
 
-    def test_the_default_is_torchs_adamw_itself(self) -> None:
+    def test_the_default_is_torchs_adamw(self) -> None:
         assert type(make_optimizer(parameters(), CONFIG)) is torch.optim.AdamW
 
 
 class TestStochasticRounding:
-    def test_the_mean_is_kept_and_neighbours_only_are_used(self) -> None:
+    def test_rounding_is_unbiased_and_between_neighbours(self) -> None:
         values = torch.tensor([1.0, 1 + 1 / 512, 1 + 3 / 1024, -0.3, 1e-30, -7.77, 0.0])
         generator = torch.Generator().manual_seed(0)
         rounded = torch.stack([round_stochastically(values, generator) for _ in range(20_000)]).double()
@@ -92,7 +92,7 @@ class TestStochasticRounding:
         nearest = values.bfloat16().double() - values.double()
         assert (nearest.abs() > 5 * 0.5 * step / 20_000**0.5).any(), "nearest rounding is off by more than that"
 
-    def test_what_bfloat16_holds_stays(self) -> None:
+    def test_bfloat16_values_are_unchanged(self) -> None:
         values = torch.randn(1000).bfloat16()
         assert torch.equal(round_stochastically(values.float(), torch.Generator().manual_seed(1)), values)
 
@@ -102,7 +102,7 @@ class TestStochasticRounding:
         size, steps, rate = 8192, 200, 1e-4
 
         def push(make: Any, dtype: torch.dtype) -> torch.Tensor:
-            """How far 200 like gradients move weights of 1."""
+            """Change of weights of 1 under 200 equal gradients."""
             weight = nn.Parameter(torch.ones(size, dtype=dtype))
             optimizer = make({"w": weight})
             for group in optimizer.param_groups:
@@ -122,7 +122,7 @@ class TestStochasticRounding:
         lost = push(lambda trained: torch.optim.AdamW(trained.values(), weight_decay=0.0), torch.bfloat16)
         assert (lost == 0).all(), "the control loses every update"
 
-    def test_another_seed_rounds_differently_and_the_same_one_alike(self) -> None:
+    def test_rounding_depends_on_the_seed(self) -> None:
         runs = []
         for seed in (0, 0, 1):
             trained = parameters(torch.bfloat16)
@@ -132,7 +132,7 @@ class TestStochasticRounding:
 
 
 def test_gradients_of_bfloat16_parameters_are_summed_in_float32() -> None:
-    """256 micro-steps of 1 + 1/256: a bfloat16 sum stalls, as it cannot tell 256 from 257."""
+    """256 micro-batches of 1 + 1/256: a bfloat16 sum stalls, as it cannot tell 256 from 257."""
     sums = {}
     for dtype in ("float32", "bfloat16"):
         trained = parameters(torch.bfloat16)
@@ -157,7 +157,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_going_on_from_saved_states_changes_no_bit(name: str) -> None:
+def test_resuming_from_saved_states_is_bit_identical(name: str) -> None:
     config, dtype = CASES[name]
     whole = parameters(dtype)
     optimizer = make_optimizer(whole, config)
@@ -193,7 +193,7 @@ def test_paging_without_a_gpu_is_refused(kind: Any) -> None:
     assert caught.value.exit_code == 5 and "silently" in str(caught.value)
 
 
-def test_bytes_by_arithmetic_are_the_bytes_there_are() -> None:
+def test_computed_bytes_equal_the_actual_bytes() -> None:
     for config, dtype in CASES.values():
         trained = parameters(dtype)
         optimizer = make_optimizer(trained, config)

@@ -1,4 +1,4 @@
-"""How runs stop, and that going on changes nothing to the last bit."""
+"""Stopping and resuming runs: a resumed run is bit-identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], threads: int
 ) -> None:
     """Stopped twice: in the middle of the first epoch and of the second."""
@@ -57,7 +57,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 
 def test_the_comparison_of_runs_can_fail(finished: tuple[Path, str], tmp_path: Path) -> None:
-    """One value of the optimiser in the last place is enough."""
+    """One optimiser value that differs in the last place is detected."""
     copy = tmp_path / "copy"
     shutil.copytree(finished[0], copy)
     assert_same_run(finished[0], copy)
@@ -76,7 +76,7 @@ def test_the_command_in_another_process_gives_the_same_bits(train: Train, finish
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_prints_how_to_go_on(
+def test_a_signal_saves_and_prints_how_to_resume(
     workplace: Path, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     long_run = ("trainer.epochs=500", "trainer.max_steps=5000", "evaluate.every_steps=null", f"output_dir={tmp_path}")
@@ -94,7 +94,7 @@ def test_a_signal_saves_and_prints_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_bits(workplace: Path, tmp_path: Path, train: Train) -> None:
+def test_a_killed_run_resumes_bit_for_bit(workplace: Path, tmp_path: Path, train: Train) -> None:
     arguments = ("train", workplace / "small.yaml", f"output_dir={tmp_path}", "save.every_steps=1")
     process = finetune(*arguments, "name=killed")
     wait_for_steps(process, tmp_path / "killed", 4)
@@ -107,7 +107,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(workplace: Path, tmp_path: Path, 
     assert (tmp_path / "killed" / "adapter").is_dir()
 
 
-def test_a_second_ctrl_c_leaves_at_once(
+def test_a_second_ctrl_c_exits_at_once(
     train: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     signal_after(monkeypatch, 4, signal.SIGINT, times=2)
@@ -142,7 +142,7 @@ def test_a_signal_while_evaluating_before_training(
 def test_a_signal_while_evaluating_after_training(
     train: Train, finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last step's checkpoint stays what it was, and no adapter lies there to be taken for the result."""
+    """The last checkpoint is unchanged, and there is no adapter that could be mistaken for the result."""
     from finetune.train import run as run_module
 
     evaluate = run_module.measure_test_set
@@ -160,7 +160,7 @@ def test_a_signal_while_evaluating_after_training(
     assert_same_run(finished[0], run)
 
 
-def test_resuming_walks_back_over_a_damaged_checkpoint(
+def test_resuming_falls_back_to_an_older_intact_checkpoint(
     train: Train, finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -185,8 +185,8 @@ def test_a_damaged_checkpoint_does_not_count_as_newest_later(train: Train, monke
     assert [step for step, _ in list_checkpoints(run / "checkpoints")] == [3, 4]
 
 
-def test_the_audit_outlives_a_kill(stopped: Path) -> None:
-    """A kill leaves a manifest that nobody could add to; the checkpoint knows what was audited."""
+def test_the_audit_is_kept_after_a_kill(stopped: Path) -> None:
+    """After a kill the manifest lacks the audit; the checkpoint records it."""
     manifest = manifest_of(stopped)
     audit = manifest.pop("audit")
     (stopped / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
@@ -218,7 +218,7 @@ def test_resuming_after_an_early_stop_makes_no_further_step(
 def test_a_signal_while_validating(
     train: Train, tmp_path: Path, finished: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It does not wait for the validation's end, and the resumed run makes up for it."""
+    """The run stops before the validation ends, and the resumed run repeats the validation."""
     from finetune.evaluate import likelihood
 
     collate, metrics = likelihood.collate, tmp_path / "run" / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Use of experts against a count by hand, drift, its limit, and what a run leaves of it."""
+"""Expert use against a manual count, drift, its limit, and the files of a run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def count(base: Base, data: list[Example], source: list[int]) -> Any:
 
 
 def test_use_of_experts_is_a_count_by_hand(tiny_base: Path) -> None:
-    """By source, channel, layer and expert; each sample alone in the model, token by token."""
+    """By source, channel, layer and expert; each example alone in the model, token by token."""
     base, data, source = new_base(tiny_base), channelled(), [0, 0, 1, 1, 1]
     table = usage_table("before", count(base, data, source), group_names(["one", "two"])).to_pylist()
     chosen: dict[tuple[Any, ...], int] = {}
@@ -104,7 +104,7 @@ def test_training_tokens_are_counted_once_and_padding_never(tiny_base: Path) -> 
     assert usage.gates.sum((1, 2)).tolist() == pytest.approx([total] * 2, rel=1e-5)
 
 
-def test_a_run_leaves_table_figures_and_section(train: Train) -> None:
+def test_a_run_writes_usage_table_figures_and_report_section(train: Train) -> None:
     code, run = train("evaluate.routing_examples=6", "trainer.max_steps=3", "adapter.router.mode=lora")
     assert code == 0
     table = pq.read_table(run / "expert_usage.parquet")
@@ -128,7 +128,7 @@ def test_a_run_leaves_table_figures_and_section(train: Train) -> None:
         assert len(cells) == 2 * 8
 
 
-def test_a_run_whose_routing_drifts_too_far_stops_with_6(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
+def test_excessive_routing_drift_exits_with_6(train: Train, capsys: pytest.CaptureFixture[str]) -> None:
     code, run = train(
         "evaluate.routing_examples=4", "evaluate.max_routing_drift=0.01", "trainer.max_steps=4",
         "trainer.learning_rate=0.1", "adapter.router.mode=full",

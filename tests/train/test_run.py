@@ -1,4 +1,4 @@
-"""Whole runs on a very small set-up: what they leave on disk, and what is refused."""
+"""Whole runs on a very small base: their files, and refusals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # ---- a finished run -------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_leaves_these_files(finished: tuple[Path, str]) -> None:
+def test_files_of_a_finished_run(finished: tuple[Path, str]) -> None:
     run, _ = finished
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     checkpoint = ("adapter.safetensors", "manifest.json", "optimizer.safetensors", "state.json")
@@ -41,7 +41,7 @@ def test_a_finished_run_leaves_these_files(finished: tuple[Path, str]) -> None:
     }
 
 
-def test_its_manifest_holds_the_checks(finished: tuple[Path, str]) -> None:
+def test_its_manifest_records_the_checks(finished: tuple[Path, str]) -> None:
     manifest = manifest_of(finished[0])
     assert manifest["status"] == "finished" and manifest["stopped_by"] is None
     assert manifest["total_steps"] == 8 and manifest["loop"]["step"] == 8
@@ -60,13 +60,13 @@ def test_its_manifest_holds_the_checks(finished: tuple[Path, str]) -> None:
     assert len(manifest["adapter_norms"]) == 2 * (4 + 2) and min(manifest["adapter_norms"].values()) > 0
 
 
-def test_its_page_shows_curves_a_sample_and_norms(finished: tuple[Path, str]) -> None:
+def test_its_report_shows_curves_an_example_and_norms(finished: tuple[Path, str]) -> None:
     page = (finished[0] / "report.html").read_text()
     assert page.count("<polyline") == 8 and "<mark>" in page and "12 weights" in page
     assert "cannot be made from" not in page and "could not be read" not in page
 
 
-def test_its_metrics_are_a_line_a_step_and_a_line_a_validation(finished: tuple[Path, str]) -> None:
+def test_its_metrics_have_one_line_per_step_and_validation(finished: tuple[Path, str]) -> None:
     lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]
     assert [line["step"] for line in steps] == list(range(1, 9))
@@ -77,7 +77,7 @@ def test_its_metrics_are_a_line_a_step_and_a_line_a_validation(finished: tuple[P
     assert steps[-1]["loss"] < steps[0]["loss"]
 
 
-def test_its_evaluation_shows_that_it_learnt(finished: tuple[Path, str]) -> None:
+def test_its_evaluation_shows_an_improvement(finished: tuple[Path, str]) -> None:
     run, printed = finished
     evaluation = read_evaluation(run / "evaluation.json")
     assert evaluation is not None and evaluation.test is not None
@@ -155,8 +155,8 @@ def test_a_damaged_best_checkpoint_is_not_exported(
     assert "step-00000003 is damaged" in capsys.readouterr().err
 
 
-def test_training_on_from_an_adapter(train: Train, finished: tuple[Path, str]) -> None:
-    """With a learning rate of nothing it scores as the run that it goes on from."""
+def test_continuing_from_an_adapter(train: Train, finished: tuple[Path, str]) -> None:
+    """With a negligible learning rate it scores as the run that it continues from."""
     code, run = train(
         f"adapter.init_from={finished[0] / 'adapter'}", "trainer.max_steps=1", "trainer.learning_rate=1e-12"
     )
@@ -170,7 +170,7 @@ def test_training_on_from_an_adapter(train: Train, finished: tuple[Path, str]) -
 # ---- what must not happen -------------------------------------------------------------------------------------------
 
 
-def test_numbers_that_explode_stop_before_the_update(
+def test_non_finite_values_stop_before_the_update(
     train: Train, capsys: pytest.CaptureFixture[str], workplace: Path
 ) -> None:
     code, run = train("trainer.learning_rate=1e30", "save.every_steps=1", "evaluate.every_steps=null")
@@ -186,10 +186,10 @@ def test_numbers_that_explode_stop_before_the_update(
     assert manifest_of(run)["status"] == "stopped" and "not finite" in manifest_of(run)["stopped_by"]
 
 
-def test_an_adapter_that_explodes_in_the_last_step_is_not_exported(
+def test_an_adapter_non_finite_after_the_last_step_is_not_exported(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without validation, the test rows are the first to notice."""
+    """Without validation, the test evaluation detects it first."""
     recipe = (workplace / "small.yaml").read_text().replace("every_steps: 3, ", "")
     recipe = "".join(line for line in recipe.splitlines(keepends=True) if "validation" not in line)
     (tmp_path / "unwatched.yaml").write_text(recipe)
@@ -222,7 +222,7 @@ def test_a_damaged_base_is_refused(
     assert "model-00002-of-00003.safetensors" in message and said in message
 
 
-def test_no_base(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_base_is_refused(train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, run = train(f"model.path={tmp_path / 'bsae'}")
     assert code == 3 and not run.exists()
     assert "bsae" in capsys.readouterr().err
@@ -254,7 +254,7 @@ def test_a_damaged_adapter_is_refused(
     assert "is not the file that was written" in capsys.readouterr().err
 
 
-def test_broken_data_is_named_by_file_and_line(
+def test_bad_records_are_named_by_file_and_line(
     train: Train, workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = (workplace / "train.jsonl").read_text().splitlines()
@@ -265,7 +265,7 @@ def test_broken_data_is_named_by_file_and_line(
     assert f"{tmp_path / 'broken.jsonl'}:7: the line is not JSON" in capsys.readouterr().err
 
 
-def test_a_run_directory_that_cannot_be_made(
+def test_an_impossible_run_directory_is_refused(
     workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -273,12 +273,12 @@ def test_a_run_directory_that_cannot_be_made(
     assert "cannot make the run directory" in capsys.readouterr().err
 
 
-def test_the_base_s_files_are_never_touched(finished: tuple[Path, str], tiny_base: Path) -> None:
+def test_the_base_s_files_are_unchanged(finished: tuple[Path, str], tiny_base: Path) -> None:
     listed = json.loads((tiny_base / "checksums.json").read_text())["files"]
     assert all(hashlib.sha256((tiny_base / name).read_bytes()).hexdigest() == digest for name, digest in listed.items())
 
 
-def test_a_run_that_another_process_holds_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_run_locked_by_another_process_is_refused(finished: tuple[Path, str], tmp_path: Path) -> None:
     run = replace(Run.open(finished[0]), path=tmp_path)
     held = "import sys, time; from pathlib import Path; from finetune.train.run_directory import Run\n"
     held += f"with Run(Path({str(tmp_path)!r}), None).locked():\n    print('held', flush=True)\n    time.sleep(60)"
@@ -299,7 +299,7 @@ def test_settings_of_a_foreign_launcher_are_refused(
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in capsys.readouterr().err
 
 
-def test_skipped_rows_are_named_one_by_one(train: Train, workplace: Path, tmp_path: Path) -> None:
+def test_each_skipped_record_is_named(train: Train, workplace: Path, tmp_path: Path) -> None:
     rows = (workplace / "train.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join([*rows[:4], "{broken", *rows[4:]]) + "\n")
     source = f"data.train.mine.path={tmp_path / 'train.jsonl'}"

@@ -1,4 +1,4 @@
-"""The learning rate at its corners; metrics.jsonl after a crash; a tracker that fails never ends a run."""
+"""Learning rates at the ends of the schedule; metrics.jsonl after a crash; failing trackers never end a run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_last_step_has_the_final_share(schedule: str, share: float, last: fl
     assert found == sorted(found, reverse=True)
 
 
-def test_the_middle_is_half_way() -> None:
+def test_the_middle_step_has_half_the_decay() -> None:
     for schedule in ("cosine", "linear"):
         found = rates(101, schedule=schedule, warmup_ratio=0.0, min_lr_ratio=0.2)
         assert found[50] == pytest.approx(0.6e-3)
@@ -56,7 +56,7 @@ def test_the_middle_is_half_way() -> None:
     assert rates(101, schedule="cosine", warmup_ratio=0.0, min_lr_ratio=0.2)[25] > 0.85e-3
 
 
-def test_constant_stays() -> None:
+def test_constant_schedule_keeps_the_peak() -> None:
     assert rates(10, schedule="constant", warmup_ratio=0.0) == [1e-3] * 10
 
 
@@ -75,7 +75,7 @@ def test_warm_up_is_rounded_up() -> None:
 # ---- metrics.jsonl --------------------------------------------------------------------------------------------------
 
 
-def test_lines_after_a_step_are_dropped_and_half_ones(tmp_path: Path) -> None:
+def test_later_and_partial_lines_are_dropped(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.cut_after(3)  # nothing there yet
     assert not log.path.exists()
@@ -95,7 +95,7 @@ def test_lines_after_a_step_are_dropped_and_half_ones(tmp_path: Path) -> None:
     assert log.path.read_text() == ""
 
 
-def test_memory_is_this_process_s() -> None:
+def test_memory_is_measured_for_this_process() -> None:
     assert 0.05 < memory_gib(torch.device("cpu")) < 100
 
 
@@ -103,7 +103,7 @@ def test_memory_is_this_process_s() -> None:
 
 
 class FakeTracker:
-    """Records calls, and raises in the one that is to fail."""
+    """Tracker that records calls, and raises in a chosen one."""
 
     def __init__(self, fails_in: str | None = None) -> None:
         self.fails_in, self.calls = fails_in, []  # type: ignore[var-annotated]
@@ -143,7 +143,9 @@ def track(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
     return run
 
 
-def test_a_tracker_that_works(track: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_working_tracker_gets_the_metrics(
+    track: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert track() == ["start", "config", "log", "log", "finish"] and capsys.readouterr().err == ""
 
 
@@ -156,7 +158,7 @@ def test_a_tracker_that_works(track: Callable[..., list[str]], capsys: pytest.Ca
         ("finish", ["start", "config", "log", "log", "finish"]),
     ],
 )
-def test_a_tracker_that_fails_is_reported_once(
+def test_a_failing_tracker_is_reported_once(
     track: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], fails_in: str, calls: list[str]
 ) -> None:
     assert track(fails_in) == calls
@@ -164,13 +166,13 @@ def test_a_tracker_that_fails_is_reported_once(
     assert said.count("tracking is off") == 1 and "ConnectionError: no route to the tracker" in said
 
 
-def test_no_tracker_is_never_called_and_one_process_sends(track: Callable[..., list[str]]) -> None:
+def test_without_a_tracker_nothing_is_sent_and_only_rank_0_sends(track: Callable[..., list[str]]) -> None:
     assert track(tracker="none") == []
     assert track(accelerator=SimpleNamespace(is_main_process=False)) == []
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard", "mlflow", "trackio"])
-def test_a_tracker_that_is_not_installed_is_said(
+def test_a_missing_tracker_package_is_named(
     track: Callable[..., list[str]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -203,7 +205,7 @@ def test_tensorboard_reads_back(tmp_path: Path) -> None:
     assert "trainer.learning_rate: 0.0002\ntrainer.max_steps: 'null'" in settings.read_text()
 
 
-def test_mlflow_is_told_where_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_writes_into_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a stand-in of the package (it is large): Accelerate's own class calls it."""
     calls: dict[str, Any] = {}
 
@@ -232,7 +234,7 @@ def test_mlflow_is_told_where_to_write(tmp_path: Path, monkeypatch: pytest.Monke
     assert calls["log_metrics"] == (({"loss": 2.5},), {"step": 1}) and "end_run" in calls
 
 
-def test_trackio_is_told_where_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_writes_into_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a stand-in of the package, as above."""
     calls: list[Any] = []
     run = SimpleNamespace(log=lambda *a, **k: calls.append((a, k)), finish=lambda: calls.append("finish"))
@@ -294,7 +296,7 @@ def test_wandb_writes_a_run_offline(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_is_a_request(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_first_signal_requests_a_stop(number: signal.Signals, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert stop.signal_number is None
@@ -306,7 +308,7 @@ def test_the_first_signal_is_a_request(number: signal.Signals, capfd: pytest.Cap
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_in_the_middle_of_printing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_printing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Standard error may be in use when the signal comes; writing through it again would raise."""
 
     def refuses(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""A jump of the loss is noted, an ordinary curve is not, and resuming in between changes nothing."""
+"""Spikes of the loss are detected, ordinary curves have none, and resuming changes nothing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def falling(count: int, noise: float, seed: int = 0) -> list[float]:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
-def test_a_falling_noisy_curve_has_none(noise: float) -> None:
+def test_a_noisy_falling_curve_has_no_spike(noise: float) -> None:
     spikes = LossSpikes([])
     assert [loss for loss in falling(2000, noise) if spikes.usual_if_spike(loss) is not None] == []
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.02, 0.2])
-def test_a_jump_is_noted_and_hides_neither_itself_nor_the_next(noise: float) -> None:
+def test_consecutive_jumps_are_all_detected(noise: float) -> None:
     losses = falling(300, noise)
     losses[200] += 3
     losses[210] += 3
@@ -31,7 +31,7 @@ def test_a_jump_is_noted_and_hides_neither_itself_nor_the_next(noise: float) -> 
     assert found == [200, 210]
 
 
-def test_nothing_is_usual_at_first() -> None:
+def test_no_spike_before_there_is_a_history() -> None:
     spikes = LossSpikes([])
     found = [spikes.usual_if_spike(loss) for loss in [1.0] * (FEWEST - 1) + [100.0]]
     assert found == [None] * FEWEST
@@ -39,7 +39,7 @@ def test_nothing_is_usual_at_first() -> None:
     assert spikes.usual_if_spike(100.0) == 1.0
 
 
-def test_resuming_notes_the_same() -> None:
+def test_resuming_detects_the_same_spikes() -> None:
     losses = falling(300, 0.1)
     losses[150] += 3
     whole, first = LossSpikes([]), LossSpikes([])

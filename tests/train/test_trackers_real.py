@@ -1,4 +1,4 @@
-"""MLflow and Trackio themselves, where they are installed: what a run sends is read back with their own functions.
+"""Real MLflow and Trackio, where installed: a run's metrics are read back with their own functions.
 
 Both are skipped elsewhere (they are no part of the development tools): CHANGELOG.md and docs/log.md say with which
 releases they ran. Each runs in a process of its own, since both read their settings when they are first imported.
@@ -60,7 +60,7 @@ def in_process(code: str, *words: str, environment: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("tracker", ["mlflow", "trackio"])
-def test_what_was_sent_is_there(tracker: str, tmp_path: Path) -> None:
+def test_sent_metrics_are_read_back(tracker: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(tracker) is None:
         pytest.skip(f"{tracker} is not installed")
     run = tmp_path / "run-1"

@@ -1,4 +1,4 @@
-"""Ways of computing the same step give the same step; each comparison is shown to be able to fail."""
+"""Different ways of computing a step agree; each comparison has a negative control."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL = AdapterConfig(
 
 
 def samples(count: int = 8) -> list[Example]:
-    """Random samples of ragged lengths and ragged numbers of trained tokens, with weights other than 0 and 1."""
+    """Random examples of ragged lengths and ragged numbers of trained tokens, with weights other than 0 and 1."""
     rng = np.random.default_rng(7)
     made = []
     for number in range(count):
@@ -44,7 +44,7 @@ def samples(count: int = 8) -> list[Example]:
 
 
 class Run:
-    """A tiny base with an adapter that is already off zero, so that every factor has a gradient."""
+    """A tiny base with a non-zero adapter, so that every factor has a gradient."""
 
     def __init__(
         self, directory: Path, *, balance: float = 0.0, checkpointed: bool = False, perturb: float = 0.0
@@ -113,7 +113,7 @@ def test_accumulation_1_x_8_equals_8_x_1(tiny_base: Path) -> None:
 
 
 def test_a_partial_last_window_has_the_full_gradient(tiny_base: Path) -> None:
-    """3 micro-steps where 8 are usual still divide by their own weights."""
+    """3 micro-batches instead of the usual 8 are still divided by their own weights."""
     data = samples(3)
     partial, whole = Run(tiny_base), Run(tiny_base)
     partial([collate([[sample]]) for sample in data])
@@ -160,7 +160,7 @@ def test_the_step_loss_is_transformers_weighted_mean(tiny_base: Path) -> None:
 
 
 class TestBalanceLoss:
-    """Against the definition in float64, written without torch's autograd or our helpers."""
+    """Against the definition in float64, written without torch's autograd or the project's helpers."""
 
     def layers(self, seed: int, T: int = 50, E: int = 6, K: int = 2, num: int = 3) -> list[SimpleNamespace]:
         g = torch.Generator().manual_seed(seed)
@@ -180,7 +180,7 @@ class TestBalanceLoss:
             per_layer.append(E * (f * p.mean(0)).sum())
         return float(np.mean(per_layer))
 
-    def test_it_is_the_definition_with_padding_left_out(self) -> None:
+    def test_it_equals_the_definition_without_padding(self) -> None:
         layers = self.layers(0)
         real = np.random.default_rng(0).random(50) < 0.7
         ours = balance_loss(layers, torch.from_numpy(real)).item()
@@ -195,7 +195,7 @@ class TestBalanceLoss:
         assert loss.item() == pytest.approx(1.0)
         assert torch.autograd.grad(loss, router_logits)[0].abs().max() < 1e-7
 
-    def test_padding_alone_is_neither_nan_nor_felt(self) -> None:
+    def test_padding_alone_gives_zero_not_nan(self) -> None:
         router_logits = torch.randn(5, 4, requires_grad=True)
         layers = [SimpleNamespace(logits=router_logits, expert_ids=router_logits.topk(2).indices)]
         loss = balance_loss(layers, torch.zeros(5, dtype=torch.bool))
@@ -203,7 +203,7 @@ class TestBalanceLoss:
         assert torch.autograd.grad(loss, router_logits)[0].count_nonzero() == 0
 
     def test_opposite_imbalances_in_two_layers_do_not_cancel(self) -> None:
-        """transformers pools layers first, so there they do."""
+        """transformers pools layers first, so its imbalances cancel."""
         sharp = torch.tensor([[8.0, 8.0, 0, 0]]).expand(10, 4)
         layers = [SimpleNamespace(logits=x, expert_ids=x.topk(2).indices) for x in (sharp, sharp.flip(1))]
         assert balance_loss(layers, torch.ones(10, dtype=torch.bool)).item() > 1.9
@@ -249,7 +249,7 @@ class TestMemory:
         assert tracker.peak_bytes < 0.35 * self.all_experts_bytes
         assert tracker.largest_bytes <= 2 * chunk
 
-    def test_dequantising_everything_is_seen(self) -> None:
-        """Control: the tracker goes red when all experts are dequantised at once."""
+    def test_dequantising_everything_is_detected(self) -> None:
+        """Negative control: the tracker fails when all experts are dequantised at once."""
         assert self.measure(experts_per_chunk=2, everything=True).peak_bytes > self.all_experts_bytes
         assert self.measure(experts_per_chunk=self.E).peak_bytes > 0.66 * self.all_experts_bytes

@@ -90,7 +90,7 @@ def cuad_records(files: dict[str, bytes]) -> bytes:
 
 
 def read_table(content: bytes) -> Iterator[Entry]:
-    """Yield contract, category and clause of every clause, row by row; white space in a clause is normalised.
+    """Yield contract, category and clause of every clause, in file order; white space in a clause is normalised.
 
     Raises:
         InputError: columns are missing, or a cell is no list.

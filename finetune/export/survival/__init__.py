@@ -1,1 +1,1 @@
-"""What a merge to MXFP4 keeps of the fine-tune: counted in weights, and measured end to end on each variant."""
+"""Survival of the fine-tune in a merge to MXFP4: counted in weights, and measured end to end on each variant."""

@@ -135,7 +135,7 @@ def measure_survival(
         run: of the adapter.
     """
     if run is None and options.calibration is None:
-        return _skipped("the adapter belongs to no run, so there are no held-out rows")
+        return _skipped("the adapter belongs to no run, so there are no held-out examples")
     try:
         config = calibration_config(options.calibration, run)
     except FinetuneError as error:
@@ -144,7 +144,7 @@ def measure_survival(
         return _skipped("export.survival_examples is 0")
     held_out = held_out_examples(config, config.export.survival_examples)
     if held_out is None:
-        return _skipped("the recipe names neither test nor validation rows")
+        return _skipped("the recipe names neither test nor validation records")
     if not fits_in_memory(plan, choose_device(reference_settings(plan.checkpoint))):
         return _skipped("the packed base does not fit into the memory that is free")
     base = open_reference(plan.checkpoint)
@@ -280,11 +280,11 @@ def _share_interval(
 
 
 def describe_effect(effect: Effect) -> list[str]:
-    """A table with a row for each variant."""
+    """A table with one line per variant."""
     base = effect.variants["base"]
     accuracy, old = base.accuracy is not None, base.old_domain_loss is not None
     lines = [
-        f"{f'on {effect.rows} {effect.split} rows':30}     loss  gain kept  KL to adapter  removed"
+        f"{f'on {effect.rows} {effect.split} examples':30}     loss  gain kept  KL to adapter  removed"
         + ("  accuracy" if accuracy else "")
         + ("  old domain" if old else "")
     ]
@@ -314,8 +314,8 @@ def compare_with_thresholds(effect: Effect, rounding: Rounding, config: ExportCo
     low, high = effect.gain_interval
     if low <= 0 <= high or effect.gain <= 0 or found.gain_kept is None:
         notes.append(
-            f"the adapter's gain on these rows, {effect.gain:.4f} nats [{low:.4f}, {high:.4f}], cannot be told from "
-            "none, so how much of it is kept was not judged"
+            f"the adapter's gain on these examples, {effect.gain:.4f} nats [{low:.4f}, {high:.4f}], cannot be "
+            "distinguished from zero, so the share that is kept was not judged"
         )
     elif not config.min_gain_kept <= found.gain_kept <= config.max_gain_kept:
         reasons.append(

@@ -1,4 +1,4 @@
-"""How much of an update survives rounding to MXFP4, counted in the weights, tensor by tensor and overall."""
+"""The share of an update that survives rounding to MXFP4, counted in the weights, per tensor and overall."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ExpertReports = Sequence[ExpertReport]
 
 @dataclass(frozen=True)
 class OutputSurvival:
-    """An update in the space of outputs on calibration rows, all rounded experts together.
+    """An update in the space of outputs on calibration tokens, all rounded experts together.
 
     Attributes:
         projection: of the written change on the update; 1 is all.
@@ -115,8 +115,8 @@ def _verdict(survival: Survival) -> str:
     overall = survival.overall
     if seen := overall.outputs:
         text = (
-            f"compensated rounding: {seen.projection:.1%} of the update survives in what the experts put out on "
-            f"calibration rows, beside an error of {seen.error:.2f} of it"
+            f"compensated rounding: {seen.projection:.1%} of the update survives in the experts' outputs on "
+            f"calibration tokens, with an error of {seen.error:.2f} of it"
         )
         return text + (f"; {seen.untouched} expert matrices were left untouched" if seen.untouched else "")
     if survival.rounding == "stochastic":

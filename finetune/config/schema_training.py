@@ -113,7 +113,7 @@ class SftConfig(Strict):
 
 
 # One class per kind. With a second one this becomes Annotated[SftConfig | DpoConfig, pydantic.Discriminator("kind")];
-# schema_paths, validate, differences and json_schema handle such a union (tests/config/test_objective.py).
+# schema_paths, validate, differences and json_schema handle such a union (tests/config/test_objective_group.py).
 ObjectiveConfig = SftConfig
 
 

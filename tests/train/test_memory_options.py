@@ -42,7 +42,8 @@ def test_a_run_with_all_options_resumes_bit_for_bit_and_records_them(
     assert metrics_of(whole)[-1]["step"] == 5
     manifest, report = manifest_of(whole), (whole / "report.md").read_text()
     line = manifest["optimizer"]
-    for words in ("adamw_8bit (bitsandbytes ", "parameters bfloat16, updates rounded stochastically", "states in host memory"):
+    said = ("adamw_8bit (bitsandbytes ", "parameters bfloat16, updates rounded stochastically", "states in host memory")
+    for words in said:
         assert words in line and line in printed and line in report
     formats = {part["part"]: part["format"] for part in manifest["base"]["storage"]}
     assert formats["expert weights"] == formats["attention weights"] == "nf4"

@@ -32,8 +32,10 @@ def relative(ours: list[Tensor], exact: list[Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=4096, help="of the row")
-    parser.add_argument("--segment", type=int, default=700, help="tokens of a sample; the row is filled with such")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the sequence")
+    parser.add_argument(
+        "--segment", type=int, default=700, help="tokens of an example; the sequence is filled with them"
+    )
     parser.add_argument("--heads", type=int, nargs=3, default=(64, 8, 64), metavar=("QUERY", "KEY", "WIDTH"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 on a GPU, float32 on a CPU")
@@ -58,7 +60,7 @@ def main() -> None:
         plan = plan_attention((index // args.segment)[None], (index % args.segment)[None], window).to(device)
         rows += measure_layer(layer, leaves, grad_out, plan, args.repeats)
     note = (
-        f"{args.tokens:,} tokens in samples of {args.segment}, heads {heads}/{key_heads} of {width}, "
+        f"{args.tokens:,} tokens in examples of {args.segment}, heads {heads}/{key_heads} of {width}, "
         f"{str(dtype).removeprefix('torch.')}."
     )
     publish("attention", "Attention with sinks", facts, rows, save=args.save, note=note)

@@ -73,7 +73,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="20b, 120b or a checkpoint's directory")
-    parser.add_argument("--work", type=Path, required=True, help="where rows and runs lie")
+    parser.add_argument("--work", type=Path, required=True, help="directory of records and runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tasks", nargs="+", choices=["legal", "medical", "creative"])
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no work after so many minutes")

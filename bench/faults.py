@@ -248,7 +248,7 @@ def damage(bench: Bench, *, resume_all: bool) -> Iterator[str]:
     code = bench.resume(run)
     found = "the last that was saved, is gone" in bench.said()
     kept = found and code == 0 and same_as(bench.undisturbed, run)
-    bench.rows.append(Row("newest checkpoint gone", "missed by the pointer, said", f"{found=}", None, kept))
+    bench.rows.append(Row("newest checkpoint gone", "detected by the pointer, logged", f"{found=}", None, kept))
     (run / "checkpoints" / LATEST).unlink(missing_ok=True)
     yield "gone"
 
@@ -271,7 +271,7 @@ def machine(bench: Bench) -> Iterator[str]:
     yield "NaN"
     run = bench.place / "tracker"
     code = bench.run(run, tracker_down_after(2), "logging=wandb")[0]
-    bench.judge("tracker fails at step 2 (stub)", "said once, the run goes on", run, code, (0,))
+    bench.judge("tracker fails at step 2 (stub)", "logged once, the run continues", run, code, (0,))
     yield "tracker"
     disk = bench.place / "disk"
     with mounted(disk, small_disk_bytes(bench.undisturbed)) as works:

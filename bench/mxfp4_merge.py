@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench-mxfp4"))
     parser.add_argument("--stage", choices=("train", "round", "controls", "settings", "table"))
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=120, help="held-out rows of each split")
+    parser.add_argument("--rows", type=int, default=120, help="held-out examples of each split")
     parser.add_argument("--synthetic", action="store_true")
     parser.add_argument("--save", metavar="NAME", help="write the table to bench/results/DATE-NAME")
     args = parser.parse_args()

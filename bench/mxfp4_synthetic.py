@@ -41,7 +41,9 @@ def spectra(generator: torch.Generator) -> dict[str, Callable[[int], Tensor]]:
 
 def print_synthetic() -> None:
     """Print one line per spectrum and size: mean error and projection in outputs on new inputs, biases included."""
-    print(f"layers {OUT} x {INPUTS}, rank {RANK}, {ROWS} calibration rows, {DRAWS} draws: error / survival in outputs")
+    print(
+        f"layers {OUT} x {INPUTS}, rank {RANK}, {ROWS} calibration tokens, {DRAWS} draws: error / survival in outputs"
+    )
     print("| spectrum | update | nearest | compensated, amplification 1 | compensated | seconds |")
     print("|---|---|---|---|---|---|")
     for name in spectra(torch.Generator()):

@@ -59,7 +59,7 @@ def main() -> None:
     ]
     accuracies = []
     for run in arguments.runs:
-        print(f"{run}: {len(tested)} rows", file=sys.stderr, flush=True)
+        print(f"{run}: {len(tested)} examples", file=sys.stderr, flush=True)
         nats = likelihoods(run, arguments.split, labels)
         lost, gained, p = mcnemar(chosen[1] == right, nats.argmax(1) == right)
         row = {"model": run.name} | figures(right, nats.argmax(1), len(labels))

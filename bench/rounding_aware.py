@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="a tiny base, pretrained")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rows", type=int, default=120, help="held-out rows of each split")
+    parser.add_argument("--rows", type=int, default=120, help="held-out examples of each split")
     parser.add_argument("--sizes", nargs="+", default=list(RATES), choices=list(RATES))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--save", metavar="NAME", help="write the table to bench/results/DATE-NAME")

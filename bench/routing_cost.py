@@ -39,7 +39,7 @@ from finetune.train.step import OptimiserStep
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", help="a checkpoint's directory or hub name; default: a tiny one")
-    parser.add_argument("--tokens", type=int, default=1024, help="in a micro-step")
+    parser.add_argument("--tokens", type=int, default=1024, help="in a micro-batch")
     parser.add_argument("--steps", type=int, default=12, help="with and without, each")
     parser.add_argument("--out", type=Path, help="write the result as JSON too")
     args = parser.parse_args()

@@ -138,7 +138,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["saves", "start", "soak"])
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a packed row")
+    parser.add_argument("--length", type=int, default=128, help="tokens per packed sequence")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cost-") as place:
         os.environ["XDG_CACHE_HOME"] = str(Path(place) / "cache")

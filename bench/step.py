@@ -175,8 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
-    parser.add_argument("--segment", type=int, help="tokens of a sample in the row; default: the row is one sample")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
+    parser.add_argument(
+        "--segment", type=int, help="tokens of an example in the sequence; default: the sequence is one example"
+    )
     parser.add_argument("--trained-share", type=float, default=1.0)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--experts-per-chunk", type=int, default=16)

@@ -271,7 +271,7 @@ def compare(stage: str, settings: Settings, reference: Side, tree: Side) -> list
             for found in compare_exports(made[0] / target, made[1] / target)
         ]
     found = compare_runs(*made)
-    if stage == "resume":  # the reference's run, gone on with by the tree
+    if stage == "resume":  # the reference's run, resumed by the tree
         crossed = tree.out / "resumed-from-reference"
         shutil.copytree(reference.out / "killed", crossed)
         try:

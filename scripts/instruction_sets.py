@@ -86,7 +86,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What pytest found under a setting.
+    """Results of pytest under a setting.
 
     Attributes:
         summary: pytest's last line.

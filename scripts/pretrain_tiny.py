@@ -29,7 +29,7 @@ _HELD_OUT_CONVERSATIONS = 400
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="checkpoints and results go here; a run found there goes on")
+    parser.add_argument("out", type=Path, help="directory of checkpoints and results; a run found there is resumed")
     parser.add_argument("--cpu-minutes", type=float, default=60.0, help="processor time of all threads (default: 60)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="more are faster only on cores that nobody else uses")

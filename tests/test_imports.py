@@ -56,7 +56,7 @@ def imported(source: str, module: str) -> set[str]:
 
 
 def violations(source: str, relative: str) -> list[str]:
-    """What a file (its path relative to the package) imports and may not."""
+    """Forbidden imports of a file (its path relative to the package)."""
     module = "finetune." + relative.removesuffix(".py").replace("/", ".")
     part = relative.split("/")[0].removesuffix(".py")
     found = []

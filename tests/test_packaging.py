@@ -1,4 +1,4 @@
-"""What a wheel and a source distribution hold, and that an installed wheel finds it."""
+"""Contents of the wheel and the source distribution, which an installed wheel finds."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ RUNS_CODE = {"eval", "exec"}
 
 
 def offences(source: str) -> list[str]:
-    """What a module does that could load a pickle or run code from elsewhere."""
+    """Calls in a module that could load a pickle or run foreign code."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -136,7 +136,7 @@ class AdapterOrigin:
 
 @dataclass(kw_only=True)
 class ExportRecord:
-    """export.json, but for the hashes of the files; filled while the export goes on.
+    """export.json, but for the hashes of the files; filled during the export.
 
     Attributes:
         written_by, written: this tool and its version, date and time.

@@ -181,6 +181,6 @@ def _report(workers: _Workers, rank: int, code: int) -> NoReturn:
         raise MachineError(
             f"rank {rank} was killed by {name}",
             why="most likely the kernel sent SIGKILL because memory ran out" if name == "SIGKILL" else None,
-            fix="`finetune train --resume` goes on from the last checkpoint, if there is one",
+            fix="`finetune train --resume` continues from the last checkpoint, if there is one",
         )
     raise SystemExit(code)

@@ -60,7 +60,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimiser of a recipe; the learning rate is set at every step (`set_learning_rate`).
 
-    Also sets the dtype in which gradients are summed over micro-steps (`trainer.gradient_dtype`).
+    Also sets the dtype in which gradients are summed over micro-batches (`trainer.gradient_dtype`).
 
     Args:
         parameters: by name, float32 or bfloat16.

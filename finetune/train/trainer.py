@@ -173,7 +173,7 @@ class Trainer:
             raise Interrupted(
                 f"stopped by a signal after step {self.state.step} of {total}; everything is saved",
                 signal_number=asked,
-                fix=f"go on with `finetune train --resume {self.run.path}`",
+                fix=f"resume with `finetune train --resume {self.run.path}`",
             )
         self.world.barrier()  # from here on every rank may read what rank 0 has written
 
@@ -330,7 +330,7 @@ class Trainer:
         raise Interrupted(
             "stopped by a signal while evaluating; everything is saved",
             signal_number=signal_number,
-            fix=f"go on with `finetune train --resume {self.run.path}`",
+            fix=f"resume with `finetune train --resume {self.run.path}`",
         )
 
     def save(self, *, wait: bool = True) -> None:

@@ -54,7 +54,7 @@ _STATE, _PROGRESS = "state.safetensors", "progress.json"
 
 @dataclass
 class Place:
-    """How far a run has come: sequences of `epoch` done, steps and processor seconds in all, and the recent loss."""
+    """Progress of a run: sequences of `epoch` done, steps and processor seconds in all, and the recent loss."""
 
     epoch: int = 0
     row: int = 0

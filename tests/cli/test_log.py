@@ -47,7 +47,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 def on_a_terminal(stdout: int | None, **environment: str) -> str:
-    """What the program writes to a terminal as standard error, and as standard output unless another is given."""
+    """Output of the program on a terminal as standard error, and as standard output unless another is given."""
     parent, child = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM],

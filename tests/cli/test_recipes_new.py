@@ -48,7 +48,7 @@ def test_rows_without_splits_are_split_by_id(tmp_path: Path) -> None:
     assert config.model.path == "openai/gpt-oss-20b"
 
 
-def test_thinking_keeps_the_effort_and_long_records_are_said(
+def test_thinking_keeps_the_effort_and_long_records_are_logged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [
@@ -69,7 +69,7 @@ def test_a_copy_of_a_shipped_recipe_is_the_same_recipe(tmp_path: Path) -> None:
     assert compose(str(tmp_path / "mine.yaml")).config == compose("quickstart").config
 
 
-def test_few_bad_rows_are_skipped_and_many_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_few_bad_records_are_skipped_and_many_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = [{"instruction": f"Say {n}", "output": str(n)} for n in range(60)]
     assert new(tmp_path / "few.yaml", "--data", write_rows(tmp_path / "few.jsonl", [*good, {"instruction": 3}])) == 0
     assert compose(str(tmp_path / "few.yaml")).config.data.on_bad_record == "skip"
@@ -86,7 +86,7 @@ def message(number: int, **fields: object) -> dict[str, object]:
 def seen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: Sequence[Mapping[str, object]]
 ) -> tuple[DataConfig, str]:
-    """The data section that the command writes for these rows, and what it says."""
+    """The data section that the command writes for these records, and its messages."""
     (tmp_path / "mine.yaml").unlink(missing_ok=True)
     data = write_rows(tmp_path / "mine.jsonl", rows)
     assert new(tmp_path / "mine.yaml", "--data", data, "--model", "tiny") == 0, capsys.readouterr().err
@@ -158,7 +158,7 @@ def test_bad_input_is_named_and_nothing_is_written(
     assert not Path("mine.yaml").exists()
 
 
-def test_columns_without_a_form_are_proposed_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_without_a_form_are_proposed_and_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"Question": f"q {n}", "Response": f"r {n}", "topic": "x"} for n in range(3)]
     data, said = seen(tmp_path, capsys, rows)
     assert data.train["mine"].columns == {"prompt": "Question", "completion": "Response"}
@@ -171,7 +171,7 @@ def test_columns_without_a_form_are_proposed_and_said(tmp_path: Path, capsys: py
     assert data.train["mine"].columns == {"messages": "conversations"} and num_rows(data, "train") == 1
 
 
-def test_keys_that_nothing_is_read_from_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_keys_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [message(n, thinking="hm", split="train", id=n, input="") for n in range(9)]
     data, said = seen(tmp_path, capsys, rows)
     assert "not used: thinking (9)" in said
@@ -184,7 +184,7 @@ def test_keys_that_nothing_is_read_from_are_said(tmp_path: Path, capsys: pytest.
 def test_broken_lines_and_late_ones_do_not_stop_the_recipe(
     tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """2 % of the file is more than 5 % of a small split; and one bad row stands after what is looked at as tokens."""
+    """2 % of the file is more than 5 % of a small split; and one bad record is after the tokenised part."""
     rows = [message(n, split="train" if n < 2080 else ["val", "test"][n % 2]) for n in range(2120)]
     data = Path(write_rows(tmp_path / "mine.jsonl", [*rows, message(0, split="train", messages=3)]))
     data.write_text("{\n" * 20 + data.read_text())
@@ -212,7 +212,7 @@ def test_few_ids_take_a_larger_share(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert num_rows(data, "train") + num_rows(data, "validation") == 30
 
 
-def test_what_is_not_trained_or_lacks_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_untrained_turns_and_missing_splits_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     talk = [{"role": role, "content": f"{role} {turn}"} for turn in range(2) for role in ("user", "assistant")]
     _, said = seen(tmp_path, capsys, [message(0), message(1), {"messages": talk}])
     assert "1 of 3 records have several turns" in said and "data.loss.turns=all" in said

@@ -83,7 +83,7 @@ def test_sweep_goes_neither_with_resume_nor_with_dry_run() -> None:
     assert main(["train", "--resume", "runs/x", "--sweep", "seed=1,2"]) == 2
 
 
-def test_without_test_rows_the_validation_loss_decides(tmp_path: Path) -> None:
+def test_without_test_records_the_validation_loss_decides(tmp_path: Path) -> None:
     for name, loss in (("01", 0.75), ("02", 0.5)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps({"loop": {"best_loss": loss}}))

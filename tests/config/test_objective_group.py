@@ -91,7 +91,7 @@ class Made(Strict):
 
 
 def problem(objective: Any) -> str:
-    """What is wrong with a made-up configuration."""
+    """Errors of a made-up configuration."""
     _, (found,) = parse({"objective": objective}, Made)
     return f"{'.'.join(found.path)} {found.what}" + (f" ({found.fix})" if found.fix else "")
 

@@ -1,4 +1,4 @@
-"""Ranges stand beside the fields: each is checked, described in words, and part of the JSON schema."""
+"""Ranges beside the fields: each is checked, described in words, and part of the JSON schema."""
 
 from __future__ import annotations
 

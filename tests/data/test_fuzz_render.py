@@ -1,4 +1,4 @@
-"""Thousands of random conversations, token by token against openai-harmony called here, independently of our code.
+"""Thousands of random conversations, token by token against openai-harmony called here, independently of the project.
 
 What is expected is built from the raw record: harmony's own message objects, dropped thinking by a rule written anew,
 and weights from each message's own render.

@@ -180,7 +180,7 @@ def test_a_hub_name_goes_to_load_dataset(tmp_path: Path, monkeypatch: pytest.Mon
         read("hub://owner/none")
 
 
-def test_without_datasets_the_way_to_get_it_is_said(tmp_path: Path) -> None:
+def test_without_datasets_the_installation_is_suggested(tmp_path: Path) -> None:
     datasets.Dataset.from_list(TABLE).save_to_disk(tmp_path / "saved")
     code = (
         "import sys; sys.modules['datasets'] = None\n"
@@ -235,7 +235,7 @@ def test_json_in_cells_is_read_as_json_in_records_is(tmp_path: Path) -> None:
     assert isinstance(broken, BadRecord) and broken.kind == "bad JSON inside"
 
 
-def test_broken_csv_rows_are_named_and_passed(tmp_path: Path) -> None:
+def test_broken_csv_rows_are_named_and_skipped(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     long = b"x" * 300_000
     path.write_bytes(HEADER + b'"2\n+ 2?",4\n1,2,3\ncaf\xe9,4\n' + long + b",4\n\nlast?,4\n")

@@ -106,7 +106,7 @@ def test_calls_are_marked_as_in_the_format_documentation() -> None:
 
 
 def test_thinking_of_a_single_turn_is_kept() -> None:
-    """The template keeps it; openai-harmony's default, whose ids the fixture holds, drops it."""
+    """The template keeps it; openai-harmony's default, whose ids are in the fixture, drops it."""
     fixture = FIXTURES[DROPPED_BY_DEFAULT]
     example = render_example(record_of(fixture["messages"]), CONFIG)
     assert example.ids.tolist() == fixture["template_ids"] != fixture["harmony_ids"]

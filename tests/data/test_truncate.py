@@ -51,7 +51,7 @@ def test_examples_that_fit_are_unchanged() -> None:
 
 
 def test_earlier_turns_are_removed_first_and_whole() -> None:
-    """The expected tokens are the renders of the conversation without them: none of our code."""
+    """The expected tokens are the renders of the conversation without them, by third-party code."""
     whole = example_of(TURNS)
     without_first, without_second = example_of([TURNS[0], *TURNS[3:]]), example_of([TURNS[0], *TURNS[5:]])
     for limit, expected in [

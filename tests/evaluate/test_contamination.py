@@ -11,7 +11,7 @@ def sentence(number: int, length: int = 30) -> str:
     return " ".join(f"w{number}x{place}" for place in range(length))
 
 
-def test_contamination_counts_seen_rows_and_passes_over_common_wording() -> None:
+def test_contamination_counts_seen_records_and_ignores_common_wording() -> None:
     instruction = sentence(10**6, 20)
     train = [f"{instruction} {sentence(number)}" for number in range(200)]
     test = [
@@ -28,21 +28,21 @@ def test_contamination_counts_seen_rows_and_passes_over_common_wording() -> None
 
 
 @pytest.mark.parametrize("times", [1, 5, 6, 20])
-def test_a_test_row_that_stands_often_in_training_is_seen(times: int) -> None:
+def test_a_test_record_repeated_in_training_is_seen(times: int) -> None:
     train = [sentence(number) for number in range(100)]
     near = f"{sentence(999)} another end"  # no copy, but all its runs are there
     found = find_contamination([*train, *[sentence(999).upper()] * times], [sentence(999), near, sentence(998)])
     assert found.seen == (True, True, False) and found.copies == 1 and found.too_short == 0
 
 
-def test_short_copies_are_seen_and_other_short_rows_are_too_short() -> None:
+def test_short_copies_are_seen_and_other_short_records_are_too_short() -> None:
     train = ["Is it so?\nYes", *(sentence(number) for number in range(100))]
     found = find_contamination(train, ["is it  SO?\nyes", "Is it so?\nNo"])
     assert found.shares == (1.0, 0.0) and (found.copies, found.too_short) == (1, 1)
 
 
-def test_runs_from_instruction_into_a_row_are_not_the_rows_own() -> None:
-    """Rows begin alike after the instruction: straddling runs stand in training, and tell of no row."""
+def test_word_runs_that_begin_in_the_instruction_do_not_count() -> None:
+    """Records begin alike after the instruction: straddling word runs occur in training, but identify no record."""
     instruction = sentence(10**6, 40)
     train = [f"{instruction} opening{number % 10} words{number % 10} {sentence(number)}" for number in range(200)]
     test = [
@@ -56,7 +56,7 @@ def test_runs_from_instruction_into_a_row_are_not_the_rows_own() -> None:
 
 
 def test_a_frequent_opening_masks_itself_and_nothing_behind_it() -> None:
-    """Words that a tenth of the rows begin with are common, but no part of the instruction before them."""
+    """Words that a tenth of the records begin with are common, but no part of the instruction before them."""
     instruction, opening = sentence(10**6, 20), sentence(10**7, 6)
     train = [f"{instruction} {opening if number % 10 == 0 else ''} {sentence(number, 16)}" for number in range(200)]
     found = find_contamination(train, [f"{instruction} {opening} {sentence(20, 16)} and more"])

@@ -44,7 +44,7 @@ def summary(out: Path) -> Json:
 
 @pytest.fixture
 def run(finished: tuple[Path, str], tmp_path: Path) -> Path:
-    """The finished run, to write into; it was started elsewhere, where a file of the recipe's name lies, too."""
+    """The finished run, to write into; it was started in another directory, which has a file of the recipe's name."""
     copy = tmp_path / "runs" / "finished"
     shutil.copytree(finished[0], copy, ignore=shutil.ignore_patterns("checkpoints"))
     elsewhere = tmp_path / "elsewhere"

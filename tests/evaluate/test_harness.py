@@ -210,7 +210,7 @@ def test_chat_prompts_are_harmony_and_text_never_becomes_control(model: AdaptedM
 
 
 def test_a_local_task_runs_end_to_end(model: AdaptedModel, reference: PeftModel, tmp_path: Path) -> None:
-    """A task of our own in the harness's YAML, its accuracy against the plain loop's."""
+    """A custom task in the harness's YAML, its accuracy against the plain loop's."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 

@@ -164,7 +164,7 @@ def voices(written: list[str], authors: list[str]) -> tuple[TextFigures, AuthorF
 
 
 def test_the_most_frequent_author_gains_nothing() -> None:
-    """Seven of eight rows are one author's; texts that all sound like him are right 7 times of 8, and by chance."""
+    """Seven of eight records are one author's; texts that all sound like him are right 7 times of 8, and by chance."""
     found, authors = voices(["the sea"] * 8, ["Many"] * 7 + ["Few"])
     assert found.own_author == 7 / 8 and found.own_author_balanced == 0.5
     assert authors == AuthorFigures(known=3, largest_share=7 / 8, unknown_rows=0)

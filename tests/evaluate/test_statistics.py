@@ -171,7 +171,7 @@ def figures_of(found: dict[Model, Classification], confidence: float) -> SuiteFi
 
 
 def models(num_rows: int, seed: int = 0) -> dict[Model, Classification]:
-    """A weak and a strong model on the same rows; label d is never right."""
+    """A weak and a strong model on the same examples; label d is never right."""
     rng = np.random.default_rng(seed)
     right = rng.integers(3, size=num_rows)
     found: dict[Model, Classification] = {}

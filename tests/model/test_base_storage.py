@@ -87,7 +87,7 @@ class TestNf4:
         assert (taken - gaps).max() < 1e-6, "no other level is nearer"
 
     def test_nf4_equals_bitsandbytes_where_that_is_correct(self) -> None:
-        """Its CPU kernel (0.50.2) takes wrong scales where a row is no whole number of blocks: then we differ."""
+        """Its CPU kernel (0.50.2) reads wrong scales where a row is no whole number of blocks: then results differ."""
         from bitsandbytes import functional
 
         for shape, right in (((64, 2880), True), ((64, 96), False)):

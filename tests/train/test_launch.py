@@ -68,7 +68,7 @@ def test_a_run_of_two_ranks_is_resumed_by_one(workplace: Path, tmp_path: Path, f
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors
     assert "Traceback" not in errors and errors.count("everything is saved") == 1
-    assert errors.rstrip().endswith(f"go on with `finetune train --resume {run}`")
+    assert errors.rstrip().endswith(f"resume with `finetune train --resume {run}`")
     assert manifest_of(run)["processes"].startswith("ddp: 2 ranks over gloo")
     assert load_newest(run / "checkpoints")[0] == manifest_of(run)["loop"]["step"] < 8
     assert main(["train", "--resume", str(run), "distributed=single"]) == 0
@@ -124,7 +124,7 @@ def test_external_launchers_start_the_ranks(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_process_ends_the_run_and_is_named(workplace: Path, tmp_path: Path, lost: int) -> None:
+def test_a_killed_rank_ends_the_run_and_is_named(workplace: Path, tmp_path: Path, lost: int) -> None:
     process = finetune("train", workplace / "small.yaml", f"output_dir={tmp_path}", "name=run", *TWO, *LONG)
     wait_for_steps(process, tmp_path / "run", 2)
     os.kill(worker(process, lost), signal.SIGKILL)

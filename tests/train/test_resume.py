@@ -86,7 +86,7 @@ def test_a_signal_saves_and_prints_how_to_resume(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert "Traceback" not in errors
-    assert errors.rstrip().endswith(f"go on with `finetune train --resume {tmp_path / 'run'}`")
+    assert errors.rstrip().endswith(f"resume with `finetune train --resume {tmp_path / 'run'}`")
     step, checkpoint = load_newest(tmp_path / "run" / "checkpoints")
     assert step == len(metrics_of(tmp_path / "run")) and checkpoint.state["loop"]["step"] == step
     assert not (tmp_path / "run" / "adapter").exists()

@@ -206,7 +206,7 @@ def test_tensorboard_reads_back(tmp_path: Path) -> None:
 
 
 def test_mlflow_writes_into_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a stand-in of the package (it is large): Accelerate's own class calls it."""
+    """With a stub of the package, which is large: Accelerate's own class calls it."""
     calls: dict[str, Any] = {}
 
     def record(name: str, answer: Any = None) -> Callable[..., Any]:
@@ -235,7 +235,7 @@ def test_mlflow_writes_into_the_run_directory(tmp_path: Path, monkeypatch: pytes
 
 
 def test_trackio_writes_into_the_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a stand-in of the package, as above."""
+    """With a stub of the package, as above."""
     calls: list[Any] = []
     run = SimpleNamespace(log=lambda *a, **k: calls.append((a, k)), finish=lambda: calls.append("finish"))
     stand_in = SimpleNamespace(

@@ -1,7 +1,7 @@
 """`finetune data prepare`: build a shipped data set from its public source, byte for byte.
 
-A checkout has the medical sample; a wheel does not, because its abstracts are not ours to redistribute. The legal and
-the creative sample come with both, and are built to prove where they come from. Source files and result are compared
+A checkout has the medical data; a wheel does not, because the abstracts may not be redistributed. The legal and
+the creative data come with both, and are built to prove where they come from. Source files and result are compared
 with SHA-256 sums, and anything else is refused.
 """
 

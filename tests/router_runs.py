@@ -97,12 +97,6 @@ class Run:
         return self.step(batches, 1e-3, 1, before_update=keep)
 
 
-def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Largest difference of two sets of gradients, relative to each tensor's largest value."""
-    assert one.keys() == other.keys()
-    return max(float((one[n] - other[n]).abs().max() / (other[n].abs().max() + 1e-12)) for n in one)
-
-
 @dataclass(frozen=True)
 class AcceleratorWorld(World):
     """Ranks whose small messages go through an accelerator, real or made of threads."""

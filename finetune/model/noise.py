@@ -51,10 +51,11 @@ def rounding_noise(
     where all matrix products read their inputs. What the model does with it is the limit: through the residual stream,
     softmax and router as they are, including tokens near a tie that take another expert.
 
-    The factor. On tiny bases, plain and with 9 adapters (logits moved by 11 to 22), two correct float32 implementations
-    (ours and stock PEFT on transformers) lay apart by 0.05 to 0.2 of this limit, by up to 1.8e-4 in absolute terms. In
-    bfloat16 their mean KL was 0.02 to 0.25 of it. An update left out at any single site gave 350 times the limit where
-    B was 0.003, 3500 times where B was 0.3. `scripts/instruction_sets.py` measures with other processors' instructions.
+    The factor. On a tiny base, two correct float32 implementations (ours and stock PEFT on transformers) lay apart by
+    0.05 to 0.09 of this limit without an adapter (up to 0.11 with SSE2 alone) and by 0.07 to 0.15 with 8 adapters that
+    move logits by 16 to 20, at most 1.2e-4 in absolute terms. An update left out at any single site gave at least 460
+    times the limit where B was 0.003, 4600 times where B was 0.3. `scripts/instruction_sets.py` measures with other
+    processors' instructions.
 
     Args:
         model: whose modules are perturbed: transformers' gpt-oss, ours, or either under PEFT.

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from serving_layouts import READERS, assert_same_updates
 from synthetic_adapter import EXPERTS, SIZES, write_synthetic
 from test_adapters import BOTH, new_base, randomised, sample
+from tolerances import log_probability_noise
 
 from finetune.adapters.provenance import BaseRecord
 from finetune.adapters.read_back import read_back
@@ -27,6 +28,7 @@ from finetune.export.adapters import export_adapter
 from finetune.export.options import ExportOptions
 from finetune.export.targets.peft import SERVED_RANKS
 from finetune.model.build import Base
+from finetune.model.forward import logits
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHILD = Path(__file__).with_name("foreign_logits.py")
@@ -148,7 +150,9 @@ def test_mlx_lm_computes_the_same(live: tuple[Path, Base], reference: tuple[Path
     base, wanted = reference
     out = export(live[0], "mlx", tmp_path / "out")
     found = foreign("mlx", base, out, tmp_path / "mlx.npy")
-    assert np.abs(found - wanted).max() < 5e-5
+    model = live[1].model
+    limit = log_probability_noise(model, lambda: logits(model, torch.tensor(IDS)))
+    assert np.abs(found - wanted).max() <= limit < 1e-2
     without = foreign("mlx", base, None, tmp_path / "base.npy")
     assert np.abs(without - wanted).max() > 1, "an adapter that was left out would show"
 

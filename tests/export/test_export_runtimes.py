@@ -15,7 +15,8 @@ import pytest
 import torch
 from merging import GATE_UP, IDS
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from tolerances import log_probability_noise
+from transformers import AutoModelForCausalLM, GptOssForCausalLM, Mxfp4Config
 
 from finetune.adapters.store import AdapterFile
 from finetune.data.harmony.render import Example
@@ -47,23 +48,34 @@ def truncating(directory: Path, to: Path) -> Path:
     return to
 
 
-def transformers_log_probabilities(directory: Path) -> np.ndarray:
+def in_transformers(directory: Path) -> GptOssForCausalLM:
     packed = "quantization_config" in json.loads((directory / "config.json").read_text())
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=torch.bfloat16,
         attn_implementation="eager",
         **({"quantization_config": Mxfp4Config(dequantize=True)} if packed else {}),
     ).float()
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([IDS])).logits[0].double().log_softmax(-1).numpy()
+
+
+@torch.no_grad()
+def logits_of(model: GptOssForCausalLM) -> torch.Tensor:
+    return model(input_ids=torch.tensor([IDS])).logits[0]
+
+
+def log_probabilities(model: GptOssForCausalLM) -> np.ndarray:
+    return logits_of(model).double().log_softmax(-1).numpy()
 
 
 @pytest.mark.skipif(find_spec("mlx_lm") is None, reason="needs mlx[cpu] and mlx-lm (extra `dev`)")
 def test_mlx_lm_reads_the_native_directory(exported: Callable[..., Path], tmp_path: Path) -> None:
     out = exported("mxfp4")
     theirs = foreign("mlx", out, tmp_path / "mlx.npy")
-    assert np.abs(theirs - transformers_log_probabilities(truncating(out, tmp_path / "truncating"))).max() < 5e-5
+    model = in_transformers(truncating(out, tmp_path / "truncating"))
+    limit = log_probability_noise(model, lambda: logits_of(model))
+    assert np.abs(theirs - log_probabilities(model)).max() <= limit < 1e-2
+    not_truncating = log_probabilities(in_transformers(out))
+    assert np.abs(theirs - not_truncating).max() > 20 * limit, "another RoPE setting would show"
 
 
 @pytest.mark.skipif(
@@ -74,7 +86,7 @@ def test_llama_cpp_reads_the_gguf_file(experts: str, exported: Callable[..., Pat
     """llama.cpp rounds activations to bfloat16 or 8 bits where weights are, so it is given the file widened as well."""
     out = exported("gguf", "--gguf-experts", experts)
     file = out / f"model-{experts}.gguf"
-    expected = transformers_log_probabilities(truncating(exported(experts), tmp_path / "truncating"))[-1]
+    expected = log_probabilities(in_transformers(truncating(exported(experts), tmp_path / "truncating")))[-1]
     wide = foreign("llama", widened(file, tmp_path / "wide.gguf"), tmp_path / "wide.npy")
     assert len(wide) == 50
     assert np.abs(wide[:, 1] - expected[wide[:, 0].astype(int)]).max() < 0.01

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from router_runs import Run, difference, samples
+from router_runs import Run, samples
+from tolerances import largest_share, step_with_noise
 from torch import Tensor
 
 from finetune.adapters.lora import Adapter
@@ -18,7 +19,7 @@ from finetune.data.batches import Batch, collate, padding_batch
 from finetune.model.forward import shift_labels
 from finetune.objectives.base import Policy, Ranks, Term
 from finetune.objectives.router import BALANCE_LOSS, Z_LOSS
-from finetune.train.step import OptimiserStep, StepStats
+from finetune.train.step import OptimiserStep
 from finetune.train.world import SINGLE_PROCESS
 
 
@@ -69,11 +70,11 @@ def one_by_one(data: Sequence[Any]) -> list[Batch]:
 def test_without_smoothing_it_is_supervised_fine_tuning(tiny_base: Path) -> None:
     batches = one_by_one(samples(3))
     sft, plain, smooth = (run_of(tiny_base, each) for each in (None, Smooth(SmoothConfig(0.0)), Smooth(SmoothConfig())))
-    wanted, same, other = sft(batches), plain(batches), smooth(batches)
-    assert same.loss == pytest.approx(wanted.loss, abs=1e-5)
-    assert difference(plain.gradients, sft.gradients) < 2e-5
-    assert abs(other.loss - wanted.loss) > 1e-3 and other.terms["nll"] == pytest.approx(wanted.loss, abs=1e-5)
-    assert difference(smooth.gradients, sft.gradients) > 1e-3, "the comparison of gradients can fail"
+    (wanted, noise), same, other = step_with_noise(sft, batches), plain(batches), smooth(batches)
+    assert abs(same.loss - wanted.loss) <= noise.loss < 1e-4
+    assert largest_share(plain.gradients, sft.gradients) <= noise.gradients < 1e-3
+    assert abs(other.loss - wanted.loss) > 1e-3 and abs(other.terms["nll"] - wanted.loss) <= noise.loss
+    assert largest_share(smooth.gradients, sft.gradients) > 1e-2, "the comparison of gradients can fail"
 
 
 def test_terms_have_their_names_and_only_the_loss_has_a_gradient(tiny_base: Path) -> None:
@@ -93,11 +94,11 @@ def test_terms_have_their_names_and_only_the_loss_has_a_gradient(tiny_base: Path
 def test_a_step_has_the_same_terms_however_it_is_split(tiny_base: Path) -> None:
     data = samples(4)
     together, apart = (run_of(tiny_base, Smooth(SmoothConfig())) for _ in range(2))
-    whole: StepStats = together([collate([data])])
+    whole, noise = step_with_noise(together, [collate([data])])
     split = apart([*one_by_one(data), padding_batch()])
-    assert split.terms["nll"] == pytest.approx(whole.terms["nll"], abs=1e-5)
-    assert split.terms["largest_logit"] == pytest.approx(whole.terms["largest_logit"], abs=1e-4)
-    assert difference(apart.gradients, together.gradients) < 2e-5
+    for name in ("nll", "largest_logit"):
+        assert abs(split.terms[name] - whole.terms[name]) <= noise.terms[name] < 1e-3
+    assert largest_share(apart.gradients, together.gradients) <= noise.gradients < 1e-3
 
 
 def test_violations_of_the_objective_contract_are_refused(tiny_base: Path) -> None:

@@ -13,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from router_runs import SMALL, Run, Together, difference, samples
+from router_runs import SMALL, Run, Together, samples
 from safetensors.torch import load_file
+from tolerances import StepNoise, largest_share, step_with_noise
 from torch import Tensor
 
 from finetune.config.schema import RouterAdapterConfig
 from finetune.data.batches import collate, padding_batch
 from finetune.model.forward import RouterOutput, record_router
 from finetune.objectives.router import BALANCE_LOSS, Z_LOSS, balance_sum, balance_weights, choice_counts, z_sum
+from finetune.train.step import StepStats
 
 T, E, K, LAYERS = 60, 6, 2, 3
 
@@ -135,29 +137,31 @@ class TestWhatMinimisesIt:
 SCOPES = {"router_balance_coefficient": 5.0, "router_z_loss_coefficient": 0.1}
 
 
+def assert_same(found: StepStats, gradients: dict[str, Tensor], one: Run, wanted: StepStats, noise: StepNoise) -> None:
+    for name in (BALANCE_LOSS, Z_LOSS):
+        assert abs(found.terms[name] - wanted.terms[name]) <= noise.terms[name] < 1e-4 * wanted.terms[name]
+    assert largest_share(gradients, one.gradients) <= noise.gradients < 1e-3
+
+
 @pytest.mark.parametrize("target", ["uniform", "base"])
 def test_one_micro_batch_equals_many_equals_two_ranks(target: str, tiny_base: Path) -> None:
     data = samples(6)
     settings = {**SCOPES, "router_balance_scope": "step", "router_balance_target": target}
     one = Run(tiny_base, **settings)
-    wanted = one([collate([[sample] for sample in data])])
+    wanted, noise = step_with_noise(one, [collate([[sample] for sample in data])])
     many = Run(tiny_base, **settings)
     figures = many([collate([[sample]]) for sample in data])
-    assert figures.terms[BALANCE_LOSS] == pytest.approx(wanted.terms[BALANCE_LOSS], abs=1e-6)
-    assert figures.terms[Z_LOSS] == pytest.approx(wanted.terms[Z_LOSS], rel=1e-6)
-    assert difference(many.gradients, one.gradients) < 2e-4
+    assert_same(figures, many.gradients, one, wanted, noise)
     together = Together(2)
     runs = [Run(tiny_base, accelerator=together.accelerator(rank), **settings) for rank in range(2)]
     shares = [[collate([[sample]]) for sample in data[:4]], [collate([data[4:]]), *(padding_batch() for _ in range(3))]]
     both = together.run(lambda rank: runs[rank](shares[rank]))
-    assert [figures.terms[BALANCE_LOSS] for figures in both] == pytest.approx(
-        [wanted.terms[BALANCE_LOSS]] * 2, abs=1e-6
-    )
     mean = {name: (runs[0].gradients[name] + runs[1].gradients[name]) / 2 for name in one.gradients}
-    assert difference(mean, one.gradients) < 2e-4
+    for figures in both:
+        assert_same(figures, mean, one, wanted, noise)
     apart = Run(tiny_base, **{**settings, "router_balance_scope": "microbatch"})
     apart([collate([[sample]]) for sample in data])
-    assert difference(apart.gradients, one.gradients) > 1e-2, "each micro-step by itself is another loss"
+    assert largest_share(apart.gradients, one.gradients) > 1e-2, "each micro-step by itself is another loss"
 
 
 @pytest.mark.parametrize("scope", ["microbatch", "step"])
@@ -165,19 +169,16 @@ def test_padding_and_packing_change_nothing(scope: str, tiny_base: Path) -> None
     data = samples(5)
     settings = {**SCOPES, "router_balance_scope": scope}
     packed, apart, padded, leaking = (Run(tiny_base, **settings) for _ in range(4))
-    wanted = apart([collate([[sample] for sample in data])])  # ragged rows: padding at their ends
+    ragged = [collate([[sample] for sample in data])]  # padding at the rows' ends
+    wanted, noise = step_with_noise(apart, ragged)
     figures = packed([collate([data[:3], data[3:]])])
-    assert figures.terms[BALANCE_LOSS] == pytest.approx(wanted.terms[BALANCE_LOSS], abs=1e-6)
-    assert difference(packed.gradients, apart.gradients) < 2e-4
+    assert_same(figures, packed.gradients, apart, wanted, noise)
     figures = padded([collate([data[:3], data[3:]]), padding_batch(), padding_batch()])
-    assert figures.terms[BALANCE_LOSS] == pytest.approx(wanted.terms[BALANCE_LOSS], abs=1e-6), (
-        "micro-steps of padding alone do not count"
-    )
-    assert difference(padded.gradients, apart.gradients) < 2e-4
+    assert_same(figures, padded.gradients, apart, wanted, noise)  # micro-steps of padding alone do not count
     joined = collate([data[:3], data[3:]])
     joined.segments.clamp_(max=0)
     leaking([joined])
-    assert difference(leaking.gradients, apart.gradients) > 1e-2
+    assert largest_share(leaking.gradients, apart.gradients) > 1e-2
 
 
 def test_the_bases_own_use_as_target_starts_at_1_without_a_gradient(tiny_base: Path) -> None:
@@ -189,10 +190,10 @@ def test_the_bases_own_use_as_target_starts_at_1_without_a_gradient(tiny_base: P
     plain = Run(tiny_base, fresh=True, router_balance_coefficient=0.0)
     figures = {target: run(data) for target, run in runs.items()}
     plain(data)
-    assert figures["base"].terms[BALANCE_LOSS] == pytest.approx(1.0, abs=1e-6) != figures["uniform"].terms[BALANCE_LOSS]
+    assert figures["base"].terms[BALANCE_LOSS] == pytest.approx(1.0, abs=1e-5) != figures["uniform"].terms[BALANCE_LOSS]
     names = [name for name in plain.gradients if name.endswith("b")]
     of = {target: {n: run.gradients[n] for n in names} for target, run in (*runs.items(), ("none", plain))}
-    assert difference(of["base"], of["none"]) < 1e-3 < 1e-2 < difference(of["uniform"], of["none"])
+    assert largest_share(of["base"], of["none"]) < 1e-3 < 1e-2 < largest_share(of["uniform"], of["none"])
 
 
 @pytest.mark.parametrize("mode", ["frozen", "lora", "full"])
@@ -252,7 +253,7 @@ def test_two_gloo_ranks_equal_one(tiny_base: Path, tmp_path: Path) -> None:
     data = samples(5)
     settings = {"router_balance_coefficient": 5.0, "router_balance_scope": "step", "router_balance_target": "base"}
     one = Run(tiny_base, router_z_loss_coefficient=0.1, **settings)
-    wanted = one([collate([data])])
+    wanted, noise = step_with_noise(one, [collate([data])])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -269,6 +270,5 @@ def test_two_gloo_ranks_equal_one(tiny_base: Path, tmp_path: Path) -> None:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
     terms = json.loads((tmp_path / "gradients.json").read_text())
-    assert terms[BALANCE_LOSS] == pytest.approx(wanted.terms[BALANCE_LOSS], abs=1e-6)
-    assert terms[Z_LOSS] == pytest.approx(wanted.terms[Z_LOSS], rel=1e-6)
-    assert difference(load_file(tmp_path / "gradients.safetensors"), one.gradients) < 2e-4
+    gradients = load_file(tmp_path / "gradients.safetensors")
+    assert_same(replace(wanted, terms=terms), gradients, one, wanted, noise)

@@ -122,8 +122,15 @@ def open_base(directory: Path, config: RunConfig, world: World) -> tuple[Base, A
     return base, adapter
 
 
-def train(directory: Path, kinds: list[str], world: World, *, fault: str = "") -> Outcome:
-    """Run all steps under each topology."""
+def train(
+    directory: Path,
+    kinds: list[str],
+    world: World,
+    *,
+    fault: str = "",
+    opened: tuple[Base, Adapter] | None = None,
+) -> Outcome:
+    """All steps, under the kinds in turn; on what `open_base` gave, where that is at hand."""
     outcome = Outcome()
     config = recipe(kinds[0], world.world_size, fault)
     plan = BatchPlan(samples(), config.data, config.trainer, 0, rank=world.rank, world_size=world.world_size)
@@ -133,7 +140,7 @@ def train(directory: Path, kinds: list[str], world: World, *, fault: str = "") -
         if engine is None or (turn > 0 and kinds[turn] != config.distributed.kind):
             before = engine
             config = recipe(kinds[turn], world.world_size, fault)
-            base, adapter = open_base(directory, config, world)
+            base, adapter = opened or open_base(directory, config, world)
             engine = open_engine(config, base, adapter, Accelerator(cpu=True), world)
             if before is not None:
                 engine.load(before.adapter_tensors(), before.optimizer_tensors())

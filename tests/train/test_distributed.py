@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import MICRO_STEPS_IN_ALL, Outcome, train
+from distributed_worker import MICRO_STEPS_IN_ALL, Outcome, open_base, recipe, train
 from safetensors.torch import load_file
+from tolerances import sum_noise
 
 from finetune.model import tiny
+from finetune.model.noise import rounding_noise
 from finetune.train.world import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
-TOLERANCE = 1e-5
+LARGEST_LIMIT = 5e-4  # the faults below give twenty times as much at the least
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +42,31 @@ def alone(deep_base: Path) -> Outcome:
     torch.set_num_threads(1)
     assert MICRO_STEPS_IN_ALL == 4
     return train(deep_base, ["single"], World())
+
+
+@pytest.fixture(scope="session")
+def limit(deep_base: Path) -> float:
+    """What rounding explains of losses, norms and the adapter after all steps: they are made with noise as well.
+
+    The losses are sums besides: a float32 sum over a step's trained tokens, of at most four rows of 90.
+    """
+    base, adapter = open_base(deep_base, recipe("single", 1, "no-checkpointing"), World())
+    before = {name: parameter.detach().clone() for name, parameter in adapter.parameters().items()}
+    outcomes: list[Outcome] = []
+
+    def compute() -> torch.Tensor:
+        with torch.no_grad():
+            for name, parameter in adapter.parameters().items():
+                parameter.copy_(before[name])
+        outcomes.append(train(deep_base, ["single"], World(), fault="no-checkpointing", opened=(base, adapter)))
+        return torch.tensor(outcomes[-1].losses)
+
+    rounding_noise(base.model, compute)
+    exact, *noisy = outcomes
+    found = max(distance(outcome, exact) for outcome in noisy) + sum_noise(max(exact.losses), 4 * 90)
+    print(f"limit: {found:.1e}")
+    assert found < LARGEST_LIMIT
+    return found
 
 
 def start(arguments: list[str], count: int = 2) -> list[subprocess.Popen[str]]:
@@ -96,36 +123,38 @@ def slow(deep_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 @pytest.mark.parametrize("job", ["fsdp2", "fsdp2>ddp"])
-def test_two_ranks_equal_one(quick: dict[str, Outcome], alone: Outcome, job: str) -> None:
+def test_two_ranks_equal_one(quick: dict[str, Outcome], alone: Outcome, job: str, limit: float) -> None:
     """Includes a last partial step, in which the second rank has only padding."""
     print(f"{job}: {distance(quick[job], alone):.1e}")
-    assert distance(quick[job], alone) < TOLERANCE
+    assert distance(quick[job], alone) <= limit
     assert quick[job].facts["identity"] and quick[job].facts["agree"] == "yes"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", SLOW)
-def test_the_other_topologies_equal_one_rank(slow: dict[str, Outcome], alone: Outcome, job: str) -> None:
+def test_the_other_topologies_equal_one_rank(slow: dict[str, Outcome], alone: Outcome, job: str, limit: float) -> None:
     print(f"{job}: {distance(slow[job], alone):.1e}")
-    assert distance(slow[job], alone) < TOLERANCE
+    assert distance(slow[job], alone) <= limit
     assert slow[job].facts["identity"] and slow[job].facts["agree"] == "yes"
     assert job.split(">")[-1].split(":")[0] in str(slow[job].facts["engine"])
 
 
 def test_a_dropped_gradient_is_detected(quick: dict[str, Outcome], alone: Outcome) -> None:
-    assert distance(quick["ddp:drops"], alone) > 100 * TOLERANCE
+    assert distance(quick["ddp:drops"], alone) > 20 * LARGEST_LIMIT
     assert quick["ddp:drops"].facts["agree"] == "yes", "both made the same wrong steps: only the comparison shows it"
 
 
 def test_a_missing_all_reduce_is_detected(quick: dict[str, Outcome], alone: Outcome) -> None:
-    assert distance(quick["ddp:alone"], alone) > 100 * TOLERANCE
+    assert distance(quick["ddp:alone"], alone) > 20 * LARGEST_LIMIT
     assert quick["ddp:alone"].facts["agree"] == "the adapter of rank 1 is not that of rank 0"
 
 
-def test_out_of_memory_on_one_rank_halves_micro_batches_on_all(quick: dict[str, Outcome], alone: Outcome) -> None:
+def test_out_of_memory_on_one_rank_halves_micro_batches_on_all(
+    quick: dict[str, Outcome], alone: Outcome, limit: float
+) -> None:
     assert quick["ddp:oom"].facts["parts"] == 2 and quick["ddp:drops"].facts["parts"] == 1
     print(f"ddp:oom: {distance(quick['ddp:oom'], alone):.1e}")
-    assert distance(quick["ddp:oom"], alone) < TOLERANCE
+    assert distance(quick["ddp:oom"], alone) <= limit
 
 
 def test_each_rank_stores_its_shard_of_the_packed_layers(quick: dict[str, Outcome]) -> None:

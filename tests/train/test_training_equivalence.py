@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from allocation import AllocationTracker
+from tolerances import StepNoise, largest_drift, largest_share, step_with_noise
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
@@ -73,43 +74,35 @@ class Run:
         return self.step(batches, 1e-3, 1, before_update=keep)
 
 
-def largest_difference(one: Run, other: Run) -> tuple[float, float]:
-    """Largest relative difference and mean residual over all gradients."""
-    assert one.gradients.keys() == other.gradients.keys() and one.gradients
-    pairs = [(one.gradients[name], other.gradients[name]) for name in one.gradients]
-    worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-    residual = max(abs((a - b).mean().item()) / b.abs().max().item() for a, b in pairs)
-    return worst, residual
-
-
-def assert_same(one: Run, other: Run) -> None:
-    worst, residual = largest_difference(one, other)
-    assert worst < 2e-5 and residual < 2e-6
+def assert_same(one: Run, other: Run, noise: StepNoise) -> None:
+    assert largest_share(one.gradients, other.gradients) <= noise.gradients < 1e-3
+    assert largest_drift(one.gradients, other.gradients) <= noise.mean < 1e-4
 
 
 def test_packed_equals_unpacked(tiny_base: Path) -> None:
     data = samples()
     packed, unpacked, leaking = Run(tiny_base), Run(tiny_base), Run(tiny_base)
     loss = packed([collate([data[:5], data[5:]])]).loss
-    assert abs(loss - unpacked([collate([[sample] for sample in data])]).loss) < 1e-5
-    assert_same(packed, unpacked)
+    wanted, noise = step_with_noise(unpacked, [collate([[sample] for sample in data])])
+    assert abs(loss - wanted.loss) <= noise.loss < 1e-3
+    assert_same(packed, unpacked, noise)
     joined = collate([data[:5], data[5:]])
     joined.segments.clamp_(max=0)  # every sample sees those before it
-    with pytest.raises(AssertionError):
-        leaking([joined])
-        assert_same(leaking, unpacked)
+    leaking([joined])
+    assert largest_share(leaking.gradients, unpacked.gradients) > 1e-2
 
 
 def test_accumulation_1_x_8_equals_8_x_1(tiny_base: Path) -> None:
     data = samples()
     many, one, mean_of_means = Run(tiny_base), Run(tiny_base), Run(tiny_base)
     loss = many([collate([[sample]]) for sample in data]).loss
-    assert abs(loss - one([collate([[sample] for sample in data])]).loss) < 1e-5
-    assert_same(many, one)
+    wanted, noise = step_with_noise(one, [collate([[sample] for sample in data])])
+    assert abs(loss - wanted.loss) <= noise.loss < 1e-3
+    assert_same(many, one, noise)
     # What averaging each micro-step's own mean would give: each sample's weights scaled to the same sum.
     even = [Example(s.ids, s.weights / s.weights.sum(), s.id, s.where) for s in data]
     mean_of_means([collate([[sample]]) for sample in even])
-    assert largest_difference(mean_of_means, one)[0] > 1e-2
+    assert largest_share(mean_of_means.gradients, one.gradients) > 1e-2
 
 
 def test_a_partial_last_window_has_the_full_gradient(tiny_base: Path) -> None:
@@ -117,23 +110,26 @@ def test_a_partial_last_window_has_the_full_gradient(tiny_base: Path) -> None:
     data = samples(3)
     partial, whole = Run(tiny_base), Run(tiny_base)
     partial([collate([[sample]]) for sample in data])
-    whole([collate([data])])
-    assert_same(partial, whole)
+    _, noise = step_with_noise(whole, [collate([data])])
+    assert_same(partial, whole, noise)
 
 
 def test_checkpointing_on_equals_off_with_balance_loss(tiny_base: Path) -> None:
     data = samples(4)
     runs = [Run(tiny_base, balance=0.05, checkpointed=flag) for flag in (True, False)]
-    figures = [run([collate([data])]) for run in runs]
-    assert figures[0].loss == pytest.approx(figures[1].loss, abs=1e-6)
-    assert figures[0].terms["balance_loss"] == pytest.approx(figures[1].terms["balance_loss"], abs=1e-6)
-    assert_same(*runs)
+    figures = runs[0]([collate([data])])
+    wanted, noise = step_with_noise(runs[1], [collate([data])])
+    for name in ("loss", "balance_loss"):
+        assert abs(figures.terms[name] - wanted.terms[name]) <= noise.terms[name] < 1e-3
+    assert_same(*runs, noise)
     without = Run(tiny_base, balance=0.0, checkpointed=True)
     without([collate([data])])
-    assert largest_difference(without, runs[1])[0] > 1e-3, "the balance loss reaches the adapter through checkpointing"
+    assert largest_share(without.gradients, runs[1].gradients) > 5e-3 > 20 * noise.gradients, (
+        "the balance loss reaches it when checkpointed"
+    )
     perturbed = Run(tiny_base, balance=0.05, perturb=1e-3)
     perturbed([collate([data])])
-    assert largest_difference(perturbed, runs[1])[0] > 1e-3
+    assert largest_share(perturbed.gradients, runs[1].gradients) > 1e-2
 
 
 def test_the_step_loss_is_transformers_weighted_mean(tiny_base: Path) -> None:
@@ -143,7 +139,7 @@ def test_the_step_loss_is_transformers_weighted_mean(tiny_base: Path) -> None:
         for name, parameter in run.adapter.parameters().items():
             if name.endswith("b"):
                 parameter.zero_()
-    loss = run([collate([data[:2], data[2:]])]).loss
+    stats, noise = step_with_noise(run, [collate([data[:2], data[2:]])])
     model = AutoModelForCausalLM.from_pretrained(
         tiny_base, dtype=torch.bfloat16, quantization_config=Mxfp4Config(dequantize=True), attn_implementation="eager"
     ).float()
@@ -156,7 +152,7 @@ def test_the_step_loss_is_transformers_weighted_mean(tiny_base: Path) -> None:
             )
         weights = torch.from_numpy(sample.weights[1:])
         total, weight = total + (nll * weights).sum().item(), weight + weights.sum().item()
-    assert loss == pytest.approx(total / weight, abs=1e-4)
+    assert abs(stats.loss - total / weight) <= noise.loss < 1e-3
 
 
 class TestBalanceLoss:

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tolerances import log_probability_noise
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from finetune.adapters.store import WEIGHTS, AdapterFile
@@ -168,11 +169,12 @@ def test_a_gguf_file_holds_the_same_experts(merged: tuple[Path, dict[str, Any]],
 
 @pytest.mark.skipif(find_spec("mlx_lm") is None, reason="needs mlx[cpu] and mlx-lm (extra `dev`)")
 def test_mlx_lm_reads_it(merged: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    from test_export_runtimes import foreign, transformers_log_probabilities, truncating
+    from test_export_runtimes import foreign, in_transformers, log_probabilities, logits_of, truncating
 
     theirs = foreign("mlx", merged[0], tmp_path / "mlx.npy")
-    ours = transformers_log_probabilities(truncating(merged[0], tmp_path / "truncating"))
-    assert np.abs(theirs - ours).max() < 5e-5
+    model = in_transformers(truncating(merged[0], tmp_path / "truncating"))
+    limit = log_probability_noise(model, lambda: logits_of(model))
+    assert np.abs(theirs - log_probabilities(model)).max() <= limit < 1e-2
 
 
 def test_the_verification_finds_changed_bytes(merged: tuple[Path, dict[str, Any]], run: Path, tmp_path: Path) -> None:

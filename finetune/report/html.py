@@ -190,6 +190,7 @@ def _charts(run: RunFiles) -> Arguments:
         ("Router balance loss (1 is uniform)", "balance_loss"),
         ("Speed, tokens per second", "tokens_per_second"),
         ("Peak memory, GiB", "memory_gib"),
+        *((name, name) for name in run.other_terms()),
     ):
         drawings.append(line_chart(title, [Series(title, points(key))], "step"))
     return {"drawings": [Markup(drawing) for drawing in drawings if drawing]}

@@ -148,6 +148,10 @@ def _training(files: RunFiles) -> str:
     keys = ("step", "loss", "balance_loss", "gradient_norm", "learning_rate", "tokens_per_second", "memory_gib")
     forms = ("d", ".4f", ".3f", ".3f", ".2e", ",.0f", ".2f")
     rows = [[format(step[key], form) for key, form in zip(keys, forms, strict=True)] for step in shown]
+    for name in files.other_terms():
+        head = (*head, name)
+        for row, step in zip(rows, shown, strict=True):
+            row.append(format(step[name], ".4f") if name in step else "")
     text = f"## Training\n\n{_table(Table(head, rows))}"
     if validations:
         best = min(validations, key=lambda step: validations[step])

@@ -15,6 +15,17 @@ from finetune.files import JsonObject
 from finetune.report.survival import Survival, read_survival
 from finetune.results import Evaluation, read_evaluation
 
+STEP_FIGURES = {
+    "loss",
+    "balance_loss",
+    "router_z_loss",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_second",
+    "memory_gib",
+}
+"""Floating-point figures that every step's metrics have, whatever the objective."""
+
 
 @dataclass(frozen=True)
 class ShownAnswer:
@@ -99,6 +110,12 @@ class RunFiles:
             survival=read_survival(run),
             unreadable=unreadable,
         )
+
+    def other_terms(self) -> list[str]:
+        """Names of an objective's terms in the steps' metrics beyond those that every run has, in order."""
+        steps = (line for line in self.metrics if line.get("kind") == "step")
+        names = dict.fromkeys(name for line in steps for name, value in line.items() if isinstance(value, float))
+        return [name for name in names if name not in STEP_FIGURES]
 
     def lines(self, kind: str, *keys: str) -> list[JsonObject]:
         """Metrics lines of a kind that have numbers under all of `keys`."""

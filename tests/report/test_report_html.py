@@ -87,7 +87,15 @@ def run(tmp_path: Path) -> Path:
     return directory
 
 
+def test_terms_of_an_objective_are_drawn_by_name(run: Path) -> None:
+    charts = write_html(run).read_text().count("<svg")
+    (run / "metrics.jsonl").write_text("".join(step(n, margin=n / 8) for n in range(1, 41)))
+    page = checked(write_html(run))
+    assert page.source.count("<svg") == charts + 1 and "margin" in page.text
+
+
 def test_nothing_from_data_reaches_the_page_unescaped(run: Path) -> None:
+    (run / "metrics.jsonl").write_text("".join(step(n, **{ATTACK: n / 8}) for n in range(1, 41)))
     page = checked(write_html(run))
     assert {tag for tag, _ in page.tags} & {"script", "iframe", "link", "object"} == set()
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)

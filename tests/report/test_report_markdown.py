@@ -103,6 +103,14 @@ def test_a_finished_run(run: Path) -> None:
     assert "stopped" not in text
 
 
+def test_terms_of_an_objective_are_shown_by_name(run: Path) -> None:
+    assert "memory GiB | rewards" not in report_of(run)
+    lines = [json.loads(metrics_line(step)) | {"rewards/margins": step / 8} for step in range(1, 41)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = report_of(run)
+    assert "memory GiB | rewards/margins |" in text and "| 12,346 | 1.50 | 0.1250 |" in text
+
+
 def test_an_evaluation_of_version_0_1_is_reported_alike(run: Path) -> None:
     now, terminal = report_of(run), outcome(run)
     (run / "evaluation.json").write_text(json.dumps({"before": BEFORE, "after": AFTER}))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+
+import pytest
+
+from finetune.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,3 +31,11 @@ def test_make_targets_and_commands_exist() -> None:
 def test_files_it_points_to_exist() -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_estimates_are_those_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe in ("legal_20b", "legal_120b"):
+        assert main(["estimate", recipe, "--json"]) == 0
+        gib = json.loads(capsys.readouterr().out)["peak_bytes"] / 2**30
+        (stated,) = re.findall(rf"^\| `{recipe}` \|[^|]*\| ([\d.]+) GiB estimated", README, flags=re.MULTILINE)
+        assert stated == f"{gib:.1f}" and f"`{recipe}` takes {stated} GiB" in README

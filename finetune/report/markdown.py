@@ -144,14 +144,13 @@ def _training(files: RunFiles) -> str:
     every = max(1, len(steps) // NUM_CURVE_POINTS)
     shown = [*steps[::every], *([steps[-1]] if (len(steps) - 1) % every else [])]
     validations = {line["step"]: line["validation_loss"] for line in files.metrics if line.get("kind") == "evaluation"}
-    head = ("step", "loss", "balance", "gradient norm", "learning rate", "tokens/s", "memory GiB")
+    others = files.other_terms()
+    head = ("step", "loss", "balance", "gradient norm", "learning rate", "tokens/s", "memory GiB", *others)
     keys = ("step", "loss", "balance_loss", "gradient_norm", "learning_rate", "tokens_per_second", "memory_gib")
     forms = ("d", ".4f", ".3f", ".3f", ".2e", ",.0f", ".2f")
     rows = [[format(step[key], form) for key, form in zip(keys, forms, strict=True)] for step in shown]
-    for name in files.other_terms():
-        head = (*head, name)
-        for row, step in zip(rows, shown, strict=True):
-            row.append(format(step[name], ".4f") if name in step else "")
+    for row, step in zip(rows, shown, strict=True):
+        row += [format(step[name], ".4f") if name in step else "" for name in others]
     text = f"## Training\n\n{_table(Table(head, rows))}"
     if validations:
         best = min(validations, key=lambda step: validations[step])

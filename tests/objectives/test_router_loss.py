@@ -262,6 +262,7 @@ def test_two_gloo_ranks_equal_one(tiny_base: Path, tmp_path: Path) -> None:
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
         }  # fmt: skip
         script = [sys.executable, str(Path(__file__).with_name("gloo_balance_child.py"))]
         arguments = [str(tiny_base), str(tmp_path / "gradients.safetensors")]

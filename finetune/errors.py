@@ -5,6 +5,8 @@ An exception that is not a `FinetuneError` is a bug in this tool and exits with 
 
 from __future__ import annotations
 
+import re
+
 
 class FinetuneError(Exception):
     """Base of all errors that are reported to the user without a traceback.
@@ -72,8 +74,18 @@ class Interrupted(FinetuneError):
         self.exit_code = 128 + signal_number
 
 
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory"  # torch on the host
+    r"|CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_HOST_ALLOCATION_FAILED)"
+    r"|(CUDA|Cuda|NCCL)[^\n]*out of memory",  # "CUDA error: out of memory"; NCCL: "Cuda failure 2 'out of memory'"
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or the host; torch's errors are recognised by name, without importing torch."""
+    """Whether memory ran out, on a GPU or the host; torch's errors are recognised by name, without importing torch.
+
+    torch's host allocator, cuBLAS, cuDNN, NCCL and the CUDA runtime report it in the text of a plain RuntimeError.
+    """
     names = {kind.__name__ for kind in type(error).__mro__}
-    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or "OutOfMemoryError" in names or allocator
+    by_text = isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+    return isinstance(error, MemoryError) or "OutOfMemoryError" in names or by_text

@@ -213,6 +213,12 @@ def _distributed(config: RunConfig) -> Iterator[Problem]:
             f"is skip, but with distributed.kind={kind} DeepSpeed owns the gradients and cannot drop those of a step",
             "write stop, or use distributed=ddp or distributed=fsdp2",
         )
+    if config.model.embedding_on_cpu and kind in DEEPSPEED:
+        yield Problem(
+            ("model", "embedding_on_cpu"),
+            f"is true, but with distributed.kind={kind} DeepSpeed moves the whole model to the GPU, the embedding too",
+            "write false, or use distributed=ddp or distributed=fsdp2",
+        )
     if kind not in ("single", "ddp"):
         yield from _sharded_adapter(config)
     if kind in SHARDED_BASE:

@@ -103,3 +103,11 @@ def test_rendering_settings_that_fit_together() -> None:
         ["data.loss.analysis=0", "data.loss.final=2"],
     ):
         compose("quickstart", overrides)
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero2", "zero3"])
+def test_zero_would_move_an_embedding_on_the_host(kind: str) -> None:
+    overrides = ["model.embedding_on_cpu=true", f"distributed={kind}"]
+    with pytest.raises(ConfigError, match=r"model\.embedding_on_cpu.*DeepSpeed moves the whole model"):
+        compose("legal_20b", [*overrides, "distributed.num_processes=2"])
+    assert compose("legal_20b", ["model.embedding_on_cpu=true", "distributed=ddp", "distributed.num_processes=2"])

@@ -15,7 +15,7 @@ from finetune.cli import main as cli
 from finetune.cli import preflight as guard
 from finetune.config.compose import compose
 from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, ExpertAdapterConfig, RunConfig
-from finetune.errors import CapacityError
+from finetune.errors import CapacityError, is_out_of_memory
 from finetune.estimate import memory
 from finetune.estimate.advice import as_text, changes_that_fit, cheapest_changes, make_plan, with_overrides
 from finetune.estimate.fit import GIB, LENGTH_STEP, Budget, fit, flops_per_token, longest_sequences
@@ -149,7 +149,8 @@ def test_changes_that_fit_are_enough_and_each_is_needed(too_large: RunConfig) ->
     for key in enough:
         fewer = with_overrides(too_large, {other: value for other, value in enough.items() if other != key})
         needless = fewer is not None and fit(fewer, base, CARD).fits
-        assert not needless or key.endswith("alpha")  # which goes with its rank
+        # alpha goes with its rank, and the accumulation with the size of a micro-batch
+        assert not needless or key.endswith(("alpha", "gradient_accumulation_steps")), key
     assert changes_that_fit(too_large, base, Budget.of_card(24)) is None
 
 
@@ -161,10 +162,11 @@ def test_overrides_that_the_rules_forbid_are_not_proposed(too_large: RunConfig) 
 
 
 def test_a_plan_fits_and_keeps_the_step() -> None:
-    config, base = compose("legal_20b").config, published("20b").arch
+    one_by_one = ("trainer.micro_batch_size=1", "trainer.gradient_accumulation_steps=4")
+    config, base = compose("legal_20b", one_by_one).config, published("20b").arch
     plan = make_plan(config, base, Budget.of_card(24), gpus=1)
     assert plan is not None and fit(plan.config, base, Budget.of_card(24)).fits
-    assert plan.config == compose("legal_20b", as_text(plan.overrides).split()).config
+    assert plan.config == compose("legal_20b", [*one_by_one, *as_text(plan.overrides).split()]).config
     large = make_plan(config, base, CARD, gpus=1)
     assert large is not None and large.config.trainer.micro_batch_size > config.trainer.micro_batch_size
     sequences = [c.trainer.micro_batch_size * c.trainer.gradient_accumulation_steps for c in (config, large.config)]
@@ -226,6 +228,21 @@ def test_ignoring_the_estimate_is_logged(
 
 class OutOfMemoryError(RuntimeError):
     """Stands for torch's class of this name."""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried 9 bytes",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: out of memory",
+        "NCCL error in: a.cpp:1, unhandled cuda error\nLast error: Cuda failure 2 'out of memory'",
+    ],
+)
+def test_memory_errors_of_libraries_are_recognised(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(ValueError(text)) and not is_out_of_memory(RuntimeError("CUDA error: invalid argument"))
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,7 @@ def dry_run(recipe: str, composed: ComposedConfig) -> None:
     for name in split_names(config.data):
         split = load_split(config.data, name)
         log.result(describe(split))
-        check_forms(name, split.stats.forms, config.objective.kind)
+        check_forms(name, split.stats.forms, config.objective.kind, split.stats.labels)
     log.result(_adapter(config))
     log.result(_memory(config))
 

@@ -52,6 +52,12 @@ class Split:
     examples: Sequence[Example]
     stats: SplitStats = field(default_factory=SplitStats)
 
+    def first_examples(self) -> list[int]:
+        """The number of each record's first example."""
+        if isinstance(self.records, RecordTable):
+            return self.records.first_examples().tolist()
+        return [n for n, record in enumerate(self.records) if not n or record.where != self.records[n - 1].where]
+
 
 def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> Split:
     """Read a split's sources and tokenise every record, or find all of it in the cache.
@@ -121,6 +127,9 @@ def tokenise(config: DataConfig, split: SplitName, writer: TableWriter) -> Split
                     continue
                 writer.add(raw, source.form, examples)
                 stats.num_records += 1
+                if not math.isnan(examples[0].score) and len(examples) == 1:
+                    label = "desirable" if examples[0].score > 0 else "undesirable"
+                    stats.labels[label] = stats.labels.get(label, 0) + 1
                 _count_answer(raw.fields.get("answer"), answers)
                 stats.source_sizes[name] += len(examples)
                 for example in examples:

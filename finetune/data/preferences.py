@@ -16,7 +16,7 @@ from finetune.config.schema import DataForm
 from finetune.data.checks import BadRecordError, parse_json, shown
 from finetune.data.conversation import Answer, Conversation, DeclaredTools, Message
 from finetune.data.parse_messages import parse_messages, parse_tools
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, InputError
 from finetune.files import JsonObject
 
 ReadTurns = Callable[[object], object]
@@ -86,20 +86,28 @@ def check_label(raw: JsonObject) -> None:
         )
 
 
-def check_forms(split: str, forms: Mapping[str, int], kind: str) -> None:
+def check_forms(split: str, forms: Mapping[str, int], kind: str, labels: Mapping[str, int] | None = None) -> None:
     """Refuse data that an objective cannot learn from, and name the recipe that can.
 
     Args:
         split: for the message.
         forms: how many records came in which form (`SplitStats.forms`).
         kind: the recipe's `objective.kind`.
+        labels: how many answers are desirable and undesirable (`SplitStats.labels`).
 
     Raises:
         ConfigError: some records have a form of another objective.
+        InputError: of the training records' labels all are the same.
     """
     fits = {"sft": set(SUPERVISED_FORMS), "kto": {"preference", "labelled"}}.get(kind, {"preference", "ranked"})
     wrong = {form: count for form, count in forms.items() if form not in fits}
     if not wrong:
+        if split == "train" and kind == "kto" and len(labels or {}) == 1 and set(forms) == {"labelled"}:
+            raise InputError(
+                f"data.{split}: every answer is {next(iter(labels or {}))}",
+                why="kto learns from what sets desirable answers apart from undesirable ones",
+                fix="add records with the other `label`, or train on desirable answers alone with objective: sft",
+            )
         return
     form, count = max(wrong.items(), key=lambda item: item[1])
     what = f"data.{split} has {count:,} records of form `{form}`, and objective.kind is {kind}"

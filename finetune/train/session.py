@@ -104,7 +104,7 @@ def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: b
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         log.info(describe(split))
-        check_forms(split.name, split.stats.forms, config.objective.kind)
+        check_forms(split.name, split.stats.forms, config.objective.kind, split.stats.labels)
     train = splits["train"]
     test = choose_test_set(splits["test"], config, train.stats.answers) if "test" in splits else None
     plan = BatchPlan(

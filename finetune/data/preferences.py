@@ -87,7 +87,7 @@ def check_label(raw: JsonObject) -> None:
 
 
 def check_forms(split: str, forms: Mapping[str, int], kind: str, labels: Mapping[str, int] | None = None) -> None:
-    """Refuse data that an objective cannot learn from, and name the recipe that can.
+    """Refuse data that an objective cannot learn from, and name the recipe that can; test data may have any form.
 
     Args:
         split: for the message.
@@ -101,7 +101,7 @@ def check_forms(split: str, forms: Mapping[str, int], kind: str, labels: Mapping
     """
     fits = {"sft": set(SUPERVISED_FORMS), "kto": {"preference", "labelled"}}.get(kind, {"preference", "ranked"})
     wrong = {form: count for form, count in forms.items() if form not in fits}
-    if not wrong:
+    if split == "test" or not wrong:
         if split == "train" and kind == "kto" and len(labels or {}) == 1 and set(forms) == {"labelled"}:
             raise InputError(
                 f"data.{split}: every answer is {next(iter(labels or {}))}",

@@ -244,3 +244,11 @@ def test_data_of_the_objective_pass() -> None:
     for forms, kind in (({"messages": 1, "text": 1}, "sft"), ({"preference": 1, "ranked": 1}, "simpo")):
         check_forms("train", forms, kind)
     check_forms("train", {"labelled": 1, "preference": 1}, "kto")
+    check_forms("test", {"preference": 3}, "sft")  # pairs tell what supervised fine-tuning does to preferences
+
+
+def test_labels_of_one_kind_alone_are_refused() -> None:
+    check_forms("train", {"labelled": 4}, "kto", {"desirable": 1, "undesirable": 3})
+    check_forms("train", {"labelled": 4, "preference": 1}, "kto", {"desirable": 4})
+    with pytest.raises(InputError, match="every answer is desirable"):
+        check_forms("train", {"labelled": 4}, "kto", {"desirable": 4})

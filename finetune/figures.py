@@ -85,6 +85,7 @@ class PairFigures:
         margin: mean log-probability of the better answer minus that of the other, in nats.
         reward_accuracy: share of pairs whose better answer gained more log-probability over the base than the other.
         shorter_wins: accuracy of preferring the answer with fewer tokens.
+        margins: by model, each pair's margin in nats, in order.
         shuffled: `accuracy` with prompts exchanged among records; above 0.5 the answers alone tell which is better.
     """
 
@@ -94,6 +95,7 @@ class PairFigures:
     reward_accuracy: Figure | None = None
     shorter_wins: Figure | None = None
     shuffled: Comparison | None = None
+    margins: dict[Model, list[float]] | None = None
 
     def updated(self, model: Model, other: PairFigures) -> PairFigures:
         """These figures with one model's accuracy and margin taken from others on the same pairs."""
@@ -102,6 +104,7 @@ class PairFigures:
             accuracy=self.accuracy.updated(model, other.accuracy),
             margin=self.margin.updated(model, other.margin),
             reward_accuracy=other.reward_accuracy,
+            margins={**(self.margins or {}), **(other.margins or {})} or None,
             shuffled=(self.shuffled or Comparison()).updated(model, other.shuffled)
             if other.shuffled
             else self.shuffled,

@@ -48,7 +48,25 @@ def pair_figures(
         margin=_compare(margins, records, confidence),
         reward_accuracy=None if gained is None else _figure(gained > 0, records, confidence),
         shorter_wins=_figure(_shorter_wins(evalset, pairs), records, confidence),
+        margins={model: margin.tolist() for model, margin in margins.items()},
     )
+
+
+def with_reward_accuracy(after: PairFigures, before: PairFigures, evalset: EvalSet, confidence: float) -> PairFigures:
+    """Add how often the better answer gained more, from the margins of two measurements of the same pairs.
+
+    Args:
+        after: of the adapter alone.
+        before: of the base alone.
+        evalset: what both were measured on.
+        confidence: level of the interval.
+    """
+    old, new = (before.margins or {}).get("base"), (after.margins or {}).get("adapter")
+    if old is None or new is None or len(old) != len(new) or len(new) != len(evalset.pairs):
+        return after
+    records = evalset.record_numbers[[better for better, _ in evalset.pairs]]
+    gained = np.array(new) > np.array(old)
+    return replace(after, reward_accuracy=_figure(gained, records, confidence))
 
 
 def preferred_examples(evalset: EvalSet) -> NDArray[np.bool_]:

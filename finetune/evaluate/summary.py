@@ -17,7 +17,13 @@ from finetune.evaluate.evalset import EvalSet
 from finetune.evaluate.labels import own_tokens
 from finetune.evaluate.likelihood import BetweenBatches, held_out_loss
 from finetune.evaluate.measure import ExampleScore, GeneratedAnswer, MeasurementLog, score_set
-from finetune.evaluate.pairs import pair_figures, preferred_examples, shuffled_prompts, with_shuffled
+from finetune.evaluate.pairs import (
+    pair_figures,
+    preferred_examples,
+    shuffled_prompts,
+    with_reward_accuracy,
+    with_shuffled,
+)
 from finetune.evaluate.prose import is_refusal, prose_figures
 from finetune.evaluate.statistics import (
     Classification,
@@ -26,7 +32,7 @@ from finetune.evaluate.statistics import (
     mcnemar,
     wilson_interval,
 )
-from finetune.figures import MODELS, Comparison, Figure, Model
+from finetune.figures import MODELS, Comparison, Figure, Model, PairFigures
 from finetune.model.build import Base
 from finetune.results import (
     AnswerFigures,
@@ -42,7 +48,13 @@ _MOST_CONFUSED = 8
 
 
 def measure_test_set(
-    base: Base, test: EvalSet, model: Model, confidence: float, *, between_batches: BetweenBatches
+    base: Base,
+    test: EvalSet,
+    model: Model,
+    confidence: float,
+    *,
+    between_batches: BetweenBatches,
+    before: PairFigures | None = None,
 ) -> SuiteFigures:
     """Score the test set of a training run with the model as it is.
 
@@ -52,6 +64,7 @@ def measure_test_set(
         model: which model it is.
         confidence: level of the intervals.
         between_batches: see `BetweenBatches`.
+        before: the base's figures of pairs, with which the adapter's are compared.
 
     Raises:
         CheckError: a loss or a label's score is not finite.
@@ -63,7 +76,10 @@ def measure_test_set(
         shuffled = shuffled_prompts(test)
         longest = max([test.data.max_length, *(len(example.ids) for example in shuffled)])
         loss = held_out_loss(base.model, shuffled, longest, task="shuffled prompts", between_batches=between_batches)
-        figures = replace(figures, pairs=with_shuffled(figures.pairs, test, model, loss.nll, confidence))
+        pairs = with_shuffled(figures.pairs, test, model, loss.nll, confidence)
+        if before is not None:
+            pairs = with_reward_accuracy(pairs, before, test, confidence)
+        figures = replace(figures, pairs=pairs)
     log.info(f"{'before' if model == 'base' else 'after'}: {_describe(figures, model)}")
     return figures
 
@@ -79,6 +95,8 @@ def _describe(figures: SuiteFigures, model: Model) -> str:
         text += f", pair accuracy {accuracy.text()} of {figures.pairs.pairs} pairs"
         if figures.pairs.shuffled and (control := figures.pairs.shuffled.of(model)):
             text += f" (prompts shuffled: {control.text()})"
+        if figures.pairs.reward_accuracy:
+            text += f", reward accuracy {figures.pairs.reward_accuracy.text()}"
     return f"{text} on {figures.rows} examples" + ("" if loss.interval else ": one record, which gives no interval")
 
 

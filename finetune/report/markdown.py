@@ -136,6 +136,8 @@ def _evaluation(evaluation: Evaluation | None) -> str:
     note = f"{test.rows} test examples, {evaluation.confidence:.0%} intervals"
     if (pairs := test.pairs) is not None:
         note += f"; {pairs.pairs} pairs of answers by log-probability"
+        if pairs.reward_accuracy:
+            note += f"; the better one gained more over the base in {pairs.reward_accuracy.text()}"
         if pairs.shorter_wins:
             note += f"; preferring the shorter answer is right for {pairs.shorter_wins.text()}"
         if pairs.shuffled and pairs.shuffled.adapter:

@@ -246,7 +246,9 @@ def _train_and_evaluate(session: Session, trainer: Trainer, run: Run) -> Result:
             trainer.watchdog.heartbeat(f"evaluating the {model}")
             trainer.stop_if_asked(save=save)
 
-        figures = measure_test_set(base, test, model, config.evaluate.confidence, between_batches=between_batches)
+        before = evaluation.test.pairs if evaluation.test else None
+        confidence = config.evaluate.confidence
+        figures = measure_test_set(base, test, model, confidence, between_batches=between_batches, before=before)
         evaluation = evaluation.updated(model, world.broadcast(figures))
         run.write_evaluation(evaluation)
 

@@ -13,7 +13,13 @@ from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data.dataset import load_split
 from finetune.evaluate.evalset import EvalSet, _whole_groups
 from finetune.evaluate.measure import ExampleScore
-from finetune.evaluate.pairs import pair_figures, preferred_examples, shuffled_prompts, with_shuffled
+from finetune.evaluate.pairs import (
+    pair_figures,
+    preferred_examples,
+    shuffled_prompts,
+    with_reward_accuracy,
+    with_shuffled,
+)
 from finetune.evaluate.summary import summarise_set
 from finetune.files import JsonObject
 from finetune.report.content import evaluation_parts
@@ -103,7 +109,10 @@ def test_pair_figures_are_stored_updated_and_shown(tmp_path: Path) -> None:
     before = summarise_set(evalset, {"base": [ExampleScore(float(n % 2), 1.0, None, None) for n in range(8)]}, 0.95)
     after = summarise_set(evalset, {"adapter": [ExampleScore(float(-n % 2), 1.0, None, None) for n in range(8)]}, 0.95)
     assert after.pairs is not None
+    assert before.pairs is not None
     pairs = with_shuffled(after.pairs, evalset, "adapter", np.array([0.0, 1, 1, 0] * 2), 0.95)
+    pairs = with_reward_accuracy(pairs, before.pairs, evalset, 0.95)
+    assert pairs.reward_accuracy and pairs.reward_accuracy.value == 0.0  # every margin was 1 and is -1 or less
     both = before.updated("adapter", dataclasses.replace(after, pairs=pairs))
     evaluation = Evaluation("adapter", None, 0.95, [], {}, [both], None, None)
     read = parse_evaluation(json.loads(json.dumps(to_json(evaluation))))

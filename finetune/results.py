@@ -13,75 +13,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from finetune.errors import InputError
+from finetune.figures import MODELS, Comparison, Figure, Model, PairFigures
 from finetune.files import JsonObject
-
-Model = Literal["base", "adapter"]
-MODELS: tuple[Model, Model] = ("base", "adapter")
-"""`adapter` is the base with its adapter."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured value.
-
-    Attributes:
-        value: such as nats per trained token, or a share.
-        interval: lower and upper end at the evaluation's confidence level; None: measured on one record.
-    """
-
-    value: float
-    interval: tuple[float, float] | None
-
-    def text(self, form: str = ".3f") -> str:
-        """The value and its interval in a number format.
-
-        >>> Figure(0.5, (0.4, 0.6)).text(), Figure(2.5, None).text(".1f")
-        ('0.500 [0.400, 0.600]', '2.5')
-        """
-        if self.interval is None:
-            return f"{self.value:{form}}"
-        return f"{self.value:{form}} [{self.interval[0]:{form}}, {self.interval[1]:{form}}]"
-
-    def headline(self) -> str:
-        """The value and its interval as reports and cards show them."""
-        return self.text() + ("" if self.interval else " (one record: no interval)")
-
-
-@dataclass(frozen=True)
-class McNemar:
-    """Exact McNemar test: examples that only the base, and only the adapter, has right, and the two-sided p-value."""
-
-    lost: int
-    gained: int
-    p_value: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One measure of both models; None: not measured (yet).
-
-    Attributes:
-        base, adapter: each model's figure.
-        difference: adapter minus base, paired example by example.
-        mcnemar: of a share of right answers.
-    """
-
-    base: Figure | None = None
-    adapter: Figure | None = None
-    difference: Figure | None = None
-    mcnemar: McNemar | None = None
-
-    def of(self, model: Model) -> Figure | None:
-        """One model's figure."""
-        return self.base if model == "base" else self.adapter
-
-    def updated(self, model: Model, other: Comparison) -> Comparison:
-        """This comparison with one model's figure taken from another one; what compares the two is dropped."""
-        figures = {name: (other if name == model else self).of(name) for name in MODELS}
-        return Comparison(figures["base"], figures["adapter"])
 
 
 class ReliabilityBin(NamedTuple):
@@ -126,7 +62,7 @@ class SuiteFigures:
         suite: its name: `test`, or a domain of the retention sets.
         rows: examples.
         records: the records that they belong to, which intervals resample.
-        loss: nats per trained token.
+        loss: nats per trained token, of the best answers where a record has several.
         perplexity: exp of the loss.
         num_labels: candidate labels.
         best_constant: accuracy of always giving the most frequent answer.
@@ -137,6 +73,7 @@ class SuiteFigures:
         per_label: figures of each label.
         most_confused: (own label, label chosen with the adapter, count) of the most frequent mistakes.
         accuracy_per_token: by likelihood per token of the answer's own.
+        pairs: figures of pairs of answers.
     """
 
     suite: str
@@ -155,12 +92,14 @@ class SuiteFigures:
     per_label: list[LabelFigures] | None = None
     most_confused: list[tuple[str, str, int]] | None = None
     accuracy_per_token: Comparison | None = None
+    pairs: PairFigures | None = None
 
     def updated(self, model: Model, other: SuiteFigures) -> SuiteFigures:
         """These figures with one model's loss, perplexity and accuracy taken from others on the same examples."""
         accuracy = self.accuracy and other.accuracy and self.accuracy.updated(model, other.accuracy)
         loss, perplexity = self.loss.updated(model, other.loss), self.perplexity.updated(model, other.perplexity)
-        return dataclasses.replace(self, loss=loss, perplexity=perplexity, accuracy=accuracy)
+        pairs = self.pairs and other.pairs and self.pairs.updated(model, other.pairs)
+        return dataclasses.replace(self, loss=loss, perplexity=perplexity, accuracy=accuracy, pairs=pairs)
 
 
 @dataclass(frozen=True)
@@ -293,10 +232,11 @@ class Evaluation:
         return self.suites[0] if self.suites else None
 
     def headlines(self) -> list[tuple[str, Comparison]]:
-        """`test loss` and, where labels were scored, `accuracy` of the test set."""
+        """`test loss` and, where labels or pairs were scored, `accuracy` and `pair accuracy` of the test set."""
         if self.test is None:
             return []
-        found = [("test loss", self.test.loss), ("accuracy", self.test.accuracy)]
+        pairs = self.test.pairs.accuracy if self.test.pairs else None
+        found = [("test loss", self.test.loss), ("accuracy", self.test.accuracy), ("pair accuracy", pairs)]
         return [(title, figures) for title, figures in found if figures is not None]
 
     def final(self, title: str) -> float | None:

@@ -9,12 +9,10 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import InputError
+from finetune.figures import Comparison, Figure, McNemar
 from finetune.results import (
     BaseName,
-    Comparison,
     Evaluation,
-    Figure,
-    McNemar,
     ReliabilityBin,
     SuiteFigures,
     parse_evaluation,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from finetune.errors import ConfigError
 
 if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
+    from finetune.data.dataset import Split
 
 _PREVIEW_USAGE = "finetune data preview RECIPE [key=value ...] [-n COUNT] [--split NAME] [--html FILE] [--json]"
 _STATS_USAGE = "finetune data stats RECIPE [key=value ...] [--json] [--no-duplicates]"
@@ -77,6 +79,7 @@ def _stats(config: RunConfig, args: argparse.Namespace) -> None:
 
 def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
     from finetune.data.dataset import describe, load_split
+    from finetune.data.preferences import PREFERENCE_KEYS
     from finetune.data.preview import as_html, as_json, as_text, spread
 
     if args.n < 1:
@@ -84,6 +87,9 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
     if args.html and args.json:
         raise ConfigError("--html does not go with --json", fix="give one of them")
     split = load_split(config.data, args.split, check=False)
+    if split.stats.forms.keys() & PREFERENCE_KEYS.keys():
+        _preview_pairs(split, recipe, args)
+        return
     examples = [split.examples[number] for number in spread(len(split.examples), args.n)]
     log.info(describe(split))
     if args.html:
@@ -94,3 +100,23 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         log.result("\n\n".join(as_text(example, colour=colour) for example in examples))
+
+
+def _preview_pairs(split: Split, recipe: str, args: argparse.Namespace) -> None:
+    """Show records with their answers side by side; `-n` counts records."""
+    from finetune.data.dataset import describe
+    from finetune.data.preview import spread
+    from finetune.data.preview_pairs import group_as_json, group_as_text, groups_as_html, groups_of
+
+    starts = split.first_examples()
+    groups = groups_of(split.examples, [starts[number] for number in spread(len(starts), args.n)])
+    log.info(describe(split))
+    if args.html:
+        args.html.write_text(groups_as_html(f"{recipe}: {args.split}", groups), encoding="utf-8")
+        log.info(f"{args.html}: {len(groups)} records")
+    elif args.json:
+        log.result(json.dumps([group_as_json(group) for group in groups], indent=2))
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        width = shutil.get_terminal_size((120, 24)).columns
+        log.result("\n\n".join(group_as_text(group, colour=colour, width=width) for group in groups))

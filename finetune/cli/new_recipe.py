@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "gpt_oss_20b"
 LONGEST_SEQUENCE = 16_384
 _BAD_RECORDS_SHOWN = 3
-_ADAPTER_AND_TRAINER = """
+_SUPERVISED_RATE = "learning_rate: 2.0e-4 # higher learns faster until it becomes unstable"
+_PREFERENCE_RATE = "learning_rate: null # the objective's default; higher prefers sooner, until answers degrade"
+_ADAPTER_AND_TRAINER = f"""
 adapter:
-  attention: {rank: 16, alpha: 32.0} # higher rank: more capacity, memory and overfitting
-  experts: {rank: 4, alpha: 8.0} # per expert, so it takes most of the memory; rank 0 leaves the experts frozen
+  attention: {{rank: 16, alpha: 32.0}} # higher rank: more capacity, memory and overfitting
+  experts: {{rank: 4, alpha: 8.0}} # per expert, so it takes most of the memory; rank 0 leaves the experts frozen
 
 trainer:
   epochs: 2 # more fits the training records more closely; watch for the validation loss to rise
-  learning_rate: 2.0e-4 # higher learns faster until it becomes unstable
+  {_SUPERVISED_RATE}
   micro_batch_size: 1 # more: faster while memory lasts; lower gradient_accumulation_steps to keep the step
   gradient_accumulation_steps: 4 # more: steadier gradients, fewer updates
 """
@@ -157,6 +159,7 @@ def recipe_text(name: str, data: str, summary: FileSummary, model: str) -> str:
         "defaults:",
         f"  - override /model: {model}",
         "  - override /data: own",
+        *([f"  - override /objective: {summary.objective}"] if summary.objective != "sft" else []),
         "",
         "seed: 0 # other seeds show how much of a gain is luck",
         "",
@@ -170,12 +173,15 @@ def recipe_text(name: str, data: str, summary: FileSummary, model: str) -> str:
         counts = f"{len(summary.bad_records):,} of {summary.num_read:,}"
         lines.append(f"  on_bad_record: skip # {counts} records cannot be used")
     text = "\n".join(lines) + "\n" + _ADAPTER_AND_TRAINER
+    if summary.objective != "sft":
+        text = text.replace(_SUPERVISED_RATE, _PREFERENCE_RATE)
     if summary.has_validation:
         text += "\nevaluate:\n  every_steps: 50 # optimiser steps between validation losses\n"
         if summary.has_test:
             text += "  test_examples: 500 # scored before and after; fewer: faster, wider intervals\n"
         text += "\nsave:\n  every_steps: 50 # optimiser steps that a crash can cost at most\n"
-        text += "  best_metric: validation_loss # exports the best adapter; `none` exports the last\n"
+        if summary.objective == "sft":
+            text += "  best_metric: validation_loss # exports the best adapter; `none` exports the last\n"
     return text
 
 

@@ -18,6 +18,7 @@ from finetune.config.rules import SHARDED_BASE
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.config.validate import to_plain
 from finetune.data.dataset import describe, load_split
+from finetune.data.preferences import check_forms
 from finetune.data.sources import split_names
 from finetune.errors import CapacityError, ConfigError, InputError, is_out_of_memory
 from finetune.estimate.advice import cheapest_changes
@@ -136,8 +137,10 @@ def dry_run(recipe: str, composed: ComposedConfig) -> None:
         log.result(f"  {difference.key}: {as_typed(difference.after)}{default}")
     for line in [*derived_lines(config), *deepspeed_lines(config), *inputs]:
         log.result(line)
-    for split in split_names(config.data):
-        log.result(describe(load_split(config.data, split)))
+    for name in split_names(config.data):
+        split = load_split(config.data, name)
+        log.result(describe(split))
+        check_forms(name, split.stats.forms, config.objective.kind, split.stats.labels)
     log.result(_adapter(config))
     log.result(_memory(config))
 

@@ -9,7 +9,9 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from finetune.config.fields import Strict
 
-DataForm = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+DataForm = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "ranked", "labelled"
+]
 ReasoningEffortName = Literal["low", "medium", "high"]
 
 
@@ -112,6 +114,8 @@ class DataConfig(Strict):
         on_bad_record: `stop` if a record cannot be used (after the sources are read to their end, so that all are
             counted), or `skip` and count them.
         max_skipped_ratio: with `skip`, a larger share of skipped records stops the run nevertheless.
+        pairs: of preference records with more than two scored answers: `best_worst` makes one pair of each, `all` every
+            pair whose scores differ, `listwise` compares all in the order of their scores, which must not tie.
         pack: put several examples into one sequence (none attends to another); off: one example per sequence.
         cache: keep the tokens on disk, memory-mapped and reused as long as sources, settings and code stay the same;
             off: tokenise again and keep them in memory.
@@ -134,6 +138,7 @@ class DataConfig(Strict):
     earlier_thinking: Literal["drop", "keep", "split"] = "drop"
     on_bad_record: Literal["stop", "skip"] = "stop"
     max_skipped_ratio: Annotated[float, Ge(0), Le(1)] = 0.05
+    pairs: Literal["best_worst", "all", "listwise"] = "best_worst"
     pack: bool = True
     cache: bool = True
     cache_dir: str | None = None

@@ -52,6 +52,7 @@ class SplitStats:
         bad_records: records that cannot be used, each with its reason.
         dropped: records left out because the recipe says so, such as too long ones, each with its reason.
         answers: per source, how many records have which `answer`; only the first `MOST_ANSWERS` different ones.
+        labels: how many answers without others to the same prompt are desirable and undesirable.
         fingerprint: SHA-256 over the examples' token ids and weights, in order: identifies what is trained, whatever
             its source.
     """
@@ -66,6 +67,7 @@ class SplitStats:
     bad_records: list[BadRecord] = field(default_factory=list)
     dropped: list[BadRecord] = field(default_factory=list)
     answers: dict[str, dict[str, int]] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
 
     @classmethod

@@ -103,6 +103,19 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One of several answers to the same prompt.
+
+    Attributes:
+        messages: what follows the prompt.
+        score: higher is better: 1 for a chosen or desirable answer, 0 for a rejected or undesirable one, or a rating.
+    """
+
+    messages: tuple[Message, ...]
+    score: float
+
+
+@dataclass(frozen=True)
 class Conversation:
     """The content of a record.
 
@@ -112,6 +125,9 @@ class Conversation:
         form: the form that it was read from.
         tools: the functions and builtin tools that the assistant may call.
         reasoning_effort, model_identity, conversation_date: override the recipe's if not None.
+        answers: the answers of a preference record, best first; `messages` is the prompt with the first of them. Empty
+            for other records.
+        num_prompt: how many of `messages` all answers follow.
         num_control_spellings: how often its texts spell a control token, such as `<|end|>`; they stay text.
     """
 
@@ -122,6 +138,8 @@ class Conversation:
     reasoning_effort: ReasoningEffortName | None = None
     model_identity: str | None = None
     conversation_date: str | None = None
+    answers: tuple[Answer, ...] = ()
+    num_prompt: int = 0
     num_control_spellings: int = 0
 
     @property
@@ -131,7 +149,8 @@ class Conversation:
 
     def texts(self) -> Iterator[str]:
         """Yield every text of the record that is encoded."""
-        for message in self.messages:
+        others = (message for answer in self.answers[1:] for message in answer.messages)
+        for message in (*self.messages, *others):
             yield message.content
             if message.thinking:
                 yield message.thinking

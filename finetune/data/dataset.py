@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,7 @@ from finetune.data.example_table import ExampleTable, RecordTable, TableWriter
 from finetune.data.forms import unused_keys
 from finetune.data.harmony.render import Example, render_examples
 from finetune.data.harmony.tokenizer import LONGEST_TOKEN_BYTES
-from finetune.data.harmony.truncate import truncate
+from finetune.data.harmony.truncate import group_length, truncate, truncate_group
 from finetune.data.sources import (
     BadRecord,
     RawRecord,
@@ -49,6 +51,12 @@ class Split:
     records: Sequence[Record]
     examples: Sequence[Example]
     stats: SplitStats = field(default_factory=SplitStats)
+
+    def first_examples(self) -> list[int]:
+        """The number of each record's first example."""
+        if isinstance(self.records, RecordTable):
+            return self.records.first_examples().tolist()
+        return [n for n, record in enumerate(self.records) if not n or record.where != self.records[n - 1].where]
 
 
 def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> Split:
@@ -119,6 +127,9 @@ def tokenise(config: DataConfig, split: SplitName, writer: TableWriter) -> Split
                     continue
                 writer.add(raw, source.form, examples)
                 stats.num_records += 1
+                if not math.isnan(examples[0].score) and len(examples) == 1:
+                    label = "desirable" if examples[0].score > 0 else "undesirable"
+                    stats.labels[label] = stats.labels.get(label, 0) + 1
                 _count_answer(raw.fields.get("answer"), answers)
                 stats.source_sizes[name] += len(examples)
                 for example in examples:
@@ -137,7 +148,10 @@ def _usable_examples(raw: RawRecord, source: SourceConfig, config: DataConfig, s
         left_out = stats.dropped if error.kind == "too long" and config.too_long != "error" else stats.bad_records
         left_out.append(bad_record(raw.where, error))
         return ()
-    kept = [shortened for example in examples if (shortened := _shorten(example, config, stats)) is not None]
+    if record.conversation.answers:
+        kept = _shorten_group(examples, config, stats)
+    else:
+        kept = [shortened for example in examples if (shortened := _shorten(example, config, stats)) is not None]
     if kept:
         form = record.conversation.form
         stats.forms[form] = stats.forms.get(form, 0) + 1
@@ -159,10 +173,12 @@ def _make_examples(raw: RawRecord, source: SourceConfig, config: DataConfig) -> 
     if record.conversation.text is None and num_characters > LONGEST_TOKEN_BYTES * config.max_length:
         reason = f"{num_characters:,} characters cannot fit data.max_length ({config.max_length:,} tokens)"
         raise BadRecordError("too long", reason)
-    examples = [example for example in render_examples(record, config) if example.num_trained_tokens]
-    if not examples:
-        raise BadRecordError("nothing to train", "no token of it would be trained")
-    longest = max(len(example.ids) for example in examples)
+    rendered = render_examples(record, config)
+    examples = [example for example in rendered if example.num_trained_tokens]
+    is_group = bool(record.conversation.answers)
+    if not examples or (is_group and len(examples) < len(rendered)):
+        raise BadRecordError("nothing to train", f"no token of {'an answer' if is_group else 'it'} would be trained")
+    longest = group_length(examples) if is_group else max(len(example.ids) for example in examples)
     if longest > config.max_length and config.too_long == "error":
         reason = f"{longest:,} tokens are more than data.max_length ({config.max_length:,})"
         raise BadRecordError("too long", reason)
@@ -183,6 +199,22 @@ def _shorten(example: Example, config: DataConfig, stats: SplitStats) -> Example
     return None
 
 
+def _shorten_group(examples: list[Example], config: DataConfig, stats: SplitStats) -> list[Example]:
+    """Cut the prompt of a record's answers alike, or leave the record out: an answer is never cut."""
+    length = group_length(examples)
+    if length <= config.max_length:
+        return examples
+    short = truncate_group(examples, config.max_length) if config.too_long == "truncate" else None
+    if short is not None:
+        stats.num_truncated += len(short)
+        return short
+    reason = f"prompt and answers have {length:,} tokens, more than data.max_length ({config.max_length:,})"
+    if config.too_long == "truncate":
+        reason += ", and the answers alone do not fit"
+    stats.dropped.append(bad_record(examples[0].where, BadRecordError("too long", reason)))
+    return []
+
+
 def _count_answer(answer: str | None, answers: dict[str, int]) -> None:
     if answer is not None and (answer in answers or len(answers) < MOST_ANSWERS):
         answers[answer] = answers.get(answer, 0) + 1
@@ -194,6 +226,8 @@ def _count(example: Example, stats: SplitStats, digest: hashlib._Hash) -> None:
     digest.update(len(example.ids).to_bytes(8, "little"))
     digest.update(example.ids.astype("<i4").tobytes())
     digest.update(example.weights.astype("<f4").tobytes())
+    if not math.isnan(example.score):
+        digest.update(struct.pack("<qd", example.shared, example.score))
 
 
 class _SplitKey:

@@ -28,6 +28,8 @@ _EXAMPLES = pa.schema(
         ("record", pa.int64()),
         ("num_control_spellings", pa.int32()),
         ("num_without_thinking", pa.int32()),
+        ("shared", pa.int32()),
+        ("score", pa.float64()),
     ]
 )
 _RECORDS = pa.schema([("where", pa.string()), ("form", pa.string()), ("raw", pa.large_string())])
@@ -100,6 +102,8 @@ class TableWriter:
                 pa.array([record for _, record in self._examples], pa.int64()),
                 pa.array([example.num_control_spellings for example in examples], pa.int32()),
                 pa.array([example.num_without_thinking for example in examples], pa.int32()),
+                pa.array([example.shared for example in examples], pa.int32()),
+                pa.array([example.score for example in examples], pa.float64()),
             ]
             self._writers[0].write_batch(pa.record_batch(columns, schema=_EXAMPLES))
         if self._records:
@@ -150,9 +154,9 @@ class ExampleTable(Sequence[Example]):
         ids, weights, channels = (
             values[offsets[place] : offsets[place + 1]] for offsets, values in self._columns[chunk]
         )
-        names = ("id", "record", "num_control_spellings", "num_without_thinking")
-        name, record, spellings, without_thinking = (batch.column(column)[place].as_py() for column in names)
-        return Example(ids, weights, name, self._where[record], channels, spellings, without_thinking)
+        names = ("id", "record", "num_control_spellings", "num_without_thinking", "shared", "score")
+        name, record, *counts = (batch.column(column)[place].as_py() for column in names)
+        return Example(ids, weights, name, self._where[record], channels, *counts)
 
 
 def example_lengths(examples: Sequence[Example]) -> list[int]:

@@ -13,6 +13,13 @@ from finetune.config.suggest import suggest_word
 from finetune.data.checks import BadRecordError, checked_text, parse_json, shown, unknown
 from finetune.data.conversation import Conversation
 from finetune.data.parse_messages import parse_messages, parse_tools
+from finetune.data.preferences import (
+    PREFERENCE_KEYS,
+    PREFERENCE_OPTIONAL_KEYS,
+    check_label,
+    parse_preference,
+    preference_form,
+)
 from finetune.files import JsonObject
 
 KEYS_OF_FORM: dict[DataForm, tuple[str, ...]] = {
@@ -21,6 +28,7 @@ KEYS_OF_FORM: dict[DataForm, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
+    **PREFERENCE_KEYS,
 }
 """The keys that a record of each form must have, and by which it is recognised."""
 
@@ -30,6 +38,7 @@ _OPTIONAL_KEYS: dict[DataForm, tuple[str, ...]] = {
     "alpaca": ("system", "input", "history"),
     "prompt_completion": ("system",),
     "text": (),
+    **PREFERENCE_OPTIONAL_KEYS,
 }
 _OVERRIDES = ("reasoning_effort", "model_identity", "conversation_date")
 _KEYS_OF_ALL = ("id", "answer", "tools", "functions", "builtin_tools", *_OVERRIDES)
@@ -73,6 +82,8 @@ def parse_conversation(raw: JsonObject, form: DataForm = "auto") -> Conversation
         form = detect_form(raw)
     if form == "text":
         conversation = _plain_text(raw)
+    elif form in PREFERENCE_KEYS:
+        conversation = parse_preference(raw, form, lambda turns: _from_sharegpt(turns, None), _parse_overrides(raw))
     else:
         tools = parse_tools(raw)
         messages = parse_messages(to_messages(raw, form), tools)
@@ -82,16 +93,23 @@ def parse_conversation(raw: JsonObject, form: DataForm = "auto") -> Conversation
 
 
 def fitting_forms(raw: JsonObject) -> list[DataForm]:
-    """The forms whose keys a record has; a key whose value is null counts as absent."""
-    return [form for form, keys in KEYS_OF_FORM.items() if all(raw.get(key) is not None for key in keys)]
+    """The forms whose keys a record has; a key whose value is null counts as absent.
+
+    A preference record may repeat its chosen conversation under `messages` or `conversations`, so its form goes first.
+    """
+    if preferred := preference_form(raw):
+        return [preferred]
+    others = {form: keys for form, keys in KEYS_OF_FORM.items() if form not in PREFERENCE_KEYS}
+    return [form for form, keys in others.items() if all(raw.get(key) is not None for key in keys)]
 
 
 def detect_form(raw: JsonObject) -> DataForm:
     """Recognise a record's form by its keys; a key whose value is null counts as absent.
 
     Raises:
-        BadRecordError: no form fits, or more than one.
+        BadRecordError: no form fits, or more than one; or a label is not boolean (`check_label`).
     """
+    check_label(raw)
     fitting = fitting_forms(raw)
     if len(fitting) == 1:
         return fitting[0]
@@ -107,7 +125,8 @@ def detect_form(raw: JsonObject) -> DataForm:
     raise BadRecordError(
         "no messages",
         f"the record has no `messages` nor another form's keys (conversations; instruction and output; prompt and "
-        f"completion; text), only {', '.join(map(str, raw)) or 'nothing'}" + (f"; {advice}" if advice else ""),
+        f"completion; text; chosen and rejected), only {', '.join(map(str, raw)) or 'nothing'}"
+        + (f"; {advice}" if advice else ""),
     )
 
 

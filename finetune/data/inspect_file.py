@@ -15,6 +15,8 @@ from finetune.data.conversation import Message
 from finetune.data.dataset import count_kinds
 from finetune.data.forms import KEYS_OF_FORM, fitting_forms, propose_columns, unused_keys
 from finetune.data.harmony.render import render_examples
+from finetune.data.harmony.truncate import group_length
+from finetune.data.preferences import PREFERENCE_KEYS
 from finetune.data.sources import (
     SPLITS,
     BadRecord,
@@ -80,7 +82,8 @@ class FileSummary:
         has_more: the file has more.
         bad_records: those that cannot be used.
         forms: how many of the others came in which form.
-        lengths: tokens of each example of the first `RECORDS_TOKENISED` records.
+        lengths: tokens of each example of the first `RECORDS_TOKENISED` records; of a preference record, tokens of its
+            prompt and answers side by side.
         num_trained_tokens: how many of these would be trained.
         split: the field that names splits, or seems to.
         has_ids: every record has an `id`.
@@ -109,6 +112,12 @@ class FileSummary:
     def num_usable(self) -> int:
         """Records that can be used."""
         return self.forms.total()
+
+    @property
+    def objective(self) -> str:
+        """The option of configs/objective/ that learns from the file's form."""
+        form = self.forms.most_common(1)[0][0]
+        return "sft" if form not in PREFERENCE_KEYS else "kto" if form == "labelled" else "dpo"
 
     @property
     def longest(self) -> int:
@@ -186,12 +195,15 @@ def _read(source: SourceConfig) -> tuple[FileSummary, JsonObject | None]:
             all_names.append(names)
             try:
                 record = parse_record(raw, source.form)
-                examples = render_examples(record, config) if summary.num_usable < RECORDS_TOKENISED else ()
+                examples = render_examples(record, config) if summary.num_usable < RECORDS_TOKENISED else []
             except BadRecordError as error:
                 summary.bad_records.append(bad_record(raw.where, error))
                 continue
             usable_names.append(names)
-            summary.lengths += [len(example.ids) for example in examples]
+            if record.conversation.answers and examples:
+                summary.lengths.append(group_length(examples))
+            else:
+                summary.lengths += [len(example.ids) for example in examples]
             summary.num_trained_tokens += sum(example.num_trained_tokens for example in examples)
             _count(summary, raw, record)
     summary.split = find_split_field(
@@ -208,7 +220,7 @@ def _count(summary: FileSummary, raw: RawRecord, record: Record) -> None:
     summary.forms[record.conversation.form] += 1
     summary.unused_keys.update(unused_keys(raw.raw, record.conversation.form))
     summary.num_with_thinking += any(message.thinking for message in record.messages)
-    summary.num_with_turns += _has_turns(record.messages)
+    summary.num_with_turns += not record.conversation.answers and _has_turns(record.messages)
 
 
 def _has_turns(messages: Sequence[Message]) -> bool:

@@ -25,6 +25,12 @@ _COLOURS = {
     Channel.TEXT: ("34", "#1a4fa0"),
 }
 """For the terminal and for HTML. Trained tokens have their channel's; context has none."""
+PAGE_STYLE = """body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}
+h2{font-size:1em}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:1em}
+.context{color:#767676;font-weight:400}
+.control{background:#eee}
+""" + "".join(f".{channel.name.lower()}{{color:{colour};font-weight:600}}" for channel, (_, colour) in _COLOURS.items())
 _DIM, _INVERSE, _RESET = "2", "7", "\x1b[0m"
 
 
@@ -75,7 +81,7 @@ def as_text(example: Example, *, colour: bool) -> str:
         colour: trained tokens in their channel's colour and context dim; otherwise trained tokens are in brackets
             with the channel's name, and with the weight if it is not 1.
     """
-    body = "".join(_coloured(piece) for piece in pieces(example)) if colour else _bracketed(pieces(example))
+    body = "".join(_coloured(piece) for piece in pieces(example)) if colour else bracketed(pieces(example))
     return f"{_title(example)}\n{body}"
 
 
@@ -92,12 +98,9 @@ def as_json(example: Example) -> JsonObject:
 
 def as_html(title: str, examples: Sequence[Example]) -> str:
     """Format examples as a page: no script, nothing loaded, and every text from the data escaped."""
-    style = "".join(
-        f".{channel.name.lower()}{{color:{colour};font-weight:600}}" for channel, (_, colour) in _COLOURS.items()
-    )
     legend = " ".join(f'<span class="{channel.name.lower()}">{channel.name.lower()}</span>' for channel in _COLOURS)
     sections = "\n".join(
-        f"<h2>{html.escape(_title(example))}</h2>\n<pre>{''.join(map(_span, pieces(example)))}</pre>"
+        f"<h2>{html.escape(_title(example))}</h2>\n<pre>{''.join(map(span, pieces(example)))}</pre>"
         for example in examples
     )
     return f"""<!doctype html>
@@ -107,12 +110,7 @@ def as_html(title: str, examples: Sequence[Example]) -> str:
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>{html.escape(printable(title))}</title>
 <style>
-body{{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}}
-h2{{font-size:1em}}
-pre{{white-space:pre-wrap;overflow-wrap:anywhere;border:1px solid #ccc;padding:1em}}
-.context{{color:#767676;font-weight:400}}
-.control{{background:#eee}}
-{style}
+{PAGE_STYLE}
 </style>
 </head>
 <body>
@@ -134,13 +132,20 @@ def _title(example: Example) -> str:
 
 
 def _coloured(piece: Piece) -> str:
+    return f"{colour_codes(piece)}{piece.text}{_RESET}"
+
+
+def colour_codes(piece: Piece) -> str:
+    """The terminal codes of a piece: its channel's colour if it is trained, and inverse for control tokens."""
     codes = [_COLOURS[Channel[piece.channel.upper()]][0] if piece.weight else _DIM]
     if piece.is_control:
         codes.append(_INVERSE)
-    return f"\x1b[{';'.join(codes)}m{piece.text}{_RESET}"
+    return f"\x1b[{';'.join(codes)}m"
 
 
-def _bracketed(all_pieces: Sequence[Piece]) -> str:
+def bracketed(all_pieces: Sequence[Piece]) -> str:
+    """Text with trained tokens in brackets, each with its channel and a weight other than 1."""
+
     def parts() -> Iterator[str]:
         for (channel, weight), run in groupby(all_pieces, lambda piece: (piece.weight and piece.channel, piece.weight)):
             text = "".join(piece.text for piece in run)
@@ -150,7 +155,8 @@ def _bracketed(all_pieces: Sequence[Piece]) -> str:
     return "".join(parts())
 
 
-def _span(piece: Piece) -> str:
+def span(piece: Piece) -> str:
+    """A piece as HTML."""
     names = [piece.channel if piece.weight else "context", *(["control"] if piece.is_control else [])]
     weight = f' title="loss weight {piece.weight:g}"' if piece.weight not in (0, 1) else ""
     return f'<span class="{" ".join(names)}"{weight}>{html.escape(piece.text)}</span>'

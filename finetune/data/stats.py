@@ -16,6 +16,8 @@ from finetune.data.duplicates import Overlap, Text, find_duplicates, text_of
 from finetune.data.example_table import RecordTable, example_lengths
 from finetune.data.harmony.encode import HEADER, Channel
 from finetune.data.packing import Mixture, pack, packing_efficiency
+from finetune.data.pair_stats import PairStats, pair_lines, pair_stats
+from finetune.data.preferences import PREFERENCE_KEYS
 from finetune.data.sources import BadRecord, split_names
 from finetune.files import JsonObject
 
@@ -93,6 +95,7 @@ class SplitFigures:
         packing: the first epoch's sequences.
         num_spelling_control_tokens: examples whose text spells a control token.
         num_without_thinking: examples with assistant messages that are untrained because their thinking was dropped.
+        pairs: of preference records; lengths and packing are then those of whole records, each prompt once.
     """
 
     split: Split
@@ -102,6 +105,7 @@ class SplitFigures:
     packing: PackingStats
     num_spelling_control_tokens: int
     num_without_thinking: int
+    pairs: PairStats | None = None
 
     def as_json(self) -> JsonObject:
         """As plain data."""
@@ -123,7 +127,7 @@ class SplitFigures:
             "samples_spelling_control_tokens": self.num_spelling_control_tokens,
             "samples_with_answers_untrained_for_lost_thinking": self.num_without_thinking,
             "fingerprint": stats.fingerprint,
-        }
+        } | ({"preferences": self.pairs.as_json()} if self.pairs else {})
 
 
 @dataclass(frozen=True)
@@ -175,15 +179,21 @@ def _figures(split: Split, config: RunConfig) -> SplitFigures:
         context += np.bincount(channels[~weighted], minlength=HEADER)
         spellings += example.num_control_spellings > 0
         without_thinking += example.num_without_thinking > 0
-    lengths = example_lengths(split.examples)
+    lengths, sizes, pairs = example_lengths(split.examples), split.stats.source_sizes, None
+    if split.stats.forms.keys() & PREFERENCE_KEYS.keys():
+        starts = split.first_examples()
+        pairs, lengths = pair_stats(split.examples, starts, split.stats)
+        ends = np.searchsorted(starts, np.cumsum([0, *sizes.values()]))
+        sizes = dict(zip(sizes, np.diff(ends).tolist(), strict=True))
     return SplitFigures(
         split,
         _by_channel(trained),
         _by_channel(context),
         _length_stats(lengths) if lengths else None,
-        _packing_stats(split, lengths, config),
+        _packing_stats(split.name, sizes, lengths, config),
         spellings,
         without_thinking,
+        pairs,
     )
 
 
@@ -216,10 +226,10 @@ def _round_step(least: float) -> int:
         power *= 10
 
 
-def _packing_stats(split: Split, lengths: Sequence[int], config: RunConfig) -> PackingStats:
-    data, source_sizes = config.data, split.stats.source_sizes
+def _packing_stats(split: str, source_sizes: dict[str, int], lengths: Sequence[int], config: RunConfig) -> PackingStats:
+    data = config.data
     taken = list(range(len(lengths)))
-    if taken and split.name == "train":
+    if taken and split == "train":
         taken = Mixture(source_sizes, data.train, data.mix_temperature, config.seed).examples(0).tolist()
     sizes = [lengths[index] for index in taken]
     sequences = [[place] for place in range(len(taken))]
@@ -278,8 +288,11 @@ def _split_lines(name: str, figures: SplitFigures) -> Iterator[str]:
     if len(stats.source_sizes) > 1:
         for source, size in stats.source_sizes.items():
             yield f"  source {source}: {size:,} examples, {packing.examples_by_source[source]:,} in the first epoch"
+    unit = "records" if figures.pairs else "examples"
+    if figures.pairs:
+        yield from pair_lines(figures.pairs)
     yield (
-        f"  packing: {packing.examples:,} examples into {packing.sequences:,} sequences of {packing.max_length:,} "
+        f"  packing: {packing.examples:,} {unit} into {packing.sequences:,} sequences of {packing.max_length:,} "
         f"tokens, {packing.efficiency:.2%} filled"
     )
     if figures.lengths:

@@ -19,6 +19,7 @@ from finetune.config.suggest import suggest_word
 from finetune.data.conversation import Conversation
 from finetune.data.dataset import Split, load_split
 from finetune.data.harmony.render import Example, render_examples
+from finetune.data.preferences import PREFERENCE_KEYS
 from finetune.data.sources import Record
 from finetune.errors import ConfigError
 
@@ -73,6 +74,21 @@ class EvalSet:
     def labelled_examples(self) -> frozenset[int]:
         """The examples whose label is scored: one of each record, since a record has one answer."""
         return frozenset(self.first_examples if self.labels is not None else ())
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of answers to the same prompt with different scores, as numbers of examples, the better one first."""
+        of_record: dict[int, list[int]] = {}
+        for number, record in enumerate(self.record_numbers.tolist()):
+            of_record.setdefault(record, []).append(number)
+        scores = [example.score for example in self.examples]
+        return tuple(
+            (one, other)
+            for numbers in of_record.values()
+            for one in numbers
+            for other in numbers
+            if scores[one] > scores[other]
+        )
 
     def answered_examples(self, count: int) -> list[int]:
         """Up to `count` examples to generate answers for: one of each conversation, evenly spread."""
@@ -154,8 +170,23 @@ def choose_test_set(split: Split, config: RunConfig, train: AnswersBySource) -> 
             )
     for note in notes:
         log.warning(note)
-    chosen = stratified_subset(split.records, config.evaluate.test_examples)
+    if split.stats.forms.keys() & PREFERENCE_KEYS.keys():
+        chosen = _whole_groups(split, config.evaluate.test_examples)
+    else:
+        chosen = stratified_subset(split.records, config.evaluate.test_examples)
     return _subset("test", config.data, split, chosen, labels, notes)
+
+
+def _whole_groups(split: Split, count: int | None) -> list[int]:
+    """The examples of `count` preference records, chosen at random: all answers of a record or none."""
+    by_record: dict[str, list[int]] = {}
+    for number, example in enumerate(split.examples):
+        by_record.setdefault(example.where, []).append(number)
+    groups = list(by_record.values())
+    if count is None or count >= len(groups):
+        return list(range(len(split.examples)))
+    taken = np.random.default_rng(SUBSET_SEED).choice(len(groups), count, replace=False)
+    return [number for group in sorted(taken.tolist()) for number in groups[group]]
 
 
 def retention_sets(

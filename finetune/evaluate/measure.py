@@ -24,8 +24,8 @@ from finetune.evaluate.generation import Sampling, generate, read_completion
 from finetune.evaluate.labels import score_labels
 from finetune.evaluate.likelihood import BetweenBatches, held_out_loss
 from finetune.evaluate.opening import LoadedModel
+from finetune.figures import MODELS, Model
 from finetune.files import JsonObject, write_text
-from finetune.results import MODELS, Model
 
 EXAMPLES_AT_ONCE = 128
 PROMPTS_AT_ONCE = 8

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.results import McNemar
+from finetune.figures import McNemar
 
 NUM_RESAMPLES = 2000
 NUM_BINS = 10

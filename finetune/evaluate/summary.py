@@ -15,8 +15,9 @@ from finetune import log
 from finetune.data.sources import Record
 from finetune.evaluate.evalset import EvalSet
 from finetune.evaluate.labels import own_tokens
-from finetune.evaluate.likelihood import BetweenBatches
+from finetune.evaluate.likelihood import BetweenBatches, held_out_loss
 from finetune.evaluate.measure import ExampleScore, GeneratedAnswer, MeasurementLog, score_set
+from finetune.evaluate.pairs import pair_figures, preferred_examples, shuffled_prompts, with_shuffled
 from finetune.evaluate.prose import is_refusal, prose_figures
 from finetune.evaluate.statistics import (
     Classification,
@@ -25,15 +26,12 @@ from finetune.evaluate.statistics import (
     mcnemar,
     wilson_interval,
 )
+from finetune.figures import MODELS, Comparison, Figure, Model
 from finetune.model.build import Base
 from finetune.results import (
-    MODELS,
     AnswerFigures,
-    Comparison,
-    Figure,
     FormFigures,
     LabelFigures,
-    Model,
     OneLabel,
     ReliabilityBin,
     SuiteFigures,
@@ -61,6 +59,11 @@ def measure_test_set(
     base.model.eval()
     scores = score_set(base.model, test, model, between_batches=between_batches)
     figures = summarise_set(test, {model: scores}, confidence)
+    if figures.pairs is not None and len(test.first_examples) > 1:
+        shuffled = shuffled_prompts(test)
+        longest = max([test.data.max_length, *(len(example.ids) for example in shuffled)])
+        loss = held_out_loss(base.model, shuffled, longest, task="shuffled prompts", between_batches=between_batches)
+        figures = replace(figures, pairs=with_shuffled(figures.pairs, test, model, loss.nll, confidence))
     log.info(f"{'before' if model == 'base' else 'after'}: {_describe(figures, model)}")
     return figures
 
@@ -72,6 +75,10 @@ def _describe(figures: SuiteFigures, model: Model) -> str:
     text = f"test loss {loss.text()}"
     if figures.accuracy and (accuracy := figures.accuracy.of(model)):
         text += f", accuracy {accuracy.text()} over {figures.num_labels} labels"
+    if figures.pairs and (accuracy := figures.pairs.accuracy.of(model)):
+        text += f", pair accuracy {accuracy.text()} of {figures.pairs.pairs} pairs"
+        if figures.pairs.shuffled and (control := figures.pairs.shuffled.of(model)):
+            text += f" (prompts shuffled: {control.text()})"
     return f"{text} on {figures.rows} examples" + ("" if loss.interval else ": one record, which gives no interval")
 
 
@@ -94,12 +101,15 @@ def summarise_set(
         differences, McNemar's test, accuracy per token, macro-F1, calibration and each label's figures. Intervals
         resample records; with one record there is none, except for shares.
     """
-    chosen = [n for n in range(len(evalset.examples)) if keep is None or keep[n]]
+    preferred = preferred_examples(evalset)
+    chosen = [n for n in range(len(evalset.examples)) if preferred[n] and (keep is None or keep[n])]
     used = {model: [each[n] for n in chosen] for model, each in scores.items()}
     weights = evalset.by_record(np.array([score.weight for score in next(iter(used.values()))]), chosen)
     nll = {model: evalset.by_record(np.array([score.nll for score in each]), chosen) for model, each in used.items()}
     loss = _losses(nll, weights, confidence)
-    figures = SuiteFigures(evalset.name, len(chosen), len(weights), loss, perplexity(loss))
+    of_pairs = {model: np.array([score.nll for score in each]) for model, each in scores.items()}
+    pairs = pair_figures(evalset, of_pairs, confidence, keep)
+    figures = SuiteFigures(evalset.name, len(chosen), len(weights), loss, perplexity(loss), pairs=pairs)
     if evalset.labels is None:
         return figures
     labelled = [n for n in chosen if n in evalset.labelled_examples]

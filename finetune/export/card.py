@@ -273,7 +273,11 @@ def _expert_rank(experts: ExpertAdapterConfig) -> str:
 def _evaluation(evaluation: Evaluation | None, when: str) -> str:
     if evaluation is None or evaluation.test is None or not evaluation.has("adapter"):
         return "## Evaluation\n\nNone recorded."
-    titles = {"test loss": "test loss, nats per trained token", "accuracy": "label accuracy"}
+    titles = {
+        "test loss": "test loss, nats per trained token",
+        "accuracy": "label accuracy",
+        "pair accuracy": "pair accuracy",
+    }
     rows = ["| | before | after |", "|---|---|---|"]
     for title, figures in evaluation.headlines():
         if figures.base and figures.adapter:

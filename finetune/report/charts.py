@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from finetune.figures import MODELS, Model
 from finetune.report.content import TITLES
-from finetune.results import MODELS, Model, ReliabilityBin
+from finetune.results import ReliabilityBin
 
 MOST_POINTS = 400
 

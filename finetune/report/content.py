@@ -7,18 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from finetune.figures import MODELS, Comparison, Figure, McNemar, Model, PairFigures
 from finetune.results import (
-    MODELS,
     AnswerFigures,
     AuthorFigures,
-    Comparison,
     ContaminationFigures,
     Evaluation,
-    Figure,
     FormFigures,
     LabelFigures,
-    McNemar,
-    Model,
     ProseFigures,
     ReliabilityBin,
     SuiteFigures,
@@ -145,6 +141,7 @@ def evaluation_parts(evaluation: Evaluation) -> list[Part]:
     parts = [Part("To know before reading", list(evaluation.notes))] if evaluation.notes else []
     if evaluation.suites:
         parts.append(_losses(evaluation.suites))
+    parts += [_pairs(suite, suite.pairs) for suite in evaluation.suites if suite.pairs is not None]
     parts += [_labels(suite, evaluation.confidence) for suite in evaluation.suites if suite.accuracy is not None]
     if evaluation.contamination is not None:
         parts.append(_contamination(evaluation.contamination))
@@ -203,6 +200,24 @@ def _contamination(found: ContaminationFigures) -> Part:
         rows = [("loss", *_comparison(without.loss)), *_label_rows(without)]
         content += [f"Without the seen ones, on {without.rows} examples:", Table(("", *_MODEL_TITLES), rows)]
     return Part("Seen in training", content)
+
+
+def _pairs(suite: SuiteFigures, found: PairFigures) -> Part:
+    """Pair accuracy beside the controls that tell what it rests on."""
+    rows = [
+        ("pair accuracy", *_comparison(found.accuracy)),
+        ("the same, prompts shuffled among records", *_comparison(found.shuffled or Comparison())),
+        ("margin, nats", *_comparison(found.margin)),
+        ("reward accuracy", NO_VALUE, _figure(found.reward_accuracy), NO_VALUE),
+    ]
+    content: list[Piece] = [
+        _filled(("", *_MODEL_TITLES), [row for row in rows if any(cell != NO_VALUE for cell in row[1:])]),
+        f"{found.pairs} pairs: the better answer's log-probability is compared with the other's. The rule that the "
+        f"shorter answer wins is right for {_figure(found.shorter_wins)}.",
+    ]
+    if found.accuracy.mcnemar is not None:
+        content.append(_mcnemar(found.accuracy.mcnemar))
+    return Part(f"Pairs: {_name(suite)}", content)
 
 
 # Labels

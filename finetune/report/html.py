@@ -18,13 +18,14 @@ from markupsafe import Markup
 
 from finetune.config.differences import ABSENT, as_typed, defaults, differences
 from finetune.config.fields import Plain
+from finetune.figures import MODELS, Model
 from finetune.files import JsonObject, write_text
 from finetune.report.charts import Series, line_chart, reliability_diagram, smoothed
 from finetune.report.content import TITLES, evaluation_parts, introduction, plain, reliability_rows
 from finetune.report.experts import FIGURES
 from finetune.report.markdown import check_lines, summary, write_report
 from finetune.report.read import RunFiles, ShownAnswer
-from finetune.results import MODELS, Model, ReliabilityBin
+from finetune.results import ReliabilityBin
 
 _ANSWERS_SHOWN = 6
 _NUMBER = re.compile(r"[+-]?[\d,]+(\.\d+)?(e[+-]?\d+)?%?")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.figures import MODELS
 from finetune.files import JsonObject, write_text
 from finetune.report.content import (
     TITLES,
@@ -23,7 +24,7 @@ from finetune.report.content import (
 from finetune.report.experts import experts_section
 from finetune.report.read import RunFiles
 from finetune.report.survival import survival_section
-from finetune.results import MODELS, Evaluation, to_json
+from finetune.results import Evaluation, to_json
 
 NUM_CURVE_POINTS = 12
 
@@ -120,7 +121,11 @@ def _evaluation(evaluation: Evaluation | None) -> str:
     test = evaluation.test
     shown = [model for model in MODELS if evaluation.has(model)]
     columns = {"base": "before (base alone)", "adapter": "after"}
-    titles = {"test loss": "test loss (nats per trained token)", "accuracy": "label accuracy"}
+    titles = {
+        "test loss": "test loss (nats per trained token)",
+        "accuracy": "label accuracy",
+        "pair accuracy": "pair accuracy",
+    }
     table = Table(
         ("", *(columns[model] for model in shown)),
         [
@@ -129,6 +134,12 @@ def _evaluation(evaluation: Evaluation | None) -> str:
         ],
     )
     note = f"{test.rows} test examples, {evaluation.confidence:.0%} intervals"
+    if (pairs := test.pairs) is not None:
+        note += f"; {pairs.pairs} pairs of answers by log-probability"
+        if pairs.shorter_wins:
+            note += f"; preferring the shorter answer is right for {pairs.shorter_wins.text()}"
+        if pairs.shuffled and pairs.shuffled.adapter:
+            note += f"; with prompts shuffled among records the adapter is right for {pairs.shuffled.adapter.text()}"
     if test.num_labels is not None:
         note += (
             f"; labels scored by likelihood among {test.num_labels}, "

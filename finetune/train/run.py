@@ -21,9 +21,10 @@ from finetune.config.validate import dump_yaml
 from finetune.data.preview import as_json
 from finetune.errors import ConfigError, InputError
 from finetune.evaluate.summary import measure_test_set
+from finetune.figures import Model
 from finetune.files import write_json
 from finetune.model.build import check_unchanged
-from finetune.results import BaseName, Evaluation, Model, read_evaluation
+from finetune.results import BaseName, Evaluation, read_evaluation
 from finetune.train.checkpoint import checkpoint_path, load_checkpoint, load_newest, remove_after
 from finetune.train.finalize import Result, read_back_examples, why_not_read_back, write_result
 from finetune.train.metrics import memory_gib

@@ -27,6 +27,7 @@ from finetune.data.batches import BatchPlan
 from finetune.data.dataset import Split, describe, load_split
 from finetune.data.example_table import example_lengths
 from finetune.data.packing import packing_efficiency
+from finetune.data.preferences import check_forms
 from finetune.data.sources import split_names
 from finetune.errors import ConfigError, MachineError
 from finetune.evaluate.evalset import EvalSet, choose_test_set
@@ -103,6 +104,7 @@ def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: b
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         log.info(describe(split))
+        check_forms(split.name, split.stats.forms, config.objective.kind, split.stats.labels)
     train = splits["train"]
     test = choose_test_set(splits["test"], config, train.stats.answers) if "test" in splits else None
     plan = BatchPlan(

@@ -105,7 +105,7 @@ def test_shipped_examples_are_what_the_licence_file_says() -> None:
 
     licences = (shipped_dir("data") / "LICENSES.md").read_text()
     files = [path for path in shipped_dir("data").rglob("*") if path.suffix in (".gz", ".json", ".tiktoken")]
-    assert len(files) == 11
+    assert len(files) == 14
     for path in files:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         assert hashlib.sha256(content).hexdigest() in licences, path

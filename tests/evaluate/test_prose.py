@@ -26,7 +26,8 @@ from finetune.evaluate.prose import (
     trained_texts,
 )
 from finetune.evaluate.summary import summarise_answers
-from finetune.results import MODELS, AnswerFigures, AuthorFigures, TextFigures
+from finetune.figures import MODELS
+from finetune.results import AnswerFigures, AuthorFigures, TextFigures
 
 DATA = DataConfig(train={})
 

@@ -20,7 +20,8 @@ from finetune.evaluate.statistics import (
     wilson_interval,
 )
 from finetune.evaluate.summary import compare_shares, with_label_figures
-from finetune.results import Comparison, Figure, McNemar, Model, OneLabel, SuiteFigures
+from finetune.figures import Comparison, Figure, McNemar, Model
+from finetune.results import OneLabel, SuiteFigures
 
 LABELS = ("a", "b", "c", "d")
 

@@ -17,6 +17,7 @@ from test_report_html import ATTACK, checked
 
 from finetune.evaluate.statistics import Classification, wilson_interval
 from finetune.evaluate.summary import compare_shares, with_label_figures
+from finetune.figures import Comparison, Figure, Model
 from finetune.report.charts import DIAGRAM, reliability_diagram
 from finetune.report.content import reliability_rows
 from finetune.report.html import write_html
@@ -25,12 +26,9 @@ from finetune.results import (
     AnswerFigures,
     AuthorFigures,
     BaseName,
-    Comparison,
     ContaminationFigures,
     Evaluation,
-    Figure,
     FormFigures,
-    Model,
     ProseFigures,
     ReliabilityBin,
     SuiteFigures,

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from finetune.figures import Comparison, Figure
 from finetune.report.markdown import outcome, write_report
-from finetune.results import BaseName, Comparison, Evaluation, Figure, SuiteFigures, perplexity, to_json
+from finetune.results import BaseName, Evaluation, SuiteFigures, perplexity, to_json
 
 MANIFEST: dict[str, Any] = {
     "recipe": "quickstart",

@@ -13,6 +13,7 @@ not stop; except the `<|end|>` of an answer that is followed by another turn, wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,12 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config.schema import DataConfig
+from finetune.data.checks import BadRecordError
 from finetune.data.conversation import Message
 from finetune.data.harmony.encode import (
     HEADER,
     Channel,
     EncodedMessage,
     encode_conversation,
+    encode_message,
     encode_text,
     header_ids,
 )
@@ -53,6 +56,9 @@ class Example:
         num_control_spellings: how often the record's texts spell a control token, such as `<|end|>`; they stay text.
         num_without_thinking: assistant messages that the loss weights would train, but that are context because their
             thinking was dropped.
+        shared: of an answer to compare with others: the tokens at its start, the prompt, that all answers of the record
+            have in common. 0 otherwise. All answers of a record are consecutive examples.
+        score: of such an answer, as `Answer.score`; otherwise NaN.
     """
 
     ids: NDArray[np.int32]
@@ -62,6 +68,8 @@ class Example:
     channels: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
     num_control_spellings: int = 0
     num_without_thinking: int = 0
+    shared: int = 0
+    score: float = math.nan
 
     @property
     def num_trained_tokens(self) -> int:
@@ -72,7 +80,8 @@ class Example:
 def render_examples(record: Record, config: DataConfig) -> list[Example]:
     """Render a record for training: one example, or with `earlier_thinking: split` one for each turn to be trained.
 
-    Plain text of more than `max_length` tokens makes several examples too.
+    Plain text of more than `max_length` tokens makes several examples too, and a preference record one for each answer,
+    best first (with `pairs: best_worst` the first and the last).
 
     Args:
         record: a conversation that ends with the assistant's answer or tool call, or plain text.
@@ -88,6 +97,8 @@ def render_examples(record: Record, config: DataConfig) -> list[Example]:
     conversation = record.conversation
     if conversation.text is not None:
         return _numbered(_render_text(record, conversation.text, config.max_length))
+    if conversation.answers:
+        return _numbered(_render_answers(record, config))
     encoded = encode_conversation(conversation, config)
     messages = conversation.messages
     if config.earlier_thinking != "split":
@@ -214,16 +225,70 @@ def _visible(encoded: Sequence[EncodedMessage], keeps_thinking: Sequence[bool]) 
     ]
 
 
+def _render_answers(record: Record, config: DataConfig) -> list[Example]:
+    """Render every answer of a preference record after the same prompt, whose tokens have no weight.
+
+    Of an answer of several turns all are trained unless `loss.turns` is `last`: they are what was preferred.
+
+    Raises:
+        BadRecordError: the prompt's tokens depend on the answer, as the template's treatment of thinking can make them.
+    """
+    conversation = record.conversation
+    num_prompt, answers = conversation.num_prompt, conversation.answers
+    if config.pairs == "listwise" and len({answer.score for answer in answers}) < len(answers):
+        raise BadRecordError("scores tie", "two of its answers have the same score, and data.pairs is listwise")
+    if config.pairs == "best_worst" and len(answers) > 2:
+        answers = (answers[0], answers[-1])
+    prompt = [message for message in encode_conversation(conversation, config) if message.index < num_prompt]
+    examples = []
+    for answer in answers:
+        messages = (*conversation.messages[:num_prompt], *answer.messages)
+        encoded = list(prompt)
+        for index, message in enumerate(answer.messages, start=num_prompt):
+            encoded += encode_message(index, message, config)
+        examples.append(replace(_render_turns(record, encoded, messages, config, num_prompt), score=answer.score))
+    shared = min(_num_common([example.ids for example in examples]), *(_first_trained(each) for each in examples))
+    keeps_thinking = sees_thinking(conversation.messages, config, is_training=True)[:num_prompt]
+    if shared < sum(len(message.ids) for message in _visible(prompt, keeps_thinking)):
+        reason = "the tokens of the prompt depend on the answer: give the prompt no thinking, or convention: harmony"
+        raise BadRecordError("prompts differ", reason)
+    return [replace(example, shared=shared) for example in examples]
+
+
+def _first_trained(example: Example) -> int:
+    """Index of the first token with a weight; the number of tokens if there is none."""
+    trained = np.flatnonzero(example.weights)
+    return int(trained[0]) if len(trained) else len(example.ids)
+
+
+def _num_common(all_ids: Sequence[NDArray[np.int32]]) -> int:
+    """How many tokens all sequences begin with."""
+    length = min(map(len, all_ids))
+    differ = np.zeros(length, dtype=bool)
+    for ids in all_ids[1:]:
+        differ |= ids[:length] != all_ids[0][:length]
+    return int(np.argmax(differ)) if differ.any() else length
+
+
 def _render_turns(
-    record: Record, encoded: Sequence[EncodedMessage], messages: Sequence[Message], config: DataConfig
+    record: Record,
+    encoded: Sequence[EncodedMessage],
+    messages: Sequence[Message],
+    config: DataConfig,
+    num_prompt: int = 0,
 ) -> Example:
-    """Join the encoded messages of the conversation up to the end of `messages`, and weight their tokens."""
+    """Join the encoded messages of the conversation up to the end of `messages`, and weight their tokens.
+
+    With `num_prompt` only what follows that many messages is trained.
+    """
     keeps_thinking = sees_thinking(messages, config, is_training=True)
     visible = _visible(encoded, keeps_thinking)
     if visible[-1].channel == Channel.FINAL:
         visible[-1] = replace(visible[-1], end=RETURN_ID)
     all_turns = config.loss.turns == "all" and config.earlier_thinking != "split"
     first_trained = _first_user_index(messages) if all_turns else _last_user_index(messages)
+    if num_prompt:
+        first_trained = num_prompt - 1 if config.loss.turns != "last" else max(num_prompt - 1, first_trained)
     with_thinking = {message.index for message in encoded if message.channel == Channel.ANALYSIS}
     lost_thinking = {index for index in with_thinking if index < len(messages) and not keeps_thinking[index]}
     weight_of = _weights_by_channel(config)

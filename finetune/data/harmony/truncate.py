@@ -56,6 +56,44 @@ def truncate(example: Example, max_length: int) -> Example | None:
     return dataclasses.replace(example, ids=example.ids[indices], weights=weights, channels=example.channels[indices])
 
 
+def group_length(examples: Sequence[Example]) -> int:
+    """Tokens of a record's answers side by side in one sequence, with what they share once."""
+    return examples[0].shared + sum(len(example.ids) - example.shared for example in examples)
+
+
+def truncate_group(examples: Sequence[Example], max_length: int) -> list[Example] | None:
+    """Cut what the answers of a record share, as `truncate` does, until all of them fit side by side.
+
+    Args:
+        examples: the answers of one record. None is cut, whatever its weights.
+        max_length: the most tokens that may remain, what is shared counting once.
+
+    Returns:
+        The answers, all with the same shortened beginning; None if they do not fit even so.
+    """
+    shared = examples[0].shared
+    ids = np.concatenate([examples[0].ids[:shared], *(example.ids[shared:] for example in examples)])
+    weights = np.zeros(len(ids), dtype=np.float32)
+    weights[shared] = 1.0
+    channels = np.zeros(len(ids), dtype=np.int8)
+    channels[:shared] = examples[0].channels[:shared]
+    packed = dataclasses.replace(examples[0], ids=ids, weights=weights, channels=channels)
+    short = truncate(packed, max_length)
+    if short is None:
+        return None
+    kept = shared - (len(ids) - len(short.ids))
+    return [
+        dataclasses.replace(
+            example,
+            ids=np.concatenate([short.ids[:kept], example.ids[shared:]]),
+            weights=np.concatenate([np.zeros(kept, dtype=np.float32), example.weights[shared:]]),
+            channels=np.concatenate([short.channels[:kept], example.channels[shared:]]),
+            shared=kept,
+        )
+        for example in examples
+    ]
+
+
 def _last_messages(ids: NDArray[np.int32], messages: Sequence[range], room: int) -> list[range]:
     """The spans of the last messages that fit into `room` tokens."""
     sizes = np.cumsum([len(message) for message in reversed(messages)])[::-1]

@@ -52,13 +52,6 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
 
-    def copy(self) -> Checkpoint:
-        """The same state in memory of its own, which later steps do not change."""
-        adapter, optimizer = (
-            {name: tensor.clone() for name, tensor in tensors.items()} for tensors in (self.adapter, self.optimizer)
-        )
-        return Checkpoint(adapter, optimizer, json.loads(json.dumps(self.state)))
-
 
 # ---- in the directory -----------------------------------------------------------------------------------------------
 
@@ -277,7 +270,7 @@ class CheckpointWriter:
 
         Args:
             step: of the checkpoint.
-            checkpoint: on the CPU; it may share memory with what is being trained.
+            checkpoint: on the CPU; nothing may change it until it is written.
             best_step: stays beside the newest; None: no other does.
 
         Raises:
@@ -289,9 +282,7 @@ class CheckpointWriter:
             return
         self._step = step
         # Without `daemon` a third Ctrl-C would wait too; killing the thread is as harmless as killing the process.
-        self._thread = threading.Thread(
-            target=self._write_in_thread, args=(step, checkpoint.copy(), best_step), daemon=True
-        )
+        self._thread = threading.Thread(target=self._write_in_thread, args=(step, checkpoint, best_step), daemon=True)
         self._thread.start()
 
     def check(self) -> None:

@@ -225,7 +225,7 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Every state of an optimiser, as tensors on the CPU by `parameter name/state name`.
+    """Every state of an optimiser, as copies on the CPU by `parameter name/state name`.
 
     Args:
         optimizer: of `make_optimizer`.
@@ -234,7 +234,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str,
     tensors: dict[str, Tensor] = {}
     for name, state in _states(optimizer, parameters).items():
         for key, value in state.items():
-            tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().clone()
+            tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().to("cpu", copy=True)
     return tensors
 
 

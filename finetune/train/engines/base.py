@@ -71,10 +71,10 @@ class Engine(Protocol):
         """A parameter's whole gradient, for the audit. Every rank calls it, in the same order."""
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """The whole adapter on the CPU. Every rank calls it."""
+        """The whole adapter on the CPU, in memory that later steps do not change. Every rank calls it."""
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimiser's whole state on the CPU by `parameter name/state name`. Every rank calls it."""
+        """The optimiser's whole state on the CPU by `parameter name/state name`, likewise. Every rank calls it."""
 
     def load(self, adapter: Mapping[str, Tensor], optimizer: Mapping[str, Tensor] | None) -> None:
         """Load tensors as the two methods above return them, of this run or another; None leaves the optimiser."""
@@ -166,7 +166,9 @@ class Replicated:
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {name: parameter.detach().cpu().contiguous() for name, parameter in self.parameters.items()}
+        return {
+            name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in self.parameters.items()
+        }
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""

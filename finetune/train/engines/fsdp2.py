@@ -117,12 +117,12 @@ class FullySharded:
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
-        return {name: _gather(parameter.detach()).cpu() for name, parameter in self.parameters.items()}
+        return {name: _gather(parameter.detach()).to("cpu", copy=True) for name, parameter in self.parameters.items()}
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
         return {
-            f"{name}/{key}": _gather(value.detach()).cpu().clone()
+            f"{name}/{key}": _gather(value.detach()).to("cpu", copy=True)
             for name, parameter in self.parameters.items()
             for key, value in self.optimizer.state.get(parameter, {}).items()
         }

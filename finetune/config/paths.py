@@ -58,6 +58,8 @@ def fix_for_missing_data(path: str) -> str | None:
     """Say what to do about a missing `shipped://` file that packages may not contain; None for any other."""
     if not path.startswith(f"{SHIPPED_PREFIX}medical/"):
         return None
+    if path == f"{SHIPPED_PREFIX}medical/pubmedqa_pairs.jsonl.gz":
+        return "an installed package has no medical pairs: use a checkout, which has the file, or data=legal_pairs"
     return "an installed package has no medical abstracts: `finetune data prepare medical` builds them"
 
 

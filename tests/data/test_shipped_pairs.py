@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from finetune.config.paths import shipped_dir
+from finetune.config.paths import fix_for_missing_data, shipped_dir
 from finetune.files import JsonObject
 
 DATA = shipped_dir("data")
@@ -73,3 +73,8 @@ def test_confusable_types_are_partners_and_each_clause_is_used_once() -> None:
     assert len({pair["id"] for pair in pairs}) == len(pairs)
     partners = Counter((pair["chosen"], pair["rejected"]) for pair in pairs if pair["split"] == "test")
     assert all(partners[second, first] == count for (first, second), count in partners.items())
+
+
+def test_a_package_without_the_medical_pairs_names_data_that_it_has() -> None:
+    advice = fix_for_missing_data("shipped://medical/pubmedqa_pairs.jsonl.gz")
+    assert advice and "legal_pairs" in advice and "data prepare" not in advice

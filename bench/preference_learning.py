@@ -35,8 +35,8 @@ PAIRS = {
 NOTE = (
     "`before`, `after`: share of held-out pairs whose chosen answer has the higher log-probability, with its 95 % "
     "Wilson interval. `reward`: share whose chosen answer gained more log-probability over the base. `shuffled`: "
-    "`after` with prompts exchanged among the records. `shorter`: the rule that the shorter answer wins. sft trains the chosen "
-    "answers alone; all arms have the same number of steps of equally long sequences."
+    "`after` with prompts exchanged among the records. `shorter`: the rule that the shorter answer wins. sft trains "
+    "the chosen answers alone; all arms have the same number of steps of equally long sequences."
 )
 
 

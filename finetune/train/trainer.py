@@ -18,7 +18,7 @@ from finetune.data.batches import Batch
 from finetune.data.harmony.render import Example
 from finetune.data.plan import BatchPlan, Step
 from finetune.errors import CheckError, InputError, Interrupted
-from finetune.evaluate.evalset import evenly_spread
+from finetune.evaluate.evalset import validation_examples
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.files import seed_of, write_json
 from finetune.model.forward import checkpoint_activations
@@ -139,7 +139,7 @@ class Trainer:
         self.data_fingerprint = session.splits["train"].stats.fingerprint
         self.validation: tuple[Example, ...] = ()
         if "validation" in session.splits:
-            self.validation = evenly_spread(session.splits["validation"].examples, config.evaluate.validation_examples)
+            self.validation = validation_examples(session.splits["validation"], config.evaluate.validation_examples)
         self.routing: RoutingWatch | None = None
         if config.evaluate.routing_examples:
             self.routing = RoutingWatch(session, run, self.tracker, self._between_batches)

@@ -23,6 +23,7 @@ from finetune.config.paths import shipped_dir
 from finetune.config.validate import dump_yaml
 from finetune.data.dataset import load_split
 from finetune.export.plan import plan_merge
+from finetune.export.targets.merged import _companions
 from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.identity import verify_checksums
@@ -219,3 +220,47 @@ def test_the_card_names_the_origin_and_shows_no_record(adapter: Path, small_base
     assert f"{record['survival']['overall']['survival']:.1%} of the fine-tune's update" in card
     clause = load_split(composed.config.data, "validation").records[0].messages[-2].content
     assert clause[:60] not in card and str(small_base.parent) not in card
+
+
+# --- what is copied of the base
+
+
+def test_only_a_models_files_are_copied_and_the_others_are_named(
+    small_base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(small_base, base)
+    (base / ".env").write_text("HF_TOKEN=hf_secret")
+    (base / "token").symlink_to(base / ".env")
+    (base / "notes.txt").write_text("private")
+    (base / "LICENSE.txt").write_text("terms")
+    command = ["export", str(adapter), "--to", "mxfp4", *NEAREST, "--no-verify", "--base", str(base)]
+    assert main([*command, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"not copied: {name}" in printed for name in (".env", "notes.txt", "token"))
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "not copied, since no model needs them: .env, notes.txt, token" in capsys.readouterr().err
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "config.json", "LICENSE.txt"} <= names and not names & {".env", "token", "notes.txt"}
+
+
+def test_links_out_of_the_base_are_refused_and_those_of_the_hub_cache_followed(
+    small_base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "models--x--y"
+    blobs = cache / "blobs"
+    base = cache / "snapshots" / ("0" * 40)
+    shutil.copytree(small_base, base)
+    blobs.mkdir()
+    (base / "tokenizer.json").rename(blobs / "abc")
+    (base / "tokenizer.json").symlink_to(Path("../../blobs/abc"))
+    companions = [path.name for path in _companions(Checkpoint.open(base))]
+    assert "tokenizer.json" in companions
+    secret = tmp_path / "token"
+    secret.write_text("hf_secret")
+    (base / "README.md").unlink(missing_ok=True)
+    (base / "README.md").symlink_to(secret)
+    command = ["export", str(adapter), "--to", "mxfp4", *NEAREST, "--no-verify", "--base", str(base)]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 3
+    said = capsys.readouterr().err
+    assert f"README.md is a link to {secret}" in said and not (tmp_path / "out").exists()

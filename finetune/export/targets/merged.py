@@ -13,7 +13,7 @@ from finetune import __version__, log
 from finetune.adapters.config_file import CONFIG
 from finetune.adapters.provenance import warn_other_storage
 from finetune.adapters.store import WEIGHTS, AdapterFile, BaseRecord
-from finetune.errors import CheckError
+from finetune.errors import CheckError, InputError
 from finetune.export.base import check_base, find_base, native_base
 from finetune.export.card import write_card
 from finetune.export.execute import write_shards
@@ -32,6 +32,13 @@ from finetune.rounding.results import RoundedExperts
 from finetune.rounding.run import round_experts_ahead
 
 _TERMS = ("LICENSE", "USAGE_POLICY", "NOTICE")
+_TERM_ENDINGS = ("", ".txt", ".md")
+# What is copied of a base beside its weights. Anything else stays out of what may be published, such as `.env`.
+_COPIED = {
+    CONFIG_FILE, CARD, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    *(name + ending for name in _TERMS for ending in _TERM_ENDINGS),
+}  # fmt: skip
 _BASE_CARD = "BASE_README.md"  # the base's own README.md makes room for the model card
 
 
@@ -96,7 +103,7 @@ class _Merge:
         tallies = write(plan, staging, rounded)
         record = self._record(tallies, rounded)
         if self.target == "gguf":  # configuration and tokenizer are inside; the terms are not
-            _copy([path for path in _companions(plan.checkpoint) if path.name in _TERMS], staging)
+            _copy([path for path in _companions(plan.checkpoint) if path.name.partition(".")[0] in _TERMS], staging)
         else:
             _write_companions(plan, staging)
         if record.survival is not None and any(op.kind == "round experts" for op in plan.operations):
@@ -200,19 +207,43 @@ def _dry_run(plan: MergePlan, target: MergedTarget, options: ExportOptions) -> l
     else:
         others = [path for path in _companions(plan.checkpoint) if path.name != CONFIG_FILE]
         lines += [f"copied: {path.name}  {path.stat().st_size:,} bytes" for path in others]
+        lines += [f"not copied: {name}" for name in left_out(plan.checkpoint)]
     return lines
 
 
 def _companions(checkpoint: Checkpoint) -> list[Path]:
-    """The base's files that are not weights."""
+    """The base's files that are copied: configuration, tokenizer, template, terms and card.
+
+    Raises:
+        InputError: one of them is a link to a file outside of the base and of the hub cache's blobs.
+    """
+    directory = checkpoint.directory
+    inside = [directory.resolve()]
+    if directory.parent.name == "snapshots":  # of the hub cache: its files are links to blobs beside the snapshots
+        inside.append((directory.parent.parent / "blobs").resolve())
+    found = sorted(path for path in directory.iterdir() if path.name in _COPIED and path.is_file())
+    for path in found:
+        if not any(path.resolve().is_relative_to(place) for place in inside):
+            raise InputError(
+                f"{path} is a link to {path.resolve()}, outside of the base",
+                why="its contents would be copied into the export, and published with it",
+                fix="put a copy of the file in its place, if it belongs to the base",
+            )
+    return found
+
+
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Names of the base's files and directories that are neither weights nor copied, without those made anew."""
     shards = {entry.file for entry in checkpoint.entries.values()}
-    skipped = shards | {INDEX_FILE, CHECKSUMS_FILE}
-    return sorted(path for path in checkpoint.directory.iterdir() if path.is_file() and path.name not in skipped)
+    known = _COPIED | shards | {INDEX_FILE, CHECKSUMS_FILE, RECORD, _BASE_CARD}
+    return sorted(path.name for path in checkpoint.directory.iterdir() if path.name not in known)
 
 
 def _write_companions(plan: MergePlan, staging: ResumableDirectory) -> None:
     """Copy what is not weights, byte for byte; write the index; drop quantization_config where nothing is packed."""
     _copy(_companions(plan.checkpoint), staging)
+    if others := left_out(plan.checkpoint):
+        log.info(f"not copied, since no model needs them: {', '.join(others)}")
     if plan.target == "bf16":
         config = {key: value for key, value in plan.checkpoint.config.items() if key != "quantization_config"}
         (staging.path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from finetune.config.compose import compose
 from finetune.config.paths import shipped_dir
 from finetune.config.validate import dump_yaml
 from finetune.data.dataset import load_split
+from finetune.data.harmony.chat_template import chat_template
 from finetune.export.plan import plan_merge
 from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
@@ -166,6 +167,35 @@ def test_merged_directories_include_the_bases_files(exported: Callable[..., Path
     del original["quantization_config"]
     assert json.loads((exported("bf16") / "config.json").read_text()) == original
     assert verify_checksums(Checkpoint.open(exported("mxfp4")))
+
+
+def test_only_known_files_inside_the_base_are_copied(
+    adapter: Path, small_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    repository = tmp_path / "models--x--y"
+    base = repository / "snapshots" / "1"
+    base.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for path in small_base.iterdir():
+        if path.name != "chat_template.jinja":
+            (repository / "blobs" / path.name).hardlink_to(path)
+            (base / path.name).symlink_to(Path("../../blobs") / path.name)
+    (tmp_path / "token").write_text("hf_secret")
+    (base / "NOTICE").symlink_to(tmp_path / "token")
+    (base / "LICENSE").symlink_to("USAGE_POLICY")
+    (base / "USAGE_POLICY").write_text("terms")
+    (base / ".env").write_text("KEY=secret")
+    out = tmp_path / "out"
+    given = ["--base", str(base), "--to", "mxfp4", "--no-verify", *NEAREST]
+    assert main(["export", str(adapter), "--out", str(out), *given]) == 0
+    printed = capfd.readouterr().err
+    assert ".env (not a file of a model)" in printed and "NOTICE (a link out of the base)" in printed
+    assert "the base has no chat_template.jinja" in printed
+    names = {path.name for path in out.iterdir()}
+    expected = {path.name for path in small_base.iterdir()} | {"LICENSE", "USAGE_POLICY"}
+    assert names == expected | {"export.json", "checksums.json", "BASE_README.md"}
+    assert not any(b"secret" in path.read_bytes() for path in out.iterdir())
+    assert (out / "chat_template.jinja").read_text() == chat_template()
 
 
 def test_an_mxfp4_merge_changes_no_other_bytes(exported: Callable[..., Path], small_base: Path) -> None:

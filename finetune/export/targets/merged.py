@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,11 @@ from finetune import __version__, log
 from finetune.adapters.config_file import CONFIG
 from finetune.adapters.provenance import warn_other_storage
 from finetune.adapters.store import WEIGHTS, AdapterFile, BaseRecord
+from finetune.data.harmony.chat_template import TEMPLATE_FILE
 from finetune.errors import CheckError
 from finetune.export.base import check_base, find_base, native_base
 from finetune.export.card import write_card
+from finetune.export.companions import TERMS, companions, copy_companions, export_template, tell_left_out
 from finetune.export.execute import write_shards
 from finetune.export.options import CARD, RECORD, ExportOptions, MergedTarget
 from finetune.export.plan import MergePlan, choose_rounding, describe_plan, plan_merge
@@ -30,9 +31,6 @@ from finetune.model.hub import BaseLocation
 from finetune.rounding.merge import Tally
 from finetune.rounding.results import RoundedExperts
 from finetune.rounding.run import round_experts_ahead
-
-_TERMS = ("LICENSE", "USAGE_POLICY", "NOTICE")
-_BASE_CARD = "BASE_README.md"  # the base's own README.md makes room for the model card
 
 
 def export_merged(
@@ -67,7 +65,9 @@ def export_merged(
     identity = check_base(checkpoint, adapter)
     with native_base(checkpoint, out) as native:
         plan = plan_merge(native, adapter, layout, rounding)
-        _Merge(plan, target, out, options, run, location, identity).write()
+        tell_left_out(checkpoint)
+        template = export_template(checkpoint.directory, run)
+        _Merge(plan, target, out, options, run, location, identity, template).write()
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class _Merge:
     run: Path | None
     location: BaseLocation
     identity: str
+    template: str
 
     def write(self) -> None:
         """Write, verify, judge, and give the directory its name."""
@@ -92,13 +93,15 @@ class _Merge:
         except BaseException:
             staging.discard_if_empty()
             raise
-        write = write_gguf if self.target == "gguf" else write_shards
-        tallies = write(plan, staging, rounded)
+        if self.target == "gguf":
+            tallies = write_gguf(plan, staging, rounded, template=self.template)
+        else:
+            tallies = write_shards(plan, staging, rounded)
         record = self._record(tallies, rounded)
         if self.target == "gguf":  # configuration and tokenizer are inside; the terms are not
-            _copy([path for path in _companions(plan.checkpoint) if path.name in _TERMS], staging)
+            copy_companions([path for path in companions(plan.checkpoint)[0] if path.name in TERMS], staging.path)
         else:
-            _write_companions(plan, staging)
+            _write_companions(plan, staging, self.template)
         if record.survival is not None and any(op.kind == "round experts" for op in plan.operations):
             record.survival.end_to_end = measure_survival(plan, rounded, self.options, self.run)
         self._verify(staging, record, tallies)
@@ -122,7 +125,8 @@ class _Merge:
     def _key(self) -> str:
         """Hash of what an export is made from; a shard of another key is of no use."""
         adapter = [sha256_of(self.plan.adapter.directory / name) for name in (WEIGHTS, CONFIG)]
-        parts = [__version__, self.target, self.plan.rounding, self.identity, *adapter, *describe_plan(self.plan)]
+        parts = [__version__, self.target, self.plan.rounding, self.identity, self.template, *adapter]
+        parts += describe_plan(self.plan)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _bytes_needed(self) -> int:
@@ -132,7 +136,7 @@ class _Merge:
         ahead = rounded if plan.rounding == "compensated" else 0  # kept beside the export until it is done
         if self.target == "gguf":
             return gguf_bytes(plan) + ahead
-        return plan.num_bytes + ahead + sum(path.stat().st_size for path in _companions(plan.checkpoint))
+        return plan.num_bytes + ahead + sum(path.stat().st_size for path in companions(plan.checkpoint)[0])
 
     def _record(self, tallies: dict[str, Tally], rounded: RoundedExperts | None) -> ExportRecord:
         """The record before the verification; prints how much of the experts' updates survives."""
@@ -198,23 +202,22 @@ def _dry_run(plan: MergePlan, target: MergedTarget, options: ExportOptions) -> l
     if target == "gguf":
         lines.append(f"written as one GGUF file with {options.gguf_experts} experts, names and layout of llama.cpp")
     else:
-        others = [path for path in _companions(plan.checkpoint) if path.name != CONFIG_FILE]
+        copied, left_out = companions(plan.checkpoint)
+        others = [path for path in copied if path.name != CONFIG_FILE]
         lines += [f"copied: {path.name}  {path.stat().st_size:,} bytes" for path in others]
+        lines += [f"left out: {name} ({reason})" for name, reason in left_out.items()]
     return lines
 
 
-def _companions(checkpoint: Checkpoint) -> list[Path]:
-    """The base's files that are not weights."""
-    shards = {entry.file for entry in checkpoint.entries.values()}
-    skipped = shards | {INDEX_FILE, CHECKSUMS_FILE}
-    return sorted(path for path in checkpoint.directory.iterdir() if path.is_file() and path.name not in skipped)
-
-
-def _write_companions(plan: MergePlan, staging: ResumableDirectory) -> None:
+def _write_companions(plan: MergePlan, staging: ResumableDirectory, template: str) -> None:
     """Copy what is not weights, byte for byte; write the index; drop quantization_config where nothing is packed."""
-    _copy(_companions(plan.checkpoint), staging)
-    if plan.target == "bf16":
-        config = {key: value for key, value in plan.checkpoint.config.items() if key != "quantization_config"}
+    copied, left_out = companions(plan.checkpoint)
+    copy_companions(copied, staging.path)
+    (staging.path / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    if plan.target == "bf16" or CONFIG_FILE in left_out:
+        config = dict(plan.checkpoint.config)
+        if plan.target == "bf16":
+            config.pop("quantization_config", None)
         (staging.path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     own_index = plan.checkpoint.directory / INDEX_FILE
     if all(shard.like for shard in plan.shards):
@@ -222,8 +225,3 @@ def _write_companions(plan: MergePlan, staging: ResumableDirectory) -> None:
             shutil.copyfile(own_index, staging.path / INDEX_FILE)
         return
     (staging.path / INDEX_FILE).write_text(plan.index(), encoding="utf-8")
-
-
-def _copy(files: Sequence[Path], staging: ResumableDirectory) -> None:
-    for path in files:
-        shutil.copyfile(path, staging.path / (_BASE_CARD if path.name == CARD else path.name))

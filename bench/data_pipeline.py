@@ -94,9 +94,9 @@ def trl(path: Path, processes: int | None) -> dict:
 def memory(path: Path) -> dict:
     """Anonymous memory (what cannot be given back) while building and while an epoch's batches are made."""
     from finetune.config.schema import TrainerConfig
-    from finetune.data.batches import BatchPlan
     from finetune.data.dataset import load_split
     from finetune.data.harmony.tokenizer import harmony_encoding
+    from finetune.data.plan import BatchPlan
 
     harmony_encoding()
     before = memory_mib()

@@ -13,7 +13,7 @@ from functools import reduce
 from finetune.config.expert_selection import expert_problems
 from finetune.config.lint import Problem
 from finetune.config.paths import HUB_PREFIX, matching_files, resolve_data_path
-from finetune.config.schema import DataConfig, RunConfig, SourceConfig
+from finetune.config.schema import DataConfig, DpoConfig, PreferenceConfig, RunConfig, SourceConfig
 from finetune.config.schema_paths import KeyPath
 
 SHARDED_BASE = ("zero3", "fsdp2")
@@ -30,6 +30,7 @@ def broken_rules(config: RunConfig) -> Iterator[Problem]:
     yield from _names(config)
     yield from _sources(config)
     yield from _rendering(config.data)
+    yield from _objective(config)
     yield from _adapter(config)
     yield from expert_problems(config)
     yield from _trainer(config)
@@ -130,6 +131,53 @@ def _rendering(data: DataConfig) -> Iterator[Problem]:
             )
     if data.model_identity is not None and not data.model_identity.strip():
         yield Problem(("data", "model_identity"), "is empty", "leave it out for the published one")
+
+
+def _objective(config: RunConfig) -> Iterator[Problem]:
+    """Find settings that a preference objective cannot use or would ignore."""
+    objective, data = config.objective, config.data
+    if not isinstance(objective, PreferenceConfig):
+        return
+    kind = objective.kind
+    for channel in ("analysis", "commentary", "tool_call", "final"):
+        weight = getattr(data.loss, channel)
+        if weight not in (0, 1):
+            what = f"is {weight:g}, but {kind} compares log-probabilities of tokens, which count or do not"
+            yield Problem(("data", "loss", channel), what, "write 0 or 1")
+    if data.pairs == "listwise":
+        what = f"is listwise, but {kind} compares pairs"
+        yield Problem(("data", "pairs"), what, "write best_worst (one pair per record) or all")
+    if isinstance(objective, DpoConfig):
+        yield from _dpo(config, objective)
+
+
+def _dpo(config: RunConfig, objective: DpoConfig) -> Iterator[Problem]:
+    losses = objective.losses
+    if objective.loss in objective.add:
+        yield Problem(("objective", "add"), f"has {objective.loss} once more", "give it objective.loss_weight")
+    if not losses.keys() - {"sft"}:
+        yield Problem(
+            ("objective", "loss"),
+            "is sft alone, which compares nothing",
+            "choose another loss with objective.add={sft: 1.0}, or train on chosen answers with objective: sft",
+        )
+    if objective.label_smoothing and not losses.keys() & {"sigmoid", "robust", "sigmoid_norm"}:
+        what = f"is {objective.label_smoothing:g}, but {', '.join(losses)} has no use for it"
+        yield Problem(("objective", "label_smoothing"), what, "write 0, or choose sigmoid, robust or sigmoid_norm")
+    if objective.reference == "none":
+        return
+    if config.adapter.attention.dropout:
+        yield Problem(
+            ("adapter", "attention", "dropout"),
+            f"is {config.adapter.attention.dropout:g}, which the reference does not have: rewards would be noise",
+            "write 0, or objective.reference=none",
+        )
+    if config.adapter.init_from is not None:
+        yield Problem(
+            ("adapter", "init_from"),
+            "is set, but the reference is the base without any adapter: training would start far from it",
+            "merge the first adapter into the base and train on that, or write objective.reference=none",
+        )
 
 
 def _adapter(config: RunConfig) -> Iterator[Problem]:

@@ -20,13 +20,18 @@ from finetune.config.schema_data import LossConfig as LossConfig
 from finetune.config.schema_data import ReasoningEffortName as ReasoningEffortName
 from finetune.config.schema_data import SourceConfig as SourceConfig
 from finetune.config.schema_data import ValidationSplitConfig as ValidationSplitConfig
+from finetune.config.schema_objective import CpoConfig as CpoConfig
+from finetune.config.schema_objective import DpoConfig as DpoConfig
+from finetune.config.schema_objective import ObjectiveConfig as ObjectiveConfig
+from finetune.config.schema_objective import OrpoConfig as OrpoConfig
+from finetune.config.schema_objective import PreferenceConfig as PreferenceConfig
+from finetune.config.schema_objective import SftConfig as SftConfig
+from finetune.config.schema_objective import SimpoConfig as SimpoConfig
 from finetune.config.schema_training import AdapterConfig as AdapterConfig
 from finetune.config.schema_training import AttentionAdapterConfig as AttentionAdapterConfig
 from finetune.config.schema_training import AttentionTarget as AttentionTarget
 from finetune.config.schema_training import ExpertAdapterConfig as ExpertAdapterConfig
-from finetune.config.schema_training import ObjectiveConfig as ObjectiveConfig
 from finetune.config.schema_training import RouterAdapterConfig as RouterAdapterConfig
-from finetune.config.schema_training import SftConfig as SftConfig
 from finetune.config.schema_training import TrainerConfig as TrainerConfig
 
 

@@ -116,6 +116,8 @@ class DataConfig(Strict):
         max_skipped_ratio: with `skip`, a larger share of skipped records stops the run nevertheless.
         pairs: of preference records with more than two scored answers: `best_worst` makes one pair of each, `all` every
             pair whose scores differ, `listwise` compares all in the order of their scores, which must not tie.
+        share_prompts: compute a preference record's prompt once, its answers side by side behind it. False: every
+            answer behind its own copy, the same function in more tokens.
         pack: put several examples into one sequence (none attends to another); off: one example per sequence.
         cache: keep the tokens on disk, memory-mapped and reused as long as sources, settings and code stay the same;
             off: tokenise again and keep them in memory.
@@ -139,6 +141,7 @@ class DataConfig(Strict):
     on_bad_record: Literal["stop", "skip"] = "stop"
     max_skipped_ratio: Annotated[float, Ge(0), Le(1)] = 0.05
     pairs: Literal["best_worst", "all", "listwise"] = "best_worst"
+    share_prompts: bool = True
     pack: bool = True
     cache: bool = True
     cache_dir: str | None = None

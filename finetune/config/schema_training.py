@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -101,23 +101,6 @@ class AdapterConfig(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftConfig(Strict):
-    """Supervised fine-tuning: weighted negative log-likelihood of the trained tokens (`data.loss` has the weights).
-
-    Attributes:
-        kind: chooses this objective.
-    """
-
-    default_learning_rate: ClassVar[float] = 2e-4
-    kind: Literal["sft"] = "sft"
-
-
-# One class per kind. With a second one this becomes Annotated[SftConfig | DpoConfig, pydantic.Discriminator("kind")];
-# schema_paths, validate, differences and json_schema handle such a union (tests/config/test_objective_group.py).
-ObjectiveConfig = SftConfig
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainerConfig(Strict):
     """The training loop and the optimiser.
 
@@ -126,8 +109,8 @@ class TrainerConfig(Strict):
         max_steps: stop after this many optimiser steps even if epochs are left. None: no such limit.
         micro_batch_size: packed sequences in one forward and backward pass.
         gradient_accumulation_steps: micro-batches per optimiser step and rank.
-        learning_rate: the peak, reached at the end of the warm-up. None: the objective's default (sft: 2e-4), which
-            the run prints and stores.
+        learning_rate: the peak, reached at the end of the warm-up. None: the objective's default (sft 2e-4, preference
+            2e-5), which the run prints and stores.
         optimizer: `adamw` is torch's; `adamw_8bit` keeps its moments in 8 bits (bitsandbytes); `paged_adamw` and
             `paged_adamw_8bit` keep them in memory that moves between GPU and host as needed (bitsandbytes, GPU only).
         optimizer_states_on_cpu: keep the moments in host memory and copy them to the GPU one parameter at a time.

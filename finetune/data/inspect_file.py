@@ -16,7 +16,7 @@ from finetune.data.dataset import count_kinds
 from finetune.data.forms import KEYS_OF_FORM, fitting_forms, propose_columns, unused_keys
 from finetune.data.harmony.render import render_examples
 from finetune.data.harmony.truncate import group_length
-from finetune.data.preferences import PREFERENCE_KEYS
+from finetune.data.preferences import LABELS_ALONE, PREFERENCE_KEYS
 from finetune.data.sources import (
     SPLITS,
     BadRecord,
@@ -115,9 +115,15 @@ class FileSummary:
 
     @property
     def objective(self) -> str:
-        """The option of configs/objective/ that learns from the file's form."""
+        """The option of configs/objective/ that learns from the file's form.
+
+        Raises:
+            InputError: none does: the records are single answers with labels.
+        """
         form = self.forms.most_common(1)[0][0]
-        return "sft" if form not in PREFERENCE_KEYS else "kto" if form == "labelled" else "dpo"
+        if form == "labelled":
+            raise InputError("the file's records are single answers with labels", why=LABELS_ALONE, fix="give pairs")
+        return "dpo" if form in PREFERENCE_KEYS else "sft"
 
     @property
     def longest(self) -> int:

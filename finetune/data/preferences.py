@@ -39,6 +39,7 @@ PREFERENCE_OPTIONAL_KEYS: dict[DataForm, tuple[str, ...]] = {
 }  # fmt: skip
 SUPERVISED_FORMS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 """The forms that supervised fine-tuning learns from."""
+LABELS_ALONE = "no objective learns from labels alone yet (kto): train desirable answers with `form: prompt_completion`"
 _NEEDED = (
     "a prompt with a chosen and a rejected answer, or with scored ones",
     "a prompt, a completion and a boolean label, or pairs",
@@ -120,7 +121,7 @@ def check_forms(split: str, forms: Mapping[str, int], kind: str, labels: Mapping
     fixes = {
         "preference": "take a recipe such as preference_20b (`- override /objective: dpo`)",
         "ranked": "take a recipe such as preference_20b (`- override /objective: dpo`); data.pairs says how many pairs",
-        "labelled": "take a recipe such as preference_20b with `- override /objective: kto`",
+        "labelled": f"give pairs to preference_20b; {LABELS_ALONE}",
     }
     if kind == "sft":
         why = "supervised fine-tuning would train the rejected answers like the chosen ones"

@@ -109,6 +109,19 @@ class EvalSet:
         return np.bincount(np.unique(records, return_inverse=True)[1], values).astype(np.float64)
 
 
+def validation_examples(split: Split, count: int | None) -> tuple[Example, ...]:
+    """The examples of the validation loss, `count` evenly spread ones; of preference records the best answer alone.
+
+    Args:
+        split: the validation data.
+        count: how many. None: all.
+    """
+    if not split.stats.forms.keys() & PREFERENCE_KEYS.keys():
+        return evenly_spread(split.examples, count)
+    best = [split.examples[number] for number in split.first_examples()]  # answers come best first
+    return evenly_spread([example for example in best if example.score > 0] or best, count)
+
+
 def evenly_spread(items: Sequence[T], count: int | None) -> tuple[T, ...]:
     """Up to `count` items, evenly spread over all and so independent of any seed; None: all."""
     if count is None or count >= len(items):

@@ -150,7 +150,7 @@ def native_base(checkpoint: Checkpoint, out: Path) -> Iterator[Checkpoint]:
                 fix="free some space, or give --out on a larger disk",
             )
         write_native(checkpoint, copy)
-        for path in companions(checkpoint)[0]:
+        for path in companions(checkpoint):
             if path.name != CONFIG_FILE:
                 shutil.copyfile(path, copy / path.name)
         log.info(checkpoint.describe_rounding())

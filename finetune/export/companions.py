@@ -12,45 +12,50 @@ from pathlib import Path
 from finetune import log
 from finetune.config.validate import load_run_config
 from finetune.data.harmony.chat_template import TEMPLATE_FILE, chat_template
-from finetune.errors import FinetuneError
-from finetune.export.options import CARD
+from finetune.errors import FinetuneError, InputError
+from finetune.export.options import CARD, RECORD
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint
 
-TERMS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "USAGE_POLICY", "NOTICE")
+TERMS = tuple(name + end for name in ("LICENSE", "USAGE_POLICY", "NOTICE") for end in ("", ".txt", ".md"))
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _KNOWN = (CONFIG_FILE, "generation_config.json", *TOKENIZER_FILES, "vocab.json", "merges.txt", CARD, *TERMS)
 BASE_CARD = "BASE_README.md"
 """The name of the base's own README.md in an export, whose README.md is the model card."""
 
 
-def companions(checkpoint: Checkpoint) -> tuple[list[Path], dict[str, str]]:
-    """The base's files to copy, and those that are left out with the reason.
+def companions(checkpoint: Checkpoint) -> list[Path]:
+    """The base's files to copy: configuration, tokenizer, terms and card. An export has its own chat template.
 
-    Weights, index, checksums and chat template are in neither: an export has its own.
+    Raises:
+        InputError: one of them is a link to a file outside of the base and of the hub cache's blobs.
     """
-    made = {entry.file for entry in checkpoint.stored.values()} | {INDEX_FILE, CHECKSUMS_FILE, TEMPLATE_FILE}
-    copied: list[Path] = []
-    left_out: dict[str, str] = {}
-    for path in sorted(checkpoint.directory.iterdir()):
-        if path.name in made or path.is_dir():
-            continue
-        if path.name not in _KNOWN:
-            left_out[path.name] = "not a file of a model"
-        elif not _stays_inside(path):
-            left_out[path.name] = "a link out of the base"
-        elif path.is_file():
-            copied.append(path)
-        else:
-            left_out[path.name] = "not a file"
-    return copied, left_out
+    found = sorted(path for path in checkpoint.directory.iterdir() if path.name in _KNOWN and path.is_file())
+    for path in found:
+        if not _stays_inside(path):
+            raise InputError(
+                f"{path} is a link to {path.resolve()}, outside of the base",
+                why="its contents would be copied into the export, and published with it",
+                fix="put a copy of the file in its place, if it belongs to the base",
+            )
+    return found
+
+
+def left_out(checkpoint: Checkpoint) -> list[str]:
+    """Names of the base's files and directories that are neither weights nor copied, without those made anew."""
+    shards = {entry.file for entry in checkpoint.stored.values()}
+    known = {*_KNOWN, *shards, INDEX_FILE, CHECKSUMS_FILE, TEMPLATE_FILE, RECORD, BASE_CARD}
+    return sorted(path.name for path in checkpoint.directory.iterdir() if path.name not in known)
 
 
 def tell_left_out(checkpoint: Checkpoint) -> None:
-    """Print which files of the base an export does not have."""
-    left_out = companions(checkpoint)[1]
-    if left_out:
-        names = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
-        log.warning(f"left out of the export: {names}")
+    """Print which files of the base an export will not have.
+
+    Raises:
+        InputError: as `companions`.
+    """
+    companions(checkpoint)
+    if others := left_out(checkpoint):
+        log.info(f"not copied, since no model needs them: {', '.join(others)}")
 
 
 def copy_companions(files: Sequence[Path], directory: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GptOssForCausalLM
 
 from finetune.adapters.lora import Adapter
-from finetune.config.schema import ObjectiveConfig, SftConfig
+from finetune.config.schema import CpoConfig, DpoConfig, ObjectiveConfig, OrpoConfig, SftConfig, SimpoConfig
 from finetune.data.batches import Batch
 from finetune.model.forward import hidden_states
 
@@ -59,7 +59,7 @@ class Policy:
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final normed hidden states [B, S, D] of a batch, in the compute dtype, on the model's device."""
         with self.offload:
-            return hidden_states(self.model, batch.input_ids, batch.positions, batch.segments)
+            return hidden_states(self.model, batch.input_ids, batch.positions, batch.segments, batch.prefixes)
 
 
 class Ranks(Protocol):
@@ -94,6 +94,19 @@ class Objective(Protocol):
             One context per micro-batch, passed to `terms`.
         """
 
+    def check_first_step(self, terms: Mapping[str, float]) -> str:
+        """Check the values that a first step must have because the adapter changes nothing yet.
+
+        Args:
+            terms: of the whole first step.
+
+        Returns:
+            One line on what was checked, or why nothing is; empty for objectives without a reference by nature.
+
+        Raises:
+            CheckError: a value is another.
+        """
+
     def terms(self, policy: Policy, batch: Batch, totals: Mapping[str, float], context: Any) -> dict[str, Term]:
         """A micro-batch's shares of the step's terms: `loss` first, then numbers to log.
 
@@ -115,3 +128,7 @@ def make_objective(config: ObjectiveConfig) -> Objective:
             from finetune.objectives.sft import Sft
 
             return Sft()
+        case DpoConfig() | OrpoConfig() | SimpoConfig() | CpoConfig():
+            from finetune.objectives.preference import Preference
+
+            return Preference(config)

@@ -119,7 +119,7 @@ class RouterTerms:
         """Choices of each expert in a batch, by the base with or without the adapter: [layers, E]."""
         switched = nullcontext() if adapted or self.adapter is None else self.adapter.disabled()
         with switched, record_router(self.base.model) as tape:
-            hidden_states(self.base.model, batch.input_ids, batch.positions, batch.segments)
+            hidden_states(self.base.model, batch.input_ids, batch.positions, batch.segments, batch.prefixes)
         return choice_counts(tape.layers, real_tokens(batch).to(self.base.device))
 
 

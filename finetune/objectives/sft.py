@@ -29,6 +29,10 @@ class Sft:
         """Nothing to prepare."""
         return [None] * len(batches)
 
+    def check_first_step(self, terms: Mapping[str, float]) -> str:
+        """Nothing is known of a first step's loss."""
+        return ""
+
     def terms(self, policy: Policy, batch: Batch, totals: Mapping[str, float], context: None) -> dict[str, Term]:
         """The batch's share of the loss."""
         return {LOSS: Term(weighted_nll(policy.hidden_states(batch), policy.head, batch) / totals[LOSS])}

@@ -22,14 +22,14 @@ from finetune.adapters.store import read_adapter_into
 from finetune.config.derive import check_inputs, router_notes
 from finetune.config.expert_selection import ExpertScores
 from finetune.config.rules import SHARDED_BASE
-from finetune.config.schema import RunConfig
-from finetune.data.batches import BatchPlan
+from finetune.config.schema import PreferenceConfig, RunConfig
 from finetune.data.dataset import Split, describe, load_split
-from finetune.data.example_table import example_lengths
+from finetune.data.groups import Groups
 from finetune.data.packing import packing_efficiency
+from finetune.data.plan import BatchPlan
 from finetune.data.preferences import check_forms
 from finetune.data.sources import split_names
-from finetune.errors import ConfigError, MachineError
+from finetune.errors import ConfigError, InputError, MachineError
 from finetune.evaluate.evalset import EvalSet, choose_test_set
 from finetune.evaluate.expert_scores import choose_experts
 from finetune.model.attention import attention_kernel
@@ -115,8 +115,9 @@ def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: b
         source_sizes=train.stats.source_sizes,
         rank=world.rank,
         world_size=world.world_size,
+        groups=_groups(train, config),
     )
-    _describe_plan(plan, train, config)
+    _describe_plan(plan, config)
     location = locate_base(config.model.path, config.model.revision)
     base = _open_base(location, config, device, world)
     scores = _expert_scores(base, location.name, train, config, accelerator)
@@ -125,6 +126,28 @@ def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: b
     for split_name, split in splits.items():
         world.assert_same(f"the {split_name} data", split.stats.fingerprint)
     return Session(config, location, base, adapter, splits, plan, accelerator, world, test, scores)
+
+
+def _groups(train: Split, config: RunConfig) -> Groups | None:
+    """The answers that a preference objective compares; None for other objectives.
+
+    Raises:
+        InputError: no record has two answers with different scores.
+    """
+    if not isinstance(config.objective, PreferenceConfig):
+        return None
+    groups = Groups.of(train.examples, train.first_examples(), config.data.pairs)
+    left_out = len(train.first_examples()) - len(groups.members)
+    if not groups.members:
+        raise InputError("data.train has no pair: no record has two answers with different scores")
+    shared, separate = (sum(groups.lengths(train.examples, share_prompts=share)) for share in (True, False))
+    computed = "prompts are computed once" if config.data.share_prompts else "prompts are computed for every answer"
+    log.info(
+        f"pairs: {sum(map(len, groups.pairs)):,} of {len(groups.members):,} records"
+        + (f"; {left_out:,} records whose answers all have one score are left out" if left_out else "")
+        + f"; {separate:,} tokens with a prompt per answer, {shared:,} with shared prompts; {computed}"
+    )
+    return groups
 
 
 def _open_base(location: BaseLocation, config: RunConfig, device: torch.device, world: World) -> Base:
@@ -245,11 +268,11 @@ def _accelerator(config: RunConfig, world: World) -> Accelerator:
     return accelerator
 
 
-def _describe_plan(plan: BatchPlan, split: Split, config: RunConfig) -> None:
+def _describe_plan(plan: BatchPlan, config: RunConfig) -> None:
     trainer, rows = config.trainer, plan.sequences(0)
     count = config.distributed.num_processes
     ranks = f" x {count} ranks" if count > 1 else ""
-    efficiency = packing_efficiency(example_lengths(split.examples), rows, config.data.max_length)
+    efficiency = packing_efficiency(plan.lengths, rows, config.data.max_length)
     log.info(
         f"steps: {len(rows):,} sequences of {config.data.max_length:,} tokens per epoch, {efficiency:.1%} filled; "
         f"{trainer.micro_batch_size} sequences x {trainer.gradient_accumulation_steps} micro-batches{ranks} = "

@@ -164,7 +164,8 @@ class OptimiserStep:
         Raises:
             OutOfMemory: on this rank or another.
         """
-        contexts = self.objective.prepare(batches, self.policy, self.adapter, self.world)
+        heartbeat("preparing the step")
+        contexts = self._prepared(batches)
         routing = self.router.prepare(batches)
         shares: list[Tensor] = []
         failure: BaseException | None = None
@@ -186,6 +187,24 @@ class OptimiserStep:
         if self.world.all_reduce_max(int(failure is not None)):
             raise OutOfMemory(failure)
         return shares
+
+    def _prepared(self, batches: Sequence[Batch]) -> Sequence[Any]:
+        """The objective's context of each micro-batch, such as reference values.
+
+        Raises:
+            OutOfMemory: on this rank or another.
+        """
+        contexts: Sequence[Any] = ()
+        failure: BaseException | None = None
+        try:
+            contexts = self.objective.prepare(batches, self.policy, self.adapter, self.world)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or not self.engine.can_retry:
+                raise
+            failure = error.with_traceback(None)
+        if self.world.all_reduce_max(int(failure is not None)):
+            raise OutOfMemory(failure)
+        return contexts
 
     def _forward(
         self, batch: Batch, totals: dict[str, float], context: Any, routing: RouterContext, number: int

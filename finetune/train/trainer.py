@@ -14,10 +14,11 @@ from finetune import log
 from finetune.adapters.audit import audit_gradients
 from finetune.config.derive import deepspeed_settings
 from finetune.config.validate import to_plain
-from finetune.data.batches import Batch, BatchPlan, Step
+from finetune.data.batches import Batch
 from finetune.data.harmony.render import Example
+from finetune.data.plan import BatchPlan, Step
 from finetune.errors import CheckError, InputError, Interrupted
-from finetune.evaluate.evalset import evenly_spread
+from finetune.evaluate.evalset import validation_examples
 from finetune.evaluate.likelihood import held_out_loss
 from finetune.files import seed_of, write_json
 from finetune.model.forward import checkpoint_activations
@@ -138,7 +139,7 @@ class Trainer:
         self.data_fingerprint = session.splits["train"].stats.fingerprint
         self.validation: tuple[Example, ...] = ()
         if "validation" in session.splits:
-            self.validation = evenly_spread(session.splits["validation"].examples, config.evaluate.validation_examples)
+            self.validation = validation_examples(session.splits["validation"], config.evaluate.validation_examples)
         self.routing: RoutingWatch | None = None
         if config.evaluate.routing_examples:
             self.routing = RoutingWatch(session, run, self.tracker, self._between_batches)
@@ -201,6 +202,9 @@ class Trainer:
             self.state = replace(self.state, step=step + 1, skipped_in_a_row=skipped)
             self.metrics.append("skipped", step + 1, epoch=epoch, samples=error.culprits)
             return
+        if step == 0 and (line := self.step.objective.check_first_step(stats.terms)):
+            log.info(line)
+            self.audit_lines.append(line)
         self._record(stats, rate, epoch, time.monotonic() - started, progress)
 
     def _keep_evidence(self, error: NotFinite, batches: list[Batch], rate: float) -> None:

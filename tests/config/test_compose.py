@@ -34,7 +34,15 @@ ALL_YAML = sorted([*shipped_dir("configs").rglob("*.yaml"), *shipped_dir("recipe
 OWN = "defaults:\n  - override /model: tiny\ndata:\n  train: {mine: {path: mine.jsonl}}\n"
 
 
-RECORDS = {"legal": "4,369", "quickstart": "4,369", "medical": "437", "creative": "2,020", "one_batch": "7", "": "400"}
+RECORDS = {
+    "preference": "8,452",
+    "legal": "4,369",
+    "quickstart": "4,369",
+    "medical": "437",
+    "creative": "2,020",
+    "one_batch": "7",
+    "": "400",
+}
 NO_EVALUATION = [f"evaluate.{key}=null" for key in ("every_steps", "validation_examples", "test_examples")]
 
 

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from finetune.config.compose import compose
 from finetune.config.fields import describe_range
 from finetune.config.json_schema import recipe_schema
-from finetune.config.schema_paths import KeyPath, all_paths, dotted, range_at, type_at
+from finetune.config.schema_paths import KeyPath, all_paths, dotted, range_at, section_classes, type_at
 from finetune.errors import ConfigError
 
 NUMBERS = {int, float, int | None, float | None}
@@ -25,6 +25,14 @@ def numbers() -> list[KeyPath]:
     return [path for path in paths if "NAME" not in path and dotted(path) not in FREE]
 
 
+def kind_with(path: KeyPath) -> list[str]:
+    """The override that chooses a kind of objective with this key."""
+    if path[0] != "objective":
+        return []
+    classes = section_classes(type_at(("objective",)))
+    return [f"objective={next(each.kind for each in classes if hasattr(each, path[1]))}"]
+
+
 def test_the_walk_finds_numbers() -> None:
     assert len(numbers()) > 40 and ("data", "train", "cuad", "limit") in numbers()
 
@@ -34,9 +42,9 @@ def test_every_number_has_a_range_that_refuses_what_is_below_it(path: KeyPath) -
     words = range_at(path)
     assert words is not None
     with pytest.raises(ConfigError) as caught:
-        compose("quickstart", [f"{dotted(path)}=-1"])
+        compose("quickstart", [*kind_with(path), f"{dotted(path)}=-1"])
     assert f"{dotted(path)} is -1, must be {words}" in str(caught.value)
-    content: dict[str, Any] = {}
+    content: dict[str, Any] = {"objective": {"kind": kind_with(path)[0].partition("=")[2]}} if kind_with(path) else {}
     section = content
     for key in path[:-1]:
         section = section.setdefault(key, {})

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from finetune.config.schema import DataConfig, SourceConfig, TrainerConfig
-from finetune.data.batches import BatchPlan, collate
+from finetune.data.batches import collate
 from finetune.data.dataset import load_split
 from finetune.data.harmony.render import Example
+from finetune.data.plan import BatchPlan
 
 PAD = 199_999
 SOURCE = SourceConfig(path="shipped://legal/cuad_clause_type.jsonl.gz", where={"split": "val"}, limit=300)

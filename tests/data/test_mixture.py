@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.config.schema import DataConfig, SourceConfig, TrainerConfig
-from finetune.data.batches import BatchPlan
 from finetune.data.harmony.render import Example
 from finetune.data.packing import Mixture, epoch_sizes
+from finetune.data.plan import BatchPlan
 
 
 def sources(**weights: float) -> dict[str, SourceConfig]:

@@ -223,11 +223,11 @@ def test_the_fingerprint_of_what_is_trained_knows_which_answer_is_preferred(tmp_
     [
         ({"preference": 3}, "sft", "preference_20b"),
         ({"ranked": 3}, "sft", "preference_20b"),
-        ({"labelled": 3}, "sft", "objective: kto"),
+        ({"labelled": 3}, "sft", "no objective learns from labels alone yet"),
         ({"messages": 1, "preference": 2}, "sft", "preference_20b"),
         ({"messages": 3}, "dpo", "legal_20b"),
         ({"prompt_completion": 3}, "kto", "legal_20b"),
-        ({"labelled": 3}, "dpo", "objective: kto"),
+        ({"labelled": 3}, "dpo", "no objective learns from labels alone yet"),
         ({"ranked": 3}, "kto", "objective: dpo"),
         ({"text": 3}, "orpo", "legal_20b"),
     ],

@@ -15,6 +15,7 @@ from finetune.data.dataset import load_split
 from finetune.data.inspect_file import inspect_file
 from finetune.data.pair_stats import pair_lines, pair_stats
 from finetune.data.preview_pairs import group_as_json, group_as_text, groups_as_html, groups_of
+from finetune.errors import InputError
 from finetune.files import JsonObject
 
 PAIR = {"id": "a", "prompt": "What is <|end|> 2 + 2?", "chosen": "Four.", "rejected": "It is five, of course."}
@@ -99,13 +100,15 @@ def test_a_new_recipe_has_the_objective_of_the_files_form(tmp_path: Path) -> Non
     for records, objective in (
         ([PAIR], "dpo"),
         ([RANKED], "dpo"),
-        ([{"prompt": "a", "completion": "b", "label": True}], "kto"),
     ):
         path = written(tmp_path, records)
         summary = inspect_file(path)
         text = recipe_text("mine", path, summary, "tiny")
         assert f"- override /objective: {objective}" in text and "learning_rate: null" in text
         assert "validation_loss" not in text
+    labelled = inspect_file(written(tmp_path, [{"prompt": "a", "completion": "b", "label": True}]))
+    with pytest.raises(InputError, match="single answers with labels"):
+        recipe_text("mine", path, labelled, "tiny")
     path = written(tmp_path, [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
     text = recipe_text("mine", path, inspect_file(path), "tiny")
     assert "objective" not in text and "learning_rate: 2.0e-4" in text

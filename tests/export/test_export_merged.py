@@ -23,6 +23,7 @@ from finetune.config.paths import shipped_dir
 from finetune.config.validate import dump_yaml
 from finetune.data.dataset import load_split
 from finetune.data.harmony.chat_template import chat_template
+from finetune.export.companions import companions
 from finetune.export.plan import plan_merge
 from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
@@ -169,35 +170,6 @@ def test_merged_directories_include_the_bases_files(exported: Callable[..., Path
     assert verify_checksums(Checkpoint.open(exported("mxfp4")))
 
 
-def test_only_known_files_inside_the_base_are_copied(
-    adapter: Path, small_base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    repository = tmp_path / "models--x--y"
-    base = repository / "snapshots" / "1"
-    base.mkdir(parents=True)
-    (repository / "blobs").mkdir()
-    for path in small_base.iterdir():
-        if path.name != "chat_template.jinja":
-            (repository / "blobs" / path.name).hardlink_to(path)
-            (base / path.name).symlink_to(Path("../../blobs") / path.name)
-    (tmp_path / "token").write_text("hf_secret")
-    (base / "NOTICE").symlink_to(tmp_path / "token")
-    (base / "LICENSE").symlink_to("USAGE_POLICY")
-    (base / "USAGE_POLICY").write_text("terms")
-    (base / ".env").write_text("KEY=secret")
-    out = tmp_path / "out"
-    given = ["--base", str(base), "--to", "mxfp4", "--no-verify", *NEAREST]
-    assert main(["export", str(adapter), "--out", str(out), *given]) == 0
-    printed = capfd.readouterr().err
-    assert ".env (not a file of a model)" in printed and "NOTICE (a link out of the base)" in printed
-    assert "the base has no chat_template.jinja" in printed
-    names = {path.name for path in out.iterdir()}
-    expected = {path.name for path in small_base.iterdir()} | {"LICENSE", "USAGE_POLICY"}
-    assert names == expected | {"export.json", "checksums.json", "BASE_README.md"}
-    assert not any(b"secret" in path.read_bytes() for path in out.iterdir())
-    assert (out / "chat_template.jinja").read_text() == chat_template()
-
-
 def test_an_mxfp4_merge_changes_no_other_bytes(exported: Callable[..., Path], small_base: Path) -> None:
     before, after = Checkpoint.open(small_base), Checkpoint.open(exported("mxfp4"))
     assert before.names() == after.names()
@@ -249,3 +221,51 @@ def test_the_card_names_the_origin_and_shows_no_record(adapter: Path, small_base
     assert f"{record['survival']['overall']['survival']:.1%} of the fine-tune's update" in card
     clause = load_split(composed.config.data, "validation").records[0].messages[-2].content
     assert clause[:60] not in card and str(small_base.parent) not in card
+
+
+# --- what is copied of the base
+
+
+def test_only_a_models_files_are_copied_and_the_others_are_named(
+    small_base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(small_base, base)
+    (base / ".env").write_text("HF_TOKEN=hf_secret")
+    (base / "token").symlink_to(base / ".env")
+    (base / "notes.txt").write_text("private")
+    (base / "chat_template.jinja").unlink()
+    (base / "LICENSE.txt").write_text("terms")
+    command = ["export", str(adapter), "--to", "mxfp4", *NEAREST, "--no-verify", "--base", str(base)]
+    assert main([*command, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"not copied: {name}" in printed for name in (".env", "notes.txt", "token"))
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert "not copied, since no model needs them: .env, notes.txt, token" in said
+    assert "the base has no chat_template.jinja" in said
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == chat_template()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "config.json", "LICENSE.txt"} <= names and not names & {".env", "token", "notes.txt"}
+
+
+def test_links_out_of_the_base_are_refused_and_those_of_the_hub_cache_followed(
+    small_base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "models--x--y"
+    blobs = cache / "blobs"
+    base = cache / "snapshots" / ("0" * 40)
+    shutil.copytree(small_base, base)
+    blobs.mkdir()
+    (base / "tokenizer.json").rename(blobs / "abc")
+    (base / "tokenizer.json").symlink_to(Path("../../blobs/abc"))
+    copied = [path.name for path in companions(Checkpoint.open(base))]
+    assert "tokenizer.json" in copied
+    secret = tmp_path / "token"
+    secret.write_text("hf_secret")
+    (base / "README.md").unlink(missing_ok=True)
+    (base / "README.md").symlink_to(secret)
+    command = ["export", str(adapter), "--to", "mxfp4", *NEAREST, "--no-verify", "--base", str(base)]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 3
+    said = capsys.readouterr().err
+    assert f"README.md is a link to {secret}" in said and not (tmp_path / "out").exists()

@@ -34,8 +34,8 @@ from finetune.config.schema import (
     RunConfig,
     TrainerConfig,
 )
-from finetune.data.batches import BatchPlan
 from finetune.data.harmony.render import Example
+from finetune.data.plan import BatchPlan
 from finetune.errors import CheckError
 from finetune.model.build import Base, build_base, check_unchanged
 from finetune.model.checkpoint import Checkpoint

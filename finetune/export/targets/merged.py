@@ -16,7 +16,7 @@ from finetune.data.harmony.chat_template import TEMPLATE_FILE
 from finetune.errors import CheckError
 from finetune.export.base import check_base, find_base, native_base
 from finetune.export.card import write_card
-from finetune.export.companions import TERMS, companions, copy_companions, export_template, tell_left_out
+from finetune.export.companions import TERMS, companions, copy_companions, export_template, left_out, tell_left_out
 from finetune.export.execute import write_shards
 from finetune.export.options import CARD, RECORD, ExportOptions, MergedTarget
 from finetune.export.plan import MergePlan, choose_rounding, describe_plan, plan_merge
@@ -99,7 +99,7 @@ class _Merge:
             tallies = write_shards(plan, staging, rounded)
         record = self._record(tallies, rounded)
         if self.target == "gguf":  # configuration and tokenizer are inside; the terms are not
-            copy_companions([path for path in companions(plan.checkpoint)[0] if path.name in TERMS], staging.path)
+            copy_companions([path for path in companions(plan.checkpoint) if path.name in TERMS], staging.path)
         else:
             _write_companions(plan, staging, self.template)
         if record.survival is not None and any(op.kind == "round experts" for op in plan.operations):
@@ -136,7 +136,7 @@ class _Merge:
         ahead = rounded if plan.rounding == "compensated" else 0  # kept beside the export until it is done
         if self.target == "gguf":
             return gguf_bytes(plan) + ahead
-        return plan.num_bytes + ahead + sum(path.stat().st_size for path in companions(plan.checkpoint)[0])
+        return plan.num_bytes + ahead + sum(path.stat().st_size for path in companions(plan.checkpoint))
 
     def _record(self, tallies: dict[str, Tally], rounded: RoundedExperts | None) -> ExportRecord:
         """The record before the verification; prints how much of the experts' updates survives."""
@@ -202,22 +202,18 @@ def _dry_run(plan: MergePlan, target: MergedTarget, options: ExportOptions) -> l
     if target == "gguf":
         lines.append(f"written as one GGUF file with {options.gguf_experts} experts, names and layout of llama.cpp")
     else:
-        copied, left_out = companions(plan.checkpoint)
-        others = [path for path in copied if path.name != CONFIG_FILE]
+        others = [path for path in companions(plan.checkpoint) if path.name != CONFIG_FILE]
         lines += [f"copied: {path.name}  {path.stat().st_size:,} bytes" for path in others]
-        lines += [f"left out: {name} ({reason})" for name, reason in left_out.items()]
+        lines += [f"not copied: {name}" for name in left_out(plan.checkpoint)]
     return lines
 
 
 def _write_companions(plan: MergePlan, staging: ResumableDirectory, template: str) -> None:
     """Copy what is not weights, byte for byte; write the index; drop quantization_config where nothing is packed."""
-    copied, left_out = companions(plan.checkpoint)
-    copy_companions(copied, staging.path)
+    copy_companions(companions(plan.checkpoint), staging.path)
     (staging.path / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    if plan.target == "bf16" or CONFIG_FILE in left_out:
-        config = dict(plan.checkpoint.config)
-        if plan.target == "bf16":
-            config.pop("quantization_config", None)
+    if plan.target == "bf16":
+        config = {key: value for key, value in plan.checkpoint.config.items() if key != "quantization_config"}
         (staging.path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     own_index = plan.checkpoint.directory / INDEX_FILE
     if all(shard.like for shard in plan.shards):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,14 @@ REDRAW_SECONDS = 0.2
 PLAIN_LINE_SECONDS = 10.0
 
 
+# C0 without newline and tab, DEL and C1 steer terminals; the others reorder or hide the text around them
+# (bidirectional marks and overrides, zero-width characters, line separators, tags), as in "Trojan Source" attacks, or
+# are half a surrogate pair, which cannot be printed at all.
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+_PASSWORD = re.compile(r"(\w+://)[^/\s@]+@")  # the user's name and password, or a token, in a URL
+
 _warnings: list[str] = []  # of this process, for the run's report
 _bars: Bars | None = None  # the bars that the terminal shows now, one per open Progress
 _results_to_stderr = False  # because standard output carries one JSON object
@@ -43,9 +52,14 @@ def info(text: str = "") -> None:
     _print(text, sys.stderr)
 
 
-def result(text: str = "") -> None:
-    """Print a line of the command's result to standard output."""
-    _print(text, _result_stream())
+def result(text: str = "", *, styled: bool = False) -> None:
+    """Print a line of the command's result to standard output.
+
+    Args:
+        text: the line.
+        styled: it has the caller's own colours, and all else in it is printable.
+    """
+    _print(text, _result_stream(), styled=styled)
 
 
 def result_table(rows: Sequence[Sequence[str]], colors: Sequence[str] = ()) -> None:
@@ -58,6 +72,7 @@ def result_table(rows: Sequence[Sequence[str]], colors: Sequence[str] = ()) -> N
     stream = _result_stream()
     if _rank:
         return
+    rows = [[safe(cell) for cell in row] for row in rows]
     if not is_terminal(stream):
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
         for row in rows:
@@ -83,7 +98,7 @@ def warning(text: str) -> None:
 def error(text: str) -> None:
     """Print an error, on any rank."""
     if _rank:
-        print(f"rank {_rank}: {text}", file=sys.stderr, flush=True)
+        print(f"rank {_rank}: {safe(text)}", file=sys.stderr, flush=True)
     else:
         _print(text, sys.stderr, "bold red")
 
@@ -108,6 +123,33 @@ def result_json(record: object) -> None:
 def warnings_so_far() -> tuple[str, ...]:
     """Texts given to `warning` in this process, in order."""
     return tuple(_warnings)
+
+
+def safe(text: str) -> str:
+    r"""Make text of any origin fit for a terminal: no control sequences, no passwords of URLs.
+
+    >>> safe("https://me:secret@host/x \x1b[2J")
+    'https://***@host/x \\x1b[2J'
+    """
+    return without_passwords(printable(text))
+
+
+def without_passwords(text: str) -> str:
+    """Replace user names, passwords and tokens in URLs by `***`."""
+    return _PASSWORD.sub(r"\1***@", text)
+
+
+def printable(text: str) -> str:
+    r"""Spell out control characters and characters that reorder text; newlines and tabs stay.
+
+    >>> printable("red: \x1b[31m")
+    'red: \\x1b[31m'
+    """
+    return _UNSAFE.sub(lambda match: _spelled(ord(match[0])), text)
+
+
+def _spelled(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def duration(seconds: float) -> str:
@@ -178,7 +220,7 @@ class Progress:
         if not force and now - self._last_print < due and not (finished and (self._terminal or self._printed)):
             return
         self._last_print, self._printed = now, True
-        line = self._line(now, details)
+        line = safe(self._line(now, details))
         if self._terminal:
             self._bar = _draw_bar(self._bar, line, done, self.total)
         else:
@@ -200,10 +242,11 @@ def _result_stream() -> TextIO:
     return sys.stderr if _results_to_stderr else sys.stdout
 
 
-def _print(text: str, stream: TextIO, color: str | None = None) -> None:
+def _print(text: str, stream: TextIO, color: str | None = None, *, styled: bool = False) -> None:
     """Print a line, above the bars if there are any; a colour is for the text up to its first colon."""
     if _rank:
         return
+    text = text if styled else safe(text)
     if _bars is None and (color is None or not is_terminal(stream)):
         print(text, file=stream, flush=True)
         return

@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _stats(config: RunConfig, args: argparse.Namespace) -> None:
-    from finetune.data.checks import printable
     from finetune.data.stats import collect, describe_stats
+    from finetune.log import printable
 
     result = collect(config, duplicates=not args.no_duplicates)
     lines = printable("\n".join(describe_stats(result)).rstrip())
@@ -99,7 +99,7 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
         log.result(json.dumps([as_json(example) for example in examples], indent=2))
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        log.result("\n\n".join(as_text(example, colour=colour) for example in examples))
+        log.result("\n\n".join(as_text(example, colour=colour) for example in examples), styled=True)
 
 
 def _preview_pairs(split: Split, recipe: str, args: argparse.Namespace) -> None:
@@ -119,4 +119,4 @@ def _preview_pairs(split: Split, recipe: str, args: argparse.Namespace) -> None:
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         width = shutil.get_terminal_size((120, 24)).columns
-        log.result("\n\n".join(group_as_text(group, colour=colour, width=width) for group in groups))
+        log.result("\n\n".join(group_as_text(group, colour=colour, width=width) for group in groups), styled=True)

@@ -7,6 +7,7 @@ and `config` start at once.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -50,6 +51,9 @@ _EXIT_CODES = """exit codes: 0 done, 1 a bug in this tool, 2 configuration, 3 th
 
 def entry() -> NoReturn:
     """Run the command line and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # characters that a terminal's encoding lacks are spelt out
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))
 
 
@@ -113,7 +117,7 @@ def _report(error: Exception) -> int:
     """Print an error and choose the exit code."""
     known = error if isinstance(error, FinetuneError) else _as_known(error)
     if known is None:
-        traceback.print_exception(error)
+        print(log.safe("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         log.error(
             f"error: this is a bug in gpt-oss-finetune {__version__}, not in your input; please report the lines above"
         )

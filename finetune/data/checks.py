@@ -1,21 +1,13 @@
-"""Values of unknown origin: the error for a record that cannot be used, checks, and text that is safe to print."""
+"""Values of unknown origin: the error for a record that cannot be used, and checks."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from finetune.config.suggest import suggest_word
-
-# C0 without newline and tab, DEL and C1 steer terminals; the others reorder or hide the text around them
-# (bidirectional marks and overrides, zero-width characters, line separators, tags), as in "Trojan Source" attacks, or
-# are half a surrogate pair, which cannot be printed at all.
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
 
 
 class BadRecordError(Exception):
@@ -123,16 +115,3 @@ def shown(value: object, limit: int = 60) -> str:
     names = {dict: "an object", list: "an empty list" if value == [] else "a list", type(None): "nothing"}
     text = names.get(type(value)) or repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def printable(text: str) -> str:
-    r"""Spell out control characters and characters that reorder text; newlines and tabs stay.
-
-    >>> printable("red: \x1b[31m")
-    'red: \\x1b[31m'
-    """
-    return _UNSAFE.sub(lambda match: _spelled(ord(match[0])), text)
-
-
-def _spelled(code: int) -> str:
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

@@ -20,8 +20,8 @@ from finetune.config.paths import (
     shipped_dir,
 )
 from finetune.config.suggest import suggest_word
-from finetune.data.checks import printable
 from finetune.errors import InputError
+from finetune.log import printable
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

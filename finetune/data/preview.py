@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 
-from finetune.data.checks import printable
 from finetune.data.harmony.encode import HEADER, Channel
 from finetune.data.harmony.render import Example
 from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID, harmony_encoding
 from finetune.files import JsonObject
+from finetune.log import printable
 
 _COLOURS = {
     Channel.ANALYSIS: ("33", "#8a5a00"),

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import zip_longest
 
-from finetune.data.checks import printable
 from finetune.data.harmony.render import Example
 from finetune.data.preview import PAGE_STYLE, Piece, bracketed, colour_codes, pieces, span
 from finetune.files import JsonObject
+from finetune.log import printable
 
 _RESET = "\x1b[0m"
 _GAP = " | "

@@ -11,12 +11,13 @@ from typing import Literal
 
 from finetune.config.schema import DataConfig, DataForm, SourceConfig
 from finetune.config.suggest import suggest_word
-from finetune.data.checks import BadRecordError, printable
+from finetune.data.checks import BadRecordError
 from finetune.data.conversation import Conversation, Message
 from finetune.data.forms import parse_conversation
 from finetune.data.readers import read_source
 from finetune.errors import ConfigError, InputError
 from finetune.files import JsonObject
+from finetune.log import printable
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")

@@ -235,7 +235,7 @@ def manifest_record(session: Session) -> dict[str, Any]:
             "compute_dtype": str(session.base.compute_dtype),
             "attention_kernel": attention_kernel(session.base.model),
             "platform": platform.platform(),
-            "command": " ".join(sys.argv),
+            "command": log.without_passwords(" ".join(sys.argv)),
         },
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -112,3 +113,32 @@ def test_other_ranks_print_errors_only(monkeypatch: pytest.MonkeyPatch, capsys: 
 )
 def test_durations(seconds: float, text: str) -> None:
     assert log.duration(seconds) == text
+
+
+def test_text_of_any_origin_is_safe_to_print(capsys: pytest.CaptureFixture[str]) -> None:
+    """Escape sequences are spelt out, and passwords of URLs replaced, in every way of printing."""
+    wild = "\x1b]0;title\x07 \u202eevil https://me:hunter2@host/x hf://token123@host"
+    for put in (log.info, log.warning, log.error, log.result):
+        put(wild)
+    log.result_table([[wild, "b"]])
+    with log.Progress(wild, 1, "units") as progress:
+        progress.show(1, wild, force=True)
+    printed = "".join(capsys.readouterr())
+    assert printed.count("\\x1b]0;title\\x07 \\u202eevil https://***@host/x hf://***@host") == 7
+    assert not {"\x1b", "\x07", "\u202e"} & set(printed) and "hunter2" not in printed and "token123" not in printed
+    log.result("\x1b[2mdim\x1b[0m", styled=True)
+    assert "\x1b[2m" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_characters_that_a_terminal_lacks_are_spelt_out(encoding: str, tmp_path: Path) -> None:
+    record = {"messages": [{"role": "user", "content": "\U0001f600 Привет"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record) + "\n")
+    recipe = "# @package _global_\ndefaults:\n  - override /model: tiny\n"
+    recipe += "data: {cache: false, max_length: 512, train: {mine: {path: a.jsonl}}}\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+    command = [sys.executable, "-m", "finetune", "data", "preview", "r.yaml"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "\\U0001f600 \\u041f".encode(encoding) in done.stdout

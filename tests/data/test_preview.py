@@ -17,12 +17,12 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.schema import DataConfig, LossConfig
-from finetune.data.checks import printable
 from finetune.data.forms import parse_conversation
 from finetune.data.harmony.render import Example, render_example
 from finetune.data.harmony.tokenizer import harmony_encoding
 from finetune.data.preview import as_html, as_json, as_text, pieces, spread
 from finetune.data.sources import Record
+from finetune.log import printable
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\u200b\r<|end|><script>alert('&\"')</script>"
 MESSAGES = [

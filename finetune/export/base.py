@@ -13,10 +13,11 @@ from finetune.arch import Arch
 from finetune.config.paths import shipped_dir
 from finetune.config.schema import ModelConfig
 from finetune.errors import InputError, MachineError
+from finetune.export.companions import companions
 from finetune.export.options import ExportOptions
 from finetune.files import read_json
 from finetune.model.build import Base
-from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint, DenseCheckpoint
+from finetune.model.checkpoint import CONFIG_FILE, Checkpoint, DenseCheckpoint
 from finetune.model.hub import BaseLocation, locate_base
 from finetune.model.identity import checkpoint_identity
 from finetune.model.open import open_base
@@ -149,10 +150,8 @@ def native_base(checkpoint: Checkpoint, out: Path) -> Iterator[Checkpoint]:
                 fix="free some space, or give --out on a larger disk",
             )
         write_native(checkpoint, copy)
-        shards = {entry.file for entry in checkpoint.stored.values()}
-        skipped = shards | {CONFIG_FILE, INDEX_FILE, CHECKSUMS_FILE}
-        for path in checkpoint.directory.iterdir():
-            if path.is_file() and path.name not in skipped:
+        for path in companions(checkpoint):
+            if path.name != CONFIG_FILE:
                 shutil.copyfile(path, copy / path.name)
         log.info(checkpoint.describe_rounding())
         yield Checkpoint.open(copy)

@@ -180,6 +180,7 @@ def write_tiny_base(
         ConfigError: `directory` exists and is not an empty directory.
         MachineError: the shipped data are missing, or the base cannot be written.
     """
+    from finetune.data.harmony.chat_template import TEMPLATE_FILE, chat_template
     from finetune.data.harmony.tokenizer import write_tokenizer
 
     directory = Path(directory)
@@ -191,6 +192,7 @@ def write_tiny_base(
         )
     with staged_directory(directory, "the tiny base", unique=True) as staging:
         write_tokenizer(staging)
+        (staging / TEMPLATE_FILE).write_text(chat_template(), encoding="utf-8")
         if kind == "pretrained":
             compact = compact or shipped_compact_base()
         config = _write_configs(staging, compact.sizes if compact else SIZES)

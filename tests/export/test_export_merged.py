@@ -22,8 +22,9 @@ from finetune.config.compose import compose
 from finetune.config.paths import shipped_dir
 from finetune.config.validate import dump_yaml
 from finetune.data.dataset import load_split
+from finetune.data.harmony.chat_template import chat_template
+from finetune.export.companions import companions
 from finetune.export.plan import plan_merge
-from finetune.export.targets.merged import _companions
 from finetune.kernels.experts import LoraFactors
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.identity import verify_checksums
@@ -233,13 +234,17 @@ def test_only_a_models_files_are_copied_and_the_others_are_named(
     (base / ".env").write_text("HF_TOKEN=hf_secret")
     (base / "token").symlink_to(base / ".env")
     (base / "notes.txt").write_text("private")
+    (base / "chat_template.jinja").unlink()
     (base / "LICENSE.txt").write_text("terms")
     command = ["export", str(adapter), "--to", "mxfp4", *NEAREST, "--no-verify", "--base", str(base)]
     assert main([*command, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert all(f"not copied: {name}" in printed for name in (".env", "notes.txt", "token"))
     assert main([*command, "--out", str(tmp_path / "out")]) == 0
-    assert "not copied, since no model needs them: .env, notes.txt, token" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not copied, since no model needs them: .env, notes.txt, token" in said
+    assert "the base has no chat_template.jinja" in said
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == chat_template()
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "config.json", "LICENSE.txt"} <= names and not names & {".env", "token", "notes.txt"}
 
@@ -254,8 +259,8 @@ def test_links_out_of_the_base_are_refused_and_those_of_the_hub_cache_followed(
     blobs.mkdir()
     (base / "tokenizer.json").rename(blobs / "abc")
     (base / "tokenizer.json").symlink_to(Path("../../blobs/abc"))
-    companions = [path.name for path in _companions(Checkpoint.open(base))]
-    assert "tokenizer.json" in companions
+    copied = [path.name for path in companions(Checkpoint.open(base))]
+    assert "tokenizer.json" in copied
     secret = tmp_path / "token"
     secret.write_text("hf_secret")
     (base / "README.md").unlink(missing_ok=True)

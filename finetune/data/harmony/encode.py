@@ -130,7 +130,7 @@ def _encode_assistant(index: int, message: Message, config: DataConfig) -> Itera
         yield _with_text(channel, header_ids("assistant", message.channel), message.content, index)
     for call in message.tool_calls:
         content_type = "code" if call.is_builtin else "json"
-        if not call.is_builtin and _writes_constrain(config):
+        if not call.is_builtin and writes_constrain(config):
             content_type = "<|constrain|>json"
         header = header_ids(f"assistant to={call.recipient}", _tool_channel(call.recipient), content_type)
         yield replace(_with_text(Channel.TOOL_CALL, header, call.arguments, index), end=CALL_ID)
@@ -163,7 +163,7 @@ def header_ids(author: str, channel: str | None = None, content_type: str | None
     return (*ids, MESSAGE_ID)
 
 
-def _writes_constrain(config: DataConfig) -> bool:
+def writes_constrain(config: DataConfig) -> bool:
     """Whether function calls are marked `<|constrain|>json`, as in the format's documentation, or ` json`."""
     if config.tool_call_type == "auto":
         return config.convention == "harmony"
@@ -201,6 +201,12 @@ def _system_ids(
     message = HarmonyMessage.from_role_and_content(Role.SYSTEM, content)
     options = RenderOptions(conversation_has_function_tools=has_functions)
     return tuple(harmony_encoding().render(message, options))
+
+
+def builtin_tool_text(name: str) -> str:
+    """The text that declares the builtin `browser` or `python` in the system message, with the blank line after it."""
+    text = harmony_encoding().decode(_system_ids("", "medium", "", (name,), False))
+    return text.partition("# Tools\n\n")[2].partition("# Valid channels")[0]
 
 
 @functools.lru_cache(maxsize=128)

@@ -84,7 +84,7 @@ def write_tokenizer(directory: Path) -> None:
 
     `tokenizer.json` is built from the rank file and is byte-identical to openai/gpt-oss-20b's (27,868,174 bytes, about
     4 s); `tokenizer_config.json` and `special_tokens_map.json` are copied. The published `chat_template.jinja` is not
-    written: the toolkit renders with openai-harmony and does not ship the template.
+    shipped; finetune/data/harmony/chat_template.py writes our own.
 
     Args:
         directory: created if it does not exist; files of the same names are replaced.

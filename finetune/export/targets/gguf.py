@@ -103,13 +103,20 @@ def plan_gguf(plan: MergePlan) -> list[GgufTensor]:
     return tensors
 
 
-def write_gguf(plan: MergePlan, staging: ResumableDirectory, rounded: RoundedExperts | None = None) -> dict[str, Tally]:
+def write_gguf(
+    plan: MergePlan,
+    staging: ResumableDirectory,
+    rounded: RoundedExperts | None = None,
+    *,
+    template: str | None = None,
+) -> dict[str, Tally]:
     """Write the file, one tensor in memory at a time.
 
     Args:
         plan: of the layout its experts shall have (`bf16` or `mxfp4`).
         staging: where. An interrupted file is begun again: it has no shards to keep.
         rounded: experts that were rounded before. None: they are rounded here.
+        template: the chat template to carry; None: the base's own.
 
     Returns:
         What became of each update, by the name of the plan's operation.
@@ -124,7 +131,7 @@ def write_gguf(plan: MergePlan, staging: ResumableDirectory, rounded: RoundedExp
     tensors = plan_gguf(plan)
     tallies: dict[str, Tally] = {}
     try:
-        writer = _open_writer(plan, staging.unfinished(name))
+        writer = _open_writer(plan, staging.unfinished(name), template)
         _write_tensors(plan, tensors, writer, tallies, rounded)
         writer.close()
     except BaseException:
@@ -173,11 +180,11 @@ def _tensor(name: str, operation: Operation, rows: slice) -> GgufTensor:
     return GgufTensor(name, kind, shape, operation, rows)
 
 
-def _open_writer(plan: MergePlan, path: Path) -> Any:
+def _open_writer(plan: MergePlan, path: Path, template: str | None) -> Any:
     gguf = gguf_package()
     writer = gguf.GGUFWriter(path, "gpt-oss")
     _add_metadata(writer, gguf, plan)
-    _add_vocabulary(writer, gguf, plan.checkpoint.directory, plan.checkpoint.arch.vocab_size)
+    _add_vocabulary(writer, gguf, plan.checkpoint.directory, plan.checkpoint.arch.vocab_size, template)
     import numpy
 
     for tensor in plan_gguf(plan):
@@ -243,7 +250,7 @@ def _rope(checkpoint: Checkpoint) -> _Rope:
     return _Rope(float(base), scaling["factor"], context)
 
 
-def _add_vocabulary(writer: Any, gguf: Any, directory: Path, size: int) -> None:
+def _add_vocabulary(writer: Any, gguf: Any, directory: Path, size: int, template: str | None) -> None:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{directory} has no tokenizer.json", why="a GGUF file carries the tokenizer inside")
@@ -259,7 +266,9 @@ def _add_vocabulary(writer: Any, gguf: Any, directory: Path, size: int) -> None:
     writer.add_tokenizer_pre("gpt-4o")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    gguf.SpecialVocab(directory, load_merges=True, n_vocab=size).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=size)
+    special.chat_template = template or special.chat_template
+    special.add_to_gguf(writer, quiet=True)
 
 
 def _write_tensors(

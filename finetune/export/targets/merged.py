@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,11 @@ from finetune import __version__, log
 from finetune.adapters.config_file import CONFIG
 from finetune.adapters.provenance import warn_other_storage
 from finetune.adapters.store import WEIGHTS, AdapterFile, BaseRecord
-from finetune.errors import CheckError, InputError
+from finetune.data.harmony.chat_template import TEMPLATE_FILE
+from finetune.errors import CheckError
 from finetune.export.base import check_base, find_base, native_base
 from finetune.export.card import write_card
+from finetune.export.companions import TERMS, companions, copy_companions, export_template, left_out, tell_left_out
 from finetune.export.execute import write_shards
 from finetune.export.options import CARD, RECORD, ExportOptions, MergedTarget
 from finetune.export.plan import MergePlan, choose_rounding, describe_plan, plan_merge
@@ -30,16 +31,6 @@ from finetune.model.hub import BaseLocation
 from finetune.rounding.merge import Tally
 from finetune.rounding.results import RoundedExperts
 from finetune.rounding.run import round_experts_ahead
-
-_TERMS = ("LICENSE", "USAGE_POLICY", "NOTICE")
-_TERM_ENDINGS = ("", ".txt", ".md")
-# What is copied of a base beside its weights. Anything else stays out of what may be published, such as `.env`.
-_COPIED = {
-    CONFIG_FILE, CARD, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-    *(name + ending for name in _TERMS for ending in _TERM_ENDINGS),
-}  # fmt: skip
-_BASE_CARD = "BASE_README.md"  # the base's own README.md makes room for the model card
 
 
 def export_merged(
@@ -74,7 +65,9 @@ def export_merged(
     identity = check_base(checkpoint, adapter)
     with native_base(checkpoint, out) as native:
         plan = plan_merge(native, adapter, layout, rounding)
-        _Merge(plan, target, out, options, run, location, identity).write()
+        tell_left_out(checkpoint)
+        template = export_template(checkpoint.directory, run)
+        _Merge(plan, target, out, options, run, location, identity, template).write()
 
 
 @dataclass(frozen=True)
@@ -88,6 +81,7 @@ class _Merge:
     run: Path | None
     location: BaseLocation
     identity: str
+    template: str
 
     def write(self) -> None:
         """Write, verify, judge, and give the directory its name."""
@@ -99,13 +93,15 @@ class _Merge:
         except BaseException:
             staging.discard_if_empty()
             raise
-        write = write_gguf if self.target == "gguf" else write_shards
-        tallies = write(plan, staging, rounded)
+        if self.target == "gguf":
+            tallies = write_gguf(plan, staging, rounded, template=self.template)
+        else:
+            tallies = write_shards(plan, staging, rounded)
         record = self._record(tallies, rounded)
         if self.target == "gguf":  # configuration and tokenizer are inside; the terms are not
-            _copy([path for path in _companions(plan.checkpoint) if path.name.partition(".")[0] in _TERMS], staging)
+            copy_companions([path for path in companions(plan.checkpoint) if path.name in TERMS], staging.path)
         else:
-            _write_companions(plan, staging)
+            _write_companions(plan, staging, self.template)
         if record.survival is not None and any(op.kind == "round experts" for op in plan.operations):
             record.survival.end_to_end = measure_survival(plan, rounded, self.options, self.run)
         self._verify(staging, record, tallies)
@@ -129,7 +125,8 @@ class _Merge:
     def _key(self) -> str:
         """Hash of what an export is made from; a shard of another key is of no use."""
         adapter = [sha256_of(self.plan.adapter.directory / name) for name in (WEIGHTS, CONFIG)]
-        parts = [__version__, self.target, self.plan.rounding, self.identity, *adapter, *describe_plan(self.plan)]
+        parts = [__version__, self.target, self.plan.rounding, self.identity, self.template, *adapter]
+        parts += describe_plan(self.plan)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def _bytes_needed(self) -> int:
@@ -139,7 +136,7 @@ class _Merge:
         ahead = rounded if plan.rounding == "compensated" else 0  # kept beside the export until it is done
         if self.target == "gguf":
             return gguf_bytes(plan) + ahead
-        return plan.num_bytes + ahead + sum(path.stat().st_size for path in _companions(plan.checkpoint))
+        return plan.num_bytes + ahead + sum(path.stat().st_size for path in companions(plan.checkpoint))
 
     def _record(self, tallies: dict[str, Tally], rounded: RoundedExperts | None) -> ExportRecord:
         """The record before the verification; prints how much of the experts' updates survives."""
@@ -205,45 +202,16 @@ def _dry_run(plan: MergePlan, target: MergedTarget, options: ExportOptions) -> l
     if target == "gguf":
         lines.append(f"written as one GGUF file with {options.gguf_experts} experts, names and layout of llama.cpp")
     else:
-        others = [path for path in _companions(plan.checkpoint) if path.name != CONFIG_FILE]
+        others = [path for path in companions(plan.checkpoint) if path.name != CONFIG_FILE]
         lines += [f"copied: {path.name}  {path.stat().st_size:,} bytes" for path in others]
         lines += [f"not copied: {name}" for name in left_out(plan.checkpoint)]
     return lines
 
 
-def _companions(checkpoint: Checkpoint) -> list[Path]:
-    """The base's files that are copied: configuration, tokenizer, template, terms and card.
-
-    Raises:
-        InputError: one of them is a link to a file outside of the base and of the hub cache's blobs.
-    """
-    directory = checkpoint.directory
-    inside = [directory.resolve()]
-    if directory.parent.name == "snapshots":  # of the hub cache: its files are links to blobs beside the snapshots
-        inside.append((directory.parent.parent / "blobs").resolve())
-    found = sorted(path for path in directory.iterdir() if path.name in _COPIED and path.is_file())
-    for path in found:
-        if not any(path.resolve().is_relative_to(place) for place in inside):
-            raise InputError(
-                f"{path} is a link to {path.resolve()}, outside of the base",
-                why="its contents would be copied into the export, and published with it",
-                fix="put a copy of the file in its place, if it belongs to the base",
-            )
-    return found
-
-
-def left_out(checkpoint: Checkpoint) -> list[str]:
-    """Names of the base's files and directories that are neither weights nor copied, without those made anew."""
-    shards = {entry.file for entry in checkpoint.entries.values()}
-    known = _COPIED | shards | {INDEX_FILE, CHECKSUMS_FILE, RECORD, _BASE_CARD}
-    return sorted(path.name for path in checkpoint.directory.iterdir() if path.name not in known)
-
-
-def _write_companions(plan: MergePlan, staging: ResumableDirectory) -> None:
+def _write_companions(plan: MergePlan, staging: ResumableDirectory, template: str) -> None:
     """Copy what is not weights, byte for byte; write the index; drop quantization_config where nothing is packed."""
-    _copy(_companions(plan.checkpoint), staging)
-    if others := left_out(plan.checkpoint):
-        log.info(f"not copied, since no model needs them: {', '.join(others)}")
+    copy_companions(companions(plan.checkpoint), staging.path)
+    (staging.path / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     if plan.target == "bf16":
         config = {key: value for key, value in plan.checkpoint.config.items() if key != "quantization_config"}
         (staging.path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -253,8 +221,3 @@ def _write_companions(plan: MergePlan, staging: ResumableDirectory) -> None:
             shutil.copyfile(own_index, staging.path / INDEX_FILE)
         return
     (staging.path / INDEX_FILE).write_text(plan.index(), encoding="utf-8")
-
-
-def _copy(files: Sequence[Path], staging: ResumableDirectory) -> None:
-    for path in files:
-        shutil.copyfile(path, staging.path / (_BASE_CARD if path.name == CARD else path.name))

@@ -119,6 +119,7 @@ def _resume(args: argparse.Namespace) -> None:
         fix = f"finetune train --resume {args.resume}"
         raise ConfigError(f"--resume does not go with {given}", why=why, fix=fix)
     stored = Run.open(args.resume.resolve())
+    stored.check_unedited()
     run = replace(stored, config=resumed_config(stored.config, args.words))
     if starts_processes(run.config):
         words = ["train", "--resume", str(run.path), *args.words, *_json(args)]

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune import log
 from finetune.config.derive import absolute_paths
+from finetune.config.differences import differences
 from finetune.config.schema import RunConfig
 from finetune.config.suggest import suggest_run
-from finetune.config.validate import dump_yaml, load_run_config
+from finetune.config.validate import dump_yaml, load_run_config, to_plain
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.files import read_json, write_json, write_text
 from finetune.results import Evaluation, to_json
@@ -97,8 +99,9 @@ class Run:
                 fix="set output_dir to a place you may write to",
             ) from error
         run = cls(path, config)
-        write_text(run.config_file, dump_yaml(absolute_paths(config, Path.cwd())))
-        run.update_manifest(recipe=recipe_name, overrides=list(overrides))
+        stored = absolute_paths(config, Path.cwd())
+        write_text(run.config_file, dump_yaml(stored))
+        run.update_manifest(recipe=recipe_name, overrides=list(overrides), config=to_plain(stored))
         return run
 
     @staticmethod
@@ -121,6 +124,28 @@ class Run:
         if not (path / "config.yaml").is_file():
             raise InputError(f"{path} is not a run directory: it has no config.yaml", fix=suggest_run(path))
         return cls(path, load_run_config(path / "config.yaml"))
+
+    def check_unedited(self) -> None:
+        """Refuse to go on with a config.yaml that is not what the run began with, but for places and trackers.
+
+        manifest.json has the configuration once more; runs of 0.1 have not, and pass.
+
+        Raises:
+            ConfigError: names the keys that were changed, with both values.
+        """
+        began = self.read_manifest().get("config")
+        if not isinstance(began, dict):
+            return
+        changed = differences(began, to_plain(self.config))
+        for difference in changed:
+            if _may_change(difference.key):
+                log.info(f"config.yaml was edited since the run began: {difference.describe()}")
+        if others := [difference.describe() for difference in changed if not _may_change(difference.key)]:
+            raise ConfigError(
+                f"{self.config_file} was edited since the run began: {'; '.join(others)}",
+                why="the rest of the run would be trained otherwise than its beginning",
+                fix="undo the change, or start a new run with it",
+            )
 
     @property
     def status(self) -> str | None:
@@ -180,3 +205,8 @@ class Run:
             if self.writes and not self.status:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
+
+
+def _may_change(key: str) -> bool:
+    """Whether a stopped run's config.yaml may have another value: a place, or what does not touch the training."""
+    return key in ("name", "output_dir", "data.cache_dir") or key.endswith(".path") or key.startswith("logging.")

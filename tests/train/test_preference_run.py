@@ -85,3 +85,24 @@ def test_dropout_needs_no_reference_to_be_allowed() -> None:
     overrides = ["adapter.attention.dropout=0.1", "objective.reference=none"]
     assert compose("preference_tiny", overrides).config.objective.kind == "dpo"
     assert compose("preference_tiny", ["objective=cpo", "adapter.attention.dropout=0.1"]).config.trainer.learning_rate
+
+
+def test_an_edited_configuration_is_not_resumed(
+    train: Train, pairs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        signal_after(patch, 1, signal.SIGTERM)
+        code, stopped = train(*pairs, "evaluate.every_steps=null", name="edited")
+    assert code == 143
+    file = stopped / "config.yaml"
+    text = file.read_text()
+    file.write_text(text.replace("learning_rate: 0.01", "learning_rate: 0.09").replace("seed: 0", "seed: 1"))
+    assert main(["train", "--resume", str(stopped)]) == 2
+    said = capsys.readouterr().err
+    assert "was edited since the run began" in said
+    assert "seed: 0 -> 1" in said and "trainer.learning_rate: 0.01 -> 0.09" in said
+    manifest = json.loads((stopped / "manifest.json").read_text())
+    manifest.pop("config")  # as runs of 0.1 were written
+    (stopped / "manifest.json").write_text(json.dumps(manifest))
+    file.write_text(text)
+    assert main(["train", "--resume", str(stopped)]) == 0

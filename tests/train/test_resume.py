@@ -257,6 +257,11 @@ def test_resuming_on_other_data_is_refused(
 def test_resuming_with_another_adapter_is_refused(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = stopped / "config.yaml"
     config.write_text(config.read_text().replace("rank: 4", "rank: 8", 1))
+    assert main(["train", "--resume", str(stopped)]) == 2
+    assert "config.yaml was edited since the run began: adapter.attention.rank: 4 -> 8" in capsys.readouterr().err
+    manifest = manifest_of(stopped)
+    del manifest["config"]  # as runs of 0.1 are
+    (stopped / "manifest.json").write_text(json.dumps(manifest))
     assert main(["train", "--resume", str(stopped)]) == 3
     said = capsys.readouterr().err
     assert "does not hold the adapter" in said and "make config.yaml as it was" in said

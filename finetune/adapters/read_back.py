@@ -214,18 +214,22 @@ def sample_logits(base: Base, tensors: Mapping[str, Tensor], kind: str) -> dict[
 
 
 @torch.no_grad()
-def sample_limit(base: Base, tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+def sample_limit(
+    base: Base, tensors: Mapping[str, Tensor], kind: str, *, rounded_weights: bool = False
+) -> dict[str, Tensor]:
     """The difference from the logits `KIND.N` of `sample_logits` that rounding explains: scalar `limit.KIND`.
 
-    Of the largest difference in float32. In bfloat16 of the mean KL: rounding now and then picks another expert there.
+    Of the largest difference in float32. In bfloat16, and for weights that are rounded to bfloat16 (`rounded_weights`),
+    of the mean KL: rounding now and then picks another expert there.
     """
 
     def compute() -> Tensor:
         return torch.cat(list(sample_logits(base, tensors, kind).values()))
 
-    measure = largest_difference if base.compute_dtype == torch.float32 else mean_kl
+    precision = torch.bfloat16 if rounded_weights else base.compute_dtype
+    measure = largest_difference if precision == torch.float32 else mean_kl
     reference = torch.cat([tensors[f"{kind}.{n}"] for n in range(_count(tensors))])
-    noise = rounding_noise(base.model, compute, measure, reference=reference)
+    noise = rounding_noise(base.model, compute, measure, reference=reference, precision=precision)
     return {f"limit.{kind}": torch.tensor(noise, dtype=torch.float64)}
 
 

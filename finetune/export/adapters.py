@@ -126,7 +126,9 @@ def _contents(
             commands = sglang_commands(adapter, out)
             return Contents(WEIGHTS, sglang_tensors(adapter, arch), sglang_config(adapter), commands)
         case "mlx":
-            return Contents(MLX_WEIGHTS, mlx_tensors(adapter), mlx_config(adapter), mlx_commands(adapter, out))
+            return Contents(
+                MLX_WEIGHTS, mlx_tensors(adapter), mlx_config(adapter), mlx_commands(adapter, out, options.base)
+            )
         case "gguf-lora":
             tensors, alpha = gguf_lora_tensors(adapter)
             return Contents(FILE, tensors, {"adapter.lora.alpha": alpha}, gguf_lora_commands(out))

@@ -96,7 +96,7 @@ def write_card(path: Path, record: ExportRecord, run: Path | None, commands: Seq
 def _front(record: ExportRecord) -> str:
     lines = ["---", f"library_name: {_LIBRARIES.get(record.target, 'transformers')}"]
     if record.base.revision:  # a hub name: the hub links the card to it
-        lines.append(f"base_model: {record.base.name}")
+        lines.append(f"base_model: {json.dumps(record.base.name)}")  # a JSON string is a YAML one: no name adds keys
     return "\n".join([*lines, f"tags: [gpt-oss, lora{', merged' if record.is_merged else ''}]", "---"])
 
 
@@ -112,6 +112,7 @@ def _serving(record: ExportRecord, commands: Sequence[str]) -> str:
     name = record.base.name
     if name and (Path(name).is_absolute() or Path(name).exists()):
         command = command.replace(name, Path(name).name)  # its place on this machine is nobody's business
+    command = re.sub(r"(?<![\w.:/])/[^\s'\"]*/(?=[^\s'\"/])", "", command)  # nor is any other absolute path
     return "\n\n".join([f"## Serving\n\n```\n{command}\n```", *notes])
 
 

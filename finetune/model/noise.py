@@ -36,6 +36,7 @@ def rounding_noise(
     measure: Measure = largest_difference,
     *,
     reference: Tensor | None = None,
+    precision: torch.dtype | None = None,
 ) -> float:
     """The largest difference between two correct computations that rounding explains; more than this is a fault.
 
@@ -63,24 +64,27 @@ def rounding_noise(
             process in the same way where processes hold parts of the model.
         measure: how results are compared.
         reference: what `compute` gives without noise. None: it is called once more.
+        precision: whose unit roundoff the noise has. None: of the activations. bfloat16 over float32 activations is the
+            noise of weights that are rounded to bfloat16: each product is off by at most one u, 4 u are added.
     """
     reference = compute() if reference is None else reference
     found = []
     for seed in range(NUM_PERTURBED_RUNS):
-        with _perturbed(model, seed):
+        with _perturbed(model, seed, precision):
             found.append(measure(compute(), reference))
     return max(found)
 
 
 @contextmanager
-def _perturbed(model: nn.Module, seed: int) -> Iterator[None]:
+def _perturbed(model: nn.Module, seed: int, precision: torch.dtype | None) -> Iterator[None]:
     """Inside, the modules named above give outputs that are off by rounding's size."""
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same noise on every process and device
 
     def perturb(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         x = output if isinstance(output, Tensor) else output[0]
         scale = x.detach().float().square().mean(-1, keepdim=True).sqrt()
-        size = PERTURBATION[x.dtype] * torch.finfo(x.dtype).eps / 2
+        dtype = precision or x.dtype
+        size = PERTURBATION[dtype] * torch.finfo(dtype).eps / 2
         noise = torch.randn(x.shape, generator=generator).to(x.device) * scale * size
         moved = x + noise.to(x.dtype)
         return moved if isinstance(output, Tensor) else (moved, *output[1:])

@@ -280,3 +280,10 @@ def test_attributions_are_in_the_card(source: Path, tmp_path: Path) -> None:
     assert "was not there" in base_attributions(BaseRecord(str(base)))
     assert "openai/gpt-oss-20b" in base_attributions(BaseRecord("openai/gpt-oss-20b", "abc"))
     assert "establish it" in attribution_section(BaseRecord(), ["/data/mine.jsonl"])
+
+
+def test_mlx_commands_name_the_given_base_quoted(adapter: Path) -> None:
+    from finetune.export.targets.mlx import mlx_commands
+
+    command, *notes = mlx_commands(AdapterFile.open(adapter), Path("out"), "a; rm b")
+    assert "--model 'a; rm b' --adapter-path" in command and "MXFP4 alone" in notes[0]

@@ -8,7 +8,8 @@ Checked element by element, for the base's weight W, T = W + update and the writ
 bfloat16: M is T within half a step of bfloat16. MXFP4 rounded to nearest: in every block M is no further from T than W
 is (W is on the same grid). Other rounding: the sums of what M keeps and misses of the update equal the exporter's. All
 rounded experts: a sum over the bits and the place of every value equals the exporter's, so that a single wrong code
-shows. Biases that compensate mean errors: moved as far as the exporter counted. All other tensors: M equals W.
+shows. Biases that compensate mean errors: moved as far as the exporter counted. All other tensors: M equals W. Every
+value of configuration, tokenizer and chat template is what was meant, in a directory and in a GGUF file.
 """
 
 import json
@@ -38,6 +39,10 @@ PARTS = {
     "self_attn.o_proj": "attn_output",
     "mlp.router": "ffn_gate_inp",
 }
+SETTINGS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
 
 Json = dict[str, Any]
 
@@ -83,7 +88,9 @@ class Gguf:
         import gguf
 
         self.dequantise = gguf.quants.dequantize
-        self.place: dict[str, Any] = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+        reader = gguf.GGUFReader(path)
+        self.fields: dict[str, Any] = reader.fields
+        self.place: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
 
     def _values(self, name: str, part: Any = slice(None)) -> torch.Tensor:
         tensor = self.place[name]
@@ -191,6 +198,9 @@ def main(request_path: str) -> None:
     )
     if isinstance(merged, Tensors):
         keys(check, base, merged, request)
+        directory_settings(check, request)
+    else:
+        gguf_settings(check, merged, request)
     sites = {site["module"]: site for site in request["sites"]}
     for name in base.place:
         if name.endswith("_scales"):
@@ -249,6 +259,106 @@ def keys(check: Check, base: Tensors, merged: Tensors, request: Json) -> None:
         if name in wanted and name in merged.place:
             shape = merged.shape(name)
             check.expect(name, shape == wanted[name], f"shape {shape} where {wanted[name]} is expected")
+
+
+def directory_settings(check: Check, request: Json) -> None:
+    """Every value of configuration and tokenizer is the base's, but for quantization_config of a bfloat16 merge."""
+    for name in SETTINGS:
+        wanted, found = (os.path.join(request[place], name) for place in ("base", "merged"))
+        if os.path.exists(wanted) != os.path.exists(found):
+            check.expect(name, False, "missing" if os.path.exists(wanted) else "unexpected")
+        elif os.path.exists(wanted):
+            meant, here = (content_of(path) for path in (wanted, found))
+            if name == "config.json" and not check.experts_packed:
+                meant.pop("quantization_config", None)
+            check.expect(name, meant == here, difference(meant, here))
+    path = os.path.join(request["merged"], "chat_template.jinja")
+    if request["template"] is not None:
+        here = content_of(path) if os.path.exists(path) else None
+        check.expect("chat_template.jinja", here == request["template"], "is not the template that was meant")
+
+
+def content_of(path: str) -> Any:
+    """A JSON file's value, another file's text."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file) if path.endswith(".json") else file.read()
+
+
+def difference(meant: Any, here: Any, place: str = "") -> str:
+    """Where two values of JSON first differ, and how."""
+    if isinstance(meant, dict) and isinstance(here, dict):
+        key = next((key for key in (*meant, *here) if meant.get(key, here) != here.get(key, meant)), None)
+        return "" if key is None else difference(meant.get(key), here.get(key), f"{place}.{key}".lstrip("."))
+    if isinstance(meant, list) and isinstance(here, list) and len(meant) == len(here):
+        number = next((number for number, value in enumerate(meant) if value != here[number]), None)
+        return "" if number is None else difference(meant[number], here[number], f"{place}[{number}]")
+    return f"{place} is {str(here)[:80]!r} where {str(meant)[:80]!r} is meant"
+
+
+def gguf_settings(check: Check, merged: Gguf, request: Json) -> None:
+    """Every setting and every token of a GGUF file, against the base's own configuration and tokenizer."""
+    import gguf
+
+    config = content_of(os.path.join(request["base"], "config.json"))
+    special = gguf.SpecialVocab(request["base"], load_merges=True, n_vocab=config["vocab_size"])
+    wanted = {f"gpt-oss.{key}": value for key, value in hyperparameters(config).items()}
+    tokens, kinds = vocabulary(request["base"], config["vocab_size"])
+    wanted |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-4o", "tokenizer.ggml.tokens": tokens}
+    wanted |= {"tokenizer.ggml.token_type": kinds, "tokenizer.ggml.merges": list(special.merges)}
+    names = {"eos": "eos", "bos": "bos", "pad": "padding", "unk": "unknown", "sep": "seperator"}
+    wanted |= {f"tokenizer.ggml.{names.get(k, k)}_token_id": v for k, v in special.special_token_ids.items()}
+    if request["template"] is not None:
+        wanted["tokenizer.chat_template"] = request["template"]
+    for name, value in wanted.items():
+        field = merged.fields.get(name)
+        if field is None:
+            check.expect(name, False, "missing")
+            continue
+        here = field.contents()
+        same = abs(here - value) <= 1e-6 * abs(value) if isinstance(value, float) else here == value
+        check.expect(name, same, difference(value, here))
+    for name in merged.fields:
+        is_id = name.endswith("_token_id") or name.startswith("gpt-oss.")
+        check.expect(name, name in wanted or not is_id, "unexpected")
+
+
+def hyperparameters(config: Json) -> Json:
+    """llama.cpp's names of config.json's values."""
+    newer = config.get("rope_parameters") or {}
+    scaling = dict(config.get("rope_scaling") or newer)
+    active = config.get("num_experts_per_tok", config.get("experts_per_token"))
+    values = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "expert_feed_forward_length": config["intermediate_size"],
+        "expert_count": config["num_local_experts"],
+        "expert_used_count": active,
+        "attention.head_count": config["num_attention_heads"],
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "attention.sliding_window": config["sliding_window"],
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "rope.freq_base": float(config["rope_theta"] if "rope_theta" in config else newer["rope_theta"]),
+    }
+    if scaling.get("rope_type") == "yarn":
+        context = scaling.get("original_max_position_embeddings", config.get("initial_context_length", 4096))
+        values |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(scaling["factor"])}
+        values["rope.scaling.original_context_length"] = context
+    return values
+
+
+def vocabulary(base: str, size: int) -> tuple[list[str], list[int]]:
+    """Every token's text and llama.cpp's kind of it: 1 normal, 3 control, 4 defined by the user, 5 unused."""
+    tokenizer = content_of(os.path.join(base, "tokenizer.json"))
+    tokens, kinds = [f"[PAD{number}]" for number in range(size)], [5] * size
+    for token, number in tokenizer["model"]["vocab"].items():
+        tokens[number], kinds[number] = token, 1
+    for added in tokenizer["added_tokens"]:
+        tokens[added["id"]], kinds[added["id"]] = added["content"], 3 if added["special"] else 4
+    return tokens, kinds
 
 
 if __name__ == "__main__":

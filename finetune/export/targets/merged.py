@@ -159,7 +159,7 @@ class _Merge:
             record.verification = Skipped("--no-verify")
             return
         try:
-            record.verification = verify_merged(self.plan, self.target, staging.path, self.run, tallies)
+            record.verification = verify_merged(self.plan, self.target, staging.path, self.run, tallies, self.template)
         except CheckError as error:
             error.fix = f"do not serve it; it stays in {staging.path} for inspection and {RECORD} says what failed"
             record.verification = Failed(error.what)

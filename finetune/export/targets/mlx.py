@@ -6,6 +6,7 @@ Source: mlx-lm 0.32.2. It loads factors leniently: names it does not know are le
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,12 @@ def mlx_config(adapter: AdapterFile) -> dict[str, Any]:
     }
 
 
-def mlx_commands(adapter: AdapterFile, out: Path) -> list[str]:
-    """The command that runs the directory with mlx-lm, and a note on it."""
+def mlx_commands(adapter: AdapterFile, out: Path, base: str | None = None) -> list[str]:
+    """The command that runs the directory with mlx-lm over `base` (None: the recorded one), and notes on it."""
+    model = shlex.quote(base or adapter.base.name or "BASE")
     return [
-        f"mlx_lm.generate --model {adapter.base.name or 'BASE'} --adapter-path {out.resolve()} --prompt ...",
+        f"mlx_lm.generate --model {model} --adapter-path {shlex.quote(str(out.resolve()))} --prompt ...",
+        "mlx-lm 0.32.2 loads gpt-oss in MXFP4 alone: give the MXFP4 checkpoint that a bfloat16 one was made from",
         "mlx-lm 0.32.2 ignores YaRN's truncate: false of gpt-oss's config.json, so logits differ a little from "
         "transformers' (KL about 7e-2), with and without the adapter",
     ]

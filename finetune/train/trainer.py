@@ -202,7 +202,8 @@ class Trainer:
             self.state = replace(self.state, step=step + 1, skipped_in_a_row=skipped)
             self.metrics.append("skipped", step + 1, epoch=epoch, samples=error.culprits)
             return
-        if step == 0 and (line := self.step.objective.check_first_step(stats.terms)):
+        nothing_trained = step == self.state.skipped_in_a_row  # all steps before were skipped, so no update was made
+        if nothing_trained and (line := self.step.objective.check_first_step(stats.terms)):
             log.info(line)
             self.audit_lines.append(line)
         self._record(stats, rate, epoch, time.monotonic() - started, progress)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from small_run import Train, assert_same_run, manifest_of, metrics_of, signal_after
 
 from finetune.cli.main import main
 from finetune.config.compose import compose
 from finetune.errors import ConfigError
+from finetune.objectives import preference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = ("Licence", "Audit", "Governing law", "Term", "Notice", "Assignment", "Warranty", "Insurance")
@@ -106,3 +109,19 @@ def test_an_edited_configuration_is_not_resumed(
     (stopped / "manifest.json").write_text(json.dumps(manifest))
     file.write_text(text)
     assert main(["train", "--resume", str(stopped)]) == 0
+
+
+def test_after_a_skipped_first_step_the_next_one_is_checked(
+    train: Train, pairs: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No update was made, so rewards are still 0."""
+    losses, calls = preference.pair_losses, []
+
+    def first_is_nan(*given: Any) -> torch.Tensor:
+        calls.append(given)
+        return losses(*given) * (float("nan") if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(preference, "pair_losses", first_is_nan)
+    code, run = train(*pairs, "trainer.on_nonfinite=skip", "evaluate.every_steps=null", name="skipped")
+    assert code == 0 and [line["step"] for line in metrics_of(run) if line["kind"] == "skipped"] == [1]
+    assert capsys.readouterr().err.count("first step: rewards exactly 0") == 1

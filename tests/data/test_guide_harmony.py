@@ -22,16 +22,18 @@ GUIDE = (
     .partition("\n# Conversations and tokens\n")[2]
 )
 RECORDS = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", GUIDE, re.DOTALL)]
+NUM_ANSWERS = {"chosen": 2, "completions": 2}  # of the examples of preference forms
 
 
 @pytest.mark.parametrize("raw", RECORDS, ids=lambda raw: next(iter(raw)))
 def test_examples_render(raw: dict[str, object]) -> None:
-    (example,) = render_examples(Record("x", "x:1", parse_conversation(raw)), DataConfig(train={}))
-    assert example.num_trained_tokens
+    examples = render_examples(Record("x", "x:1", parse_conversation(raw)), DataConfig(train={}))
+    assert len(examples) == next((count for key, count in NUM_ANSWERS.items() if key in raw), 1)
+    assert all(example.num_trained_tokens for example in examples)
 
 
 def test_the_first_example_is_written_as_the_guide_says() -> None:
-    assert len(RECORDS) == 5
+    assert len(RECORDS) == 9
     (example,) = render_examples(Record("x", "x:1", parse_conversation(RECORDS[0])), DataConfig(train={}))
     text = harmony_encoding().decode_utf8(example.ids.tolist())
     assert text.endswith(

@@ -1,4 +1,4 @@
-"""Background checkpoints: they store the state at the call, and failures are raised."""
+"""Background checkpoints: they store the state they were given, and failures are raised."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from small_run import Train, assert_same_run, flip_bit, metrics_of
 
 from finetune.cli.main import main
-from finetune.config.schema import SaveConfig
+from finetune.config.schema import SaveConfig, TrainerConfig
 from finetune.errors import MachineError
 from finetune.train import checkpoint as checkpoint_writer
 from finetune.train.checkpoint import (
@@ -22,6 +22,8 @@ from finetune.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from finetune.train.engines.base import single_engine
+from finetune.train.optim import make_optimizer
 
 
 class Gate:
@@ -52,15 +54,29 @@ def moment(value: float) -> Checkpoint:
     return Checkpoint({"a": torch.full((4,), value)}, {"a/step": torch.tensor(value)}, {"loop": {"step": value}})
 
 
-def test_a_background_save_writes_the_state_at_the_call(tmp_path: Path, gate: Gate) -> None:
-    """Tensors and state change while the write waits, as in the next step."""
-    live = moment(1.0)
+def test_what_an_engine_gives_to_save_stays_as_it_is_in_the_next_step() -> None:
+    """A background save writes it while training goes on."""
+    parameters = {"a": torch.nn.Parameter(torch.ones(4))}
+    config = TrainerConfig(learning_rate=0.1)
+    engine = single_engine(parameters, make_optimizer(parameters, config), config)
+
+    def step() -> None:
+        parameters["a"].grad = torch.full((4,), 0.5)
+        engine.step()
+
+    step()
+    given = engine.adapter_tensors() | engine.optimizer_tensors()
+    then = {name: tensor.clone() for name, tensor in given.items()}
+    step()
+    now = engine.adapter_tensors() | engine.optimizer_tensors()
+    assert len(given) == 4 and all(torch.equal(given[name], then[name]) for name in given)
+    assert not any(torch.equal(now[name], then[name]) for name in given), "the step changed all of it"
+
+
+def test_a_background_save_is_written_while_the_caller_goes_on(tmp_path: Path, gate: Gate) -> None:
     with CheckpointWriter(tmp_path, 2, background=True) as writer:
-        writer.save(1, live, None)
+        writer.save(1, moment(1.0), None)
         assert gate.waiting.wait(20) and list_checkpoints(tmp_path) == []
-        live.adapter["a"].fill_(2.0)
-        live.optimizer["a/step"].fill_(2.0)
-        live.state["loop"]["step"] = 2.0
         writer.check()
         gate.open.set()
     found = load_checkpoint(checkpoint_path(tmp_path, 1))

@@ -14,11 +14,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from finetune.arch import Arch
 from finetune.config.paths import shipped_dir
-from finetune.model.attention import register_attention
+from finetune.model.attention import register_attention, replace_model_parts
 from finetune.model.build import Base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import PackedExperts
-from finetune.model.storage import CpuEmbedding
+from finetune.model.storage import CpuEmbedding, ExpertStorage
 from finetune.model.tiny import SIZES
 from finetune.mxfp4.format import dequantise
 
@@ -60,12 +60,7 @@ def random_base(
 ) -> Base:
     """A frozen base with packed experts, every tensor drawn on `device`; nothing touches a disk."""
     shape = Arch.from_config(config, "config.json")
-    model = _empty(config)
-    with torch.device("meta"):
-        for layer in model.model.layers:
-            layer.mlp.experts = PackedExperts(
-                shape.num_experts, shape.hidden, shape.expert_width, shape.swiglu_limit, experts_per_chunk
-            )
+    model = packed_model(config, shape, experts_per_chunk)
     generator = torch.Generator(device).manual_seed(0)
     state = {
         name: _random(name, sizes, shape, generator, dtype) for name, (_, sizes) in shape.expected_tensors().items()
@@ -73,8 +68,21 @@ def random_base(
     if embedding_on_cpu:
         model.model.embed_tokens = CpuEmbedding(model.model.embed_tokens, device, dtype)
         state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].cpu()
-    checkpoint = cast(Checkpoint, SimpleNamespace(shape=shape, config=config))
+    checkpoint = cast(Checkpoint, SimpleNamespace(arch=shape, config=config))
     return Base(_filled(model, state, device), checkpoint, "random", {})
+
+
+def packed_model(
+    config: dict[str, Any], arch: Arch, experts_per_chunk: int, storage: ExpertStorage = "mxfp4"
+) -> GptOssForCausalLM:
+    """transformers' model on the meta device with packed experts."""
+    model = _empty(config)
+    with torch.device("meta"):
+        for layer in model.model.layers:
+            layer.mlp.experts = PackedExperts(
+                arch.num_experts, arch.hidden, arch.expert_width, arch.swiglu_limit, experts_per_chunk, storage
+            )
+    return model
 
 
 def dequantised(base: Base) -> Base:
@@ -92,7 +100,7 @@ def dequantised(base: Base) -> Base:
             state[name.removesuffix("_blocks")] = torch.stack(dense)
         elif not name.endswith("_scales"):
             state[name] = tensor
-    checkpoint = cast(Checkpoint, SimpleNamespace(shape=shape, config=config))
+    checkpoint = cast(Checkpoint, SimpleNamespace(arch=shape, config=config))
     return Base(_filled(model, state, base.device), checkpoint, "random", {})
 
 
@@ -105,7 +113,9 @@ def _empty(config: dict[str, Any]) -> GptOssForCausalLM:
     settings = GptOssConfig.from_dict({key: value for key, value in config.items() if key != "quantization_config"})
     settings._attn_implementation = register_attention()
     with torch.device("meta"):
-        return GptOssForCausalLM(settings)
+        model = GptOssForCausalLM(settings)
+        replace_model_parts(model)
+    return model
 
 
 def _filled(model: GptOssForCausalLM, state: dict[str, Tensor], device: torch.device) -> GptOssForCausalLM:

@@ -247,21 +247,26 @@ def layer_activations(arch: Arch, step: StepProfile) -> float:
 
 
 def attention_activations(arch: Arch, step: StepProfile) -> float:
-    """Attention half: normed input, q, output and o_proj's input, k and v, log-sums; the norm's float32 copy."""
+    """Attention half: normed input, q, output and o_proj's input, k and v, log-sums; the norm's own copy."""
     c, targets = step.compute_bytes, step.attention_targets if step.attention_rank else ()
     # A projection's input is kept for its LoRA-A alone: the frozen weight needs none. o_proj's is a copy of the
     # attention's output only in batches of one sequence, where queries are read through transposed strides.
     copied = "o_proj" in targets and step.sequences == 1
     inputs = arch.hidden * bool({"q_proj", "k_proj", "v_proj"} & set(targets)) + arch.query_size * copied
     kept = c * (inputs + 2 * arch.query_size + 2 * arch.kv_size) + 4 * arch.num_heads
-    return step.tokens * (kept + 4 * arch.hidden)
+    return step.tokens * (kept + norm_copy(arch, step))
 
 
 def expert_inputs(arch: Arch, step: StepProfile) -> float:
-    """Expert half: the normed input and the norm's float32 copy, router weights, ids and the routed tokens' order."""
+    """Expert half: the normed input and the norm's own copy, router weights, ids and the routed tokens' order."""
     c = step.compute_bytes
     dispatch = arch.num_active_experts * (c + 2 * INDEX_BYTES)
-    return step.tokens * (arch.hidden * (c + 4) + dispatch)
+    return step.tokens * (arch.hidden * c + norm_copy(arch, step) + dispatch)
+
+
+def norm_copy(arch: Arch, step: StepProfile) -> float:
+    """Bytes that a norm keeps of a token beside its input and output: a float32 copy; on a GPU one number."""
+    return 4 if step.on_gpu else 4 * arch.hidden
 
 
 def router_logits(arch: Arch, step: StepProfile) -> NamedBytes:
@@ -332,7 +337,7 @@ def loss_head(arch: Arch, step: StepProfile) -> NamedBytes:
     tokens = min(HEAD_TOKENS, trained)
     narrow = c * tokens * arch.vocab_size if c < 4 else 0.0
     widened = 4 * min(HEAD_SLICE, arch.vocab_size) * (arch.hidden + tokens) if c < 4 and not step.on_gpu else 0.0
-    final_norm = step.tokens * arch.hidden * (4 + c)
+    final_norm = step.tokens * (arch.hidden * c + norm_copy(arch, step))
     picked = trained * arch.hidden * (c + 4)
     chunk = 4 * tokens * arch.vocab_size + max(narrow, widened)
     return NamedBytes(HEAD_CHUNK, chunk + final_norm + picked, f"{tokens:,.0f} tokens of {trained:,.0f}")

@@ -21,6 +21,7 @@ from finetune.kernels.attention import Attention, plan_attention, sink_attention
 from finetune.kernels.experts import ExpertBlock, ExpertWeights, LoraFactors, Mxfp4Experts, expert_block
 from finetune.kernels.flash import flash_sink_attention
 from finetune.kernels.grouped import runs_in_one_launch
+from finetune.kernels.rotary import rotate
 from finetune.mxfp4.format import BLOCK, quantise
 
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bfloat16 in hardware, and what torch's flash kernels are built for
@@ -290,6 +291,30 @@ def flash_obstacle(dims: AttentionDims, device: torch.device, dtype: torch.dtype
             return f"it takes heads of a multiple of 8 up to 256 wide, not {dims.width}"
     largest = LARGEST_ATTENTION_DIFFERENCE[dtype]
     return _trial_obstacle(lambda: flash_difference(dims, device, dtype), largest, RuntimeError)
+
+
+def rotary_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernel for rotary positions cannot be used here, as a clause; None if it can."""
+    if device.type != "cuda":
+        return "it runs on a GPU only"
+    missing = triton_missing() if torch.version.hip is None else "the kernel is made for NVIDIA GPUs"
+    if missing is not None:
+        return missing
+    return _trial_obstacle(lambda: rotary_difference(device, dtype), LARGEST_ATTENTION_DIFFERENCE[dtype])
+
+
+def rotary_difference(device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> float:
+    """Largest relative RMS difference of output and gradient between Triton and plain rotary positions."""
+    generator = torch.Generator().manual_seed(seed)
+    x, grad_out = (torch.randn(37, 3, 64, generator=generator).to(device, dtype) for _ in range(2))
+    angles = torch.rand(37, 32, generator=generator) * 6
+    cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    results = []
+    for fused in (False, True):
+        leaf = x.clone().requires_grad_()
+        out = rotate(leaf, cos, sin, fused=fused)
+        results.append([out, *torch.autograd.grad(out, leaf, grad_out)])
+    return _largest_difference(*results)
 
 
 def flash_difference(dims: AttentionDims, device: torch.device, dtype: torch.dtype, *, seed: int = 0) -> float:

@@ -20,7 +20,7 @@ from finetune import log
 from finetune.arch import ATTENTION_PROJECTIONS, EMBEDDING, layer_prefix
 from finetune.errors import CheckError
 from finetune.kernels.attention import plan_attention
-from finetune.model.attention import register_attention
+from finetune.model.attention import register_attention, replace_layer_parts, replace_model_parts
 from finetune.model.checkpoint import Checkpoint, DenseCheckpoint
 from finetune.model.experts import PackedExperts
 from finetune.model.identity import checkpoint_identity, identity, tensor_digest
@@ -172,6 +172,7 @@ def _empty_model(checkpoint: Checkpoint, experts_per_chunk: int, storage: BaseSt
     """transformers' model on the meta device, its experts replaced by packed ones."""
     with torch.device("meta"):
         model = GptOssForCausalLM(_model_config(checkpoint))
+        replace_model_parts(model)
         for layer in model.model.layers:
             layer.mlp.experts = _packed_experts(checkpoint, experts_per_chunk, storage.experts)
             if storage.attention == "nf4":
@@ -270,6 +271,7 @@ class LayerStream:
         prefix = layer_prefix(number)
         with torch.device("meta"):
             layer = GptOssDecoderLayer(self.config, number)
+            replace_layer_parts(layer, self.config, number)
             layer.mlp.experts = _packed_experts(self.checkpoint, self._experts_per_chunk)
         state = {}
         for name in self.checkpoint.names():

@@ -20,6 +20,7 @@ from finetune.kernels import experts_fused, experts_triton
 from finetune.kernels.choice import LARGEST_EXPERT_DIFFERENCE, triton_difference
 from finetune.kernels.experts import ExpertWeights, FrozenExperts, LoraFactors, Mxfp4Experts, expert_block
 from finetune.kernels.experts_fused import fused_expert_block
+from finetune.kernels.rotary import rotate
 from finetune.mxfp4.format import dequantise
 
 LABELS = ("x", "mix", "gate_up_a", "gate_up_b", "down_a", "down_b")
@@ -74,6 +75,25 @@ def test_dequantised_bfloat16_has_the_same_bits() -> None:
     out = torch.empty(2, 40, 96 + 32, dtype=torch.bfloat16)
     experts_triton.dequantise_augment(blocks, scales, torch.zeros(2, 40), None, out)
     assert torch.equal(out[..., :96], dequantise(blocks, scales, torch.bfloat16))
+
+
+@pytest.mark.parametrize("heads,half", [(1, 32), (3, 32), (5, 12)])
+def test_rotary_positions_equal_float64(heads: int, half: int) -> None:
+    x, grad_out = torch.randn(37, heads, 2 * half), torch.randn(37, heads, 2 * half)
+    angles = torch.rand(37, half) * 6
+    cos, sin = angles.cos(), angles.sin()
+    results = []
+    for fused, dtype in ((True, torch.float32), (False, torch.float64)):
+        leaf = x.to(dtype).requires_grad_()
+        out = rotate(leaf, cos.to(dtype), sin.to(dtype), fused=fused)
+        results.append([out.detach(), *torch.autograd.grad(out, leaf, grad_out.to(dtype))])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.double() - exact).abs().max() < 1e-6
+    turned_back = rotate(results[0][0], cos, -sin, fused=True)
+    assert (turned_back - x).abs().max() < 1e-6
+    assert (rotate(x, cos, -sin, fused=True) - results[0][0]).abs().max() > 0.1, "control: the direction is seen"
+    narrow = rotate(x.bfloat16(), cos, sin, fused=True).float()
+    assert (narrow - rotate(x.bfloat16().float(), cos, sin)).abs().max() < 2**-7 * 6, "rounded once"
 
 
 @pytest.mark.parametrize("name", ["square", "empty experts in a visited chunk", "one token"])

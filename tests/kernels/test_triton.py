@@ -48,6 +48,7 @@ POINTERS = {
 }  # fmt: skip
 ANY_BF16 = {
     "bias", "out", "source", "hidden", "grad_out", "grad_lora", "row_weights", "activated", "rows", "weights",
+    "x", "cos", "sin",
 }  # fmt: skip
 CONSTANTS = {
     "augment_kernel": dict(groups=90, rank=16, W=128, UNROLL=4, TAIL_ROWS=64, TAIL_COLUMNS=32),
@@ -55,8 +56,10 @@ CONSTANTS = {
     "swiglu_kernel": dict(rank=16, R=4, C=256),
     "swiglu_backward_kernel": dict(width=2880, rank=16, has_lora=True, R=4, C=256),
     "combine_kernel": dict(top_k=4, weighted=True, R=4, C=512),
+    "rotary_kernel": dict(half=32, R=32, C=32),
 }
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # most that a block may have
+# Most shared memory that a block may have, by compute capability.
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 def compiled(name: str, capability: int):  # type: ignore[no-untyped-def]
@@ -64,9 +67,10 @@ def compiled(name: str, capability: int):  # type: ignore[no-untyped-def]
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from finetune.kernels import experts_triton
+    from finetune.kernels import experts_triton, rotary_triton
 
-    function, constants = getattr(experts_triton, name), CONSTANTS[name]
+    module = rotary_triton if name == "rotary_kernel" else experts_triton
+    function, constants = getattr(module, name), CONSTANTS[name]
     signature = {}
     for argument in function.arg_names:
         kind = "fp32" if argument in ("limit", "gain") else "i32"
@@ -97,7 +101,7 @@ def resources(cubin: bytes, directory: Path) -> dict[str, int]:
 
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", SHARED_BYTES)
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_compiles_without_spills(name: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
@@ -114,6 +118,9 @@ def test_compiles_without_spills(name: str, capability: int, tmp_path: Path, mon
 def test_compiled_constants_are_those_of_the_launches() -> None:
     """The compile test is valid only while its tiles are those in use."""
     from finetune.kernels import experts_triton as launch
+    from finetune.kernels import rotary_triton
+
+    assert CONSTANTS["rotary_kernel"]["R"] == rotary_triton.ROWS
 
     augment = CONSTANTS["augment_kernel"]
     assert (augment["W"], augment["UNROLL"]) == (launch.WORDS, launch.UNROLL)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import machine, publish
+
 from fake_cuda.counts import Counts
 from fake_cuda.rates import GPUS, UNCERTAINTY, Part, parts_of, step_seconds
 from fake_cuda.step import Work, count_step
-from measure import machine, publish
-
 from finetune.arch import Arch
 from finetune.config.compose import compose
 from finetune.config.schema import RunConfig

@@ -8,7 +8,7 @@ It needs a CPU build of torch and g++ (exit 5 otherwise), and about ten seconds 
 
     python bench/cost_model.py --shape 20b --gpu h100
     python bench/cost_model.py --shape 120b --gpu a100 trainer.micro_batch_size=2 trainer.gradient_accumulation_steps=2
-    python bench/cost_model.py --shape 20b --gpu h100 --best     the rate at every micro-batch that the recipe's step allows
+    python bench/cost_model.py --shape 20b --gpu h100 --best     at every micro-batch size
     python bench/cost_model.py --counts                          write the counts that a test compares with
 """
 

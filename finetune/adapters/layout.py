@@ -146,8 +146,18 @@ def _pattern(values: Mapping[str, Number], default: Number) -> dict[str, Number]
         name = _LAYER.sub("", full)
         agree = len(by_name[name]) == 1
         if value != default:
-            pattern[name if agree else full] = value
+            pattern[_pattern_key(name if agree else full)] = value
     return pattern
+
+
+def _pattern_key(name: str) -> str:
+    """A pattern that PEFT and vLLM both match with this weight.
+
+    PEFT matches keys with a parameter's name, `mlp.router.weight`; vLLM 0.33 matches them with its module's,
+    `mlp.router` (`PEFTHelper.get_rank_and_scaling`), and falls back to `lora_alpha / r` if nothing matches. The
+    experts' projections are named alike by both.
+    """
+    return f"{name.removesuffix('.weight')}(\\.weight)?" if name.endswith(".weight") else name
 
 
 def _plain_number(value: float) -> Number:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from finetune.adapters.attach import attach_adapter
 from finetune.adapters.audit import audit_gradients
 from finetune.adapters.config_file import CONFIG
+from finetune.adapters.layout import EXPERTS, lora_config_fields, site_strengths
 from finetune.adapters.lora import Adapter
 from finetune.adapters.provenance import ROUTER_BIAS, BaseRecord
 from finetune.adapters.read_back import read_back
-from finetune.adapters.sites import describe_sites
+from finetune.adapters.sites import describe_sites, plan_sites
 from finetune.adapters.store import WEIGHTS, read_adapter_into, write_adapter
 from finetune.cli.main import main
 from finetune.config.schema import AdapterConfig, RouterAdapterConfig
@@ -27,6 +30,7 @@ from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, InputError
 from finetune.evaluate.opening import open_model
 from finetune.model.build import Base
+from finetune.model.checkpoint import Checkpoint
 from finetune.model.forward import logits
 from finetune.model.noise import rounding_noise
 
@@ -143,7 +147,7 @@ def test_the_files_have_the_fields_of_peft_and_vllm(tiny_base: Path, tmp_path: P
     directory = write(tmp_path / "adapter", base, adapter, FULL)
     config, shape = json.loads((directory / CONFIG).read_text()), base.checkpoint.arch
     assert config["target_parameters"][0] == "mlp.router.weight" and "router" not in config["target_modules"]
-    assert config["rank_pattern"] == {"mlp.router.weight": shape.num_experts}
+    assert config["rank_pattern"] == {r"mlp.router(\.weight)?": shape.num_experts}
     tensors = load_file(directory / WEIGHTS)
     key = "base_model.model.model.layers.0.mlp.router.lora_A.weight"
     assert tensors[key].shape == (shape.num_experts, shape.hidden)
@@ -151,6 +155,37 @@ def test_the_files_have_the_fields_of_peft_and_vllm(tiny_base: Path, tmp_path: P
         f"model.layers.{n}.mlp.router.bias" for n in (0, 1)
     }
     assert ROUTER_BIAS in json.loads((directory / "finetune.json").read_text())["files"]
+
+
+def scale_in_vllm(config: dict[str, Any], module: str) -> float:
+    """The rule of vLLM 0.33's `PEFTHelper.get_rank_and_scaling`: patterns are matched with names of modules."""
+
+    def setting(patterns: str, default: str) -> float:
+        found = [v for key, v in config.get(patterns, {}).items() if re.match(rf"(.*\.)?({key})$", module)]
+        return found[0] if found else config[default]
+
+    rank, alpha = setting("rank_pattern", "r"), setting("alpha_pattern", "lora_alpha")
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_vllm_scales_every_site_as_trained(name: str, tiny_base: Path) -> None:
+    """By PEFT's own name of the router's weight vLLM finds no pattern, and falls back to lora_alpha / r."""
+    arch, adapter_config = Checkpoint.open(tiny_base).arch, CONFIGS[name]
+    sites = plan_sites(arch, adapter_config)
+    fields = lora_config_fields(
+        site_strengths(sites), every_layer=adapter_config.layers is None, rslora=adapter_config.rslora
+    )
+    old = {
+        key: {name.replace(r"(\.weight)?", ".weight"): value for name, value in fields.get(key, {}).items()}
+        for key in ("rank_pattern", "alpha_pattern")
+    }
+    for site in sites:
+        names = [site.module] if site.kind != "experts" else [f"{site.module}.{name}" for name in EXPERTS]
+        for module in names:
+            assert scale_in_vllm(fields, module) == pytest.approx(site.scale), module
+        if site.kind == "router" and any("router" in key for pattern in old.values() for key in pattern):
+            assert scale_in_vllm({**fields, **old}, site.module) != pytest.approx(site.scale), "control: PEFT's name"
 
 
 def test_a_merge_includes_the_bias_and_adapter_exports_cannot(

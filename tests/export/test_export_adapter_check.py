@@ -207,6 +207,29 @@ def test_the_router_and_a_lone_gate_up_are_read_correctly(target: str, tmp_path:
     assert found.kinds == kinds and found.zeros == zeros
 
 
+def test_a_pattern_that_only_peft_matches_is_found(tmp_path: Path) -> None:
+    """vLLM matches a router's pattern with `mlp.router`, PEFT with `mlp.router.weight`: the key has to fit both."""
+    directory = write_synthetic(tmp_path / "adapter", {(1, "q_proj"): (2, 3.0)}).directory
+    tensors = load_file(directory / "adapter_model.safetensors")
+    router = "base_model.model.model.layers.1.mlp.router"
+    tensors |= {f"{router}.lora_A.weight": torch.randn(2, 8), f"{router}.lora_B.weight": torch.randn(EXPERTS, 2)}
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    name = "model.layers.1.mlp.router.weight"
+    config |= {"target_parameters": [name]}
+    for key, value in (("rank_pattern", 2), ("alpha_pattern", 11.0)):
+        config[key] = config[key] | {name: value}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    out = export(directory, "peft", tmp_path / "out")
+    exported = json.loads((out / "adapter_config.json").read_text())
+    (key,) = exported["alpha_pattern"]
+    assert key.endswith(r"mlp.router(\.weight)?")
+    assert verify_adapter(AdapterFile.open(directory), "peft", out).kinds["router"] == 1
+    exported["alpha_pattern"] = {name: exported["alpha_pattern"][key]}
+    (out / "adapter_config.json").write_text(json.dumps(exported))
+    assert "vLLM" in problems(directory, "peft", out)[router]
+
+
 def test_a_wrong_alpha_is_found(source: Path, tmp_path: Path) -> None:
     from finetune.export.targets.gguf_lora import write_gguf_lora
 

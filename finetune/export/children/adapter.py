@@ -73,9 +73,15 @@ class File:
 
 
 class PeftAdapter:
-    """A directory in PEFT's layout: the source, or an export for PEFT and vLLM."""
+    """A directory in PEFT's layout: the source, or an export for PEFT and vLLM.
 
-    def __init__(self, directory: str) -> None:
+    Args:
+        directory: with the tensors and adapter_config.json.
+        served: also read by vLLM, which resolves ranks and alphas by another name of the router's weight.
+    """
+
+    def __init__(self, directory: str, *, served: bool = False) -> None:
+        self.served = served
         self.file = File(os.path.join(directory, "adapter_model.safetensors"))
         self.config = read_json(directory, "adapter_config.json")
         self.stems: dict[Part, tuple[str, str]] = {}  # key without its end, and the weight's path in the model
@@ -98,9 +104,20 @@ class PeftAdapter:
         return any(f".{name}".endswith(f".{target}") for name in (path, f"{path}.weight") for target in listed)
 
     def setting(self, patterns: str, default: str, path: str) -> float:
-        """A rank or an alpha: the first pattern that ends the weight's name, else the default."""
+        """A rank or an alpha: the first pattern that ends the weight's name, else the default.
+
+        Raises:
+            ValueError: PEFT and vLLM, which both read an export, find different ones.
+        """
+        found = self._matched(patterns, default, path + ".weight" * path.endswith(".router"))
+        by_vllm = self._matched(patterns, default, path) if self.served else found
+        if by_vllm != found:
+            raise ValueError(f"{patterns} gives {found:g} to PEFT and {by_vllm:g} to vLLM, which matches {path}")
+        return found
+
+    def _matched(self, patterns: str, default: str, name: str) -> float:
         for pattern, value in (self.config.get(patterns) or {}).items():
-            if any(re.match(rf"(.*\.)?({pattern})$", name) for name in (path, f"{path}.weight")):
+            if re.match(rf"(.*\.)?({pattern})$", name):
                 return float(value)
         return float(self.config[default])
 
@@ -128,7 +145,7 @@ class Exported:
         name = {"gguf-lora": "adapter.gguf", "mlx": "adapters.safetensors"}.get(target, "adapter_model.safetensors")
         self.file = File(os.path.join(directory, name))
         self.config = self.file.facts if target == "gguf-lora" else read_json(directory, "adapter_config.json")
-        self.peft = PeftAdapter(directory) if target == "peft" else None
+        self.peft = PeftAdapter(directory, served=True) if target == "peft" else None
 
     def stems(self, part: Part, num_experts: int) -> list[str]:
         """Names of a projection's tensors without their ends; for SGLang one for each expert."""

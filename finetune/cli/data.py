@@ -78,7 +78,7 @@ def _stats(config: RunConfig, args: argparse.Namespace) -> None:
 
 
 def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
-    from finetune.data.dataset import describe, load_split
+    from finetune.data.dataset import load_split, report_split
     from finetune.data.preferences import PREFERENCE_KEYS
     from finetune.data.preview import as_html, as_json, as_text, spread
 
@@ -91,7 +91,7 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
         _preview_pairs(split, recipe, args)
         return
     examples = [split.examples[number] for number in spread(len(split.examples), args.n)]
-    log.info(describe(split))
+    report_split(split)
     if args.html:
         args.html.write_text(as_html(f"{recipe}: {args.split}", examples), encoding="utf-8")
         log.info(f"{args.html}: {len(examples)} examples")
@@ -104,13 +104,13 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
 
 def _preview_pairs(split: Split, recipe: str, args: argparse.Namespace) -> None:
     """Show records with their answers side by side; `-n` counts records."""
-    from finetune.data.dataset import describe
+    from finetune.data.dataset import report_split
     from finetune.data.preview import spread
     from finetune.data.preview_pairs import group_as_json, group_as_text, groups_as_html, groups_of
 
     starts = split.first_examples()
     groups = groups_of(split.examples, [starts[number] for number in spread(len(starts), args.n)])
-    log.info(describe(split))
+    report_split(split)
     if args.html:
         args.html.write_text(groups_as_html(f"{recipe}: {args.split}", groups), encoding="utf-8")
         log.info(f"{args.html}: {len(groups)} records")

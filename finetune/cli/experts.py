@@ -58,13 +58,13 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"{out} exists already", fix="choose another with --out")
 
     from finetune.config.expert_selection import write_expert_scores
-    from finetune.data.dataset import describe, load_split
+    from finetune.data.dataset import load_split, report_split
     from finetune.evaluate.expert_scores import score_experts
     from finetune.model.open import open_base
 
     config = composed.config
     split = load_split(config.data, "train")
-    log.info(describe(split))
+    report_split(split)
     base = open_base(config.model)
     scores = score_experts(base, config.model.path, split.examples, config.data, select, args.by, args.examples)
     out.parent.mkdir(parents=True, exist_ok=True)

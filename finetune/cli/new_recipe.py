@@ -119,12 +119,20 @@ def _report_split(summary: FileSummary) -> None:
 
 
 def _warnings(summary: FileSummary) -> Iterator[str]:
+    from finetune.data.control_text import control_text_lines
+
     source, split = summary.source, summary.split
     if source.columns:
         read = ", ".join(f"{theirs} as {ours}" for ours, theirs in source.columns.items())
         yield f"no form has these columns; the recipe reads {read}: correct `columns` if that is wrong"
     if source.form != "auto":
         yield f"the records fit several forms; the recipe reads them as {source.form}: correct `form` if wrong"
+    if summary.num_moved_thinking:
+        yield (
+            f"{summary.num_moved_thinking:,} records begin an answer with thinking in tags, such as <think>: the "
+            "recipe makes it the messages' `thinking` (data.think_tags=move)"
+        )
+    yield from control_text_lines(summary.control_text)
     if summary.unused_keys:
         yield f"not used: {_counted(summary.unused_keys)}"
     if split and not split.splits:
@@ -169,6 +177,8 @@ def recipe_text(name: str, data: str, summary: FileSummary, model: str) -> str:
     ]
     if not summary.num_with_thinking:
         lines.append("  reasoning_effort: low # no record has thinking, so low matches them")
+    if summary.num_moved_thinking:
+        lines.append("  think_tags: move # answers begin with thinking in tags; it becomes `thinking`")
     if summary.bad_records and summary.is_skippable:
         counts = f"{len(summary.bad_records):,} of {summary.num_read:,}"
         lines.append(f"  on_bad_record: skip # {counts} records cannot be used")

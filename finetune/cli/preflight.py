@@ -17,7 +17,7 @@ from finetune.config.paths import shipped_dir
 from finetune.config.rules import SHARDED_BASE
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.config.validate import to_plain
-from finetune.data.dataset import describe, load_split
+from finetune.data.dataset import describe, load_split, warn_of_control_text
 from finetune.data.preferences import check_forms
 from finetune.data.sources import split_names
 from finetune.errors import CapacityError, ConfigError, InputError, is_out_of_memory
@@ -140,6 +140,7 @@ def dry_run(recipe: str, composed: ComposedConfig) -> None:
     for name in split_names(config.data):
         split = load_split(config.data, name)
         log.result(describe(split))
+        warn_of_control_text(split)
         check_forms(name, split.stats.forms, config.objective.kind, split.stats.labels)
     log.result(_adapter(config))
     log.result(_memory(config))

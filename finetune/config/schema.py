@@ -19,6 +19,7 @@ from finetune.config.schema_data import DataForm as DataForm
 from finetune.config.schema_data import LossConfig as LossConfig
 from finetune.config.schema_data import ReasoningEffortName as ReasoningEffortName
 from finetune.config.schema_data import SourceConfig as SourceConfig
+from finetune.config.schema_data import ThinkTags as ThinkTags
 from finetune.config.schema_data import ValidationSplitConfig as ValidationSplitConfig
 from finetune.config.schema_objective import CpoConfig as CpoConfig
 from finetune.config.schema_objective import DpoConfig as DpoConfig

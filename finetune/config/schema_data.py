@@ -13,6 +13,7 @@ DataForm = Literal[
     "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "ranked", "labelled"
 ]
 ReasoningEffortName = Literal["low", "medium", "high"]
+ThinkTags = Literal["keep", "move", "refuse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,9 @@ class DataConfig(Strict):
         loss: which tokens are trained, with which weight.
         earlier_thinking: thinking of turns before the last. `drop` as at inference, `keep` it, or `split` a
             conversation into one example per assistant turn, each trained in the context of inference.
+        think_tags: of an answer that begins with thinking in tags, such as `<think>...</think>`: `keep` trains it as
+            part of the answer, with a warning; `move` makes it the message's `thinking`; `refuse` treats the record as
+            one that cannot be used.
         on_bad_record: `stop` if a record cannot be used (after the sources are read to their end, so that all are
             counted), or `skip` and count them.
         max_skipped_ratio: with `skip`, a larger share of skipped records stops the run nevertheless.
@@ -138,6 +142,7 @@ class DataConfig(Strict):
     tool_call_type: Literal["auto", "constrain", "json"] = "auto"
     loss: LossConfig = field(default_factory=LossConfig)
     earlier_thinking: Literal["drop", "keep", "split"] = "drop"
+    think_tags: ThinkTags = "keep"
     on_bad_record: Literal["stop", "skip"] = "stop"
     max_skipped_ratio: Annotated[float, Ge(0), Le(1)] = 0.05
     pairs: Literal["best_worst", "all", "listwise"] = "best_worst"

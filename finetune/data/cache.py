@@ -16,6 +16,7 @@ from pathlib import Path
 from finetune import log
 from finetune.config.paths import HUB_PREFIX, cache_dir
 from finetune.config.schema import DataConfig, SourceConfig
+from finetune.data.control_text import ControlText
 from finetune.data.example_table import EXAMPLES_FILE, RECORDS_FILE, Tables, TableWriter, open_tables
 from finetune.data.files import broken_file, find_files
 from finetune.data.harmony.tokenizer import RANK_FILE_SHA256
@@ -52,6 +53,8 @@ class SplitStats:
         bad_records: records that cannot be used, each with its reason.
         dropped: records left out because the recipe says so, such as too long ones, each with its reason.
         answers: per source, how many records have which `answer`; only the first `MOST_ANSWERS` different ones.
+        control_text: kind -> records whose texts another template or channel would read as control.
+        num_moved_thinking: records whose thinking was moved out of tags (`data.think_tags`).
         labels: how many answers without others to the same prompt are desirable and undesirable.
         fingerprint: SHA-256 over the examples' token ids and weights, in order: identifies what is trained, whatever
             its source.
@@ -67,6 +70,8 @@ class SplitStats:
     bad_records: list[BadRecord] = field(default_factory=list)
     dropped: list[BadRecord] = field(default_factory=list)
     answers: dict[str, dict[str, int]] = field(default_factory=dict)
+    control_text: dict[str, ControlText] = field(default_factory=dict)
+    num_moved_thinking: int = 0
     labels: dict[str, int] = field(default_factory=dict)
     fingerprint: str = ""
 
@@ -76,6 +81,7 @@ class SplitStats:
         stats = cls(**document)
         stats.bad_records = [BadRecord(**entry) for entry in document["bad_records"]]
         stats.dropped = [BadRecord(**entry) for entry in document["dropped"]]
+        stats.control_text = {kind: ControlText(**entry) for kind, entry in document["control_text"].items()}
         return stats
 
 

@@ -128,7 +128,7 @@ class Conversation:
         answers: the answers of a preference record, best first; `messages` is the prompt with the first of them. Empty
             for other records.
         num_prompt: how many of `messages` all answers follow.
-        num_control_spellings: how often its texts spell a control token, such as `<|end|>`; they stay text.
+        has_moved_thinking: thinking was moved out of tags in a text (`data.think_tags`).
     """
 
     messages: tuple[Message, ...]
@@ -140,7 +140,7 @@ class Conversation:
     conversation_date: str | None = None
     answers: tuple[Answer, ...] = ()
     num_prompt: int = 0
-    num_control_spellings: int = 0
+    has_moved_thinking: bool = False
 
     @property
     def num_characters(self) -> int:

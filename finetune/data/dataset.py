@@ -14,6 +14,7 @@ from finetune.config.schema import DataConfig, SourceConfig
 from finetune.config.suggest import suggest_word
 from finetune.data.cache import MOST_ANSWERS, SplitStats, locked_entry
 from finetune.data.checks import BadRecordError
+from finetune.data.control_text import control_text_lines, count_control_text
 from finetune.data.example_table import ExampleTable, RecordTable, TableWriter
 from finetune.data.forms import unused_keys
 from finetune.data.harmony.render import Example, render_examples
@@ -32,6 +33,7 @@ from finetune.data.sources import (
     sources_of,
 )
 from finetune.errors import ConfigError, InputError
+from finetune.log import printable
 
 _RECORDS_SHOWN = 3
 
@@ -92,7 +94,7 @@ def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> S
                 tables = entry.open()
     if check:
         _check_left_out(config, split, stats)
-    return Split(split, RecordTable(tables), ExampleTable(tables), stats)
+    return Split(split, RecordTable(tables, config.think_tags), ExampleTable(tables), stats)
 
 
 def tokenise(config: DataConfig, split: SplitName, writer: TableWriter) -> SplitStats:
@@ -155,6 +157,8 @@ def _usable_examples(raw: RawRecord, source: SourceConfig, config: DataConfig, s
     if kept:
         form = record.conversation.form
         stats.forms[form] = stats.forms.get(form, 0) + 1
+        stats.num_moved_thinking += record.conversation.has_moved_thinking
+        count_control_text(record.conversation, printable(raw.where), stats.control_text)
         for key in unused_keys(raw.raw, form):
             if key not in source.where and key != config.validation_split.key:
                 stats.unused_keys[key] = stats.unused_keys.get(key, 0) + 1
@@ -167,7 +171,7 @@ def _make_examples(raw: RawRecord, source: SourceConfig, config: DataConfig) -> 
     Raises:
         BadRecordError: the record cannot be used, has nothing to train, or is too long and `too_long` is `error`.
     """
-    record = parse_record(raw, source.form)
+    record = parse_record(raw, source.form, config.think_tags)
     # Encoding takes quadratic time in a long word (3 s for 100,000 letters), so text that can never fit is not encoded.
     num_characters = record.conversation.num_characters
     if record.conversation.text is None and num_characters > LONGEST_TOKEN_BYTES * config.max_length:
@@ -266,6 +270,8 @@ def describe(split: Split) -> str:
         text += "; read as " + ", ".join(f"{form} ({count:,})" for form, count in stats.forms.items())
     if stats.unused_keys:
         text += f"; keys not used: {', '.join(stats.unused_keys)}"
+    if stats.num_moved_thinking:
+        text += f"; thinking moved out of tags in {stats.num_moved_thinking:,} records"
     if stats.num_truncated:
         text += f"; {stats.num_truncated:,} truncated"
     if stats.dropped:
@@ -273,6 +279,18 @@ def describe(split: Split) -> str:
     if stats.bad_records:
         text += f"; {len(stats.bad_records):,} records skipped ({count_kinds(stats.bad_records)})"
     return text
+
+
+def report_split(split: Split) -> None:
+    """Log `describe`, and a warning for each kind of control text in its records."""
+    log.info(describe(split))
+    warn_of_control_text(split)
+
+
+def warn_of_control_text(split: Split) -> None:
+    """Log a warning for each kind of text that another template or channel would read as control."""
+    for line in control_text_lines(split.stats.control_text):
+        log.warning(f"data.{split.name}: {line}")
 
 
 def count_kinds(bad_records: Sequence[BadRecord]) -> str:

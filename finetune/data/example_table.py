@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from finetune.config.schema import DataForm
+from finetune.config.schema import DataForm, ThinkTags
 from finetune.data.harmony.render import Example
 from finetune.data.sources import RawRecord, Record, parse_record, raw_record
 from finetune.files import JsonObject
@@ -26,7 +26,6 @@ _EXAMPLES = pa.schema(
         ("channels", pa.list_(pa.int8())),
         ("id", pa.string()),
         ("record", pa.int64()),
-        ("num_control_spellings", pa.int32()),
         ("num_without_thinking", pa.int32()),
         ("shared", pa.int32()),
         ("score", pa.float64()),
@@ -100,7 +99,6 @@ class TableWriter:
                 _list_array([example.channels for example in examples], pa.int8()),
                 pa.array([example.id for example in examples], pa.string()),
                 pa.array([record for _, record in self._examples], pa.int64()),
-                pa.array([example.num_control_spellings for example in examples], pa.int32()),
                 pa.array([example.num_without_thinking for example in examples], pa.int32()),
                 pa.array([example.shared for example in examples], pa.int32()),
                 pa.array([example.score for example in examples], pa.float64()),
@@ -154,7 +152,7 @@ class ExampleTable(Sequence[Example]):
         ids, weights, channels = (
             values[offsets[place] : offsets[place + 1]] for offsets, values in self._columns[chunk]
         )
-        names = ("id", "record", "num_control_spellings", "num_without_thinking", "shared", "score")
+        names = ("id", "record", "num_without_thinking", "shared", "score")
         name, record, *counts = (batch.column(column)[place].as_py() for column in names)
         return Example(ids, weights, name, self._where[record], channels, *counts)
 
@@ -167,9 +165,15 @@ def example_lengths(examples: Sequence[Example]) -> list[int]:
 
 
 class RecordTable(Sequence[Record]):
-    """The record of each example (`records[i]` is the one of `examples[i]`), parsed on access."""
+    """The record of each example (`records[i]` is the one of `examples[i]`), parsed on access.
 
-    def __init__(self, tables: Tables) -> None:
+    Args:
+        tables: where they are stored.
+        think_tags: as `data.think_tags` when they were tokenised.
+    """
+
+    def __init__(self, tables: Tables, think_tags: ThinkTags = "keep") -> None:
+        self._think_tags: ThinkTags = think_tags
         self._of_example = tables.examples.column("record").to_numpy()
         self._where, self._form, self._raw = (_TextColumn(tables.records, name) for name in ("where", "form", "raw"))
 
@@ -187,7 +191,8 @@ class RecordTable(Sequence[Record]):
             return tuple(self[number] for number in range(len(self))[index])
         record = int(self._of_example[range(len(self))[index]])
         raw = json.loads(self._raw[record])
-        return parse_record(raw_record(self._where[record], raw), cast(DataForm, self._form[record]))
+        form = cast(DataForm, self._form[record])
+        return parse_record(raw_record(self._where[record], raw), form, self._think_tags)
 
     def first_examples(self) -> NDArray[np.int64]:
         """int64 [num_records]: index of each record's first example, for visiting every record once."""

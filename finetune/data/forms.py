@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, get_args
 
 from finetune.config.schema import DataForm, ReasoningEffortName
@@ -61,9 +60,6 @@ _COLUMN_NAMES = {
     "text": ("content", "document", "passage", "article", "body"),
 }
 """Our key -> names that other data sets give it, likeliest first."""
-_CONTROL_SPELLING = re.compile(
-    r"<\|(?:start|end|message|channel|constrain|return|call|startoftext|endoftext|endofprompt|reserved_\d+)\|>"
-)
 _LONG_WORD = re.compile(r"[^\W\d_]{20001}")  # encoding takes time quadratic in its length: 3 s for 100,000 letters
 
 
@@ -88,8 +84,7 @@ def parse_conversation(raw: JsonObject, form: DataForm = "auto") -> Conversation
         tools = parse_tools(raw)
         messages = parse_messages(to_messages(raw, form), tools)
         conversation = Conversation(messages, form=form, tools=tools, **_parse_overrides(raw))
-    num_spellings = sum(len(_CONTROL_SPELLING.findall(text)) for text in conversation.texts() if "<|" in text)
-    return replace(conversation, num_control_spellings=num_spellings) if num_spellings else conversation
+    return conversation
 
 
 def fitting_forms(raw: JsonObject) -> list[DataForm]:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from finetune import log
-from finetune.config.schema import DataConfig, DataForm, SourceConfig, ValidationSplitConfig
+from finetune.config.schema import DataConfig, DataForm, SourceConfig, ThinkTags, ValidationSplitConfig
 from finetune.data.checks import BadRecordError
+from finetune.data.control_text import ControlText, count_control_text
 from finetune.data.conversation import Message
 from finetune.data.dataset import count_kinds
 from finetune.data.forms import KEYS_OF_FORM, fitting_forms, propose_columns, unused_keys
@@ -30,6 +31,7 @@ from finetune.data.sources import (
 )
 from finetune.errors import InputError
 from finetune.files import JsonObject
+from finetune.log import printable
 
 RECORDS_READ = 100_000
 RECORDS_TOKENISED = 2000  # of them, since tokenising takes longest
@@ -91,6 +93,8 @@ class FileSummary:
             none does, or if the file names validation records.
         num_with_thinking: records with thinking in them.
         num_with_turns: records with an assistant's turn before the last.
+        control_text: kind -> records whose texts another template or channel would read as control.
+        num_moved_thinking: records whose thinking the recipe moves out of tags (`data.think_tags`).
         unused_keys: key that nothing is read from -> how many records have it, without the field of the splits.
     """
 
@@ -106,6 +110,8 @@ class FileSummary:
     id_share: float | None = None
     num_with_thinking: int = 0
     num_with_turns: int = 0
+    control_text: dict[str, ControlText] = field(default_factory=dict)
+    num_moved_thinking: int = 0
     unused_keys: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -167,6 +173,10 @@ def inspect_file(path: str) -> FileSummary:
             why=f"{count_kinds(bad)}; {bad[0].where}: {bad[0].reason}" if bad else "there is none",
             fix=_FIX_ANSWER if {record.kind for record in bad} == {"bad answer"} else _FIX_FORM,
         )
+    if "think_tags" in summary.control_text:
+        moved, _ = _read(summary.source, "move")
+        if moved.num_usable == summary.num_usable:
+            return moved
     return summary
 
 
@@ -179,7 +189,7 @@ def _propose_source(raw: JsonObject, path: str) -> SourceConfig | None:
     return SourceConfig(path=path, columns=columns) if columns else None
 
 
-def _read(source: SourceConfig) -> tuple[FileSummary, JsonObject | None]:
+def _read(source: SourceConfig, think_tags: ThinkTags = "keep") -> tuple[FileSummary, JsonObject | None]:
     """Read the first records. Returns their summary, and the first record as it was read, usable or not."""
     summary, config = FileSummary(source), DataConfig(train={}, max_length=2**20)
     first: JsonObject | None = None
@@ -200,7 +210,7 @@ def _read(source: SourceConfig) -> tuple[FileSummary, JsonObject | None]:
             names = {key: value for key, value in raw.fields.items() if len(value) <= _LONGEST_NAME or key == "id"}
             all_names.append(names)
             try:
-                record = parse_record(raw, source.form)
+                record = parse_record(raw, source.form, think_tags)
                 examples = render_examples(record, config) if summary.num_usable < RECORDS_TOKENISED else []
             except BadRecordError as error:
                 summary.bad_records.append(bad_record(raw.where, error))
@@ -225,6 +235,8 @@ def _read(source: SourceConfig) -> tuple[FileSummary, JsonObject | None]:
 def _count(summary: FileSummary, raw: RawRecord, record: Record) -> None:
     summary.forms[record.conversation.form] += 1
     summary.unused_keys.update(unused_keys(raw.raw, record.conversation.form))
+    count_control_text(record.conversation, printable(record.where), summary.control_text)
+    summary.num_moved_thinking += record.conversation.has_moved_thinking
     summary.num_with_thinking += any(message.thinking for message in record.messages)
     summary.num_with_turns += not record.conversation.answers and _has_turns(record.messages)
 

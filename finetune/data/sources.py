@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finetune.config.schema import DataConfig, DataForm, SourceConfig
+from finetune.config.schema import DataConfig, DataForm, SourceConfig, ThinkTags
 from finetune.config.suggest import suggest_word
 from finetune.data.checks import BadRecordError
+from finetune.data.control_text import settle_think_tags
 from finetune.data.conversation import Conversation, Message
 from finetune.data.forms import parse_conversation
 from finetune.data.readers import read_source
@@ -183,14 +184,19 @@ def raw_record(where: str, raw: JsonObject) -> RawRecord:
     return RawRecord(where, raw, _fields(raw))
 
 
-def parse_record(raw: RawRecord, form: DataForm) -> Record:
+def parse_record(raw: RawRecord, form: DataForm, think_tags: ThinkTags = "keep") -> Record:
     """Check a record's contents.
+
+    Args:
+        raw: the record.
+        form: its form.
+        think_tags: as `data.think_tags`.
 
     Raises:
         BadRecordError: it cannot be used.
     """
     name = _checked_id(raw.raw.get("id"), raw.where)
-    conversation = parse_conversation(raw.raw, form)
+    conversation = settle_think_tags(parse_conversation(raw.raw, form), think_tags)
     return Record(name, raw.where, conversation, _checked_answer(raw.raw.get("answer")), dict(raw.fields))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config.schema import RunConfig
+from finetune.data.control_text import control_text_lines
 from finetune.data.dataset import Split, load_split
 from finetune.data.duplicates import Overlap, Text, find_duplicates, text_of
 from finetune.data.example_table import RecordTable, example_lengths
@@ -93,7 +94,6 @@ class SplitFigures:
         trained, context: tokens with and without a loss weight, by channel.
         lengths: None for a split without examples.
         packing: the first epoch's sequences.
-        num_spelling_control_tokens: examples whose text spells a control token.
         num_without_thinking: examples with assistant messages that are untrained because their thinking was dropped.
         pairs: of preference records; lengths and packing are then those of whole records, each prompt once.
     """
@@ -103,7 +103,6 @@ class SplitFigures:
     context: dict[str, int]
     lengths: LengthStats | None
     packing: PackingStats
-    num_spelling_control_tokens: int
     num_without_thinking: int
     pairs: PairStats | None = None
 
@@ -124,7 +123,8 @@ class SplitFigures:
             "truncated": stats.num_truncated,
             "dropped": _left_out_json(stats.dropped),
             "skipped": _left_out_json(stats.bad_records),
-            "samples_spelling_control_tokens": self.num_spelling_control_tokens,
+            "control_text": {kind: dataclasses.asdict(found) for kind, found in stats.control_text.items()},
+            "thinking_moved_out_of_tags": stats.num_moved_thinking,
             "samples_with_answers_untrained_for_lost_thinking": self.num_without_thinking,
             "fingerprint": stats.fingerprint,
         } | ({"preferences": self.pairs.as_json()} if self.pairs else {})
@@ -171,13 +171,12 @@ def collect(config: RunConfig, *, duplicates: bool = True) -> DataFigures:
 
 def _figures(split: Split, config: RunConfig) -> SplitFigures:
     trained, context = np.zeros(HEADER, dtype=np.int64), np.zeros(HEADER, dtype=np.int64)
-    spellings = without_thinking = 0
+    without_thinking = 0
     for example in split.examples:
         channels = (example.channels % HEADER).astype(np.int64)
         weighted = example.weights > 0
         trained += np.bincount(channels[weighted], minlength=HEADER)
         context += np.bincount(channels[~weighted], minlength=HEADER)
-        spellings += example.num_control_spellings > 0
         without_thinking += example.num_without_thinking > 0
     lengths, sizes, pairs = example_lengths(split.examples), split.stats.source_sizes, None
     if split.stats.forms.keys() & PREFERENCE_KEYS.keys():
@@ -191,7 +190,6 @@ def _figures(split: Split, config: RunConfig) -> SplitFigures:
         _by_channel(context),
         _length_stats(lengths) if lengths else None,
         _packing_stats(split.name, sizes, lengths, config),
-        spellings,
         without_thinking,
         pairs,
     )
@@ -300,8 +298,9 @@ def _split_lines(name: str, figures: SplitFigures) -> Iterator[str]:
     yield f"  truncated: {stats.num_truncated:,} examples"
     yield from _left_out_lines("dropped", stats.dropped)
     yield from _left_out_lines("skipped", stats.bad_records)
-    if count := figures.num_spelling_control_tokens:
-        yield f"  {count:,} examples have text that spells a control token, such as <\\|end|>; it stays text"
+    if stats.num_moved_thinking:
+        yield f"  thinking moved out of tags: {stats.num_moved_thinking:,} records"
+    yield from (f"  warning: {line}" for line in control_text_lines(stats.control_text))
     if count := figures.num_without_thinking:
         yield f"  {count:,} examples have assistant messages that are not trained because their thinking is dropped"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune import log
 from finetune.config.schema import DataConfig, RunConfig
-from finetune.data.dataset import Split, count_kinds, describe, load_split
+from finetune.data.dataset import Split, count_kinds, load_split, report_split
 from finetune.data.sources import Record
 from finetune.errors import FinetuneError, InputError
 from finetune.evaluate.evalset import EvalSet, choose_test_set, retention_sets
@@ -83,7 +83,7 @@ def read_evaluation_data(
     is_own = options.recipe is None
     with _working_directory_of(run if is_own else None):
         split = load_split(config.data, "test")
-        log.info(describe(split))
+        report_split(split)
         beside, problem = _training_split(config.data)
         test = choose_test_set(split, config, beside.stats.answers if beside else {})
     evalsets = [test]

@@ -24,6 +24,7 @@ from finetune.results import (
 TITLES: Mapping[str, str] = {"base": "base", "adapter": "base + adapter", "reference": "the real continuation"}
 NO_VALUE = "–"
 NUM_BINS = 10
+_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~&!$]|^[-+](?= )|(?<=^\d)[.)]")
 _MODEL_TITLES = (TITLES["base"], TITLES["adapter"], "difference")
 _LABEL_FIGURES = {
     "accuracy": "accuracy",
@@ -121,6 +122,15 @@ def code(text: str) -> str:
         return f"`{line}`"
     fence = "`" * (max(map(len, re.findall("`+", line))) + 1)
     return f"{fence} {line} {fence}"
+
+
+def escaped(text: str) -> str:
+    r"""Text from the user's data as Markdown text: on one line, without markup, links, images or HTML.
+
+    >>> print(escaped("<b> [a](b)"))
+    \<b\> \[a\](b)
+    """
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def plain(markdown: str) -> str:

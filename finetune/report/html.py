@@ -218,11 +218,11 @@ def _map_order(file: Path) -> tuple[int, str]:
 
 
 def _data(run: RunFiles) -> Arguments:
-    splits = [
-        (name, *(f"{split.get(key, 0):,}" for key in ("rows", "tokens", "trained_tokens", "skipped_rows")))
-        for name, split in run.manifest.get("data", {}).items()
-    ]
-    return {"splits": splits, "example": run.example}
+    data = run.manifest.get("data", {})
+    keys = ("rows", "tokens", "trained_tokens", "skipped_rows")
+    splits = [(name, *(f"{split.get(key, 0):,}" for key in keys)) for name, split in data.items()]
+    notes = [f"{name}: {line}" for name, split in data.items() for line in split.get("control_text", [])]
+    return {"splits": splits, "notes": notes, "example": run.example}
 
 
 def _adapter(run: RunFiles) -> Arguments:

@@ -17,6 +17,7 @@ from finetune.report.content import (
     Reliability,
     Table,
     code,
+    escaped,
     evaluation_parts,
     introduction,
     reliability_rows,
@@ -182,6 +183,11 @@ def _figures(manifest: JsonObject) -> str:
         f"- data, {name}: {split['rows']:,} examples, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained, "
         f"{split['skipped_rows']:,} skipped, fingerprint `{split['fingerprint'][:16]}`"
         for name, split in manifest["data"].items()
+    ]
+    lines += [
+        f"- **data, {name}**: {escaped(line)}"
+        for name, split in manifest["data"].items()
+        for line in split.get("control_text", [])
     ]
     lines += _memory(manifest)
     counts = ", ".join(f"{kind} {count:,}" for kind, count in manifest["adapter_parameters"].items())

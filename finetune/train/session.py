@@ -23,7 +23,8 @@ from finetune.config.derive import check_inputs, router_notes
 from finetune.config.expert_selection import ExpertScores
 from finetune.config.rules import SHARDED_BASE
 from finetune.config.schema import PreferenceConfig, RunConfig
-from finetune.data.dataset import Split, describe, load_split
+from finetune.data.control_text import control_text_lines
+from finetune.data.dataset import Split, load_split, report_split
 from finetune.data.groups import Groups
 from finetune.data.packing import packing_efficiency
 from finetune.data.plan import BatchPlan
@@ -103,7 +104,7 @@ def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: b
     check_optimizer(config, device)
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
-        log.info(describe(split))
+        report_split(split)
         check_forms(split.name, split.stats.forms, config.objective.kind, split.stats.labels)
     train = splits["train"]
     test = choose_test_set(splits["test"], config, train.stats.answers) if "test" in splits else None
@@ -216,6 +217,7 @@ def manifest_record(session: Session) -> dict[str, Any]:
                 "tokens": split.stats.num_tokens,
                 "trained_tokens": split.stats.num_trained_tokens,
                 "skipped_rows": len(split.stats.bad_records),
+                "control_text": list(control_text_lines(split.stats.control_text)),
                 "fingerprint": split.stats.fingerprint,
             }
             for name, split in session.splits.items()

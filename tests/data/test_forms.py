@@ -369,20 +369,6 @@ def test_a_given_form_settles_what_is_ambiguous() -> None:
     assert parse_conversation({"text": "t", "prompt": "p", "completion": "c"}, "text").text == "t"
 
 
-def test_spelled_control_tokens_are_counted_everywhere() -> None:
-    evil = "<|end|><|start|>"
-    record = messages(
-        {"role": "system", "content": evil},
-        USER | {"content": evil},
-        calling(call(arguments={"x": evil}), thinking=evil),
-        result(evil),
-        ANSWER | {"content": "<|end|> <|reserved_200013|> <|im_end|> <| end|>"},
-        tools=[{"name": "f", "description": evil}],
-    )
-    assert parse_conversation(record).num_control_spellings == 6 * 2 + 2
-    assert parse_conversation(messages(USER, ANSWER)).num_control_spellings == 0
-
-
 @pytest.mark.parametrize("convention", ["harmony", "template"])
 def test_broken_records_are_bad_records_and_never_a_traceback(convention: Literal["harmony", "template"]) -> None:
     rng, maker = random.Random(0), Maker(10, for_template=convention == "template")

@@ -318,7 +318,6 @@ def test_plain_text_is_trained_whole() -> None:
     assert harmony_encoding().decode_utf8(example.ids[:-1].tolist()) == text
     assert example.weights.tolist() == [0.0] + [1.0] * (len(example.ids) - 1)
     assert set(example.channels.tolist()) == {Channel.TEXT, Channel.TEXT + HEADER}
-    assert example.num_control_spellings == 1
     with pytest.raises(InputError, match="no prompt"):
         render_prompt(Record("x", "x:1", parse_conversation({"text": text})), CONFIG)
 

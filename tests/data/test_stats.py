@@ -62,7 +62,7 @@ def test_figures_by_hand(config: RunConfig) -> None:
     assert (
         train["dropped"]["kinds"] == {"too long": 1} and "rows.jsonl:6: " in train["dropped"]["places"]["too long"][0]
     )
-    assert train["samples_spelling_control_tokens"] == 1
+    assert train["control_text"]["harmony"]["num_records"] == 1
     lengths = sorted(len(example.ids) for example in split.examples)
     assert (train["lengths"]["shortest"], train["lengths"]["longest"]) == (lengths[0], lengths[-1])
     histogram = train["lengths"]["histogram"]

@@ -131,7 +131,6 @@ def test_text_stays_text_where_the_template_obeys_it() -> None:
     record = record_of({"messages": [{"role": "user", "content": evil}, {"role": "assistant", "content": "no"}]})
     (example,) = render_examples(record, CONFIG)
     assert np.count_nonzero(example.ids == 200006) == 3
-    assert example.num_control_spellings == 3
 
 
 @pytest.mark.skipif(find_template() is None, reason="the template is not at hand: set GPTOSS_TEMPLATE, or install trl")

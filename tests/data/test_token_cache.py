@@ -51,10 +51,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def content(split: Split) -> list[Any]:
-    examples = [
-        (s.id, s.where, s.ids.tolist(), s.weights.tolist(), s.channels.tolist(), s.num_control_spellings)
-        for s in split.examples
-    ]
+    examples = [(s.id, s.where, s.ids.tolist(), s.weights.tolist(), s.channels.tolist()) for s in split.examples]
     return [examples, list(split.records), dataclasses.asdict(split.stats)]
 
 

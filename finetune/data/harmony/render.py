@@ -53,7 +53,6 @@ class Example:
         where: the record's `file:line`.
         channels: int8 [T], `Channel` of each token, plus `HEADER` for headers and end tokens. Assistant messages that
             are not trained have their channel too: `weights` says what is trained. Empty if not rendered here.
-        num_control_spellings: how often the record's texts spell a control token, such as `<|end|>`; they stay text.
         num_without_thinking: assistant messages that the loss weights would train, but that are context because their
             thinking was dropped.
         shared: of an answer to compare with others: the tokens at its start, the prompt, that all answers of the record
@@ -66,7 +65,6 @@ class Example:
     id: str
     where: str
     channels: NDArray[np.int8] = field(default_factory=lambda: np.zeros(0, dtype=np.int8))
-    num_control_spellings: int = 0
     num_without_thinking: int = 0
     shared: int = 0
     score: float = math.nan
@@ -309,9 +307,8 @@ def _render_turns(
             weights[begin + (0 if model_continues else _NUM_GIVEN) : end + (not another_turn_follows)] = weight
         model_continues = message.channel != Channel.CONTEXT and message.end == END_ID
         begin = end + 1
-    spellings = record.conversation.num_control_spellings
     tokens = np.array(ids, dtype=np.int32)
-    return Example(tokens, weights, record.id, record.where, channels, spellings, len(without_thinking))
+    return Example(tokens, weights, record.id, record.where, channels, len(without_thinking))
 
 
 def _weights_by_channel(config: DataConfig) -> dict[Channel, float]:
@@ -338,8 +335,7 @@ def _render_text(record: Record, text: str, max_length: int) -> list[Example]:
         weights = np.ones(len(part), dtype=np.float32)
         weights[0] = 0.0
         channels = np.where(part == END_OF_TEXT_ID, Channel.TEXT + HEADER, Channel.TEXT).astype(np.int8)
-        spellings = record.conversation.num_control_spellings
-        examples.append(Example(part, weights, record.id, record.where, channels, spellings))
+        examples.append(Example(part, weights, record.id, record.where, channels))
     return examples
 
 

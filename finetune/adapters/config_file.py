@@ -95,7 +95,7 @@ class PeftConfig:
         return any(f".{path}".endswith(f".{target}") for target in self.settings.get("target_parameters") or ())
 
     def targets_module(self, path: str) -> bool:
-        """Whether `target_modules` adapts a module: by name or the end of it, or by one regular expression (as PEFT)."""
+        """Whether `target_modules` adapts a module: by the end of its name, or by one regular expression (as PEFT)."""
         targets = self.settings.get("target_modules")
         if isinstance(targets, str):  # Unsloth's are long and could take for ever; they mean all of a kind
             return targets == "all-linear" or not _is_quick(targets) or re.fullmatch(targets, path) is not None

@@ -215,7 +215,7 @@ def parse_sites(shapes: Mapping[str, tuple[int, ...]], config: PeftConfig, where
         if match is None:
             raise InputError(
                 f"{where} has {key}, which is not a key of PEFT's gpt-oss layout",
-                fix=f"finetune adapter import {where.parent} --out NEW reads other layouts, and names what it cannot read",
+                fix=f"finetune adapter import {where.parent} --out NEW reads other layouts",
             )
         name = _name(int(match["layer"]), match["module"], config)
         pairs.setdefault((int(match["layer"]), name), {})[match["factor"]] = key

@@ -146,8 +146,8 @@ def _read_peft(directory: Path, config: PeftConfig, recorded: BaseRecord, arch: 
         layout += ", lora_B of experts stored expert after expert, put into PEFT's order"
     elif _is_by_unsloth(directory, config) and any(site.num_experts > 1 < site.rank for site in sites):
         log.warning(
-            "Unsloth has written lora_B of experts in two orders, and this file has no lora_B_layout to tell them apart: "
-            "it is read in PEFT's order. Compare its answers with those of the model that was trained"
+            "Unsloth has written lora_B of experts in two orders, and this file has no lora_B_layout to tell them "
+            "apart: it is read in PEFT's order. Compare its answers with those of the model that was trained"
         )
     if is_swapped(file, arch):
         layers = _changed_experts(layers, swapped_back)

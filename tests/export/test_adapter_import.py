@@ -55,7 +55,8 @@ def imported(directory: Path, out: Path) -> Updates:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *[("init_lora_weights", kind) for kind in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga")],
+        *[("init_lora_weights", kind) for kind in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq")],
+        ("init_lora_weights", "lora_ga"),
         ("alora_invocation_tokens", [200006, 173781]),
         ("use_dora", True),
         ("use_qalora", True),
@@ -163,7 +164,7 @@ def test_an_unsloth_file_without_the_marker_is_pointed_out(
         lambda key: key.replace("model.layers", "_orig_mod.model.layers"),
         lambda key: "module." + key,
         lambda key: key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."),
-        lambda key: key.replace("base_model.model.", "module._fsdp_wrapped_module.").replace(".weight", ".default.weight"),
+        lambda key: key.replace("base_model.model", "module._fsdp_wrapped_module").replace(".weight", ".default.weight"),
     ],
     ids=["default", "another name", "compiled", "data parallel", "checkpointed", "several"],
 )  # fmt: skip

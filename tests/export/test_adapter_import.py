@@ -164,7 +164,7 @@ def test_an_unsloth_file_without_the_marker_is_pointed_out(
         lambda key: key.replace("model.layers", "_orig_mod.model.layers"),
         lambda key: "module." + key,
         lambda key: key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."),
-        lambda key: key.replace("base_model.model", "module._fsdp_wrapped_module").replace(".weight", ".default.weight"),
+        lambda key: "module._fsdp_wrapped_module." + key.replace(".weight", ".default.weight"),
     ],
     ids=["default", "another name", "compiled", "data parallel", "checkpointed", "several"],
 )  # fmt: skip

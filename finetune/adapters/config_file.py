@@ -20,12 +20,42 @@ from finetune.files import read_json
 CONFIG = "adapter_config.json"
 _MAX_PATTERN = 500  # characters
 _MAX_REPEATS = 3  # of `*`, `+` and `{` in a pattern: more of them, or nested ones, can make a search endless
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {  # and the values that ask for nothing
-    "use_dora": (None, False),
-    "bias": (None, "none"),
-    "lora_bias": (None, False),
-    "modules_to_save": (None, []),
-    "fan_in_fan_out": (None, False),
+GROUPED_BY_EXPERT = "grouped_by_expert"
+_ANY = object()
+_NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
+# Settings that may stand in the file, and the values under which its tensors are a plain LoRA. Whatever is not listed
+# here, such as a setting of a later PEFT, may have only a value that asks for nothing: it may change what tensors mean.
+_HARMLESS: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(
+        (
+            "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+            "inference_mode", "r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern",
+            "use_rslora", "layers_pattern", "layers_to_transform", "exclude_modules", "megatron_core", "runtime_config",
+            "ensure_weight_tying",
+            # Used while training alone.
+            "lora_dropout", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr", "loraplus_lr_ratio",
+            # Read only together with another setting, which is looked at.
+            "qalora_group_size", "eva_config", "corda_config", "lora_ga_config", "loftq_config",
+        ),
+        (_ANY,),
+    ),
+    "bias": ("none",),
+    # These set where training starts and leave the base as it is (PEFT 0.21.2, tuners/lora/layer.py; vLLM 0.33 lists
+    # them too). PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their start out of the base's weights.
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
+    "lora_B_layout": (GROUPED_BY_EXPERT,),
+}  # fmt: skip
+_WITHOUT_EFFECT = (
+    "lora_dropout", "init_lora_weights", "eva_config", "layers_to_transform", "exclude_modules", "lora_dtype",
+    "lorap_lr_ratio", "lorap_emb_lr", "loraplus_lr_ratio",
+)  # fmt: skip
+_ADVICE = {
+    "init_lora_weights": "save it with PEFT's path_initial_model_for_weight_conversion, which writes a plain LoRA",
+    "alora_invocation_tokens": "aLoRA acts after its invocation tokens only: serve it with PEFT, or train a plain LoRA",
+    "use_dora": "merge it with the PEFT that wrote it, and use the merged model",
+    "trainable_token_indices": "train it without new tokens",
+    "modules_to_save": "train it without fully trained modules",
+    "lora_B_layout": f"{GROUPED_BY_EXPERT!r} is the one layout besides PEFT's that is known here",
 }
 _FIX = "use the adapter_config.json that was written with the tensors"
 
@@ -64,6 +94,32 @@ class PeftConfig:
         """Whether a parameter is targeted, by its full name or by the end of it (as PEFT matches)."""
         return any(f".{path}".endswith(f".{target}") for target in self.settings.get("target_parameters") or ())
 
+    def targets_module(self, path: str) -> bool:
+        """Whether `target_modules` adapts a module: by the end of its name, or by one regular expression (as PEFT)."""
+        targets = self.settings.get("target_modules")
+        if isinstance(targets, str):  # Unsloth's are long and could take for ever; they mean all of a kind
+            return targets == "all-linear" or not _is_quick(targets) or re.fullmatch(targets, path) is not None
+        return any(f".{path}".endswith(f".{target}") for target in targets or ())
+
+    def leaves_out(self, path: str, layer: int) -> str | None:
+        """The setting by which PEFT would ignore the tensors of a module (not of a parameter); None if none does."""
+        layers, excluded = self.settings.get("layers_to_transform"), self.settings.get("exclude_modules")
+        if layers is not None and layers != [] and layer not in ([layers] if isinstance(layers, int) else layers):
+            return "layers_to_transform"
+        if isinstance(excluded, str):
+            return "exclude_modules" if re.fullmatch(excluded, path) else None
+        matches = (f".{path}".endswith(f".{name}") for name in excluded or ())
+        return "exclude_modules" if any(matches) else None
+
+    def ignored(self) -> dict[str, Any]:
+        """Settings with a value of their own that count while training alone, or name what the tensors show anyway."""
+        return {key: self.settings[key] for key in _WITHOUT_EFFECT if self.settings.get(key) not in (*_NOTHING, True)}
+
+    @property
+    def is_grouped_by_expert(self) -> bool:
+        """Whether lora_B of experts is stored expert after expert [out, E·r] (Unsloth's marker), not rank-major."""
+        return self.settings.get("lora_B_layout") == GROUPED_BY_EXPERT
+
     def rank(self, path: str) -> int:
         """Rank of one weight."""
         return int(self._patterned("rank_pattern", "r", path))
@@ -99,17 +155,31 @@ def read_adapter_config(directory: Path) -> PeftConfig:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in settings.get(key) or {}:
             _check_pattern(path, key, pattern)
+    if isinstance(settings.get("exclude_modules"), str):
+        _check_pattern(path, "exclude_modules", settings["exclude_modules"])
     if settings.get("peft_type") != "LORA":
         raise InputError(f"{directory}: peft_type is {settings.get('peft_type')!r}, only LORA can be exported")
-    for key, harmless in _UNSUPPORTED.items():
-        if settings.get(key) not in harmless:
-            raise InputError(f"{directory}: {key} is {settings[key]!r}, which no export here supports")
+    for key, value in settings.items():
+        allowed = _HARMLESS.get(key, ())
+        plain = value.lower() if isinstance(value, str) else value
+        if value not in _NOTHING and _ANY not in allowed and plain not in allowed:
+            raise InputError(
+                f"{path}: {key} is {repr(value)[:80]}: with it the tensors are not a plain LoRA of the base, as far as "
+                "is known here",
+                why="reading them as one would change what the adapter does, without a sign",
+                fix=_ADVICE.get(key, "merge it with the PEFT that wrote it, or train it without this setting"),
+            )
     return PeftConfig(settings)
 
 
-def _check_pattern(path: Path, key: str, pattern: str) -> None:
+def _is_quick(pattern: str) -> bool:
+    """Whether a search with this regular expression surely ends soon."""
     repeats = sum(map(pattern.count, "*+{"))
-    if len(pattern) > _MAX_PATTERN or repeats > _MAX_REPEATS or re.search(r"\)[*+{]", pattern):
+    return len(pattern) <= _MAX_PATTERN and repeats <= _MAX_REPEATS and not re.search(r"\)[*+{]", pattern)
+
+
+def _check_pattern(path: Path, key: str, pattern: str) -> None:
+    if not _is_quick(pattern):
         raise InputError(f"{path}: {key} has the pattern {pattern[:80]!r}, whose search may never end", fix=_FIX)
     try:
         re.compile(pattern)
@@ -133,6 +203,10 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
 
 
+def _is_layers(value: Any) -> bool:
+    return _is_rank(value) or (isinstance(value, list) and all(map(_is_rank, value)))
+
+
 def _maps_to(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_right, value.values()))
 
@@ -146,6 +220,9 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": (_is_names, "a list of names"),
     "base_model_name_or_path": (_is_text, "text"),
     "revision": (_is_text, "text"),
+    "lora_B_layout": (_is_text, "text"),
+    "layers_to_transform": (_is_layers, "a number or a list of numbers"),
+    "exclude_modules": (_is_names, "a list of names"),
 }
 
 

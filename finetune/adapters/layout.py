@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from finetune.adapters.config_file import PeftConfig
+from finetune.adapters.config_file import CONFIG, PeftConfig
 from finetune.adapters.sites import Site
 from finetune.arch import ATTENTION_PROJECTIONS as ATTENTION
 from finetune.arch import EXPERT_PROJECTIONS as EXPERTS
@@ -215,7 +215,7 @@ def parse_sites(shapes: Mapping[str, tuple[int, ...]], config: PeftConfig, where
         if match is None:
             raise InputError(
                 f"{where} has {key}, which is not a key of PEFT's gpt-oss layout",
-                fix="`finetune adapter import` reads other layouts",
+                fix=f"finetune adapter import {where.parent} --out NEW reads other layouts",
             )
         name = _name(int(match["layer"]), match["module"], config)
         pairs.setdefault((int(match["layer"]), name), {})[match["factor"]] = key
@@ -250,6 +250,12 @@ def _site(
     where: Path,
 ) -> StoredSite:
     path = module_path(layer, name)
+    if name in ATTENTION and (setting := config.leaves_out(path, layer)):
+        raise InputError(
+            f"{where} has {key_a}, and {setting} in {CONFIG} leaves that module out",
+            why="PEFT would ignore these tensors",
+            fix="use the adapter_config.json that was written with the tensors",
+        )
     if name == ROUTER and config.targets_parameter(f"{path}.weight"):
         path += ".weight"
     rank = config.rank(path)

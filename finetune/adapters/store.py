@@ -87,6 +87,12 @@ class AdapterFile:
         if not directory.is_dir():
             raise InputError(f"no adapter directory {directory}")
         config, base = read_description(directory)
+        if config.is_grouped_by_expert:
+            raise InputError(
+                f"{directory} has lora_B of experts stored expert after expert (lora_B_layout)",
+                why="it is read in PEFT's order here, and would be another update",
+                fix=f"finetune adapter import {directory} --out NEW, then use NEW",
+            )
         if not (directory / WEIGHTS).is_file():
             raise InputError(f"{directory} lacks {WEIGHTS}", why="adapters are read from safetensors only")
         shapes = {name: entry.shape for name, entry in read_header(directory / WEIGHTS).items()}

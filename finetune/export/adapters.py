@@ -25,7 +25,7 @@ from finetune.export.targets.peft import adapts_every_layer, peft_contents, serv
 from finetune.export.targets.sglang import sglang_commands, sglang_config, sglang_tensors
 from finetune.export.verify import verify_adapter
 from finetune.files import refuse_existing, sha256_of, staged_directory, write_json
-from finetune.model.checkpoint import Checkpoint
+from finetune.model.checkpoint import Checkpoint, DenseCheckpoint
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def export_adapter(
         CheckError: what was written is another update than the adapter's; nothing is kept.
     """
     refuse_existing(out)
-    arch = _check_base(adapter, options)
-    contents = _contents(adapter, target, out, arch, options)
+    arch, base_is_packed = _check_base(adapter, options)
+    contents = _contents(adapter, target, out, arch, options, base_is_packed)
     if adapter.router_bias:
         left_out = f"changes of {len(adapter.router_bias)} routers' biases"
         log.warning(f"left out: {left_out}; only merged exports include them (--to bf16)")
@@ -89,11 +89,11 @@ def export_adapter(
         log.info(line)
 
 
-def _check_base(adapter: AdapterFile, options: ExportOptions) -> Arch | None:
+def _check_base(adapter: AdapterFile, options: ExportOptions) -> tuple[Arch | None, bool]:
     """Compare the adapter with its base: shapes and identity if one was given, else shapes if they are known.
 
     Returns:
-        The base's sizes; None if they are not known here.
+        The base's sizes, None if they are not known here; and whether its experts are in MXFP4, as far as is known.
     """
     if options.base is None:
         arch = known_arch(adapter)
@@ -102,16 +102,21 @@ def _check_base(adapter: AdapterFile, options: ExportOptions) -> Arch | None:
             log.warning(f"no base here to compare {adapter.directory} with; --base BASE does")
         else:
             check_fits(arch, adapter)
-        return arch
+        return arch, True
     checkpoint = Checkpoint.open(find_base(adapter, options).directory)
     refuse_swapped(adapter, checkpoint.arch)
     check_fits(checkpoint.arch, adapter)
     check_base(checkpoint, adapter)
-    return checkpoint.arch
+    return checkpoint.arch, not isinstance(checkpoint, DenseCheckpoint)
 
 
 def _contents(
-    adapter: AdapterFile, target: AdapterTarget, out: Path, arch: Arch | None, options: ExportOptions
+    adapter: AdapterFile,
+    target: AdapterTarget,
+    out: Path,
+    arch: Arch | None,
+    options: ExportOptions,
+    base_is_packed: bool,
 ) -> Contents:
     match target:
         case "peft":
@@ -126,9 +131,8 @@ def _contents(
             commands = sglang_commands(adapter, out)
             return Contents(WEIGHTS, sglang_tensors(adapter, arch), sglang_config(adapter), commands)
         case "mlx":
-            return Contents(
-                MLX_WEIGHTS, mlx_tensors(adapter), mlx_config(adapter), mlx_commands(adapter, out, options.base)
-            )
+            commands = mlx_commands(adapter, out, options.base, base_is_packed=base_is_packed)
+            return Contents(MLX_WEIGHTS, mlx_tensors(adapter), mlx_config(adapter), commands)
         case "gguf-lora":
             tensors, alpha = gguf_lora_tensors(adapter)
             return Contents(FILE, tensors, {"adapter.lora.alpha": alpha}, gguf_lora_commands(out))

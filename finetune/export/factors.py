@@ -123,6 +123,13 @@ def is_swapped(adapter: AdapterFile, arch: Arch | None) -> bool:
     return bool(downs) and by_release
 
 
+def regrouped(factors: LoraFactors) -> LoraFactors:
+    """Experts' factors whose B [out, E·r] was read as rank-major, though it is stored expert after expert."""
+    experts, out, rank = factors.b.shape
+    stored = factors.b.permute(1, 2, 0).reshape(out, -1)  # as it is in the file
+    return LoraFactors(factors.a, stored.view(out, experts, rank).transpose(0, 1).contiguous(), factors.scale)
+
+
 def refuse_swapped(adapter: AdapterFile, arch: Arch | None) -> None:
     """Raise InputError if an adapter's factors are swapped: an export of them would be another update."""
     if is_swapped(adapter, arch):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune import log
 from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
-from finetune.adapters.config_file import PeftConfig
-from finetune.adapters.layout import EXPERTS, StoredSite
+from finetune.adapters.config_file import CONFIG, PeftConfig
+from finetune.adapters.layout import EXPERTS, StoredSite, parse_sites
+from finetune.adapters.provenance import PROVENANCE, ROUTER_BIAS, BaseRecord, read_router_bias
 from finetune.adapters.store import WEIGHTS, AdapterFile, read_description, write_directory
 from finetune.arch import Arch
 from finetune.errors import InputError
 from finetune.export.base import check_base, check_fits, find_base, known_arch
-from finetune.export.factors import SWAPPING_RELEASE, is_swapped, swapped_back
+from finetune.export.factors import SWAPPING_RELEASE, is_swapped, regrouped, swapped_back
+from finetune.export.foreign_keys import translate
 from finetune.export.options import ExportOptions
 from finetune.export.targets.peft import adapts_every_layer, peft_contents
 from finetune.export.targets.sglang import PerExpertFile, has_per_expert_keys
@@ -25,6 +29,7 @@ from finetune.model.headers import join, read_header
 from finetune.model.hub import BaseLocation
 
 _NOT_SAFETENSORS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+_READ_FILES = frozenset({CONFIG, PROVENANCE, ROUTER_BIAS})
 _TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template)\..*")
 
 
@@ -86,12 +91,21 @@ def import_adapter(directory: Path, out: Path, options: ExportOptions) -> None:
         every_layer=adapts_every_layer(adapter.file, adapter.arch),
     )
     source = directory / (COMPACT_WEIGHTS if is_compact(directory) else WEIGHTS)
-    imported_from = {"imported_from": sha256_of(source)}
-    write_directory(out, tensors, fields, base, imported_from, router_bias=adapter.file.router_bias)
+    left_out = sorted(path.name for path in directory.iterdir() if path.name not in _READ_FILES | {source.name})
+    ignored = adapter.file.config.ignored()
+    record = {
+        "imported_from": sha256_of(source),
+        "imported_layout": adapter.layout,
+        "left_out_files": left_out,
+        "ignored_settings": ignored,
+    }
+    write_directory(out, tensors, fields, base, record, router_bias=adapter.file.router_bias)
     log.info(f"read {adapter.layout}: {len(adapter.file.sites)} sites in {len(adapter.layers)} layers")
-    left_out = sorted(path.name for path in directory.iterdir() if _TOKENIZER_FILES.fullmatch(path.name))
     if left_out:
-        log.warning(f"left out: {join(left_out)}; an adapter's tokens are its base's")
+        tokens = any(_TOKENIZER_FILES.fullmatch(name) for name in left_out)
+        log.warning(f"left out: {join(left_out)}" + ("; an adapter's tokens are its base's" if tokens else ""))
+    if ignored:
+        log.info(f"without effect on what the tensors mean: {', '.join(f'{k}={v}' for k, v in ignored.items())}")
 
 
 def _read(directory: Path, options: ExportOptions) -> Imported:
@@ -106,31 +120,65 @@ def _read(directory: Path, options: ExportOptions) -> Imported:
             why=f"it has {others[0]}, a format that can run code when it is read" if others else None,
             fix="save it as safetensors with the PEFT that wrote it" if others else "give an adapter's own directory",
         )
-    if has_per_expert_keys(read_header(directory / WEIGHTS)):
-        return _read_per_expert(directory, options)
-    file = AdapterFile.open(directory)
-    base, arch = _base(file, options)
+    config, recorded = read_description(directory)
+    base, arch = _base(AdapterFile(directory, config, recorded, sites=()), options)
+    with tempfile.TemporaryDirectory(prefix="finetune-import-") as scratch:
+        found = translate(directory, config, Path(scratch), arch.num_experts if arch else None)
+        is_per_expert = has_per_expert_keys(read_header(found.directory / WEIGHTS))
+        read = _read_per_expert if is_per_expert else _read_peft
+        try:
+            imported = read(found.directory, config, recorded, arch)
+        except InputError as error:  # the user's file is named, not the copy
+            what = error.what.replace(str(found.directory), str(directory))
+            raise InputError(what, why=error.why, fix=error.fix) from error
+    changes = "".join(f"; {change}" for change in found.changes)
+    return replace(imported, base=base, layout=imported.layout + changes)
+
+
+def _read_peft(directory: Path, config: PeftConfig, recorded: BaseRecord, arch: Arch | None) -> Imported:
+    shapes = {name: entry.shape for name, entry in read_header(directory / WEIGHTS).items()}
+    sites = parse_sites(shapes, config, directory / WEIGHTS)
+    file = AdapterFile(directory, config, recorded, sites, read_router_bias(directory))
     layers = {number: file.layer(number) for number in file.layers}
     layout = f"PEFT {file.config.peft_version or 'of an unknown version'}"
+    if config.is_grouped_by_expert:
+        layers = _changed_experts(layers, regrouped)
+        layout += ", lora_B of experts stored expert after expert, put into PEFT's order"
+    elif _is_by_unsloth(directory, config) and any(site.num_experts > 1 < site.rank for site in sites):
+        log.warning(
+            "Unsloth has written lora_B of experts in two orders, and this file has no lora_B_layout to tell them "
+            "apart: it is read in PEFT's order. Compare its answers with those of the model that was trained"
+        )
     if is_swapped(file, arch):
-        layers = {
-            number: {name: swapped_back(factors) if name in EXPERTS else factors for name, factors in layer.items()}
-            for number, layer in layers.items()
-        }
+        layers = _changed_experts(layers, swapped_back)
         sites = tuple(replace(s, inputs=s.out, out=s.inputs) if s.name in EXPERTS else s for s in file.sites)
         file = replace(file, sites=sites)
         layout += f", expert factors swapped as {SWAPPING_RELEASE} did, turned the right way round"
-    return Imported(file, base, arch, layers, layout, file.config.use_rslora)
+    return Imported(file, None, arch, layers, layout, file.config.use_rslora)
 
 
-def _read_per_expert(directory: Path, options: ExportOptions) -> Imported:
-    config, recorded = read_description(directory)
+def _changed_experts(
+    layers: dict[int, dict[str, LoraFactors]], change: Callable[[LoraFactors], LoraFactors]
+) -> dict[int, dict[str, LoraFactors]]:
+    return {
+        number: {name: change(factors) if name in EXPERTS else factors for name, factors in layer.items()}
+        for number, layer in layers.items()
+    }
+
+
+def _is_by_unsloth(directory: Path, config: PeftConfig) -> bool:
+    """Whether anything beside the tensors says that Unsloth wrote them."""
+    card = directory / "README.md"
+    texts = [str(config.settings), card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""]
+    return any("unsloth" in text.lower() for text in texts)
+
+
+def _read_per_expert(directory: Path, config: PeftConfig, recorded: BaseRecord, arch: Arch | None) -> Imported:
     file = AdapterFile(directory, config, recorded, sites=())
-    base, arch = _base(file, options)
     stored = PerExpertFile.open(directory / WEIGHTS, config, arch.num_experts if arch else None)
     layers = {number: stored.layer(number) for number in stored.layers}
     layout = f"factors expert by expert ({stored.num_experts} experts)"
-    return Imported(replace(file, sites=_sites(layers)), base, arch, layers, layout, rslora=False)
+    return Imported(replace(file, sites=_sites(layers)), None, arch, layers, layout, rslora=False)
 
 
 def _read_compact(directory: Path, options: ExportOptions) -> Imported:

@@ -145,7 +145,7 @@ class TestImport:
             ("modules", "modules_to_save"),
             ("no config", "adapter_config.json cannot be read"),
             ("no rank", "r is None, not a number"),
-            ("other key", "is not a key of PEFT's gpt-oss layout"),
+            ("other key", "the embedding or the output head"),
             ("not finite", "not finite"),
             ("half", "without its other factor"),
             ("rank", "are no pair of rank"),

@@ -178,6 +178,16 @@ def test_settings_and_hashes_are_checked(source: Path, tmp_path: Path) -> None:
         ("mlx", {"num_layers": 2}, "settings"),
         ("peft", {"use_rslora": False}, f"{LAYER}self_attn.q_proj"),
         ("peft", {"target_parameters": []}, "settings"),
+        ("peft", {"bias": "all"}, "settings"),
+        ("peft", {"use_dora": True}, "settings"),
+        ("peft", {"exclude_modules": ["q_proj"]}, "settings"),
+        ("peft", {"layers_to_transform": [0]}, "settings"),
+        ("peft", {"fan_in_fan_out": True}, "settings"),
+        ("peft", {"layer_replication": [[0, 1]]}, "settings"),
+        ("peft", {"init_lora_weights": "pissa"}, "settings"),
+        ("peft", {"alora_invocation_tokens": [5]}, "settings"),
+        ("sglang", {"use_dora": True}, "settings"),
+        ("mlx", {"fine_tune_type": "dora"}, "settings"),
     ):
         out = tmp_path / f"{target}-{next(iter(change))}"
         export(source, target, out)
@@ -310,3 +320,10 @@ def test_mlx_commands_name_the_given_base_quoted(adapter: Path) -> None:
 
     command, *notes = mlx_commands(AdapterFile.open(adapter), Path("out"), "a; rm b")
     assert "--model 'a; rm b' --adapter-path" in command and "MXFP4 alone" in notes[0]
+
+
+def test_mlx_commands_do_not_name_a_bfloat16_base(adapter: Path) -> None:
+    from finetune.export.targets.mlx import mlx_commands
+
+    command, note, *_ = mlx_commands(AdapterFile.open(adapter), Path("out"), "big/base-bf16", base_is_packed=False)
+    assert "--model MXFP4_BASE " in command and "big/base-bf16 is in bfloat16" in note

@@ -37,6 +37,29 @@ LLAMA = {
     "up_proj": "ffn_up_exps",
     "down_proj": "ffn_down_exps",
 }
+# Settings that change what the tensors mean, and the values that were meant, the first being the reader's default.
+PLAIN_LORA: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "lora_bias": (False,),
+    "use_dora": (False,),
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": (True,),
+    "exclude_modules": (None, []),
+    "layers_to_transform": (None,),
+    "layer_replication": (None,),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None, False),
+    "lora_B_layout": (None,),
+}
+MEANT: dict[str, dict[str, tuple[Any, ...]]] = {
+    "peft": PLAIN_LORA,
+    "sglang": PLAIN_LORA,
+    "mlx": {"fine_tune_type": ("lora",)},
+}
 Json = dict[str, Any]
 Part = tuple[int, str]  # layer and projection
 Action = tuple[torch.Tensor, torch.Tensor, float]  # a [n, r, in], b [n, out, r] (n experts, or 1), scale
@@ -191,6 +214,9 @@ class Exported:
     def settings_problem(self, parts: set[Part]) -> str | None:
         """A problem with the settings that its server reads and no tensor shows."""
         names, config = {name for _, name in parts}, self.config
+        for key, right in MEANT.get(self.target, {}).items():
+            if config.get(key, right[0]) not in right:
+                return f"{key} is {config[key]!r}, which makes another update of the same tensors"
         if self.target == "gguf-lora":
             fields = {"general.type": "adapter", "general.architecture": "gpt-oss", "adapter.type": "lora"}
             wrong = [name for name, value in fields.items() if config.get(name) != value]

@@ -56,11 +56,15 @@ def mlx_config(adapter: AdapterFile) -> dict[str, Any]:
     }
 
 
-def mlx_commands(adapter: AdapterFile, out: Path, base: str | None = None) -> list[str]:
-    """The command that runs the directory with mlx-lm over `base` (None: the recorded one), and notes on it."""
-    model = shlex.quote(base or adapter.base.name or "BASE")
+def mlx_commands(adapter: AdapterFile, out: Path, base: str | None = None, *, base_is_packed: bool = True) -> list[str]:
+    """The command that runs the directory with mlx-lm over `base` (None: the recorded one), and notes on it.
+
+    A bfloat16 base is not named in the command: mlx-lm refuses it.
+    """
+    model = shlex.quote(base or adapter.base.name or "BASE") if base_is_packed else "MXFP4_BASE"
     return [
         f"mlx_lm.generate --model {model} --adapter-path {shlex.quote(str(out.resolve()))} --prompt ...",
+        *([] if base_is_packed else [f"MXFP4_BASE: {base} is in bfloat16, whose experts mlx-lm names otherwise"]),
         "mlx-lm 0.32.2 loads gpt-oss in MXFP4 alone: give the MXFP4 checkpoint that a bfloat16 one was made from",
         "mlx-lm 0.32.2 ignores YaRN's truncate: false of gpt-oss's config.json, so logits differ a little from "
         "transformers' (KL about 7e-2), with and without the adapter",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _PREVIEW_USAGE = "finetune data preview RECIPE [key=value ...] [-n COUNT] [--split NAME] [--html FILE] [--json]"
 _STATS_USAGE = "finetune data stats RECIPE [key=value ...] [--json] [--no-duplicates]"
+_LEFT_OUT_SHOWN = 100
 _PREPARE_USAGE = "finetune data prepare legal|medical|creative [--from DIR_OR_ADDRESS] [--out FILE]"
 
 
@@ -78,7 +79,7 @@ def _stats(config: RunConfig, args: argparse.Namespace) -> None:
 
 
 def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
-    from finetune.data.dataset import load_split, report_split
+    from finetune.data.dataset import check_left_out, load_split, report_left_out, report_split
     from finetune.data.preferences import PREFERENCE_KEYS
     from finetune.data.preview import as_html, as_json, as_text, spread
 
@@ -87,11 +88,14 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
     if args.html and args.json:
         raise ConfigError("--html does not go with --json", fix="give one of them")
     split = load_split(config.data, args.split, check=False)
+    if not split.examples:
+        check_left_out(config.data, args.split, split.stats, _LEFT_OUT_SHOWN)
+    report_split(split)
+    report_left_out(split, _LEFT_OUT_SHOWN)
     if split.stats.forms.keys() & PREFERENCE_KEYS.keys():
         _preview_pairs(split, recipe, args)
         return
     examples = [split.examples[number] for number in spread(len(split.examples), args.n)]
-    report_split(split)
     if args.html:
         args.html.write_text(as_html(f"{recipe}: {args.split}", examples), encoding="utf-8")
         log.info(f"{args.html}: {len(examples)} examples")
@@ -104,13 +108,11 @@ def _preview(config: RunConfig, recipe: str, args: argparse.Namespace) -> None:
 
 def _preview_pairs(split: Split, recipe: str, args: argparse.Namespace) -> None:
     """Show records with their answers side by side; `-n` counts records."""
-    from finetune.data.dataset import report_split
     from finetune.data.preview import spread
     from finetune.data.preview_pairs import group_as_json, group_as_text, groups_as_html, groups_of
 
     starts = split.first_examples()
     groups = groups_of(split.examples, [starts[number] for number in spread(len(starts), args.n)])
-    report_split(split)
     if args.html:
         args.html.write_text(groups_as_html(f"{recipe}: {args.split}", groups), encoding="utf-8")
         log.info(f"{args.html}: {len(groups)} records")

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "gpt_oss_20b"
 LONGEST_SEQUENCE = 16_384
-_BAD_RECORDS_SHOWN = 3
 _SUPERVISED_RATE = "learning_rate: 2.0e-4 # higher learns faster until it becomes unstable"
 _PREFERENCE_RATE = "learning_rate: null # the objective's default; higher prefers sooner, until answers degrade"
 _ADAPTER_AND_TRAINER = f"""
@@ -119,7 +118,9 @@ def _report_split(summary: FileSummary) -> None:
 
 
 def _warnings(summary: FileSummary) -> Iterator[str]:
+    from finetune.data.bad_records import fix_for, named
     from finetune.data.control_text import control_text_lines
+    from finetune.data.inspect_file import BAD_RECORDS_SHOWN
 
     source, split = summary.source, summary.split
     if source.columns:
@@ -147,7 +148,8 @@ def _warnings(summary: FileSummary) -> Iterator[str]:
     if summary.bad_records:
         outcome = "the recipe skips them (data.on_bad_record)" if summary.is_skippable else "a run will stop"
         yield f"{len(summary.bad_records):,} of {summary.num_read:,} records cannot be used: {outcome}"
-        yield from (f"{bad.where}: {bad.reason}" for bad in summary.bad_records[:_BAD_RECORDS_SHOWN])
+        yield from named(summary.bad_records, BAD_RECORDS_SHOWN)
+        yield f"to use them: {fix_for(summary.bad_records)}"
 
 
 def _counted(values: Mapping[str, int]) -> str:

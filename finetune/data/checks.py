@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finetune.config.suggest import suggest_word
@@ -98,14 +98,16 @@ def json_text(what: str, value: object) -> str:
     return text
 
 
-def unknown(what: str, given: object, known: Sequence[str]) -> str:
-    """Describe a value that is not one of `known`, with a suggestion.
+def unknown(what: str, given: object, known: Sequence[str], other_names: Mapping[str, str] | None = None) -> str:
+    """Describe a value that is not one of `known`, with a suggestion; `other_names` maps what others call them.
 
     >>> unknown("role", "asistant", ["user", "assistant"])
     "an unknown role 'asistant'; did you mean assistant?"
     """
     if given is None:
         return f"no {what}"
+    if other_names and (meant := other_names.get(str(given).lower())):
+        return f"an unknown {what} {shown(given)}; write it as {meant}"
     suggestion = suggest_word(str(given).lower(), list(known)) or f"known are {', '.join(known)}"
     return f"an unknown {what} {shown(given)}; {suggestion}"
 

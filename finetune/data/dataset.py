@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from finetune import log
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.config.suggest import suggest_word
+from finetune.data.bad_records import count_kinds, fix_for, named
 from finetune.data.cache import MOST_ANSWERS, SplitStats, locked_entry
 from finetune.data.checks import BadRecordError
 from finetune.data.control_text import control_text_lines, count_control_text
@@ -93,7 +93,7 @@ def load_split(config: DataConfig, split: SplitName, *, check: bool = True) -> S
                     entry.complete(writer, stats)
                 tables = entry.open()
     if check:
-        _check_left_out(config, split, stats)
+        check_left_out(config, split, stats)
     return Split(split, RecordTable(tables, config.think_tags), ExampleTable(tables), stats)
 
 
@@ -293,18 +293,22 @@ def warn_of_control_text(split: Split) -> None:
         log.warning(f"data.{split.name}: {line}")
 
 
-def count_kinds(bad_records: Sequence[BadRecord]) -> str:
-    """Count bad records by kind, most frequent first, such as `2 unknown role, 1 too long`."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in Counter(bad.kind for bad in bad_records).most_common())
+def report_left_out(split: Split, limit: int) -> None:
+    """Log the place and reason of records that are left out, `limit` skipped and dropped ones at most."""
+    for outcome, left_out in (("skipped", split.stats.bad_records), ("dropped", split.stats.dropped)):
+        for line in named(left_out, limit):
+            log.warning(f"{outcome}: {line}")
+        if len(left_out) > limit:
+            log.info("`finetune data stats --json` names all")
+        if left_out:
+            log.info(f"fix: {fix_for(left_out)}")
 
 
-def _check_left_out(config: DataConfig, split: SplitName, stats: SplitStats) -> None:
+def check_left_out(config: DataConfig, split: SplitName, stats: SplitStats, limit: int = _RECORDS_SHOWN) -> None:
+    """Refuse a split that a run must not be given, see `load_split`; `limit` bad records are named."""
     bad, num_good = stats.bad_records, stats.num_records
     num_records = num_good + len(bad) + len(stats.dropped)
-    places = [f"{record.where}: {record.reason}" for record in bad[:_RECORDS_SHOWN]]
-    if len(bad) > _RECORDS_SHOWN:
-        places.append(f"and {len(bad) - _RECORDS_SHOWN:,} more")
-    why = "\n       ".join([count_kinds(bad), *places]) if bad else None
+    why = "\n       ".join([count_kinds(bad), *named(bad, limit)]) if bad else None
     what = f"data.{split}: {len(bad):,} of {num_records:,} records cannot be used"
     if num_good == 0:
         if num_records == 0:
@@ -312,14 +316,15 @@ def _check_left_out(config: DataConfig, split: SplitName, stats: SplitStats) -> 
         if why is None:
             first = stats.dropped[0]
             why = f"data.too_long={config.too_long} drops them all ({first.where}: {first.reason})"
-        raise InputError(f"data.{split}: none of {num_records:,} records can be used", why=why)
+        fix = fix_for(bad or stats.dropped)
+        raise InputError(f"data.{split}: none of {num_records:,} records can be used", why=why, fix=fix)
     if bad and config.on_bad_record == "stop":
-        raise InputError(what, why=why, fix="correct them, or set data.on_bad_record=skip to leave them out")
+        raise InputError(what, why=why, fix=f"{fix_for(bad)}; or set data.on_bad_record=skip to leave them out")
     if len(bad) > config.max_skipped_ratio * num_records:
         raise InputError(
             f"{what}: more than data.max_skipped_ratio ({100 * config.max_skipped_ratio:g} %) allows",
             why=why,
-            fix="correct them, or raise data.max_skipped_ratio",
+            fix=f"{fix_for(bad)}; or raise data.max_skipped_ratio",
         )
 
 

@@ -10,10 +10,10 @@ from itertools import islice
 
 from finetune import log
 from finetune.config.schema import DataConfig, DataForm, SourceConfig, ThinkTags, ValidationSplitConfig
+from finetune.data.bad_records import count_kinds, fix_for, named
 from finetune.data.checks import BadRecordError
 from finetune.data.control_text import ControlText, count_control_text
 from finetune.data.conversation import Message
-from finetune.data.dataset import count_kinds
 from finetune.data.forms import KEYS_OF_FORM, fitting_forms, propose_columns, unused_keys
 from finetune.data.harmony.render import render_examples
 from finetune.data.harmony.truncate import group_length
@@ -35,6 +35,7 @@ from finetune.log import printable
 
 RECORDS_READ = 100_000
 RECORDS_TOKENISED = 2000  # of them, since tokenising takes longest
+BAD_RECORDS_SHOWN = 5
 _LONGEST_NAME = 40
 _MOST_VALUES = 20
 _SPLIT_WORDS: dict[str, SplitName] = {
@@ -44,12 +45,6 @@ _SPLIT_WORDS: dict[str, SplitName] = {
 }  # fmt: skip
 _SPLIT_FIELDS = ("set", "subset", "partition", "fold")
 _SHARES = (ValidationSplitConfig.share, 0.1, 0.2)
-_FIX_FORM = (
-    "a record holds `messages`, `conversations`, `instruction` and `output`, `prompt` and `completion`, or `text`"
-)
-_FIX_ANSWER = (
-    "write answers as text, or in a recipe rename what is no answer: `columns: {label: answer}` beside the path"
-)
 
 
 @dataclass(frozen=True)
@@ -170,8 +165,8 @@ def inspect_file(path: str) -> FileSummary:
         bad = summary.bad_records
         raise InputError(
             f"none of the first {summary.num_read:,} records of {path} can be used",
-            why=f"{count_kinds(bad)}; {bad[0].where}: {bad[0].reason}" if bad else "there is none",
-            fix=_FIX_ANSWER if {record.kind for record in bad} == {"bad answer"} else _FIX_FORM,
+            why="\n       ".join([count_kinds(bad), *named(bad, BAD_RECORDS_SHOWN)]) if bad else "there is none",
+            fix=fix_for(bad) if bad else None,
         )
     if "think_tags" in summary.control_text:
         moved, _ = _read(summary.source, "move")

@@ -31,6 +31,11 @@ _KEYS_OF_ROLE = {
     "assistant": {"content", "thinking", "channel", "tool_calls", "weight"},
     "tool": {"content", "name", "tool_call_id"},
 }
+_OTHER_ROLE_NAMES = {
+    **dict.fromkeys(("human", "customer", "player", "prompter", "question"), "user"),
+    **dict.fromkeys(("ai", "gpt", "bot", "model", "chatgpt", "chatbot", "agent", "answer"), "assistant"),
+    **dict.fromkeys(("function", "observation", "tool_response", "ipython"), "tool"),
+}
 
 
 def parse_messages(raw: object, tools: DeclaredTools = NO_TOOLS, *, padded: bool = False) -> tuple[Message, ...]:
@@ -75,7 +80,9 @@ class _MessageParser:
         keys = _given_keys(place, raw)
         role: Any = keys.get("role")
         if role not in get_args(Role):
-            raise BadRecordError("unknown role", f"{place} has {unknown('role', role, get_args(Role))}")
+            raise BadRecordError(
+                "unknown role", f"{place} has {unknown('role', role, get_args(Role), _OTHER_ROLE_NAMES)}"
+            )
         _check_keys_of_role(place, role, keys)
         if role == "tool":
             self._messages.append(self._result(place, keys))

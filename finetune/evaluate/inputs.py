@@ -10,7 +10,8 @@ from pathlib import Path
 
 from finetune import log
 from finetune.config.schema import DataConfig, RunConfig
-from finetune.data.dataset import Split, count_kinds, load_split, report_split
+from finetune.data.bad_records import count_kinds
+from finetune.data.dataset import Split, load_split, report_split
 from finetune.data.sources import Record
 from finetune.errors import FinetuneError, InputError
 from finetune.evaluate.evalset import EvalSet, choose_test_set, retention_sets

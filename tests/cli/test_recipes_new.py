@@ -137,6 +137,11 @@ def test_every_word_of_a_split_is_a_source(tmp_path: Path, capsys: pytest.Captur
         (["mine.yaml", "--data", "rows.jsonl", "--model", "tini"], 2, "did you mean tiny?"),
         (["mine.yaml", "--data", "rowz.jsonl"], 3, "rows.jsonl"),
         (["mine.yaml", "--data", "bad.jsonl"], 3, "none of the first"),
+        (["mine.yaml", "--data", "roles.jsonl"], 3, "human is user; ai, gpt, bot and model are assistant"),
+        (["mine.yaml", "--data", "roles.jsonl"], 3, "message 1 has an unknown role 'human'; write it as user"),
+        (["mine.yaml", "--data", "turns.jsonl"], 3, "assistant's answer"),
+        (["mine.yaml", "--data", "calls.jsonl"], 3, "declare each function"),
+        (["mine.yaml", "--data", "array.json"], 3, "one JSON object per line"),
         (["mine.yaml", "--data", "numbers.jsonl"], 3, "`columns: {label: answer}` beside the path"),
     ],
 )
@@ -153,6 +158,12 @@ def test_bad_input_is_named_and_nothing_is_written(
     write_rows(Path("rows.jsonl"), [{"instruction": "a", "output": "b"}])
     write_rows(Path("bad.jsonl"), [{"instruction": 1}])
     write_rows(Path("numbers.jsonl"), [{"prompt": "a", "completion": "0", "answer": 0}])
+    user, bot = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    write_rows(Path("roles.jsonl"), [{"messages": [user | {"role": "human"}, bot | {"role": "ai"}]}])
+    write_rows(Path("turns.jsonl"), [{"messages": [user]}])
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    write_rows(Path("calls.jsonl"), [{"messages": [user, call]}])
+    Path("array.json").write_text("[1, 2]")
     assert main(["recipes", "new", *arguments]) == code
     assert message in capsys.readouterr().err
     assert not Path("mine.yaml").exists()

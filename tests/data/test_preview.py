@@ -17,11 +17,12 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.schema import DataConfig, LossConfig
+from finetune.data.bad_records import named
 from finetune.data.forms import parse_conversation
 from finetune.data.harmony.render import Example, render_example
 from finetune.data.harmony.tokenizer import harmony_encoding
 from finetune.data.preview import as_html, as_json, as_text, pieces, spread
-from finetune.data.sources import Record
+from finetune.data.sources import BadRecord, Record
 from finetune.log import printable
 
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\u200b\r<|end|><script>alert('&\"')</script>"
@@ -203,3 +204,50 @@ def test_quick_commands_do_not_import_torch(recipe: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip().splitlines()[-1] == "[] [0, 0]"
+
+
+def write_recipe(directory: Path, rows: list[dict[str, Any]], **data: Any) -> str:
+    (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(directory / "rows.jsonl")}
+    settings = {"cache": False, "max_length": 512, "train": {"mine": source}, **data}
+    path = directory / "r.yaml"
+    path.write_text(f"# @package _global_\ndefaults:\n  - override /model: tiny\ndata: {json.dumps(settings)}\n")
+    return str(path)
+
+
+ANSWER = {"role": "assistant", "content": "Hello"}
+NAMED: dict[str, Any] = {"messages": [{"role": "user", "name": "anna", "content": "Hi"}, ANSWER]}
+GOOD: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}, ANSWER]}
+
+
+def test_every_skipped_record_is_named_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roles = {"messages": [{"role": "human", "content": "Hi"}, {"role": "ai", "content": "Hello"}]}
+    path = write_recipe(tmp_path, [NAMED, GOOD, NAMED, roles])
+    assert main(["data", "preview", path]) == 0
+    shown = capsys.readouterr().err
+    for number in (1, 3):
+        assert f"rows.jsonl:{number}: message 1 is from the user and has `name`" in shown
+    assert "rows.jsonl:4: message 1 has an unknown role 'human'; write it as user" in shown
+    assert "fix: remove the key from messages of that role" in shown and "human is user" in shown
+    long = {"messages": [{"role": "user", "content": "word " * 600}, ANSWER]}
+    assert main(["data", "preview", write_recipe(tmp_path, [GOOD, long], too_long="drop")]) == 0
+    assert "dropped: " in (shown := capsys.readouterr().err) and "rows.jsonl:2: " in shown
+
+
+@pytest.mark.parametrize("form", [[], ["--json"], ["--html", "page.html"]])
+def test_all_records_skipped_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_recipe(tmp_path, [NAMED] * 30)
+    assert main(["data", "preview", path, *form]) == 3
+    shown = capsys.readouterr().err
+    assert "none of 30 records can be used" in shown and not Path("page.html").exists()
+    assert all(f"rows.jsonl:{number}: message 1" in shown for number in range(1, 31))
+    assert "fix: remove the key from messages of that role" in shown
+
+
+def test_first_of_each_kind_is_named_before_others() -> None:
+    found = [BadRecord(f"x:{n}", "a" if n < 9 else "b", "r") for n in range(1, 11)]
+    assert list(named(found, 3)) == ["x:1: r", "x:2: r", "x:9: r", "and 7 more"]
+    assert list(named(found, 10)) == [f"x:{n}: r" for n in range(1, 11)]

@@ -218,13 +218,16 @@ def _read_dataset(place: str, label: str, dataset: Any, source: SourceConfig) ->
 
 
 def _plain_object(raw: JsonObject) -> JsonObject:
-    """A table's row as JSON would have it: columns give every row every key, so null means no key."""
+    """A table's row as JSON would have it: columns give every row every key, so null means no key.
+
+    Nulls further inside stay: `finetune.data.tool_schemas` tells those that Arrow wrote from those that are meant.
+    """
     return {str(key): _plain(value) for key, value in raw.items() if not _is_missing(value)}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return _plain_object(value)
+        return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value

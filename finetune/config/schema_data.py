@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from finetune.config.fields import Strict
 
 DataForm = Literal[
-    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "preference", "ranked", "labelled"
+    "auto", "messages", "sharegpt", "hermes", "alpaca", "prompt_completion", "text", "preference", "ranked", "labelled"
 ]
 ReasoningEffortName = Literal["low", "medium", "high"]
 ThinkTags = Literal["keep", "move", "refuse"]
@@ -76,7 +76,7 @@ class LossConfig(Strict):
         tool_call: calls of functions and of the builtin tools, arguments included.
         final: answers.
         turns: `last` trains what follows the last user message, `all` every assistant turn. `auto`: `all` with
-            `earlier_thinking: split`, else `last`.
+            `earlier_thinking: split`, and where a record's messages have a `weight`; else `last`.
     """
 
     analysis: Annotated[float, Ge(0)] = 1.0

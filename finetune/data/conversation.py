@@ -87,6 +87,8 @@ class Message:
         channel: of an assistant's content: `final` for its answer, `commentary` for text beside its work.
         tool_calls: the calls that follow the content.
         recipient: of a tool's result: the tool that it comes from, as in `ToolCall`.
+        weight: of an assistant's message: a factor of the loss weights of its tokens, 0 makes it context. None: the
+            record says nothing, and `data.loss.turns` decides alone.
     """
 
     role: Role
@@ -95,6 +97,7 @@ class Message:
     channel: Literal["commentary", "final"] = "final"
     tool_calls: tuple[ToolCall, ...] = ()
     recipient: str | None = None
+    weight: float | None = None
 
     @property
     def is_answer(self) -> bool:

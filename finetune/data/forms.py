@@ -11,6 +11,7 @@ from finetune.config.schema import DataForm, ReasoningEffortName
 from finetune.config.suggest import suggest_word
 from finetune.data.checks import BadRecordError, checked_text, parse_json, shown, unknown
 from finetune.data.conversation import Conversation
+from finetune.data.foreign_messages import THINKING_KEYS, WEIGHT_KEYS, from_hermes
 from finetune.data.parse_messages import parse_messages, parse_tools
 from finetune.data.preferences import (
     PREFERENCE_KEYS,
@@ -19,11 +20,13 @@ from finetune.data.preferences import (
     parse_preference,
     preference_form,
 )
+from finetune.data.tool_schemas import is_padded
 from finetune.files import JsonObject
 
 KEYS_OF_FORM: dict[DataForm, tuple[str, ...]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
+    "hermes": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
@@ -34,8 +37,9 @@ KEYS_OF_FORM: dict[DataForm, tuple[str, ...]] = {
 _OPTIONAL_KEYS: dict[DataForm, tuple[str, ...]] = {
     "messages": ("system",),
     "sharegpt": ("system",),
-    "alpaca": ("system", "input", "history"),
-    "prompt_completion": ("system",),
+    "hermes": (),
+    "alpaca": ("system", "input", "history", *THINKING_KEYS),
+    "prompt_completion": ("system", *THINKING_KEYS),
     "text": (),
     **PREFERENCE_OPTIONAL_KEYS,
 }
@@ -50,7 +54,10 @@ _SHAREGPT_ROLES = {
     "model": "assistant",
     "chatgpt": "assistant",
     "function_call": "function_call",
+    "tool_call": "function_call",
     "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
     "tool": "tool",
 }
 _COLUMN_NAMES = {
@@ -82,9 +89,32 @@ def parse_conversation(raw: JsonObject, form: DataForm = "auto") -> Conversation
         conversation = parse_preference(raw, form, lambda turns: _from_sharegpt(turns, None), _parse_overrides(raw))
     else:
         tools = parse_tools(raw)
-        messages = parse_messages(to_messages(raw, form), tools)
+        messages = parse_messages(to_messages(raw, form), tools, padded=is_padded(raw))
         conversation = Conversation(messages, form=form, tools=tools, **_parse_overrides(raw))
     return conversation
+
+
+def with_our_columns(raw: JsonObject) -> JsonObject:
+    """A record of a well-known data set under our keys: Capybara's `conversation`, Dolly's `context` and `response`.
+
+    Any other record is returned as it is.
+    """
+    turns = raw.get("conversation")
+    if (
+        isinstance(turns, list)
+        and turns
+        and all(isinstance(t, Mapping) and t.keys() >= {"input", "output"} for t in turns)
+    ):
+        messages = [
+            {"role": role, "content": turn[key]}
+            for turn in turns
+            for key, role in (("input", "user"), ("output", "assistant"))
+        ]
+        return {key: value for key, value in raw.items() if key != "conversation"} | {"messages": messages}
+    if {"instruction", "context", "response"} <= raw.keys() and not raw.keys() & {"input", "output", "messages"}:
+        names = {"context": "input", "response": "output"}
+        return {names.get(key, key): value for key, value in raw.items()}
+    return raw
 
 
 def fitting_forms(raw: JsonObject) -> list[DataForm]:
@@ -94,7 +124,7 @@ def fitting_forms(raw: JsonObject) -> list[DataForm]:
     """
     if preferred := preference_form(raw):
         return [preferred]
-    others = {form: keys for form, keys in KEYS_OF_FORM.items() if form not in PREFERENCE_KEYS}
+    others = {form: keys for form, keys in KEYS_OF_FORM.items() if form not in (*PREFERENCE_KEYS, "hermes")}
     return [form for form, keys in others.items() if all(raw.get(key) is not None for key in keys)]
 
 
@@ -183,16 +213,30 @@ def to_messages(raw: JsonObject, form: DataForm) -> object:
         return _with_system(raw.get("system"), _decoded_list("messages", raw["messages"]))
     if form == "sharegpt":
         return _from_sharegpt(raw["conversations"], raw.get("system"))
+    if form == "hermes":
+        return from_hermes(raw["conversations"])
     if form == "alpaca":
-        return _from_alpaca(raw)
+        return _with_thinking(raw, _from_alpaca(raw))
     prompt = _as_messages("prompt", raw["prompt"], "user")
-    return _with_system(raw.get("system"), prompt + _as_messages("completion", raw["completion"], "assistant"))
+    answer = _with_thinking(raw, _as_messages("completion", raw["completion"], "assistant"))
+    return _with_system(raw.get("system"), prompt + answer)
+
+
+def _with_thinking(raw: JsonObject, messages: list[Any]) -> list[Any]:
+    """The messages with the thinking of a column of its own in the last one."""
+    given = {key: raw[key] for key in THINKING_KEYS if raw.get(key) not in (None, "")}
+    if not given or not messages or not isinstance(messages[-1], Mapping):
+        return messages
+    return [*messages[:-1], {**messages[-1], **given}]
 
 
 def _from_sharegpt(conversations: object, system: object) -> object:
     turns = _decoded_list("conversations", conversations)
     if not isinstance(turns, list):
         raise BadRecordError("no messages", f"`conversations` must be a list, not {shown(turns)}")
+    if turns and all(isinstance(turn, str) for turn in turns):  # as LIMA has them: question, answer, question, ...
+        roles = ("human", "gpt")
+        turns = [{"from": roles[number % 2], "value": turn} for number, turn in enumerate(turns)]
     return _with_system(system, [_sharegpt_turn(number, turn) for number, turn in enumerate(turns, start=1)])
 
 
@@ -206,16 +250,17 @@ def _sharegpt_turn(number: int, turn: object) -> JsonObject:
             f"{place} has `role`, not `from`: map the column to `messages` with `columns: {{messages: conversations}}`",
         )
     for key, value in turn.items():
-        if key not in ("from", "value") and value is not None:
+        if key not in ("from", "value", *WEIGHT_KEYS) and value not in (None, "", [], {}):
             raise BadRecordError("unknown message key", f"{place} has {unknown('key', key, ('from', 'value'))}")
+    weights = {key: turn[key] for key in WEIGHT_KEYS if turn.get(key) is not None}
     role = _SHAREGPT_ROLES.get(turn["from"]) if isinstance(turn.get("from"), str) else None
     if role is None:
         raise BadRecordError("unknown role", f"{place} has {unknown('role', turn.get('from'), list(_SHAREGPT_ROLES))}")
     if role == "function_call":
         text = turn.get("value")
         call = parse_json(text, f"{place}: the call", inside=True) if isinstance(text, str) else None
-        return {"role": "assistant", "tool_calls": call if isinstance(call, list) else [call]}
-    return {"role": role, "content": turn.get("value")}
+        return {"role": "assistant", "tool_calls": call if isinstance(call, list) else [call], **weights}
+    return {"role": role, "content": turn.get("value"), **weights}
 
 
 def _from_alpaca(raw: JsonObject) -> list[JsonObject]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
@@ -18,15 +19,16 @@ from finetune.data.conversation import (
     Role,
     ToolCall,
 )
+from finetune.data.foreign_messages import THINKING_KEYS, plain_messages
+from finetune.data.tool_schemas import is_padded, read_parameters, without_padded_arguments
 from finetune.files import JsonObject
 
-THINKING_KEYS = ("thinking", "reasoning_content", "reasoning")
 CHANNELS = ("analysis", "commentary", "final")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 _CALL_KEYS = ("id", "type", "function", "name", "arguments", "index")
-_KEYS = ("role", "content", *THINKING_KEYS, "channel", "tool_calls", "name", "tool_call_id")
+_KEYS = ("role", "content", *THINKING_KEYS, "channel", "tool_calls", "name", "tool_call_id", "weight")
 _KEYS_OF_ROLE = {
-    "assistant": {"content", *THINKING_KEYS, "channel", "tool_calls"},
+    "assistant": {"content", "thinking", "channel", "tool_calls", "weight"},
     "tool": {"content", "name", "tool_call_id"},
 }
 _OTHER_ROLE_NAMES = {
@@ -36,17 +38,18 @@ _OTHER_ROLE_NAMES = {
 }
 
 
-def parse_messages(raw: object, tools: DeclaredTools = NO_TOOLS) -> tuple[Message, ...]:
+def parse_messages(raw: object, tools: DeclaredTools = NO_TOOLS, *, padded: bool = False) -> tuple[Message, ...]:
     """Check a record's `messages` and return them.
 
     Accepted: at most one system or developer message, at the start; then user messages and assistant turns. A turn is
     any number of tool calls, each followed by its result, and commentary, and ends with one answer. The last message is
-    an answer or a call, after at least one message from a user. A key whose value is null counts as absent, since
-    Parquet gives every message every key.
+    an answer or a call, after at least one message from a user. Forms of other libraries are read too
+    (`finetune.data.foreign_messages`).
 
     Args:
         raw: the JSON value under `messages`.
         tools: the tools that the record declares.
+        padded: the record has nulls that Arrow put there (`is_padded`); those in arguments are left out.
 
     Returns:
         The messages; one with `channel: analysis` becomes the `thinking` of the assistant message after it.
@@ -57,8 +60,8 @@ def parse_messages(raw: object, tools: DeclaredTools = NO_TOOLS) -> tuple[Messag
     """
     if not isinstance(raw, list) or not raw:
         raise BadRecordError("no messages", f"`messages` must be a list of at least one message, not {shown(raw)}")
-    parser = _MessageParser(tools)
-    for number, entry in enumerate(raw, start=1):
+    parser = _MessageParser(tools, padded)
+    for number, entry in enumerate(plain_messages(raw), start=1):
         parser.add(number, entry)
     return parser.finish()
 
@@ -66,8 +69,8 @@ def parse_messages(raw: object, tools: DeclaredTools = NO_TOOLS) -> tuple[Messag
 class _MessageParser:
     """Takes messages in order; tracks calls without a result and thinking without its message."""
 
-    def __init__(self, tools: DeclaredTools) -> None:
-        self._tools = tools
+    def __init__(self, tools: DeclaredTools, padded: bool) -> None:
+        self._tools, self._padded = tools, padded
         self._messages: list[Message] = []
         self._open_calls: list[ToolCall] = []
         self._thinking: str | None = None
@@ -119,24 +122,28 @@ class _MessageParser:
 
     def _add_assistant(self, place: str, keys: JsonObject) -> None:
         channel = keys.get("channel")
-        calls = parse_tool_calls(place, keys.get("tool_calls"), self._tools)
+        calls = parse_tool_calls(place, keys.get("tool_calls"), self._tools, padded=self._padded)
         if channel is not None and channel not in CHANNELS:
             raise BadRecordError("unknown channel", f"{place} has {unknown('channel', channel, CHANNELS)}")
         if calls and channel == "final":
             raise BadRecordError("unknown channel", f"{place} has tool calls: the final channel has none")
         given = keys.get("content")
         content = "" if calls and given in (None, "") else checked_text(place, "content", given)
-        thoughts = [self._thinking, _thinking(place, keys), content if channel == "analysis" and content else None]
+        thinks = checked_text(place, "thinking", keys["thinking"]) if "thinking" in keys else None
+        thoughts = [self._thinking, thinks, content if channel == "analysis" and content else None]
         if sum(thought is not None for thought in thoughts) > 1:
             raise BadRecordError("two thinkings", f"{place}: there is thinking and analysis before the same message")
         thinking = next((thought for thought in thoughts if thought is not None), None)
         if channel == "analysis":
             if not calls:
+                if "weight" in keys:
+                    raise BadRecordError("bad weight", f"{place} is analysis: give `weight` to the message after it")
                 self._thinking = thinking
                 return
             content = ""
         content_channel: Literal["commentary", "final"] = "commentary" if calls or channel == "commentary" else "final"
-        self._messages.append(Message("assistant", content, thinking, content_channel, calls))
+        message = Message("assistant", content, thinking, content_channel, calls, weight=keys.get("weight"))
+        self._messages.append(message)
         self._open_calls, self._thinking = list(calls), None
 
     def _result(self, place: str, keys: JsonObject) -> Message:
@@ -150,7 +157,12 @@ class _MessageParser:
 
     def _answered_call(self, place: str, identifier: object, name: object) -> ToolCall:
         if not self._open_calls:
-            raise BadRecordError("orphan tool result", f"{place} is a tool's result, but no call waits for one")
+            previous = self._messages[-1].content if self._messages else ""
+            in_text = "<tool_call>" in previous or "<function_call>" in previous
+            advice = (
+                "; the call stands as text in the answer before: set the source's `form: hermes`" if in_text else ""
+            )
+            raise BadRecordError("orphan tool result", f"{place} is a tool's result, but no call waits for one{advice}")
         short = name.removeprefix(FUNCTIONS) if isinstance(name, str) else name
         fitting = [
             call
@@ -186,13 +198,6 @@ def _check_keys_of_role(place: str, role: str, keys: JsonObject) -> None:
             raise BadRecordError(kind, f"{place} is from the {role} and has `{key}`")
 
 
-def _thinking(place: str, keys: JsonObject) -> str | None:
-    names = [key for key in THINKING_KEYS if key in keys]
-    if len(names) > 1:
-        raise BadRecordError("two thinkings", f"{place} has {' and '.join(f'`{name}`' for name in names)}: keep one")
-    return checked_text(place, "thinking", keys[names[0]]) if names else None
-
-
 def parse_tools(raw: JsonObject) -> DeclaredTools:
     """Read a record's `tools` or `functions` (OpenAI's JSON form, or JSON text of it) and `builtin_tools`.
 
@@ -203,7 +208,8 @@ def parse_tools(raw: JsonObject) -> DeclaredTools:
     if len(keys) == 2:
         raise BadRecordError("bad tools", "the record has `tools` and `functions`: keep one")
     tools = _tool_list(keys[0], raw[keys[0]]) if keys else []
-    functions = tuple(_parse_function(number, tool) for number, tool in enumerate(tools, start=1))
+    padded = is_padded(raw)
+    functions = tuple(_parse_function(number, tool, padded) for number, tool in enumerate(tools, start=1))
     names = [tool.name for tool in functions]
     for name in names:
         if names.count(name) > 1:
@@ -220,10 +226,11 @@ def _tool_list(key: str, value: object) -> list[Any]:
     return value
 
 
-def _parse_function(number: int, raw: object) -> FunctionTool:
+def _parse_function(number: int, raw: object, padded: bool) -> FunctionTool:
     place = f"tool {number}"
     if not isinstance(raw, Mapping):
         raise BadRecordError("bad tools", f"{place} must be an object, not {shown(raw)}")
+    raw = {key: value for key, value in raw.items() if value is not None}
     if raw.get("type", "function") != "function":
         raise BadRecordError("bad tools", f"{place} is of type {shown(raw['type'])}, not function")
     function = raw.get("function", raw)
@@ -234,9 +241,7 @@ def _parse_function(number: int, raw: object) -> FunctionTool:
         raise BadRecordError("bad tools", f"{place} needs a name of letters, digits, _ and -, not {shown(name)}")
     if description is not None and not isinstance(description, str):
         raise BadRecordError("bad tools", f"{place} needs text as `description`, not {shown(description)}")
-    parameters = function.get("parameters")
-    if parameters is not None and not isinstance(parameters, Mapping):
-        raise BadRecordError("bad tools", f"{place} needs a JSON schema as `parameters`, not {shown(parameters)}")
+    parameters = read_parameters(place, function.get("parameters"), is_padded=padded)
     json_text(place, description)
     return FunctionTool(name, description or "", None if parameters is None else json_text(place, parameters))
 
@@ -251,7 +256,7 @@ def _parse_builtin(raw: object) -> tuple[BuiltinTool, ...]:
     return tuple(cast(BuiltinTool, name) for name in get_args(BuiltinTool) if name in raw)
 
 
-def parse_tool_calls(place: str, raw: object, tools: DeclaredTools) -> tuple[ToolCall, ...]:
+def parse_tool_calls(place: str, raw: object, tools: DeclaredTools, *, padded: bool = False) -> tuple[ToolCall, ...]:
     """Read a message's `tool_calls`: OpenAI's form, or the same without the `function` level.
 
     Arguments are an object or JSON text of one; either way they are written as `json.dumps` writes them, so that text
@@ -261,6 +266,7 @@ def parse_tool_calls(place: str, raw: object, tools: DeclaredTools) -> tuple[Too
         place: which message, such as "message 3".
         raw: the JSON value under `tool_calls`; None or an empty list means no calls.
         tools: the tools that may be called.
+        padded: leave out nulls in arguments that Arrow put there.
 
     Raises:
         BadRecordError: a call is malformed, its arguments are not JSON, or its tool is not declared.
@@ -269,14 +275,14 @@ def parse_tool_calls(place: str, raw: object, tools: DeclaredTools) -> tuple[Too
         return ()
     if not isinstance(raw, list):
         raise BadRecordError("bad tool call", f"{place} needs a list as `tool_calls`, not {shown(raw)}")
-    return tuple(_parse_call(place, call, tools) for call in raw)
+    return tuple(_parse_call(place, call, tools, padded) for call in raw)
 
 
-def _parse_call(place: str, raw: object, tools: DeclaredTools) -> ToolCall:
+def _parse_call(place: str, raw: object, tools: DeclaredTools, padded: bool) -> ToolCall:
     if not isinstance(raw, Mapping):
         raise BadRecordError("bad tool call", f"{place}: a tool call must be an object, not {shown(raw)}")
     for key, value in raw.items():
-        if key not in _CALL_KEYS and value is not None:
+        if key not in _CALL_KEYS and value not in (None, "", [], {}):
             raise BadRecordError("bad tool call", f"{place}: a tool call has {unknown('key', key, _CALL_KEYS)}")
     call = raw.get("function") or raw
     if not isinstance(call, Mapping):
@@ -285,7 +291,10 @@ def _parse_call(place: str, raw: object, tools: DeclaredTools) -> ToolCall:
     if identifier is not None and not isinstance(identifier, str):
         raise BadRecordError("bad tool call", f"{place}: a tool call's `id` must be text, not {shown(identifier)}")
     recipient = _recipient(place, call.get("name"), tools)
-    return ToolCall(recipient, _arguments(place, recipient, call.get("arguments")), identifier or None)
+    tool = next((tool for tool in tools.functions if FUNCTIONS + tool.name == recipient), None)
+    schema = json.loads(tool.schema) if tool is not None and tool.schema else None
+    arguments = _arguments(place, recipient, call.get("arguments"), schema, padded)
+    return ToolCall(recipient, arguments, identifier or None)
 
 
 def _recipient(place: str, name: object, tools: DeclaredTools) -> str:
@@ -303,7 +312,7 @@ def _recipient(place: str, name: object, tools: DeclaredTools) -> str:
     raise BadRecordError("undeclared tool", f"{place} calls `{name}`, which is not declared; {hint}")
 
 
-def _arguments(place: str, recipient: str, raw: object) -> str:
+def _arguments(place: str, recipient: str, raw: object, schema: JsonObject | None, padded: bool) -> str:
     what = f"{place}: `arguments` of `{recipient.removeprefix(FUNCTIONS)}`"
     if recipient == "python":
         code = raw.get("code") if isinstance(raw, Mapping) and set(raw) == {"code"} else raw
@@ -311,10 +320,16 @@ def _arguments(place: str, recipient: str, raw: object) -> str:
             raise BadRecordError("bad arguments", f"{what} must be code as text, not {shown(code)}")
         json_text(what, code)
         return code
+    if raw is None or (isinstance(raw, str) and not raw.strip()):
+        if required := (schema or {}).get("required"):
+            raise BadRecordError("bad arguments", f"{what} are empty, and `{required[0]}` is required")
+        return "{}"
     try:
         value = parse_json(raw, what, inside=True) if isinstance(raw, str) else raw
     except BadRecordError as error:
         raise BadRecordError("bad arguments", error.reason) from None
     if not isinstance(value, Mapping):
         raise BadRecordError("bad arguments", f"{what} must be an object, not {shown(value)}")
+    if padded and not isinstance(raw, str):
+        value = without_padded_arguments(what, dict(value), None if schema is None else dict(schema))
     return json_text(what, value)

@@ -16,6 +16,7 @@ from finetune.config.schema import DataForm
 from finetune.data.checks import BadRecordError, parse_json, shown
 from finetune.data.conversation import Answer, Conversation, DeclaredTools, Message
 from finetune.data.parse_messages import parse_messages, parse_tools
+from finetune.data.tool_schemas import is_padded
 from finetune.errors import ConfigError, InputError
 from finetune.files import JsonObject
 
@@ -37,7 +38,7 @@ PREFERENCE_OPTIONAL_KEYS: dict[DataForm, tuple[str, ...]] = {
     "ranked": ("prompt", "instruction", "conversations", "system", "scores", "ratings"),
     "labelled": ("system",),
 }  # fmt: skip
-SUPERVISED_FORMS = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
+SUPERVISED_FORMS = ("messages", "sharegpt", "hermes", "alpaca", "prompt_completion", "text")
 """The forms that supervised fine-tuning learns from."""
 LABELS_ALONE = "no objective learns from labels alone yet (kto): train desirable answers with `form: prompt_completion`"
 _NEEDED = (
@@ -215,7 +216,10 @@ def _messages_of(
     if last.get("role") == "assistant" and not last.get("tool_calls") and not str(last.get("content") or "").strip():
         raise BadRecordError("empty answer", f"`{name}` ends with an empty message")
     try:
-        return parse_messages(_with_system(raw, [*(prompt or ()), *answer]), tools)
+        messages = parse_messages(_with_system(raw, [*(prompt or ()), *answer]), tools, padded=is_padded(raw))
+        if any(message.weight is not None for message in messages):
+            raise BadRecordError("bad weight", "a message has a `weight`, which answers that are compared cannot have")
+        return messages
     except BadRecordError as error:
         raise BadRecordError(error.kind, f"`{name}`: {error.reason}") from None
 

@@ -14,7 +14,7 @@ from finetune.config.suggest import suggest_word
 from finetune.data.checks import BadRecordError
 from finetune.data.control_text import settle_think_tags
 from finetune.data.conversation import Conversation, Message
-from finetune.data.forms import parse_conversation
+from finetune.data.forms import parse_conversation, with_our_columns
 from finetune.data.readers import read_source
 from finetune.errors import ConfigError, InputError
 from finetune.files import JsonObject
@@ -161,7 +161,8 @@ def read_raw_records(name: str, source: SourceConfig) -> Iterator[RawRecord | Ba
         if isinstance(content, BadRecordError):
             yield bad_record(where, content)
             continue
-        record = raw_record(where, columns.rename(content))
+        renamed = columns.rename(content)
+        record = raw_record(where, renamed if source.columns else with_our_columns(renamed))
         if kept_records.keep(record.fields):
             yield record
         if kept_records.num_kept == source.limit:

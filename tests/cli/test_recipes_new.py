@@ -183,11 +183,11 @@ def test_columns_without_a_form_are_proposed_and_logged(tmp_path: Path, capsys: 
 
 
 def test_unused_keys_are_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [message(n, thinking="hm", split="train", id=n, input="") for n in range(9)]
+    rows = [message(n, notes="hm", split="train", id=n, input="") for n in range(9)]
     data, said = seen(tmp_path, capsys, rows)
-    assert "not used: thinking (9)" in said
+    assert "not used: notes (9)" in said
     config = dataclasses.replace(data, cache=False, validation_split=ValidationSplitConfig(key="id", share=0.5))
-    assert describe(load_split(config, "train")).endswith("; keys not used: thinking")
+    assert describe(load_split(config, "train")).endswith("; keys not used: notes")
     _, said = seen(tmp_path, capsys, [message(0)])
     assert "not used" not in said
 

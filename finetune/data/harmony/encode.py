@@ -29,6 +29,7 @@ from finetune.data.harmony.tokenizer import (
     START_ID,
     harmony_encoding,
 )
+from finetune.data.tool_schemas import check_names_are_rendered
 
 HARMONY_IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 BEFORE_FIRST = -1
@@ -222,11 +223,21 @@ def _developer_ids(instructions: str | None, tools: DeclaredTools) -> tuple[int,
             ]
         )
     try:
-        return tuple(harmony_encoding().render(HarmonyMessage.from_role_and_content(Role.DEVELOPER, content)))
+        ids = tuple(harmony_encoding().render(HarmonyMessage.from_role_and_content(Role.DEVELOPER, content)))
+        _check_names(tools, harmony_encoding().decode(ids))
+        return ids
     except ValueError as error:  # such as a default of 1e400, which is JSON, but no number that it accepts
         raise BadRecordError("bad tools", f"openai-harmony cannot write the record's tools: {error}") from None
 
 
 @functools.lru_cache(maxsize=128)
 def _template_developer_ids(instructions: str | None, tools: DeclaredTools) -> tuple[int, ...]:
-    return (*header_ids("developer"), *encode_text(template.developer_text(instructions, tools)), END_ID)
+    text = template.developer_text(instructions, tools)
+    _check_names(tools, text)
+    return (*header_ids("developer"), *encode_text(text), END_ID)
+
+
+def _check_names(tools: DeclaredTools, rendered: str) -> None:
+    """Raise BadRecordError if a declared parameter is not in the developer message's text."""
+    for tool in tools.functions:
+        check_names_are_rendered(tool.name, json.loads(tool.schema) if tool.schema else None, rendered)

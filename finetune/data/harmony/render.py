@@ -283,7 +283,7 @@ def _render_turns(
     visible = _visible(encoded, keeps_thinking)
     if visible[-1].channel == Channel.FINAL:
         visible[-1] = replace(visible[-1], end=RETURN_ID)
-    all_turns = config.loss.turns == "all" and config.earlier_thinking != "split"
+    all_turns = _trains_all_turns(messages, config)
     first_trained = _first_user_index(messages) if all_turns else _last_user_index(messages)
     if num_prompt:
         first_trained = num_prompt - 1 if config.loss.turns != "last" else max(num_prompt - 1, first_trained)
@@ -300,6 +300,8 @@ def _render_turns(
         channels[begin : end + 1] = message.channel + HEADER
         channels[text:end] = message.channel
         weight = weight_of[message.channel] if message.index > first_trained else 0.0
+        if weight and (factor := messages[message.index].weight) is not None:
+            weight *= factor
         if weight and message.index in lost_thinking:
             without_thinking.add(message.index)
         elif weight:
@@ -309,6 +311,14 @@ def _render_turns(
         begin = end + 1
     tokens = np.array(ids, dtype=np.int32)
     return Example(tokens, weights, record.id, record.where, channels, len(without_thinking))
+
+
+def _trains_all_turns(messages: Sequence[Message], config: DataConfig) -> bool:
+    """Whether every turn of these messages is trained; weights in a record say so unless the recipe says `last`."""
+    if config.earlier_thinking == "split":
+        return False
+    weighted = config.loss.turns == "auto" and any(message.weight is not None for message in messages)
+    return config.loss.turns == "all" or weighted
 
 
 def _weights_by_channel(config: DataConfig) -> dict[Channel, float]:

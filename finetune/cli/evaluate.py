@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     log.info(log.LOADING)
     from finetune.evaluate.inputs import EvaluationOptions
     from finetune.evaluate.run import evaluate
+    from finetune.report.content import unescaped
     from finetune.report.markdown import describe_evaluation
     from finetune.results import to_json
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     )
     out, evaluation = evaluate(args.run, args.out, options)
     write_text(out / "README.md", describe_evaluation(evaluation))
-    text = describe_evaluation(evaluation, details=False)
+    text = unescaped(describe_evaluation(evaluation, details=False))
     log.result(json.dumps(to_json(evaluation), indent=2) if args.json else text)
     log.info(f"figures: {out / 'summary.json'}, per example: {out / 'rows.jsonl'}, per label: {out / 'README.md'}")
     if run_directory is not None and out.resolve() == run_directory.resolve() / "evaluation":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.figures import MODELS, Comparison, Figure, McNemar, Model, PairFigures
+from finetune.log import printable
 from finetune.results import (
     AnswerFigures,
     AuthorFigures,
@@ -25,6 +26,7 @@ TITLES: Mapping[str, str] = {"base": "base", "adapter": "base + adapter", "refer
 NO_VALUE = "–"
 NUM_BINS = 10
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~&!$]|^[-+](?= )|(?<=^\d)[.)]")
+_MARKS = re.compile(r"\\([!-/:-@\[-`{-~])|\*\*|`")
 _MODEL_TITLES = (TITLES["base"], TITLES["adapter"], "difference")
 _LABEL_FIGURES = {
     "accuracy": "accuracy",
@@ -117,7 +119,7 @@ class Part:
 
 def code(text: str) -> str:
     """Text from the user's data as Markdown code, whatever it contains."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split())) or "(empty)"
     if "`" not in line:
         return f"`{line}`"
     fence = "`" * (max(map(len, re.findall("`+", line))) + 1)
@@ -130,12 +132,17 @@ def escaped(text: str) -> str:
     >>> print(escaped("<b> [a](b)"))
     \<b\> \[a\](b)
     """
-    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split()))
+    return _MARKDOWN.sub(r"\\\g<0>", printable(" ".join(text.split())))
+
+
+def unescaped(markdown: str) -> str:
+    """Markdown for a terminal: without the backslashes of `escaped`."""
+    return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
 
 
 def plain(markdown: str) -> str:
-    """A sentence of Markdown without its marks."""
-    return markdown.replace("`", "").replace("**", "")
+    """A sentence of Markdown without its marks, and without the backslashes of `escaped`."""
+    return _MARKS.sub(lambda mark: mark[1] or "", markdown)
 
 
 def introduction(evaluation: Evaluation) -> str:
@@ -148,7 +155,7 @@ def introduction(evaluation: Evaluation) -> str:
 
 def evaluation_parts(evaluation: Evaluation) -> list[Part]:
     """All results in reading order."""
-    parts = [Part("To know before reading", list(evaluation.notes))] if evaluation.notes else []
+    parts = [Part("To know before reading", [escaped(note) for note in evaluation.notes])] if evaluation.notes else []
     if evaluation.suites:
         parts.append(_losses(evaluation.suites))
     parts += [_pairs(suite, suite.pairs) for suite in evaluation.suites if suite.pairs is not None]

@@ -51,7 +51,7 @@ def write_report(run: Path) -> Path:
         lambda: _figures(manifest),
         lambda: _configuration(manifest),
     ]
-    sections = [f"# Run {run.name}", *map(_section, makers)]
+    sections = [f"# Run {escaped(run.name)}", *map(_section, makers)]
     path = run / "report.md"
     write_text(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
@@ -118,7 +118,7 @@ def check_lines(manifest: JsonObject) -> list[str]:
     lines = [f"- {line}" for line in manifest.get("audit") or []]
     match manifest.get("read_back"):
         case {"skipped": reason}:
-            lines.append(f"- **not read back** with stock PEFT: {reason}")
+            lines.append(f"- **not read back** with stock PEFT: {escaped(str(reason))}")
         case {"conclusive": False, "effect_kl": effect, "mean_kl": found}:
             lines.append(
                 f"- read back by stock PEFT, **inconclusive**: the adapter changes so little (KL {effect:.1e}) that "
@@ -196,7 +196,8 @@ def _figures(manifest: JsonObject) -> str:
     if "base" not in manifest:
         return ""
     base, environment = manifest["base"], manifest["environment"]
-    lines = [f"- base: {code(base['name'])}, revision {base['revision'] or 'none'}, identity `{base['identity'][:16]}`"]
+    revision = escaped(base["revision"] or "none")
+    lines = [f"- base: {code(base['name'])}, revision {revision}, identity `{base['identity'][:16]}`"]
     lines += [
         f"- data, {name}: {split['rows']:,} examples, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained, "
         f"{split['skipped_rows']:,} skipped, fingerprint `{split['fingerprint'][:16]}`"
@@ -246,7 +247,7 @@ def describe_evaluation(evaluation: Evaluation, *, details: bool = True) -> str:
     """
     blocks = [f"# {code(evaluation.adapter)} against its base", introduction(evaluation)]
     for part in evaluation_parts(evaluation):
-        blocks += [f"## {part.title}", *map(_markdown, [*part.content, *(part.details if details else ())])]
+        blocks += [f"## {escaped(part.title)}", *map(_markdown, [*part.content, *(part.details if details else ())])]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -258,7 +259,7 @@ def _markdown(piece: Piece) -> str:
             return _table(piece)
         case Confusion():
             note = "A row for each own label, a column for each chosen one."
-            return f"### {piece.title}\n\n{note}\n\n{_table(_numbered(piece))}"
+            return f"### {piece.title}\n\n{note}\n\n{_numbered(piece)}"
         case Reliability():
             head = ("confidence", "examples", "mean confidence", "accuracy")
             tables = (
@@ -269,16 +270,26 @@ def _markdown(piece: Piece) -> str:
 
 
 def _table(table: Table) -> str:
-    rows = [[code(row[0]), *row[1:]] for row in table.rows] if table.names else table.rows
-    lines: list[Sequence[str]] = [table.head, ["---"] * len(table.head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    name = _code_cell if table.names else escaped
+    return _lines(table.head, [[name(row[0]), *row[1:]] for row in table.rows])
 
 
-def _numbered(found: Confusion) -> Table:
+def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown cells."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _code_cell(text: str) -> str:
+    """Code in a cell, which a bar would end even in code."""
+    return code(text).replace("|", "\\|")
+
+
+def _numbered(found: Confusion) -> str:
     """A confusion table whose columns are headed by the labels' numbers: names would make them far too wide."""
     numbers = [str(number) for number in range(1, len(found.labels) + 1)]
     rows = [
-        (f"{number}. {code(label)}", *map(str, counts))
+        (f"{number}. {_code_cell(label)}", *map(str, counts))
         for number, label, counts in zip(numbers, found.labels, found.counts, strict=True)
     ]
-    return Table(("", *numbers), rows)
+    return _lines(("", *numbers), rows)

@@ -8,6 +8,7 @@ identity is that of the files.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ SINGLE_FILE = "model.safetensors"
 CHECKSUMS_FILE = "checksums.json"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8}
+_WIDE = {"F32": "float32", "F16": "float16", "F64": "float64"}
+_SINGLE_EXPERT = re.compile(r"\.experts\.(\w+\.)?\d+\.")
 _FETCH_AGAIN = "download or copy the checkpoint again"
 
 ConfigJson = dict[str, Any]
@@ -314,6 +317,7 @@ def _require_tensors(
     Raises:
         InputError: names the differences.
     """
+    _refuse_other_layouts(directory, entries, expected)
     problems = [*_named("missing", expected.keys() - entries.keys()), *_named("unexpected", entries.keys() - expected)]
     for name in expected:
         if name in entries and (entries[name].dtype, entries[name].shape) != expected[name]:
@@ -325,6 +329,29 @@ def _require_tensors(
             why="a missing tensor would be random, an unexpected one would be left out",
             fix=f"use the config.json and shards of one and the same release {layout}",
         )
+
+
+def _refuse_other_layouts(directory: Path, entries: dict[str, TensorEntry], expected: dict[str, TensorSpec]) -> None:
+    """Raise InputError, by its name, for a layout that other tools write: experts one by one, float32 or float16."""
+    single = sorted(name for name in entries.keys() - expected if _SINGLE_EXPERT.search(name))
+    if single:
+        raise InputError(
+            f"{directory} stores every expert in tensors of its own, such as {single[0]}",
+            why="the published checkpoints and transformers stack a layer's experts in one tensor",
+            fix="use the release that it was made from, or stack them: gate_up_proj [E, D, 2F], down_proj [E, F, D]",
+        )
+    cast = sorted(n for n, (dtype, _) in expected.items() if dtype == "BF16" and n in entries and _is_wide(entries[n]))
+    if cast:
+        kinds = " and ".join(sorted({_WIDE[entries[name].dtype] for name in cast}))
+        raise InputError(
+            f"{directory} is in {kinds}: {len(cast):,} of its {len(expected):,} tensors, such as {cast[0]}",
+            why="gpt-oss is published in bfloat16, and a base is read as it is, never rounded in silence",
+            fix="cast these tensors to bfloat16 (safetensors.torch: load_file, tensor.to(torch.bfloat16), save_file)",
+        )
+
+
+def _is_wide(entry: TensorEntry) -> bool:
+    return entry.dtype in _WIDE
 
 
 def _named(kind: str, names: Iterable[str]) -> list[str]:

@@ -22,7 +22,8 @@ from finetune.config.schema import RunConfig
 from finetune.config.suggest import suggest_run
 from finetune.config.validate import dump_yaml, load_run_config, to_plain
 from finetune.errors import ConfigError, InputError, MachineError
-from finetune.files import read_json, write_json, write_text
+from finetune.files import fix_for, write_json, write_text
+from finetune.manifest import read_manifest
 from finetune.results import Evaluation, write_evaluation
 
 
@@ -96,7 +97,7 @@ class Run:
         except OSError as error:
             raise MachineError(
                 f"cannot make the run directory {path}: {error.strerror}",
-                fix="set output_dir to a place you may write to",
+                fix=fix_for(error, "set output_dir to a place you may write to"),
             ) from error
         run = cls(path, config)
         stored = absolute_paths(config, Path.cwd())
@@ -156,9 +157,9 @@ class Run:
         """Content of manifest.json, {} if there is none yet.
 
         Raises:
-            InputError: it is not JSON.
+            InputError: it is not a manifest, see `finetune.manifest.read_manifest`.
         """
-        return read_json(self.manifest, "a run's manifest") if self.manifest.exists() else {}
+        return read_manifest(self.path)
 
     def update_manifest(self, **entries: Any) -> None:
         """Add entries to manifest.json."""

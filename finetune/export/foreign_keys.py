@@ -46,7 +46,11 @@ _OTHERS: tuple[tuple[str, str, str], ...] = (
     (r"\.lora_[ab]$", "mlx-lm's names", "import the adapter that it was made from"),
     (r"^(module\.)?decoder\.layers\.|linear_(qkv|proj|fc[12])", "Megatron-Core's names", "export it to PEFT's layout"),
     (r"norm\.", "norms", "train it without them"),
-    (r"_proj(\.weight|_blocks|_scales)?$", "whole weights, no LoRA factors", "give a whole model as a base (model.path)"),
+    (
+        r"_proj(\.weight|_blocks|_scales)?$",
+        "whole weights, no LoRA factors",
+        "give a whole model as a base (model.path)",
+    ),
 )
 
 

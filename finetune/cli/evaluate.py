@@ -11,6 +11,7 @@ from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
 from finetune.cli.generate import add_sampling, check_sampling
 from finetune.errors import ConfigError
+from finetune.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
     )
     out, evaluation = evaluate(args.run, args.out, options)
-    (out / "README.md").write_text(describe_evaluation(evaluation), encoding="utf-8")
+    write_text(out / "README.md", describe_evaluation(evaluation))
     text = unescaped(describe_evaluation(evaluation, details=False))
     log.result(json.dumps(to_json(evaluation), indent=2) if args.json else text)
     log.info(f"figures: {out / 'summary.json'}, per example: {out / 'rows.jsonl'}, per label: {out / 'README.md'}")

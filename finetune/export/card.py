@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune import log
 from finetune.adapters.store import BaseRecord
 from finetune.config.expert_selection import highest_rank
 from finetune.config.paths import resolve_data_path, shipped_dir
@@ -23,6 +24,7 @@ from finetune.data.dataset import load_split
 from finetune.errors import FinetuneError
 from finetune.export.record import AdapterCheck, ExportRecord, MergeCheck, Skipped
 from finetune.export.survival.effect import Effect
+from finetune.files import write_text
 from finetune.model.tiny import ATTRIBUTION
 from finetune.results import Evaluation, read_evaluation
 
@@ -90,7 +92,7 @@ def write_card(path: Path, record: ExportRecord, run: Path | None, commands: Seq
         _LIMITS,
         _serving(record, commands),
     ]
-    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(section for section in sections if section) + "\n")
 
 
 def _front(record: ExportRecord) -> str:
@@ -323,10 +325,11 @@ def _config(run: Path | None) -> RunConfig | None:
 
 
 def _results(run: Path | None) -> Evaluation | None:
-    """The run's evaluation.json; None if it is missing or damaged."""
+    """The run's evaluation.json; None if it is missing, or (with a warning) damaged."""
     try:
         return read_evaluation(run / "evaluation.json") if run else None
-    except FinetuneError:
+    except FinetuneError as error:
+        log.warning(f"the model card says nothing of the evaluation: {error.what}")
         return None
 
 

@@ -5,7 +5,7 @@ Made from a run's files alone, so it works on a run that is still going or was s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finetune.figures import MODELS
@@ -40,21 +40,39 @@ def write_report(run: Path) -> Path:
         The report's path.
     """
     files = RunFiles.read(run)
-    manifest, checks = files.manifest, check_lines(files.manifest)
-    overrides = ", ".join(code(text) for text in manifest.get("overrides", [])) or "none"
-    sections = [
-        f"# Run {escaped(run.name)}\n\n{summary(manifest, files.trained)}",
-        _evaluation(files.trained),
-        survival_section(files.survival, run),
-        _training(files),
-        experts_section(run, manifest),
-        "## Checks\n\n" + "\n".join(checks) if checks else "",
-        _figures(manifest),
-        f"## Configuration\n\nThe whole of it is in `config.yaml`; overrides on the command line: {overrides}.",
+    manifest = files.manifest
+    makers: list[Callable[[], str]] = [
+        lambda: summary(manifest, files.trained),
+        lambda: _evaluation(files.trained),
+        lambda: survival_section(files.survival, run),
+        lambda: _training(files),
+        lambda: experts_section(run, manifest),
+        lambda: _checks(files),
+        lambda: _figures(manifest),
+        lambda: _configuration(manifest),
     ]
+    sections = [f"# Run {escaped(run.name)}", *map(_section, makers)]
     path = run / "report.md"
     write_text(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
+
+
+def _section(make: Callable[[], str]) -> str:
+    """One section; another version's run may differ in what it needs, which must not cost the others."""
+    try:
+        return make()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return f"*This part cannot be made from the run's files ({escaped(f'{type(error).__name__}: {error}')}).*"
+
+
+def _checks(files: RunFiles) -> str:
+    lines = check_lines(files.manifest) + [f"- **{escaped(text)}**" for text in files.unreadable]
+    return "## Checks\n\n" + "\n".join(lines) if lines else ""
+
+
+def _configuration(manifest: JsonObject) -> str:
+    overrides = ", ".join(code(text) for text in manifest.get("overrides", [])) or "none"
+    return f"## Configuration\n\nThe whole of it is in `config.yaml`; overrides on the command line: {overrides}."
 
 
 def outcome(run: Path) -> str:

@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from finetune.cli.main import main
-from finetune.config import paths
+from finetune.config import layers, paths
 from finetune.config.paths import matching_files
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data import dataset, files, read_text, readers
@@ -211,3 +211,15 @@ def test_faults_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.Monke
     config = DataConfig(train={"mine": SourceConfig(path=str(tmp_path / "rows.json"))}, cache=False)
     with pytest.raises(InputError, match=r"20 records are left out, of 2\d"):
         load_split(config, "train", check=False)
+
+
+def test_recipes_without_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "long.yaml").write_text("# " + "x" * 5000)
+    monkeypatch.setattr(layers, "MOST_CHARACTERS", 4000)
+    for name, words in (("zero", "is not a file"), ("pipe", "is not a file"), ("long", "more than 4,000 characters")):
+        assert main(["data", "stats", str(tmp_path / f"{name}.yaml")]) == 2
+        assert words in capsys.readouterr().err

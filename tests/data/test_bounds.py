@@ -184,6 +184,23 @@ def test_giant_values_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "and they would not fit into memory" in refusal(tmp_path / "rows.parquet")
 
 
+def test_texts_that_repeat_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 10_000)
+    sizes: list[int] = []
+    converted = readers._table_records
+
+    def counted(batch: Any) -> Any:
+        sizes.append(len(batch))
+        return converted(batch)
+
+    monkeypatch.setattr(readers, "_table_records", counted)
+    for length, expected in ((10, [64, 36]), (3000, [1] * 100)):
+        sizes.clear()
+        column = pa.array(["b" * length] * 100)
+        parquet.write_table(pa.table({"prompt": column, "completion": column}), tmp_path / "rows.parquet")
+        assert len(read(tmp_path / "rows.parquet")) == 100 and sizes == expected
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -61,6 +61,10 @@ def parsed(raw: JsonObject, think_tags: ThinkTags) -> Conversation:
         ("template", "<<SYS>>", "<<SYS>>Be brief.<</SYS>> 4"),
         ("template", "<s>", "<s>4"),
         ("template", "</s>", "4 </s>\n"),
+        ("template", "</s>", "4</s>And then?"),
+        ("template", "<s>", "<s>4</s>"),
+        ("template", "<|/answer|>", "4<|/answer|>"),
+        ("headings", "USER:", "A chat. USER: Hi ASSISTANT: Hello"),
         ("template", "<｜Assistant｜>", "<｜Assistant｜>4"),
         ("template", "<|user|>", "4<|user|>"),
         ("tool_calls", "<tool_call>", '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'),
@@ -80,7 +84,8 @@ def test_each_kind_is_found(kind: str, spelling: str, text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "4", "a < b > c", "f <| g |> h", "x |> f", "let y = [1, 2]", "<b>4</b>", "an <s>old</s> price", "I think so.",
+        "4", "a < b > c", "f <| g |> h", "x |> f", "let y = [1, 2]", "<b>4</b>",
+        "an <s>old</s> price", "<s>old</s> new", "USER: ?", "I think so.",
         "Answer: 4", "## Response\n4", '{"name": "someone", "age": 3}', "{broken", "<tools>", "| a | b |", "[INSTALL]",
     ],
 )  # fmt: skip
@@ -115,6 +120,8 @@ def test_every_text_of_a_record_counts_once() -> None:
     ("text", "expected"),
     [
         (THOUGHT, ("Two and two.", "4")),
+        ("◁think▷a◁/think▷b", ("a", "b")),
+        ("[THINK]a[/THINK]b", ("a", "b")),
         ("<think>\n\n</think>\n\n4", ("", "4")),
         ("Two.\n</think>\n4", ("Two.", "4")),
         ("<THINK>a</think>b</think>", ("a", "b</think>")),

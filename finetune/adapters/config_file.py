@@ -146,7 +146,7 @@ class PeftConfig:
 
     @property
     def expert_order(self) -> str | None:
-        """Unsloth's word for the order of experts' lora_B: expert after expert [out, E·r], or PEFT's; None: not said."""
+        """Unsloth's word for the order of experts' lora_B: expert after expert, or PEFT's; None: not said."""
         return next(iter(_orders(self.settings, "lora_B_layout")), None)
 
     @property

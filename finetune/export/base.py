@@ -120,7 +120,7 @@ def check_fits(arch: Arch, adapter: AdapterFile) -> None:
 
 
 def _warn_of_missing_sites(arch: Arch, adapter: AdapterFile) -> None:
-    """Name the weights that are adapted in some layers, and whose factors in others are missing though they are meant."""
+    """Name weights that the settings adapt in every layer, and whose factors are missing in some."""
     names = {site.name for site in adapter.sites}
     missing = [
         module_path(layer, name)

@@ -25,7 +25,7 @@ from finetune.results import (
 TITLES: Mapping[str, str] = {"base": "base", "adapter": "base + adapter", "reference": "the real continuation"}
 NO_VALUE = "–"
 NUM_BINS = 10
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~&!$]|^[-+](?= )|(?<=^\d)[.)]")
+_MARKDOWN = re.compile(r"[\\`*\[\]<>#|~&!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[-+](?= )|(?<=^\d)[.)]")
 _MARKS = re.compile(r"\\([!-/:-@\[-`{-~])|\*\*|`")
 _MODEL_TITLES = (TITLES["base"], TITLES["adapter"], "difference")
 _LABEL_FIGURES = {

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.adapters.audit import audit_gradients
 from finetune.adapters.attach import attach_adapter
+from finetune.adapters.audit import audit_gradients
 from finetune.arch import Arch
 from finetune.cli.main import _as_known, main
 from finetune.config.compose import compose
@@ -173,7 +173,9 @@ def test_names_that_no_file_can_have(name: object) -> None:
 def test_a_saturated_router_is_named(tiny_base: Path) -> None:
     base = build_base(Checkpoint.open(tiny_base), torch.device("cpu"), torch.float32, experts_per_chunk=8)
     config = AdapterConfig(
-        attention=AttentionAdapterConfig(rank=0), experts=ExpertAdapterConfig(rank=0), router=RouterAdapterConfig(mode="lora")
+        attention=AttentionAdapterConfig(rank=0),
+        experts=ExpertAdapterConfig(rank=0),
+        router=RouterAdapterConfig(mode="lora"),
     )
     adapter = attach_adapter(base, config, seed=0)
     with pytest.raises(CheckError, match=r"routers' factors(.|\n)*saturated(.|\n)*adapter\.router\.mode=frozen"):
@@ -231,7 +233,9 @@ def test_scores_of_experts_have_types(tmp_path: Path) -> None:
         read_expert_scores(path)
 
 
-@pytest.mark.parametrize("damage", ["[]", '{"key": "k", "shards": [1]}', '{"key": "k", "shards": {"a": 3}}', "digit", "["])
+@pytest.mark.parametrize(
+    "damage", ["[]", '{"key": "k", "shards": [1]}', '{"key": "k", "shards": {"a": 3}}', "digit", "["]
+)
 def test_a_damaged_list_of_finished_files_starts_the_export_again(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -284,7 +288,9 @@ def test_a_name_that_is_too_long_is_not_a_full_disk(tmp_path: Path) -> None:
     assert known is not None and known.fix is not None and known.fix.startswith("choose a shorter name")
 
 
-@pytest.mark.parametrize("command, word", [("train", "data.max_length"), ("export", "--no-verify"), ("chat", "a machine")])
+@pytest.mark.parametrize(
+    "command, word", [("train", "data.max_length"), ("export", "--no-verify"), ("chat", "a machine")]
+)
 def test_memory_that_runs_out_is_answered_with_what_the_command_can_change(command: str, word: str) -> None:
     known = _as_known(MemoryError(), command)
     assert isinstance(known, FinetuneError) and known.exit_code == 4 and known.fix is not None

@@ -70,7 +70,10 @@ def changed(content: Any, number: int, other: Any) -> Any:
     return whole[0]
 
 
-change = {"number": st.integers(0, 10_000), "other": anything | st.sampled_from([10**400, -1, 0, 1e308, [[]], {"a": []}])}
+change = {
+    "number": st.integers(0, 10_000),
+    "other": anything | st.sampled_from([10**400, -1, 0, 1e308, [[]], {"a": []}]),
+}
 
 
 def read_all_of(run: Path) -> None:

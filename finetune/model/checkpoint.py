@@ -317,12 +317,19 @@ def _require_tensors(
     Raises:
         InputError: names the differences.
     """
-    _refuse_other_layouts(directory, entries, expected)
+    _refuse_single_experts(directory, entries, expected)
     problems = [*_named("missing", expected.keys() - entries.keys()), *_named("unexpected", entries.keys() - expected)]
-    for name in expected:
-        if name in entries and (entries[name].dtype, entries[name].shape) != expected[name]:
-            dtype, sizes = expected[name]
-            problems.append(f"{name} is {entries[name].dtype} {list(entries[name].shape)}, not {dtype} {list(sizes)}")
+    differing = [name for name in expected if name in entries and _spec(entries[name]) != expected[name]]
+    if not problems and differing and all(_is_only_wider(entries[name], expected[name]) for name in differing):
+        kinds = " and ".join(sorted({_WIDE[entries[name].dtype] for name in differing}))
+        raise InputError(
+            f"{directory} is in {kinds}: {len(differing):,} of its {len(expected):,} tensors, such as {differing[0]}",
+            why="gpt-oss is published in bfloat16, and a base is read as it is, never rounded in silence",
+            fix="cast these tensors to bfloat16 (safetensors.torch: load_file, tensor.to(torch.bfloat16), save_file)",
+        )
+    for name in differing:
+        (dtype, sizes), found = expected[name], entries[name]
+        problems.append(f"{name} is {found.dtype} {list(found.shape)}, not {dtype} {list(sizes)}")
     if problems:
         raise InputError(
             f"{directory} does not have the tensors that its {CONFIG_FILE} describes: {join(problems, limit=4)}",
@@ -331,8 +338,7 @@ def _require_tensors(
         )
 
 
-def _refuse_other_layouts(directory: Path, entries: dict[str, TensorEntry], expected: dict[str, TensorSpec]) -> None:
-    """Raise InputError, by its name, for a layout that other tools write: experts one by one, float32 or float16."""
+def _refuse_single_experts(directory: Path, entries: dict[str, TensorEntry], expected: dict[str, TensorSpec]) -> None:
     single = sorted(name for name in entries.keys() - expected if _SINGLE_EXPERT.search(name))
     if single:
         raise InputError(
@@ -340,18 +346,15 @@ def _refuse_other_layouts(directory: Path, entries: dict[str, TensorEntry], expe
             why="the published checkpoints and transformers stack a layer's experts in one tensor",
             fix="use the release that it was made from, or stack them: gate_up_proj [E, D, 2F], down_proj [E, F, D]",
         )
-    cast = sorted(n for n, (dtype, _) in expected.items() if dtype == "BF16" and n in entries and _is_wide(entries[n]))
-    if cast:
-        kinds = " and ".join(sorted({_WIDE[entries[name].dtype] for name in cast}))
-        raise InputError(
-            f"{directory} is in {kinds}: {len(cast):,} of its {len(expected):,} tensors, such as {cast[0]}",
-            why="gpt-oss is published in bfloat16, and a base is read as it is, never rounded in silence",
-            fix="cast these tensors to bfloat16 (safetensors.torch: load_file, tensor.to(torch.bfloat16), save_file)",
-        )
 
 
-def _is_wide(entry: TensorEntry) -> bool:
-    return entry.dtype in _WIDE
+def _spec(entry: TensorEntry) -> TensorSpec:
+    return entry.dtype, entry.shape
+
+
+def _is_only_wider(entry: TensorEntry, expected: TensorSpec) -> bool:
+    """Whether a tensor is the expected one in float32 or float16."""
+    return expected[0] == "BF16" and entry.dtype in _WIDE and entry.shape == expected[1]
 
 
 def _named(kind: str, names: Iterable[str]) -> list[str]:

@@ -43,7 +43,7 @@ READ_OR_UNUSED = {
     "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode",
     "layers_pattern", "megatron_core", "runtime_config", "ensure_weight_tying", "qalora_group_size",
 }  # fmt: skip
-# The values that were meant of others; whatever is listed nowhere, such as a setting of a later release, asks for nothing.
+# The values that were meant of others; what is listed nowhere, such as a setting of a later release, has none.
 MEANT: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True,), "fine_tune_type": ("lora",),
 }  # fmt: skip
@@ -225,7 +225,6 @@ class Exported:
         assert self.peft
         paths = {path for _, path in self.peft.stems.values()}
         return _left_out({path for path in paths if not self.peft.targets(path)}, "targets")
-
 
     def _odd_setting(self) -> str | None:
         """A setting that was not meant: it would make another update of the same tensors, or names another base."""

@@ -41,6 +41,7 @@ def test_special_files_are_refused_before_they_are_opened(tmp_path: Path) -> Non
     assert "rows.jsonl is a pipe, not a file" in refusal(tmp_path / "rows.jsonl")
     assert "is a pipe" in refusal(tmp_path / "*.jsonl"), "in a pattern too"
     assert "/dev/zero is a device" in refusal("/dev/zero")
+    assert "is a file of the kernel" in refusal("/proc/cpuinfo")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
     assert "zero.jsonl is a device" in refusal(tmp_path / "zero.jsonl"), "through a link"
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nothing")

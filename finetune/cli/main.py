@@ -41,11 +41,14 @@ COMMANDS = {
 }
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _NOT_UTF8 = "its name would have to stand in recipes, JSON and safetensors files, which are"
-_MORE_MEMORY = {
-    "train": "shorten data.max_length, lower trainer.micro_batch_size or model.experts_per_chunk, keep "
-    "trainer.activation_checkpointing=true, or lower adapter.experts.rank",
+_SMALLER_STEPS = (
+    "shorten data.max_length, lower trainer.micro_batch_size or model.experts_per_chunk, keep "
+    "trainer.activation_checkpointing=true, or lower adapter.experts.rank"
+)
+_LESS_MEMORY = {
+    "": _SMALLER_STEPS,
+    "train": _SMALLER_STEPS,
     "export": "free memory, or export on a machine with more; --no-verify leaves out the comparison, which needs most",
-    "": "free memory, or run the command on a machine with more",
 }
 _FIRST_STEPS = """first steps:
   finetune doctor                                     # is this machine ready?
@@ -163,7 +166,10 @@ def _as_known(error: Exception, command: str) -> FinetuneError | None:
     """Recognise failures of the machine, which any code may raise."""
     if is_out_of_memory(error):
         first = (str(error).splitlines() or ["out of memory"])[0]
-        return CapacityError(f"out of memory: {first}", fix=_MORE_MEMORY.get(command, _MORE_MEMORY[""]))
+        return CapacityError(
+            f"out of memory: {first}",
+            fix=_LESS_MEMORY.get(command, "free memory, or run the command on a machine with more"),
+        )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return MachineError(f"the disk is full{where}", fix="free some space, or set output_dir to another disk")

@@ -25,6 +25,7 @@ from finetune.errors import FinetuneError
 from finetune.export.record import AdapterCheck, ExportRecord, MergeCheck, Skipped
 from finetune.export.survival.effect import Effect
 from finetune.files import write_text
+from finetune.log import markdown_code, markdown_text, printable
 from finetune.model.tiny import ATTRIBUTION
 from finetune.results import Evaluation, read_evaluation
 
@@ -120,16 +121,17 @@ def _serving(record: ExportRecord, commands: Sequence[str]) -> str:
 
 def _title(record: ExportRecord, manifest: _Manifest) -> str:
     base = Path(record.base.name or "gpt-oss").name
-    return f"{base}, fine-tuned with {manifest.recipe}" if manifest.recipe else f"{base}, fine-tuned"
+    title = f"{base}, fine-tuned with {manifest.recipe}" if manifest.recipe else f"{base}, fine-tuned"
+    return markdown_text(title)
 
 
 def _base(base: BaseRecord) -> str:
     if not base.name:
         return "(not named by the adapter)"
     name = base.name if base.revision else Path(base.name).name
-    revision = f" at `{base.revision}`" if base.revision else ""
-    identity = f"identity `{base.identity}`" if base.identity else "identity not recorded"
-    return f"`{name}`{revision} ({identity})"
+    revision = f" at {markdown_code(base.revision)}" if base.revision else ""
+    identity = f"identity {markdown_code(base.identity)}" if base.identity else "identity not recorded"
+    return f"{markdown_code(name)}{revision} ({identity})"
 
 
 def _survival(record: ExportRecord) -> str:
@@ -169,7 +171,7 @@ def _data(config: RunConfig | None, manifest: _Manifest) -> str:
     }
     for path in sorted(sources):
         licence = _licence_entry(path, "Licence") or UNKNOWN_LICENCE
-        lines.append(f"- `{_shown_name(path)}`, sha256 of its content `{_content_hash(path)}`: {licence}")
+        lines.append(f"- {markdown_code(_shown_name(path))}, sha256 of its content `{_content_hash(path)}`: {licence}")
     return "## Data\n\n" + "\n".join([*lines, *manifest.data]) + "\n\nNo records are shown here."
 
 
@@ -191,7 +193,10 @@ def attribution_section(base: BaseRecord, sources: Iterable[str] | None) -> str:
     """
     parts = [f"{ATTRIBUTION}\n\n**The base**:\n\n{base_attributions(base)}"]
     if sources is not None:
-        lines = [f"- `{_shown_name(path)}`: {_source_attribution(path) or UNKNOWN_LICENCE}" for path in sorted(sources)]
+        lines = [
+            f"- {markdown_code(_shown_name(path))}: {_source_attribution(path) or UNKNOWN_LICENCE}"
+            for path in sorted(sources)
+        ]
         parts.append("**What the adapter was trained on**:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
@@ -201,14 +206,16 @@ def base_attributions(base: BaseRecord) -> str:
     if not base.name:
         return "Not named by the adapter; its terms apply."
     if base.revision:  # a hub name
-        return f"`{base.name}`; its licence and usage policy go with this model."
+        return f"{markdown_code(base.name)}; its licence and usage policy go with this model."
     path = Path(base.name).expanduser()
     try:
         text = (path / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return f"`{path.name}`. Its README.md was not there: carry its terms and attributions on yourself."
+        return f"{markdown_code(path.name)}. Its README.md was not there: carry its terms and attributions on yourself."
     section = text.partition(f"\n{ATTRIBUTION}\n")[2].partition("\n## ")[0].strip()
-    return section or f"`{path.name}`. Its README.md names no attributions; its licence goes with this model."
+    return (
+        section or f"{markdown_code(path.name)}. Its README.md names no attributions; its licence goes with this model."
+    )
 
 
 def _source_attribution(path: str) -> str | None:
@@ -239,7 +246,7 @@ def examples_section(config: RunConfig | None) -> str:
     try:
         split = load_split(config.data, "test" if config.data.test else "train")
     except FinetuneError as error:
-        return f"## Examples\n\nThe data could not be read when this card was written: {error.what}."
+        return f"## Examples\n\nThe data could not be read when this card was written: {markdown_text(error.what)}."
     parts = []
     for record in split.records[:NUM_EXAMPLES]:
         texts: list[tuple[str, str]] = [(message.role, message.content) for message in record.messages]
@@ -247,7 +254,7 @@ def examples_section(config: RunConfig | None) -> str:
             texts.append(("text", record.conversation.text))
         parts.append("\n".join(f"{role}: {text}" for role, text in texts))
     # Indented text is shown as it is: nothing in the data becomes markup.
-    blocks = ["\n".join(f"    {line}" for line in part.splitlines()) for part in parts]
+    blocks = ["\n".join(f"    {printable(line)}" for line in part.splitlines()) for part in parts]
     return f"## Examples\n\nThe first records of the {split.name} data, unchanged.\n\n" + "\n\n---\n\n".join(blocks)
 
 
@@ -264,13 +271,14 @@ def _recipe(config: RunConfig | None, manifest: _Manifest) -> str:
         f"- {manifest.total_steps or '?'} steps, {trainer.epochs:g} epochs, learning rate "
         f"{trainer.peak_learning_rate:g}, seed {config.seed}, sequences of {config.data.max_length:,} tokens",
     ]
-    return f"## Recipe\n\n`{manifest.recipe or '?'}`\n\n" + "\n".join(lines)
+    return f"## Recipe\n\n{markdown_code(str(manifest.recipe or '?'))}\n\n" + "\n".join(lines)
 
 
 def _expert_rank(experts: ExpertAdapterConfig) -> str:
     if experts.rank_by == "uniform":
         return str(experts.rank)
-    return f"{experts.rank} on average, distributed by {Path(experts.rank_by).name} (at most {highest_rank(experts)})"
+    scores = markdown_code(Path(experts.rank_by).name)
+    return f"{experts.rank} on average, distributed by {scores} (at most {highest_rank(experts)})"
 
 
 def _evaluation(evaluation: Evaluation | None, when: str) -> str:
@@ -298,14 +306,14 @@ def _checks(record: ExportRecord) -> str:
             f", to a relative difference of {found.max_relative_difference:.1e}. No server was run for this."
         )
     if not isinstance(found, MergeCheck):
-        return f"## Checks\n\nNot verified ({found.skipped})." if isinstance(found, Skipped) else ""
+        return f"## Checks\n\nNot verified ({markdown_text(found.skipped)})." if isinstance(found, Skipped) else ""
     lines = [
         f"- every weight was compared with base + update by third-party code in a fresh process: "
         f"{found.weights.tensors_changed} changed, all others as in the base"
     ]
     logits = found.logits
     if isinstance(logits, Skipped):
-        lines.append(f"- logits were not compared: {logits.skipped}")
+        lines.append(f"- logits were not compared: {markdown_text(logits.skipped)}")
     else:
         adapted = logits.adapted
         lines.append(
@@ -338,8 +346,8 @@ def _read_manifest(run: Path | None) -> _Manifest:
     try:
         content = json.loads((run / "manifest.json").read_text(encoding="utf-8")) if run else {}
         data = tuple(
-            f"- {split}: {figures['rows']:,} examples, {figures['trained_tokens']:,} of {figures['tokens']:,} tokens "
-            f"trained or scored, fingerprint `{figures['fingerprint']}`"
+            f"- {markdown_text(split)}: {figures['rows']:,} examples, {figures['trained_tokens']:,} of "
+            f"{figures['tokens']:,} tokens trained or scored, fingerprint {markdown_code(figures['fingerprint'])}"
             for split, figures in content.get("data", {}).items()
         )
         return _Manifest(content.get("recipe"), content.get("total_steps"), data)

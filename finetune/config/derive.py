@@ -9,7 +9,14 @@ from pathlib import Path
 
 from finetune.config.expert_selection import highest_rank, parse_rank_by, parse_select, require_file
 from finetune.config.fields import Plain
-from finetune.config.paths import HUB_PREFIX, fix_for_missing_data, is_glob, matching_files, resolve_data_path
+from finetune.config.paths import (
+    HUB_PREFIX,
+    fix_for_missing_data,
+    is_glob,
+    matching_files,
+    refuse_special_file,
+    resolve_data_path,
+)
 from finetune.config.rules import DEEPSPEED
 from finetune.config.schema import ExpertAdapterConfig, RunConfig, SourceConfig
 from finetune.config.suggest import looks_like_directory, suggest_base, suggest_path
@@ -151,6 +158,8 @@ def _describe_source(key: str, path: str) -> str:
     if not found:
         what = "no file matches" if is_glob(path) else "there is no file"
         raise InputError(f"{key}: {what} {resolve_data_path(path)}", fix=_data_fix(path))
+    for file in found:
+        refuse_special_file(f"{key}:", file)
     if len(found) == 1 and found[0].is_dir():
         return f"{found[0]}, a directory"
     size = sum(file.stat().st_size for file in found)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
+import stat
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +15,8 @@ from finetune.errors import InputError, MachineError
 
 SHIPPED_PREFIX = "shipped://"
 HUB_PREFIX = "hub://"
+MOST_DIRECTORIES, MOST_ENTRIES = 20_000, 1_000_000
+"""A pattern that leads through more of them is refused: it was not meant to search a whole disk."""
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -80,9 +86,119 @@ def matching_files(path: str) -> list[Path]:
     if path.startswith(HUB_PREFIX):
         return []
     found = resolve_data_path(path)
-    if found.exists():
-        return [found]
-    return sorted(Path(name) for name in glob.glob(str(found), recursive=True)) if is_glob(path) else []
+    try:
+        if found.exists():
+            return [found]
+    except OSError as error:  # a name that is too long, a directory that may not be read
+        raise InputError(f"the path {path[:200]} cannot be looked up", why=str(error.strerror)) from None
+    return _Pattern(path, found).matches() if is_glob(path) else []
+
+
+class _Pattern:
+    """A pattern of paths, matched as `glob.glob(..., recursive=True)` matches it, but over a bounded number of entries.
+
+    Args:
+        written: the pattern as the recipe has it, for the message.
+        path: the same as a path.
+    """
+
+    def __init__(self, written: str, path: Path) -> None:
+        self._written, self._path = written, path
+        self._num_directories = self._num_entries = 0
+
+    def matches(self) -> list[Path]:
+        """All that matches, sorted by name.
+
+        Raises:
+            InputError: the pattern leads through more directories or entries than data has.
+        """
+        root = Path(self._path.anchor)
+        parts = self._path.parts[1:] if self._path.anchor else self._path.parts
+        return sorted(set(self._below(root, parts, ())))
+
+    def _below(self, directory: Path, parts: tuple[str, ...], above: tuple[tuple[int, int], ...]) -> Iterator[Path]:
+        part, rest = parts[0], parts[1:]
+        if not glob.has_magic(part):
+            if not rest:
+                yield from [directory / part] if os.path.lexists(directory / part) else []
+            elif (directory / part).is_dir():
+                yield from self._below(directory / part, rest, ())
+            return
+        if part != "**":
+            for entry in self._entries(directory):
+                hidden = entry.name.startswith(".") and not part.startswith(".")
+                if not hidden and fnmatch.fnmatchcase(entry.name, part):
+                    if not rest:
+                        yield directory / entry.name
+                    elif _is_directory(entry):
+                        yield from self._below(directory / entry.name, rest, ())
+            return
+        if rest:
+            yield from self._below(directory, rest, ())
+        try:
+            status = os.stat(directory)
+        except OSError:
+            return
+        if (status.st_dev, status.st_ino) in above:  # a link to a directory above it
+            return
+        for entry in self._entries(directory):
+            if not entry.name.startswith("."):
+                if not rest:
+                    yield directory / entry.name
+                if _is_directory(entry):
+                    yield from self._below(directory / entry.name, parts, (*above, (status.st_dev, status.st_ino)))
+
+    def _entries(self, directory: Path) -> list[os.DirEntry[str]]:
+        """A directory's entries; none if it may not be read, as a shell has it."""
+        self._num_directories += 1
+        try:
+            with os.scandir(directory) as scanned:
+                found = list(islice(scanned, MOST_ENTRIES + 1))
+        except OSError:
+            return []
+        self._num_entries += len(found)
+        if self._num_directories > MOST_DIRECTORIES or self._num_entries > MOST_ENTRIES:
+            raise InputError(
+                f"the pattern {self._written} leads through more than {MOST_DIRECTORIES:,} directories or "
+                f"{MOST_ENTRIES:,} entries",
+                why=f"it has come to {directory}",
+                fix="begin it with the directory of the data, and write ** only where folders differ in depth",
+            )
+        return found
+
+
+def _is_directory(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def refuse_special_file(place: str, path: Path) -> None:
+    """Refuse what is neither a file nor a directory, before it is opened: reading it may never end.
+
+    Args:
+        place: what names the file, for the message.
+        path: an existing path, or a link.
+
+    Raises:
+        InputError: a device, pipe, socket, or a link to nothing.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        what = "is a link to nothing" if path.is_symlink() else f"cannot be looked up: {error.strerror}"
+        raise InputError(f"{place} {path} {what}", fix="give a file that is there") from None
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return
+    kinds = {
+        stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a block device",
+    }  # fmt: skip
+    raise InputError(
+        f"{place} {path} is {kinds.get(stat.S_IFMT(mode), 'a special file')}, not a file",
+        why="data is read more than once and from its beginning, and this may have no end",
+        fix="write the records into a file first",
+    )
 
 
 def prepared_dir() -> Path:

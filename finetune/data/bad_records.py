@@ -24,7 +24,7 @@ _FIXES = {
     "not a message": "write each message as {role, content}, or each turn of ShareGPT as {from, value}",
     "broken JSON": "write each record as one line of JSON, as json.dumps does",
     "repeated key": "write each key once per object",
-    "line too long": "split the record: no line may have more than 256 MiB",
+    "line too long": "split the record: no line may have more than 64 MiB",
     "not UTF-8": "convert the file: iconv -f latin1 -t utf-8 FILE > OTHER (or whatever encoding it has)",
     "broken character": "remove the half character, which cutting a text between two UTF-16 units leaves",
     "wrong number of cells": "quote cells that contain the delimiter",

@@ -36,6 +36,7 @@ from finetune.errors import ConfigError, InputError
 from finetune.log import printable
 
 _RECORDS_SHOWN = 3
+MOST_BAD_RECORDS = 1_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,7 @@ def tokenise(config: DataConfig, split: SplitName, writer: TableWriter) -> Split
             answers = stats.answers.setdefault(name, {})
             for raw in read_raw_records(name, source):
                 progress.advance()
+                _refuse_if_most_are_bad(split, stats)
                 if isinstance(raw, BadRecord):
                     if counts_broken:
                         stats.bad_records.append(raw)
@@ -140,6 +142,17 @@ def tokenise(config: DataConfig, split: SplitName, writer: TableWriter) -> Split
                 split_key.check()
     stats.fingerprint = digest.hexdigest()
     return stats
+
+
+def _refuse_if_most_are_bad(split: SplitName, stats: SplitStats) -> None:
+    """Stop before the faults of a file of another kind fill the memory."""
+    for left_out in (stats.bad_records, stats.dropped):
+        if len(left_out) > MOST_BAD_RECORDS:
+            raise InputError(
+                f"data.{split}: {MOST_BAD_RECORDS:,} records are left out, of {stats.num_records + len(left_out):,}",
+                why="\n       ".join([count_kinds(left_out), *named(left_out, _RECORDS_SHOWN)]),
+                fix=fix_for(left_out),
+            )
 
 
 def _usable_examples(raw: RawRecord, source: SourceConfig, config: DataConfig, stats: SplitStats) -> Sequence[Example]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from finetune.config.paths import (
     SHIPPED_PREFIX,
     fix_for_missing_data,
     is_glob,
     matching_files,
+    refuse_special_file,
     resolve_data_path,
     shipped_dir,
 )
@@ -25,6 +27,22 @@ from finetune.log import printable
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_MAGIC = (
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "zstd -d FILE"),
+    (b"BZh", "compressed with bzip2", "bzip2 -d FILE"),
+    (b"\xfd7zXZ\x00", "compressed with xz", "xz -d FILE"),
+    (b"PK\x03\x04", "a zip archive (or a spreadsheet)", "unpack it, or save the sheet as CSV"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+    (b"\x1f\x8b", "gzipped twice", "gzip -d FILE"),
+    (b"PAR1", "Parquet", "name it .parquet"),
+    (b"ARROW1", "an Arrow file", "give the directory that `datasets` saved, or write it as Parquet"),
+    (b"SQLite format 3\x00", "a database", "export its records as JSON lines"),
+    (b"\x89HDF", "an HDF5 file", "export its records as JSON lines"),
+    (b"%PDF", "a PDF", "write its text as records"),
+)
+_PIECE_BYTES = 2**18
+MAX_RATIO, ALWAYS_INFLATED = 250, 2**28
+"""Text is seldom compressed more than 20-fold, gzip can reach 1,030-fold; 256 MiB are read in any case."""
 _TEXT_SUFFIXES = (".txt", ".md")
 _DELIMITERS = {";": "a semicolon", "\t": "a tab", "|": "a bar"}
 
@@ -51,12 +69,16 @@ def find_files(name: str, path: str) -> list[Path]:
         fix = fix_for_missing_data(path) or suggest_word(missing.name, siblings)
         fix = fix or "check the source's path in the recipe"
         raise InputError(f"{place} there is no file {path}", why=looked_from, fix=fix)
+    for file in found:
+        refuse_special_file(place, file)
     if is_glob(path):
         found = [file for file in found if file.is_file()]
     for directory in (file for file in found if file.is_dir()):
         if not any((directory / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
             fix = f"name its files with a pattern, such as {path.rstrip('/')}/*.jsonl"
             raise InputError(f"{place} {path} is a directory, and not one that `datasets` saved", fix=fix)
+        for file in directory.rglob("*"):
+            refuse_special_file(place, file)
     if not found:
         raise InputError(f"{place} {path} matches directories only", fix="write the pattern so that it names files")
     return found
@@ -72,12 +94,44 @@ def label_of(written: str, path: Path) -> str:
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Open for reading bytes; gzip is recognised by the file's first bytes, or demanded by its name."""
+    """Open for reading bytes; gzip is recognised by the file's first bytes, or demanded by its name.
+
+    Reading raises InputError when a compressed file gives implausibly more bytes than it has.
+    """
     with path.open("rb") as file:
         packed = file.read(2) == _GZIP_MAGIC
     if packed or path.suffix == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
+        return cast(IO[bytes], io.BufferedReader(_Inflated(path), _PIECE_BYTES))
     return path.open("rb")
+
+
+class _Inflated(io.RawIOBase):
+    """The content of a gzip file, up to `MAX_RATIO` times its size (`ALWAYS_INFLATED` at least)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, gzip.GzipFile(path, "rb")
+        self._limit = max(ALWAYS_INFLATED, MAX_RATIO * path.stat().st_size)
+        self._count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._file.read1(len(buffer))  # what is there: a file that breaks off is read up to there
+        count = len(piece)
+        buffer[:count] = piece
+        self._count += count
+        if self._count > self._limit:
+            raise InputError(
+                f"{self._path} gives more than {self._limit:,} bytes when it is decompressed",
+                why=f"that is more than {MAX_RATIO} times its size, which no text is",
+                fix="decompress it and look at it; records that repeat so often teach nothing",
+            )
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 @contextmanager
@@ -98,6 +152,21 @@ def broken_file(place: str, position: Callable[[], str]) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise InputError(f"{place} cannot be read after {position()}", why=str(error)) from error
+
+
+def refuse_binary(place: str, start: bytes) -> None:
+    """Raise InputError if a text file begins like something else: an archive, another table format, zeros.
+
+    Args:
+        place: source and file, for messages.
+        start: its first bytes, decompressed if it was gzipped.
+    """
+    for magic, what, fix in _MAGIC:
+        if start.startswith(magic):
+            raise InputError(f"{place} is {what}, not text", fix=fix)
+    if start and (not any(start[:4:2]) or (len(start) > 3 and not any(start[1:4:2]))):
+        fix = "if it is UTF-16 without a mark: iconv -f UTF-16LE -t UTF-8 FILE > OTHER"
+        raise InputError(f"{place} begins with zero bytes, which text has not", fix=fix)
 
 
 def refuse_utf16(place: str, start: bytes) -> None:

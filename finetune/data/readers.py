@@ -5,11 +5,8 @@ A fault of one record is a `BadRecordError` in its place; a fault of a whole fil
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,28 +14,19 @@ from typing import Any
 from finetune.config.paths import HUB_PREFIX
 from finetune.config.schema import SourceConfig
 from finetune.config.suggest import suggest_word
-from finetune.data.checks import BadRecordError, parse_json
+from finetune.data.checks import BadRecordError
 from finetune.data.files import (
-    broken_file,
     find_files,
     label_of,
-    open_bytes,
-    refuse_other_delimiter,
-    refuse_plain_text,
-    refuse_utf16,
-    refuse_whole_object,
 )
+from finetune.data.read_text import MAX_LINE_BYTES, PlacedRecord, read_csv, read_json
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.files import JsonObject
 
-PlacedRecord = tuple[str, JsonObject | BadRecordError]
-"""The place (`file:line` for text, `file#n` for the n-th record of other formats) and the record, or its fault."""
+MAX_VALUES, MAX_COLUMN_VALUES = 2**22, 2**28
+"""Values in one record of a table (four million), and in one column of a row group."""
 
-MAX_LINE_BYTES = 2**28
-"""A line longer than 256 MiB is no record; it is skipped in pieces, so that it cannot fill the memory."""
-
-_PIECE_BYTES = 2**20
-_RECORDS_PER_BATCH = 256
+_RECORDS_PER_BATCH = 64
 
 
 def read_source(name: str, source: SourceConfig) -> Iterator[PlacedRecord]:
@@ -73,154 +61,6 @@ def read_source(name: str, source: SourceConfig) -> Iterator[PlacedRecord]:
             yield from read_json(place, label, path)
 
 
-def read_json(place: str, label: str, path: Path) -> Iterator[PlacedRecord]:
-    """Read JSON lines, or one JSON array if the content begins with `[`.
-
-    Args:
-        place: source and file, for messages.
-        label: the file's name in the places of its records.
-        path: plain or gzipped.
-
-    Raises:
-        InputError: the file is empty, unreadable or of another kind.
-    """
-    with broken_file(place, lambda: "its beginning"), open_bytes(path) as file:
-        start = file.read(4096)
-    refuse_utf16(place, start)
-    start = start.removeprefix(codecs.BOM_UTF8).lstrip()
-    if start.startswith(b"["):
-        yield from _read_array(place, label, path)
-        return
-    refuse_plain_text(place, path, start)
-    if _begins_a_spread_object(start):
-        with broken_file(place, lambda: "its beginning"), open_bytes(path) as file:
-            refuse_whole_object(place, file.read(MAX_LINE_BYTES))
-    empty = True
-    for number, line in _lines(place, path):
-        empty = False
-        try:
-            yield f"{label}:{number}", _parse_object(line)
-        except BadRecordError as error:
-            yield f"{label}:{number}", error
-    if empty:
-        raise InputError(f"{place} is empty", fix="give a file with one JSON record per line")
-
-
-def _begins_a_spread_object(start: bytes) -> bool:
-    """Whether a first line is the beginning of an object, but not a whole one."""
-    first, line_end, _ = start.partition(b"\n")
-    return bool(line_end) and first.rstrip().endswith((b"{", b"[", b","))
-
-
-def _lines(place: str, path: Path) -> Iterator[tuple[int, bytes | BadRecordError]]:
-    """Yield (line number from 1, line) for every line that is not blank."""
-    number = 0
-    with broken_file(place, lambda: f"line {number:,}"), open_bytes(path) as file:
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(_PIECE_BYTES)
-                yield number, BadRecordError("line too long", f"the line has more than {MAX_LINE_BYTES:,} bytes")
-            elif line.strip():
-                yield number, line
-
-
-def _parse_object(line: bytes | BadRecordError) -> JsonObject:
-    if isinstance(line, BadRecordError):
-        raise line
-    try:
-        raw = parse_json(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise BadRecordError("not UTF-8", f"the line is not UTF-8 text (byte {error.start + 1} of the line)") from None
-    if not isinstance(raw, dict):
-        raise BadRecordError("not an object", f"the line is JSON, but not an object: {str(raw)[:40]}")
-    return raw
-
-
-def _read_array(place: str, label: str, path: Path) -> Iterator[PlacedRecord]:
-    """One JSON array of records. It is read whole: JSONL is the format for files larger than memory."""
-    try:
-        with broken_file(place, lambda: "its beginning"), open_bytes(path) as file:
-            records = parse_json(file.read().decode("utf-8-sig"), "it")
-    except (BadRecordError, UnicodeDecodeError) as error:
-        why = error.reason if isinstance(error, BadRecordError) else f"it is not UTF-8: {error}"
-        fix = "correct it, or write one record per line (JSONL), which is checked record by record"
-        raise InputError(f"{place} begins like a JSON array, but cannot be read as one", why=why, fix=fix) from None
-    if not records:
-        raise InputError(f"{place} is an empty array")
-    for number, raw in enumerate(records, start=1):
-        if isinstance(raw, dict):
-            yield f"{label}#{number}", raw
-        else:
-            yield f"{label}#{number}", BadRecordError("not an object", f"the record is not an object: {str(raw)[:40]}")
-
-
-def read_csv(place: str, label: str, path: Path, delimiter: str) -> Iterator[PlacedRecord]:
-    """Read a CSV or TSV file whose first line names the columns; every value is text, an empty cell is no value.
-
-    Args:
-        place, label, path: as in `read_json`.
-        delimiter: between cells.
-
-    Raises:
-        InputError: no header or an ambiguous one, no record, or quoting that cannot be followed.
-    """
-    csv.field_size_limit(MAX_LINE_BYTES)  # the standard library stops at 128 KiB per cell
-    with broken_file(place, lambda: "its beginning"), open_bytes(path) as file:
-        refuse_utf16(place, file.read(2))
-        file.seek(0)
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
-        try:
-            with broken_file(place, lambda: f"line {rows.line_num:,}"):
-                header = next(rows, [])
-                _check_header(place, header)
-                start, empty = rows.line_num + 1, True
-                for cells in rows:
-                    if cells:
-                        empty = False
-                        yield f"{label}:{start}", _csv_record(header, cells)
-                    start = rows.line_num + 1
-        except csv.Error as error:
-            raise InputError(
-                f"{place} cannot be followed after line {rows.line_num:,}",
-                why=f"{error}; a quote that is not closed swallows the lines after it",
-                fix="correct the quoting there; the records after it cannot be told apart",
-            ) from None
-    if empty:
-        raise InputError(f"{place} has a header and no record")
-
-
-def _check_header(place: str, header: Sequence[str]) -> None:
-    if not header:
-        raise InputError(f"{place} is empty", fix="the first line names the columns")
-    refuse_other_delimiter(place, header)
-    problem = None
-    if len(set(header)) < len(header):
-        problem = f"names a column twice: {next(name for name in header if header.count(name) > 1)}"
-    elif "" in (name.strip() for name in header):
-        problem = "leaves a column without a name"
-    elif _not_utf8(header):
-        problem = "is not UTF-8"
-    if problem:
-        raise InputError(f"{place}: its first line {problem}", fix="name every column once in the first line")
-
-
-def _csv_record(header: Sequence[str], cells: Sequence[str]) -> JsonObject | BadRecordError:
-    if len(cells) != len(header):
-        return BadRecordError("wrong number of cells", f"the row has {len(cells)} cells, the header {len(header)}")
-    if _not_utf8(cells):
-        column = next(name for name, cell in zip(header, cells, strict=True) if _not_utf8([cell]))
-        return BadRecordError("not UTF-8", f"the cell of column `{column}` is not UTF-8 text")
-    return {name: cell for name, cell in zip(header, cells, strict=True) if cell != ""}
-
-
-def _not_utf8(cells: Sequence[str]) -> bool:
-    """Whether a byte that is not UTF-8 was read: `surrogateescape` leaves it as half a surrogate pair."""
-    return any("\udc80" <= character <= "\udcff" for cell in cells if not cell.isascii() for character in cell)
-
-
 def read_parquet(place: str, label: str, path: Path) -> Iterator[PlacedRecord]:
     """Read a Parquet file in batches.
 
@@ -233,10 +73,11 @@ def read_parquet(place: str, label: str, path: Path) -> Iterator[PlacedRecord]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            _refuse_giant_columns(place, file.metadata)
             for batch in file.iter_batches(batch_size=_RECORDS_PER_BATCH):
-                for raw in batch.to_pylist():
+                for record in _table_records(batch):
                     number += 1
-                    yield f"{label}#{number}", _plain_object(raw)
+                    yield f"{label}#{number}", record
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{place} cannot be read as Parquet after record {number:,}",
@@ -245,6 +86,52 @@ def read_parquet(place: str, label: str, path: Path) -> Iterator[PlacedRecord]:
         ) from None
     if number == 0:
         raise InputError(f"{place} has no record")
+
+
+def _refuse_giant_columns(place: str, metadata: Any) -> None:
+    """Refuse columns whose values, which repeat and so take no room in the file, would fill the memory when read."""
+    for group in range(metadata.num_row_groups):
+        described = metadata.row_group(group)
+        for number in range(described.num_columns):
+            column = described.column(number)
+            if column.num_values > MAX_COLUMN_VALUES or column.num_values > MAX_VALUES * max(1, described.num_rows):
+                raise InputError(
+                    f"{place}: column {column.path_in_schema} has {column.num_values:,} values in "
+                    f"{described.num_rows:,} records",
+                    why="no conversation has so many, and they would not fit into memory",
+                    fix="write the file without this column, or in smaller row groups",
+                )
+
+
+def _table_records(batch: Any) -> Iterator[JsonObject | BadRecordError]:
+    """The records of a table's batch, converted one by one if they are large together."""
+    if _num_values_of(batch) <= MAX_VALUES and batch.nbytes <= MAX_LINE_BYTES:
+        yield from map(_plain_object, batch.to_pylist())
+        return
+    for number in range(len(batch)):
+        row = batch.slice(number, 1)
+        if (count := _num_values_of(row)) > MAX_VALUES:
+            yield BadRecordError("too large", f"the record has {count:,} values, and {MAX_VALUES:,} are the most")
+        elif row.nbytes > MAX_LINE_BYTES:
+            yield BadRecordError("too large", f"the record has more than {MAX_LINE_BYTES:,} bytes")
+        else:
+            yield _plain_object(row.to_pylist()[0])
+
+
+def _num_values_of(batch: Any) -> int:
+    return sum(_num_values(column) for column in batch.columns)
+
+
+def _num_values(column: Any) -> int:
+    """Values in an Arrow array, those of nested lists included."""
+    from pyarrow import types
+
+    kind = column.type
+    if types.is_struct(kind):
+        return sum(_num_values(column.field(number)) for number in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_map(kind):
+        return len(column) + _num_values(column.flatten())
+    return len(column)
 
 
 def read_dataset_directory(place: str, label: str, path: Path, source: SourceConfig) -> Iterator[PlacedRecord]:

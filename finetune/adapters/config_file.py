@@ -198,7 +198,8 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """Text for one line: a name with control characters could change what a terminal or a card shows."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def _is_names(value: Any) -> bool:
@@ -220,8 +221,8 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_maps_to(_is_number), "names with numbers"),
     "target_parameters": (_is_names, "a list of names"),
     "target_modules": (_is_names, "a list of names"),
-    "base_model_name_or_path": (_is_text, "text"),
-    "revision": (_is_text, "text"),
+    "base_model_name_or_path": (_is_text, "a name without control characters"),
+    "revision": (_is_text, "a name without control characters"),
     "lora_B_layout": (_is_text, "text"),
     "layers_to_transform": (_is_layers, "a number or a list of numbers"),
     "exclude_modules": (_is_names, "a list of names"),

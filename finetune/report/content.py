@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.figures import MODELS, Comparison, Figure, McNemar, Model, PairFigures
+from finetune.markdown import code
 from finetune.results import (
     AnswerFigures,
     AuthorFigures,
@@ -24,7 +24,6 @@ from finetune.results import (
 TITLES: Mapping[str, str] = {"base": "base", "adapter": "base + adapter", "reference": "the real continuation"}
 NO_VALUE = "–"
 NUM_BINS = 10
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~&!$]|^[-+](?= )|(?<=^\d)[.)]")
 _MODEL_TITLES = (TITLES["base"], TITLES["adapter"], "difference")
 _LABEL_FIGURES = {
     "accuracy": "accuracy",
@@ -113,24 +112,6 @@ class Part:
     content: Sequence[Piece]
     details: Sequence[Piece] = ()
     folded: bool = False
-
-
-def code(text: str) -> str:
-    """Text from the user's data as Markdown code, whatever it contains."""
-    line = " ".join(text.split())
-    if "`" not in line:
-        return f"`{line}`"
-    fence = "`" * (max(map(len, re.findall("`+", line))) + 1)
-    return f"{fence} {line} {fence}"
-
-
-def escaped(text: str) -> str:
-    r"""Text from the user's data as Markdown text: on one line, without markup, links, images or HTML.
-
-    >>> print(escaped("<b> [a](b)"))
-    \<b\> \[a\](b)
-    """
-    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def plain(markdown: str) -> str:

@@ -230,7 +230,7 @@ class Run:
         try:
             yield
         except BaseException:
-            if self.writes and not self.status:
+            if self.writes and not self.status and not any((self.path / "logs").glob("*")):  # messages name the logs
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 

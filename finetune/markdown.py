@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 
+from finetune.log import printable
+
 _MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~&!$]|^[-+](?= )|(?<=^\d)[.)]")
 
 
 def code(text: str) -> str:
     """Text from the user's data as Markdown code, whatever it contains."""
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split())) or "(empty)"
     if "`" not in line:
         return f"`{line}`"
     fence = "`" * (max(map(len, re.findall("`+", line))) + 1)
@@ -22,4 +24,4 @@ def escaped(text: str) -> str:
     >>> print(escaped("<b> [a](b)"))
     \<b\> \[a\](b)
     """
-    return _MARKDOWN.sub(r"\\\g<0>", " ".join(text.split()))
+    return _MARKDOWN.sub(r"\\\g<0>", printable(" ".join(text.split())))

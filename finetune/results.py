@@ -8,7 +8,6 @@ which call examples `rows` and an evaluation set a `suite`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,10 @@ from typing import Any, NamedTuple
 
 from finetune.errors import InputError
 from finetune.figures import MODELS, Comparison, Figure, Model, PairFigures
-from finetune.files import JsonObject
+from finetune.files import JsonObject, read_json
+from finetune.records import parse_record, without_checksums, write_checked_json
+
+_FIX = "put the file back as it was written, or remove it: a resumed run scores its base again"
 
 
 class ReliabilityBin(NamedTuple):
@@ -291,22 +293,25 @@ def parse_evaluation(content: JsonObject) -> Evaluation:
     return TypeAdapter(Evaluation).validate_python(_from_v01(content) if "suites" not in content else content)
 
 
+def write_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Replace evaluation.json or summary.json in one step, with checksums of its values."""
+    write_checked_json(path, to_json(evaluation))
+
+
 def read_evaluation(path: Path) -> Evaluation | None:
     """Read evaluation.json or summary.json; None if there is no such file.
 
     Raises:
-        InputError: it is damaged, or something else.
+        InputError: it is damaged, changed since it was written, or something else.
     """
     if not path.is_file():
         return None
+    content: JsonObject = without_checksums(read_json(path, "the results of an evaluation", _FIX), path, _FIX)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"a JSON {type(content).__name__}, not an object")
-        return parse_evaluation(content)
-    except (OSError, ValueError) as error:
-        first_line = str(error).splitlines()[0]
-        raise InputError(f"{path} does not hold the results of an evaluation", why=first_line) from error
+        content = _from_v01(content) if "suites" not in content else content
+    except ValueError as error:
+        raise InputError(f"{path} does not hold the results of an evaluation", why=str(error), fix=_FIX) from error
+    return parse_record(Evaluation, content, str(path), fix=_FIX)
 
 
 def _from_v01(content: JsonObject) -> JsonObject:

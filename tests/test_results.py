@@ -98,5 +98,5 @@ def test_the_adapter_is_added_to_a_measured_base() -> None:
 def test_damaged_files_are_refused_by_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "evaluation.json"
     path.write_text(text)
-    with pytest.raises(InputError, match=r"evaluation\.json does not hold"):
+    with pytest.raises(InputError, match=r"evaluation\.json"):
         read_evaluation(path)

@@ -40,12 +40,14 @@ class BaseRecord:
         revision: of a hub name.
         identity: see `finetune.model.identity`; None if it was not checked.
         storage: parts of the base that were rounded further while training -> `format` and `relative_rms`.
+        tokenizer: SHA-256 of its tokenizer.json; None if it had none, or in files of version 0.2.
     """
 
     name: str | None = None
     revision: str | None = None
     identity: str | None = None
     storage: StorageChanges = field(default_factory=dict)
+    tokenizer: str | None = None
 
     def as_provenance(self) -> dict[str, Any]:
         """As finetune.json has it."""
@@ -54,6 +56,8 @@ class BaseRecord:
             "base_revision": self.revision,
             "base_identity": self.identity,
         }
+        if self.tokenizer is not None:
+            record["base_tokenizer_sha256"] = self.tokenizer
         return record | ({"base_held_as": dict(self.storage)} if self.storage else {})
 
     def as_json(self) -> dict[str, str | None]:
@@ -94,12 +98,13 @@ def read_provenance(directory: Path) -> Provenance | None:
 
 def _parse_provenance(content: Mapping[str, Any]) -> Provenance:
     texts = (content.get("base_name"), content.get("base_revision"), content["base_identity"])
-    if not all(isinstance(text, str | None) for text in texts):
-        raise ValueError("the base's name, revision and identity must be text")
+    tokenizer = content.get("base_tokenizer_sha256")
+    if not all(isinstance(text, str | None) for text in (*texts, tokenizer)):
+        raise ValueError("the base's name, revision, identity and tokenizer must be text")
     storage = content.get("base_held_as") or {}
     for part in storage.values():
         str(part["format"]), float(part["relative_rms"])
-    return Provenance(BaseRecord(*texts, storage), dict(content["files"]))
+    return Provenance(BaseRecord(*texts, storage, tokenizer), dict(content["files"]))
 
 
 def write_provenance(directory: Path, record: Mapping[str, Any]) -> None:

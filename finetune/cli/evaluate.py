@@ -11,6 +11,7 @@ from finetune.adapters.config_file import resolve_run
 from finetune.cli.arguments import add_examples
 from finetune.cli.generate import add_sampling, check_sampling
 from finetune.errors import ConfigError
+from finetune.files import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     log.info(log.LOADING)
     from finetune.evaluate.inputs import EvaluationOptions
     from finetune.evaluate.run import evaluate
+    from finetune.report.content import unescaped
     from finetune.report.markdown import describe_evaluation
     from finetune.results import to_json
 
@@ -79,8 +81,8 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
     )
     out, evaluation = evaluate(args.run, args.out, options)
-    (out / "README.md").write_text(describe_evaluation(evaluation), encoding="utf-8")
-    text = describe_evaluation(evaluation, details=False)
+    write_text(out / "README.md", describe_evaluation(evaluation))
+    text = unescaped(describe_evaluation(evaluation, details=False))
     log.result(json.dumps(to_json(evaluation), indent=2) if args.json else text)
     log.info(f"figures: {out / 'summary.json'}, per example: {out / 'rows.jsonl'}, per label: {out / 'README.md'}")
     if run_directory is not None and out.resolve() == run_directory.resolve() / "evaluation":

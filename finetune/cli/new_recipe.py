@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from finetune import log
 from finetune.config.recipes import checked_option, find_recipe
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, InputError
+from finetune.files import write_text
+from finetune.log import printable
 
 if TYPE_CHECKING:
     from finetune.data.inspect_file import FileSummary
@@ -71,9 +74,12 @@ def new_recipe(path: Path, *, source: str | None, data: str | None, model: str |
         text = recipe_text(path.stem, data, summary, model or DEFAULT_MODEL)
     else:
         raise ConfigError("nothing to begin with", fix="--data FILE inspects a file; --from NAME copies a recipe")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    compose(str(path))
+    write_text(path, text)
+    try:
+        compose(str(path))
+    except BaseException:
+        path.unlink()  # nothing is left that cannot be used
+        raise
     log.result(str(path))
     recipe = shlex.quote(str(path))
     commands = (f"data stats {recipe}", f"data preview {recipe}", f"train {recipe} --dry-run", f"train {recipe}")
@@ -164,7 +170,7 @@ def recipe_text(name: str, data: str, summary: FileSummary, model: str) -> str:
     """YAML of a recipe for a file."""
     lines = [
         "# @package _global_",
-        f"# {name}: {model} on {Path(data).name} (written by `finetune recipes new`)",
+        _comment(f"# {name}: {model} on {Path(data).name} (written by `finetune recipes new`)"),
         "",
         "defaults:",
         f"  - override /model: {model}",
@@ -244,5 +250,24 @@ def _mapping(pairs: Mapping[str, str]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Quote any text as a YAML scalar."""
-    return json.dumps(text, ensure_ascii=False)
+    """Quote any text as a YAML scalar on one line.
+
+    Raises:
+        InputError: a recipe cannot have it: it is not Unicode, or would be read as a reference to a key.
+    """
+    if "${" in text:
+        raise InputError(
+            f"a recipe cannot name {printable(text)}", why="it would read ${ as a reference to a key", fix="rename it"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"a recipe cannot name {printable(text)}", why="the name is not UTF-8", fix="rename it"
+        ) from None
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=math.inf).rstrip("\n")
+
+
+def _comment(text: str) -> str:
+    """Text of any content as part of a comment: on one line, without control characters."""
+    return printable(" ".join(text.split()))

@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune import log
 from finetune.errors import CheckError, ConfigError, Interrupted
+from finetune.files import write_text
 
 MOST_RUNS = 64
 
@@ -66,7 +67,7 @@ def sweep(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> Path:
             break
     table = comparison(results)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "sweep.md").write_text(f"# {name}: {recipe}\n\n{table}\n", encoding="utf-8")
+    write_text(directory / "sweep.md", f"# {name}: {recipe}\n\n{table}\n")
     log.result(table)
     if results[-1][2] in (130, 143):
         raise Interrupted(

@@ -13,6 +13,7 @@ from finetune.config.lint import Problem
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.config.suggest import suggest_word
 from finetune.errors import ConfigError, InputError
+from finetune.files import write_text
 
 SELECT: tuple[str, ...] = ("adapter", "experts", "select")
 RANK_BY: tuple[str, ...] = ("adapter", "experts", "rank_by")
@@ -230,7 +231,7 @@ class ExpertScores:
 def write_expert_scores(path: Path, scores: ExpertScores) -> None:
     """Write the JSON file that `adapter.experts.select` and `.rank_by` take."""
     content = {"format": FORMAT} | asdict(scores)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_expert_scores(path: Path, key: str = "select") -> ExpertScores:

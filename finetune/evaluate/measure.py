@@ -18,7 +18,7 @@ from transformers import GptOssForCausalLM
 
 from finetune import log
 from finetune.data.harmony.render import render_prompt
-from finetune.errors import CheckError, ConfigError
+from finetune.errors import CheckError, ConfigError, InputError
 from finetune.evaluate.evalset import EvalSet
 from finetune.evaluate.generation import Sampling, generate, read_completion
 from finetune.evaluate.labels import score_labels
@@ -26,9 +26,11 @@ from finetune.evaluate.likelihood import BetweenBatches, held_out_loss
 from finetune.evaluate.opening import LoadedModel
 from finetune.figures import MODELS, Model
 from finetune.files import JsonObject, write_text
+from finetune.records import parse_line, parse_record, with_line_check
 
 EXAMPLES_AT_ONCE = 128
 PROMPTS_AT_ONCE = 8
+_FIX = "choose another directory with --out, or remove it"
 
 
 @dataclass(frozen=True)
@@ -207,26 +209,30 @@ class MeasurementLog:
 
     Raises:
         ConfigError: the file belongs to something else.
+        InputError: it does not say what it belongs to.
     """
 
     def __init__(self, path: Path, belongs_to: JsonObject) -> None:
         self._path, self._measured = path, dict[Key, ExampleScore | GeneratedAnswer]()
-        lines = list(_whole_lines(path))
-        if not lines:
-            write_text(path, json.dumps({"belongs_to": belongs_to}) + "\n")
+        texts = _lines(path)
+        if not texts:
+            write_text(path, json.dumps(with_line_check({"belongs_to": belongs_to})) + "\n")
             return
-        there = lines[0].get("belongs_to", {})
-        if there != belongs_to:
+        try:
+            there = parse_line(texts[0])["belongs_to"]
             differing = sorted(key for key in {*there, *belongs_to} if there.get(key) != belongs_to.get(key))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{path}: its first line does not say what it belongs to", why=str(error), fix=_FIX
+            ) from error
+        if differing:
             raise ConfigError(
                 f"{path} holds another evaluation's figures",
                 why=f"it differs in {', '.join(differing)}",
-                fix="choose another directory with --out, or remove it",
+                fix=_FIX,
             )
-        for line in lines[1:]:
-            self._add(line)
         # A line cut short by a kill would otherwise swallow the next one.
-        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(path, "".join(f"{text}\n" for text in [texts[0], *self._add_all(texts[1:])]))
 
     def __len__(self) -> int:
         return len(self._measured)
@@ -261,18 +267,34 @@ class MeasurementLog:
             for number, each in found:
                 key = Key(measured, model, evalset, number)
                 self._measured[key] = each
-                file.write(json.dumps(key._asdict() | asdict(each)) + "\n")
+                file.write(json.dumps(with_line_check(key._asdict() | asdict(each))) + "\n")
+
+    def _add_all(self, texts: Sequence[str]) -> list[str]:
+        """Take over the lines that are as they were written; logs which are not, and returns those that are."""
+        good, bad = [], []
+        for number, text in enumerate(texts, start=2):
+            try:
+                self._add(parse_line(text))
+            except (ValueError, InputError) as error:
+                bad.append(f"line {number} ({error})")
+            else:
+                good.append(text)
+        if bad:
+            more = f" and {len(bad) - 3:,} more" if len(bad) > 3 else ""
+            log.warning(f"{self._path}: {'; '.join(bad[:3])}{more}: left out, and measured again")
+        return good
 
     def _add(self, line: JsonObject) -> None:
-        key = Key(*(line[name] for name in Key._fields))
+        key = parse_record(Key, [line.get(name) for name in Key._fields], "its key")
         values = {name: value for name, value in line.items() if name not in Key._fields}
-        self._measured[key] = ExampleScore(**values) if key.measured == "score" else GeneratedAnswer(**values)
+        kind: type[ExampleScore | GeneratedAnswer] = ExampleScore if key.measured == "score" else GeneratedAnswer
+        self._measured[key] = parse_record(kind, values, "its figures")
 
 
-def _whole_lines(path: Path) -> Iterator[JsonObject]:
-    """The lines of a file up to one that a kill has cut short."""
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            yield json.loads(text)
-        except ValueError:
-            return
+def _lines(path: Path) -> list[str]:
+    """The lines of a file, but for a last one that a kill has cut short."""
+    try:
+        texts = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", fix=_FIX) from error
+    return texts[:-1]  # what follows the last newline: nothing, or half a line

@@ -15,6 +15,7 @@ from finetune.adapters.provenance import BaseRecord, refuse_other_base, warn_oth
 from finetune.adapters.store import AdapterFile
 from finetune.config.schema import DataConfig, ModelConfig, RunConfig
 from finetune.config.validate import load_run_config
+from finetune.data.harmony.tokenizer import check_tokenizer
 from finetune.errors import InputError
 from finetune.model.build import DTYPES, Base
 from finetune.model.forward import check_packing
@@ -76,6 +77,7 @@ def open_model(
     settings = _as_trained_over(settings, file.base)
     # The adapter's recorded identity is compared below, so neither checksums nor the recipe's identity are needed.
     loaded = open_base(replace(settings, identity=None), verify_files=False)
+    check_tokenizer(loaded.checkpoint.directory, refuse=False)  # nothing here reads it, but exports copy it
     check_packing(loaded.model)
     refuse_other_base(file.base, loaded.identity, directory)
     warn_other_storage(file.base, loaded.storage_changes, directory)

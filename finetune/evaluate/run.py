@@ -25,8 +25,8 @@ from finetune.evaluate.inputs import EvaluationData, EvaluationOptions, read_eva
 from finetune.evaluate.measure import MeasurementLog, measure
 from finetune.evaluate.opening import LoadedModel, open_model
 from finetune.evaluate.summary import summarise_answers, summarise_log
-from finetune.files import JsonObject, only_writer, sha256_of, write_json
-from finetune.results import BaseName, ContaminationFigures, Evaluation, to_json
+from finetune.files import JsonObject, only_writer, sha256_of
+from finetune.results import BaseName, ContaminationFigures, Evaluation, write_evaluation
 
 
 def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[Path, Evaluation]:
@@ -85,7 +85,7 @@ def _measured(
         if options.generate
         else None,
     )
-    write_json(out / "summary.json", to_json(evaluation))
+    write_evaluation(out / "summary.json", evaluation)
     return evaluation
 
 

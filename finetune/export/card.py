@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune import log
 from finetune.adapters.store import BaseRecord
 from finetune.config.expert_selection import highest_rank
 from finetune.config.paths import HUB_PREFIX, resolve_data_path, shipped_dir
@@ -23,6 +24,7 @@ from finetune.data.dataset import load_split
 from finetune.errors import FinetuneError
 from finetune.export.record import AdapterCheck, ExportRecord, MergeCheck, Skipped
 from finetune.export.survival.effect import Effect
+from finetune.files import write_text
 from finetune.markdown import code, escaped
 from finetune.model.tiny import ATTRIBUTION
 from finetune.results import Evaluation, read_evaluation
@@ -53,10 +55,11 @@ _LIMITS_OF_DOMAIN = {
     "legal": "- **Legal texts**: what it writes is no legal advice. Names of clauses and readings of contracts must be "
     "checked by a\n  person qualified in the jurisdiction concerned; the law it saw may be outdated or another "
     "country's.",
-    "medical": "- **Medical texts**: what it writes is no medical advice, and it is no medical device. It must not decide "
-    "on diagnosis,\n  treatment or triage, and must not be shown to patients without review by a qualified person.",
-    "creative": "- **Creative texts**: it may reproduce passages of the texts it was trained on. Check what is published "
-    "for\n  wording that is another's.",
+    "medical": "- **Medical texts**: what it writes is no medical advice, and it is no medical device. It must not "
+    "decide on diagnosis,\n  treatment or triage, and must not be shown to patients without review by a qualified "
+    "person.",
+    "creative": "- **Creative texts**: it may reproduce passages of the texts it was trained on. Check what is "
+    "published for\n  wording that is another's.",
 }
 _LIMITS_OF_FIGURES = (
     "- The figures above hold for the test examples they were measured on. Measure on your own before you rely on it."
@@ -100,7 +103,7 @@ def write_card(path: Path, record: ExportRecord, run: Path | None, commands: Seq
         _limits(config),
         _serving(record, commands),
     ]
-    path.write_text("\n\n".join(section for section in sections if section) + "\n", encoding="utf-8")
+    write_text(path, "\n\n".join(section for section in sections if section) + "\n")
 
 
 def _front(record: ExportRecord, config: RunConfig | None) -> str:
@@ -366,10 +369,11 @@ def _config(run: Path | None) -> RunConfig | None:
 
 
 def _results(run: Path | None) -> Evaluation | None:
-    """The run's evaluation.json; None if it is missing or damaged."""
+    """The run's evaluation.json; None if it is missing, or (with a warning) damaged."""
     try:
         return read_evaluation(run / "evaluation.json") if run else None
-    except FinetuneError:
+    except FinetuneError as error:
+        log.warning(f"the model card says nothing of the evaluation: {error.what}")
         return None
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.figures import MODELS, Comparison, Figure, McNemar, Model, PairFigures
-from finetune.markdown import code
+from finetune.markdown import code, escaped
 from finetune.results import (
     AnswerFigures,
     AuthorFigures,
@@ -24,6 +25,7 @@ from finetune.results import (
 TITLES: Mapping[str, str] = {"base": "base", "adapter": "base + adapter", "reference": "the real continuation"}
 NO_VALUE = "–"
 NUM_BINS = 10
+_MARKS = re.compile(r"\\([!-/:-@\[-`{-~])|\*\*|`")
 _MODEL_TITLES = (TITLES["base"], TITLES["adapter"], "difference")
 _LABEL_FIGURES = {
     "accuracy": "accuracy",
@@ -114,9 +116,14 @@ class Part:
     folded: bool = False
 
 
+def unescaped(markdown: str) -> str:
+    """Markdown for a terminal: without the backslashes of `escaped`."""
+    return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
+
+
 def plain(markdown: str) -> str:
-    """A sentence of Markdown without its marks."""
-    return markdown.replace("`", "").replace("**", "")
+    """A sentence of Markdown without its marks, and without the backslashes of `escaped`."""
+    return _MARKS.sub(lambda mark: mark[1] or "", markdown)
 
 
 def introduction(evaluation: Evaluation) -> str:
@@ -129,7 +136,7 @@ def introduction(evaluation: Evaluation) -> str:
 
 def evaluation_parts(evaluation: Evaluation) -> list[Part]:
     """All results in reading order."""
-    parts = [Part("To know before reading", list(evaluation.notes))] if evaluation.notes else []
+    parts = [Part("To know before reading", [escaped(note) for note in evaluation.notes])] if evaluation.notes else []
     if evaluation.suites:
         parts.append(_losses(evaluation.suites))
     parts += [_pairs(suite, suite.pairs) for suite in evaluation.suites if suite.pairs is not None]

@@ -163,7 +163,7 @@ def _cards(run: RunFiles) -> Arguments | None:
 
 def _warnings(run: RunFiles) -> Arguments:
     texts = [str(text) for text in run.manifest.get("warnings") or []]
-    return {"texts": texts + [f"{name} could not be read and is left out" for name in run.unreadable]}
+    return {"texts": texts + run.unreadable}
 
 
 def _evaluation(run: RunFiles) -> Arguments | None:

@@ -5,7 +5,7 @@ Made from a run's files alone, so it works on a run that is still going or was s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finetune.figures import MODELS
@@ -39,21 +39,39 @@ def write_report(run: Path) -> Path:
         The report's path.
     """
     files = RunFiles.read(run)
-    manifest, checks = files.manifest, check_lines(files.manifest)
-    overrides = ", ".join(code(text) for text in manifest.get("overrides", [])) or "none"
-    sections = [
-        f"# Run {run.name}\n\n{summary(manifest, files.trained)}",
-        _evaluation(files.trained),
-        survival_section(files.survival, run),
-        _training(files),
-        experts_section(run, manifest),
-        "## Checks\n\n" + "\n".join(checks) if checks else "",
-        _figures(manifest),
-        f"## Configuration\n\nThe whole of it is in `config.yaml`; overrides on the command line: {overrides}.",
+    manifest = files.manifest
+    makers: list[Callable[[], str]] = [
+        lambda: summary(manifest, files.trained),
+        lambda: _evaluation(files.trained),
+        lambda: survival_section(files.survival, run),
+        lambda: _training(files),
+        lambda: experts_section(run, manifest),
+        lambda: _checks(files),
+        lambda: _figures(manifest),
+        lambda: _configuration(manifest),
     ]
+    sections = [f"# Run {escaped(run.name)}", *map(_section, makers)]
     path = run / "report.md"
     write_text(path, "\n\n".join(section for section in sections if section) + "\n")
     return path
+
+
+def _section(make: Callable[[], str]) -> str:
+    """One section; another version's run may differ in what it needs, which must not cost the others."""
+    try:
+        return make()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return f"*This part cannot be made from the run's files ({escaped(f'{type(error).__name__}: {error}')}).*"
+
+
+def _checks(files: RunFiles) -> str:
+    lines = check_lines(files.manifest) + [f"- **{escaped(text)}**" for text in files.unreadable]
+    return "## Checks\n\n" + "\n".join(lines) if lines else ""
+
+
+def _configuration(manifest: JsonObject) -> str:
+    overrides = ", ".join(code(text) for text in manifest.get("overrides", [])) or "none"
+    return f"## Configuration\n\nThe whole of it is in `config.yaml`; overrides on the command line: {overrides}."
 
 
 def outcome(run: Path) -> str:
@@ -99,7 +117,7 @@ def check_lines(manifest: JsonObject) -> list[str]:
     lines = [f"- {line}" for line in manifest.get("audit") or []]
     match manifest.get("read_back"):
         case {"skipped": reason}:
-            lines.append(f"- **not read back** with stock PEFT: {reason}")
+            lines.append(f"- **not read back** with stock PEFT: {escaped(str(reason))}")
         case {"conclusive": False, "effect_kl": effect, "mean_kl": found}:
             lines.append(
                 f"- read back by stock PEFT, **inconclusive**: the adapter changes so little (KL {effect:.1e}) that "
@@ -177,7 +195,8 @@ def _figures(manifest: JsonObject) -> str:
     if "base" not in manifest:
         return ""
     base, environment = manifest["base"], manifest["environment"]
-    lines = [f"- base: {code(base['name'])}, revision {base['revision'] or 'none'}, identity `{base['identity'][:16]}`"]
+    revision = escaped(base["revision"] or "none")
+    lines = [f"- base: {code(base['name'])}, revision {revision}, identity `{base['identity'][:16]}`"]
     lines += [
         f"- data, {name}: {split['rows']:,} examples, {split['tokens']:,} tokens, {split['trained_tokens']:,} trained, "
         f"{split['skipped_rows']:,} skipped, fingerprint `{split['fingerprint'][:16]}`"
@@ -227,7 +246,7 @@ def describe_evaluation(evaluation: Evaluation, *, details: bool = True) -> str:
     """
     blocks = [f"# {code(evaluation.adapter)} against its base", introduction(evaluation)]
     for part in evaluation_parts(evaluation):
-        blocks += [f"## {part.title}", *map(_markdown, [*part.content, *(part.details if details else ())])]
+        blocks += [f"## {escaped(part.title)}", *map(_markdown, [*part.content, *(part.details if details else ())])]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -239,7 +258,7 @@ def _markdown(piece: Piece) -> str:
             return _table(piece)
         case Confusion():
             note = "A row for each own label, a column for each chosen one."
-            return f"### {piece.title}\n\n{note}\n\n{_table(_numbered(piece))}"
+            return f"### {piece.title}\n\n{note}\n\n{_numbered(piece)}"
         case Reliability():
             head = ("confidence", "examples", "mean confidence", "accuracy")
             tables = (
@@ -250,16 +269,26 @@ def _markdown(piece: Piece) -> str:
 
 
 def _table(table: Table) -> str:
-    rows = [[code(row[0]), *row[1:]] for row in table.rows] if table.names else table.rows
-    lines: list[Sequence[str]] = [table.head, ["---"] * len(table.head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    name = _code_cell if table.names else escaped
+    return _lines(table.head, [[name(row[0]), *row[1:]] for row in table.rows])
 
 
-def _numbered(found: Confusion) -> Table:
+def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown cells."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _code_cell(text: str) -> str:
+    """Code in a cell, which a bar would end even in code."""
+    return code(text).replace("|", "\\|")
+
+
+def _numbered(found: Confusion) -> str:
     """A confusion table whose columns are headed by the labels' numbers: names would make them far too wide."""
     numbers = [str(number) for number in range(1, len(found.labels) + 1)]
     rows = [
-        (f"{number}. {code(label)}", *map(str, counts))
+        (f"{number}. {_code_cell(label)}", *map(str, counts))
         for number, label, counts in zip(numbers, found.labels, found.counts, strict=True)
     ]
-    return Table(("", *numbers), rows)
+    return _lines(("", *numbers), rows)

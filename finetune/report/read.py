@@ -9,9 +9,11 @@ from pathlib import Path
 
 import yaml
 
+from finetune import log
 from finetune.config.old_keys import current_data
 from finetune.errors import InputError
 from finetune.files import JsonObject
+from finetune.records import parse_line
 from finetune.report.survival import Survival, read_survival
 from finetune.results import Evaluation, read_evaluation
 
@@ -79,7 +81,7 @@ class RunFiles:
         answers: generated answers, lines of evaluation/rows.jsonl.
         example: sample.json, a training example.
         survival: what merges to MXFP4 kept (survival-TARGET.json).
-        unreadable: names of files that are there and could not be read.
+        unreadable: a sentence on each file that is there and could not be read.
     """
 
     path: Path
@@ -97,14 +99,14 @@ class RunFiles:
     def read(cls, run: Path) -> RunFiles:
         """Read a run directory."""
         unreadable: list[str] = []
-        rows = read_lines(run / "evaluation" / "rows.jsonl")
+        rows = read_lines(run / "evaluation" / "rows.jsonl", unreadable)
         return cls(
             path=run,
             config=_read_config(run / "config.yaml", unreadable),
             manifest=read_json(run / "manifest.json", unreadable),
             trained=_evaluation(run / "evaluation.json", unreadable),
             compared=_evaluation(run / "evaluation" / "summary.json", unreadable),
-            metrics=read_lines(run / "metrics.jsonl"),
+            metrics=read_lines(run / "metrics.jsonl", unreadable),
             answers=[ShownAnswer.of(line) for line in rows if line.get("measured") == "text"],
             example=TrainedExample.of(read_json(run / "sample.json", unreadable)),
             survival=read_survival(run),
@@ -128,39 +130,49 @@ class RunFiles:
 
 
 def read_json(path: Path, unreadable: list[str] | None = None) -> JsonObject:
-    """A JSON object, {} if the file is missing or holds anything else (then `unreadable` gets its name)."""
+    """A JSON object, {} if the file is missing or holds anything else (then `unreadable` says so)."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = None
     if isinstance(content, dict):
         return content
     if unreadable is not None:
-        unreadable.append(path.name)
+        unreadable.append(_left_out(path))
     return {}
 
 
-def read_lines(path: Path) -> list[JsonObject]:
-    """Complete JSON objects of a JSONL file; other lines, such as a half-written last one, are left out."""
+def read_lines(path: Path, unreadable: list[str]) -> list[JsonObject]:
+    """JSON objects of a JSONL file; `unreadable` counts the others, but for a half-written last line."""
     lines: list[JsonObject] = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    for line in text.splitlines():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    except OSError:
+        unreadable.append(_left_out(path))
+        return []
+    num_bad = 0
+    for line in text.split("\n")[:-1]:
         try:
-            content = json.loads(line)
+            lines.append(parse_line(line))
         except ValueError:
-            continue
-        if isinstance(content, dict):
-            lines.append(content)
+            num_bad += 1
+    if num_bad:
+        unreadable.append(f"{path.name}: {num_bad:,} lines could not be read or were changed, and are left out")
     return lines
+
+
+def _left_out(path: Path) -> str:
+    return f"{path.name} could not be read and is left out"
 
 
 def _evaluation(path: Path, unreadable: list[str]) -> Evaluation | None:
     try:
         return read_evaluation(path)
-    except InputError:
-        unreadable.append(path.name)
+    except InputError as error:
+        unreadable.append(f"{path.name} is left out: {error.what.replace(str(path), 'it')}")
+        log.warning(f"the report leaves out {error.what}")
         return None
 
 
@@ -169,9 +181,9 @@ def _read_config(path: Path, unreadable: list[str]) -> JsonObject:
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
         content = None
     if isinstance(content, dict):
         return current_data(content)
-    unreadable.append(path.name)
+    unreadable.append(_left_out(path))
     return {}

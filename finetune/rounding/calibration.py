@@ -10,7 +10,6 @@ Shape legend: T tokens, D hidden, E experts, A active experts per token, R route
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +21,15 @@ from torch import Tensor
 
 from finetune.arch import Arch
 from finetune.config.compose import compose
-from finetune.config.paths import shipped_dir
 from finetune.config.schema import RunConfig
 from finetune.config.validate import load_run_config
 from finetune.data.batches import Batch, collate
 from finetune.data.dataset import load_split
 from finetune.data.harmony.render import Example
-from finetune.data.harmony.tokenizer import FIRST_CONTROL_ID, TOKENIZER_JSON_SHA256
+from finetune.data.harmony.tokenizer import check_tokenizer
 from finetune.data.packing import pack
 from finetune.errors import CheckError, ConfigError, InputError
-from finetune.files import read_json, sha256_of
+from finetune.files import read_json
 from finetune.model.checkpoint import Checkpoint
 
 TOKENS_PER_INPUT = 4  # routed tokens per input dimension, with even routing; one works, more than four hardly helps
@@ -131,7 +129,7 @@ def choose_calibration(config: RunConfig, checkpoint: Checkpoint, num_tokens: in
     Raises:
         InputError: the data cannot be read, or the base has another tokenizer.
     """
-    require_tokenizer(checkpoint.directory)
+    check_tokenizer(checkpoint.directory, refuse=True)
     split = load_split(config.data, "train")
     wanted = num_tokens or tokens_wanted(checkpoint.arch)
     chosen = draw_examples(split.examples, wanted, config.data.max_length, config.seed, checkpoint.arch.vocab_size)
@@ -167,26 +165,6 @@ def draw_examples(
     sequences = pack([len(example.ids) for example in chosen], sequence_tokens, rng)
     batches = tuple(collate([[chosen[number] for number in sequence]]) for sequence in sequences)
     return Calibration(batches, count, digest.hexdigest())
-
-
-def require_tokenizer(directory: Path) -> None:
-    """Check that a base's tokenizer.json, if it has one, has the tokens of the published one.
-
-    Raises:
-        InputError: it has other tokens.
-    """
-    path = directory / "tokenizer.json"
-    if not path.is_file() or sha256_of(path) == TOKENIZER_JSON_SHA256:
-        return
-    tokenizer = read_json(path, "a tokenizer")
-    special = json.loads((shipped_dir("data") / "tokenizer" / "special_tokens.json").read_text())["hf_added_tokens"]
-    found = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
-    if len(tokenizer["model"]["vocab"]) != FIRST_CONTROL_ID or any(found.get(k) != v for k, v in special.items()):
-        raise InputError(
-            f"{path} is another tokenizer than gpt-oss's",
-            why="training data are rendered with o200k_harmony; to this base the same ids are other words",
-            fix="export with --rounding nearest, or put the published tokenizer.json there if the file is wrong",
-        )
 
 
 @dataclass(frozen=True)

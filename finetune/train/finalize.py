@@ -67,7 +67,7 @@ def write_result(session: Session, run: Run, result: Result) -> None:
         shutil.rmtree(old, ignore_errors=True)
     location, config = session.location, session.config.adapter
     name = location.name if location.revision else str(location.directory.resolve())
-    base = BaseRecord(name, location.revision, session.base.identity, session.base.storage_changes)
+    base = BaseRecord(name, location.revision, session.base.identity, session.base.storage_changes, session.tokenizer)
     write_adapter(run.unverified_adapter, session.adapter, config, base)
     run.update_manifest(adapter_norms=update_norms(session.adapter))
     try:

@@ -58,23 +58,29 @@ class MetricsLog:
         """Remove lines of later steps, and an incomplete last line: a resumed run writes them again."""
         if not self.writes or not self.path.exists():
             return
-        lines = self.path.read_text(errors="replace").splitlines()
-        write_text(self.path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if bad := [number for number, line in enumerate(lines[:-1], start=1) if _step_of(line) is None]:
+            log.warning(f"{self.path}: {len(bad):,} damaged lines are removed, the first is line {bad[0]}")
+        kept = [line for line in lines if (found := _step_of(line)) is not None and found <= step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
     def losses(self) -> list[float]:
         """Losses of the steps in the log, oldest first."""
         if not self.path.exists():
             return []
-        lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-        return [float(line["loss"]) for line in lines if line["kind"] == "step"]
+        texts = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [json.loads(text) for text in texts if _step_of(text) is not None]
+        losses = (line.get("loss") for line in lines if line["kind"] == "step")
+        return [float(loss) for loss in losses if isinstance(loss, int | float)]
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; infinity if the line is incomplete."""
+def _step_of(line: str) -> int | None:
+    """The step of a line; None if the line is incomplete or damaged."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        content = json.loads(line)
+        return int(content["step"]) if isinstance(content["kind"], str) else None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
 
 
 class Tracker:

@@ -22,7 +22,7 @@ from finetune.data.preview import as_json
 from finetune.errors import ConfigError, InputError
 from finetune.evaluate.summary import measure_test_set
 from finetune.figures import Model
-from finetune.files import write_json
+from finetune.files import write_json, write_text
 from finetune.model.build import check_unchanged
 from finetune.results import BaseName, Evaluation, read_evaluation
 from finetune.train.checkpoint import checkpoint_path, load_checkpoint, load_newest, remove_after
@@ -129,7 +129,7 @@ def _write_skipped_records(session: Session, run: Run) -> None:
     ]
     if skipped:
         path = run.path / "skipped_rows.jsonl"
-        path.write_text("".join(json.dumps(record) + "\n" for record in skipped))
+        write_text(path, "".join(json.dumps(record) + "\n" for record in skipped))
         first = "; ".join(f"{record['where']}: {record['reason']}" for record in skipped[:3])
         log.warning(f"{len(skipped):,} records are left out, all listed in {path}: {first}")
 

@@ -24,7 +24,7 @@ from finetune.config.suggest import suggest_run
 from finetune.config.validate import dump_yaml, load_run_config, to_plain
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.files import read_json, write_json, write_text
-from finetune.results import Evaluation, to_json
+from finetune.results import Evaluation, write_evaluation
 
 _LOCKS: dict[Path, int] = {}  # inode of the lock file of each run that this process has locked
 
@@ -177,7 +177,7 @@ class Run:
     def write_evaluation(self, evaluation: Evaluation) -> None:
         """Replace evaluation.json."""
         if self.writes:
-            write_json(self.evaluation, to_json(evaluation))
+            write_evaluation(self.evaluation, evaluation)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ from finetune.config.schema import PreferenceConfig, RunConfig
 from finetune.data.control_text import control_text_lines
 from finetune.data.dataset import Split, load_split, report_split
 from finetune.data.groups import Groups
+from finetune.data.harmony.tokenizer import TOKENIZER_JSON, check_tokenizer
 from finetune.data.packing import packing_efficiency
 from finetune.data.plan import BatchPlan
 from finetune.data.preferences import check_forms
@@ -33,6 +34,7 @@ from finetune.data.sources import split_names
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.evaluate.evalset import EvalSet, choose_test_set
 from finetune.evaluate.expert_scores import choose_experts
+from finetune.files import sha256_of
 from finetune.model.attention import attention_kernel
 from finetune.model.build import Base
 from finetune.model.checkpoint import Checkpoint
@@ -69,6 +71,7 @@ class Session:
         world: the ranks of the run.
         test: examples scored before and after; None without a test split.
         scores: scores of the experts by which some are adapted; None: all are.
+        tokenizer: SHA-256 of the base's tokenizer.json; None if it has none.
     """
 
     config: RunConfig
@@ -81,6 +84,7 @@ class Session:
     world: World
     test: EvalSet | None
     scores: ExpertScores | None = None
+    tokenizer: str | None = None
 
 
 def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: bool = False) -> Session:
@@ -122,13 +126,16 @@ def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: b
     )
     _describe_plan(plan, config)
     location = locate_base(config.model.path, config.model.revision)
+    check_tokenizer(location.directory, refuse=True)
+    tokenizer = location.directory / TOKENIZER_JSON
+    tokenizer_sha256 = sha256_of(tokenizer) if tokenizer.is_file() else None
     base = _open_base(location, config, device, world)
     scores = _expert_scores(base, location.name, train, config, accelerator)
     adapter = _attach(base, config, scores)
     world.assert_same("the base", base.identity)
     for split_name, split in splits.items():
         world.assert_same(f"the {split_name} data", split.stats.fingerprint)
-    return Session(config, location, base, adapter, splits, plan, accelerator, world, test, scores)
+    return Session(config, location, base, adapter, splits, plan, accelerator, world, test, scores, tokenizer_sha256)
 
 
 def _groups(train: Split, config: RunConfig) -> Groups | None:
@@ -208,6 +215,7 @@ def manifest_record(session: Session) -> dict[str, Any]:
             "name": session.location.name,
             "revision": session.location.revision,
             "identity": session.base.identity,
+            "tokenizer_sha256": session.tokenizer,
             "expert_rounding_error": session.base.expert_rounding_error,
             "expert_kernel": expert_kernel(session.base.model),
             "held_as": session.base.storage_changes,

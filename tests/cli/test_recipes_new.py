@@ -241,3 +241,31 @@ def test_the_commands_to_go_on_can_be_typed(tmp_path: Path, capsys: pytest.Captu
         [recipe, "--dry-run"],
         [recipe],
     ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a\nseed: 5.jsonl", "a\x1b[31m.jsonl", "a\x7f.jsonl", "a\x85b\u2028c.jsonl", "a\"b'c.jsonl", "a: b #c.jsonl",
+        "a\\b.jsonl", "a$b.jsonl", "{x}[y].jsonl", "\U0001f600\xe9.jsonl", "!tag &a *b.jsonl", "a\ttab.jsonl",
+        " lead.jsonl ", "a,b=c.jsonl", "\ufeffa.jsonl", "null", "0o17", "x" * 200 + " y" * 20,
+    ],
+)  # fmt: skip
+def test_any_name_of_a_data_file_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path(name), [{"prompt": "a", "completion": "b"}])
+    assert main(["recipes", "new", "mine.yaml", f"--data={name}"]) == 0
+    config = compose("mine.yaml").config
+    assert (config.data.train["mine"].path, config.seed) == (name, 0)
+    written = Path("mine.yaml").read_text().replace("\n", "")
+    assert written.isprintable() or name.startswith("\ufeff")
+
+
+@pytest.mark.parametrize(("name", "why"), [("${oc.env:HOME}.jsonl", "reference to a key"), ("a\udcff", "not UTF-8")])
+def test_names_that_no_recipe_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(Path(name), [{"prompt": "a", "completion": "b"}])
+    assert main(["recipes", "new", "mine.yaml", f"--data={name}"]) == 3
+    assert why in capsys.readouterr().err and not Path("mine.yaml").exists()

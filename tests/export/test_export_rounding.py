@@ -28,6 +28,7 @@ from finetune.cli.main import main
 from finetune.config.schema import ExportConfig
 from finetune.config.validate import load_run_config
 from finetune.data.dataset import load_split
+from finetune.data.harmony.tokenizer import check_tokenizer
 from finetune.errors import CheckError, InputError
 from finetune.export.plan import plan_merge
 from finetune.export.survival.effect import Effect, VariantFigures, compare_with_thresholds, require_kept
@@ -41,7 +42,6 @@ from finetune.rounding.calibration import (
     check_belongs,
     choose_calibration,
     draw_examples,
-    require_tokenizer,
     tokens_wanted,
 )
 from finetune.rounding.merge import Tally, checksum
@@ -341,8 +341,8 @@ def test_calibration_records_of_another_tokenizer_base_or_training_set_are_refus
     run: Path, small_base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="another tokenizer than gpt-oss's"):
-        require_tokenizer(small_base)
-    require_tokenizer(base_of(run).directory)
+        check_tokenizer(small_base, refuse=True)
+    check_tokenizer(base_of(run).directory, refuse=True)
     config = load_run_config(run / "config.yaml")
     samples = load_split(config.data, "train").examples
     with pytest.raises(InputError, match="the base has 512 tokens"):

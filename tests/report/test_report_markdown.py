@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.figures import Comparison, Figure
-from finetune.report.markdown import outcome, write_report
+from finetune.log import printable
+from finetune.report.content import Table, code, escaped, plain, unescaped
+from finetune.report.markdown import _table, outcome, write_report
 from finetune.results import BaseName, Evaluation, SuiteFigures, perplexity, to_json
 
 MANIFEST: dict[str, Any] = {
@@ -194,3 +197,31 @@ def test_text_of_the_user_stays_text(run: Path) -> None:
     assert "`` name=`x`|<b> ``, `a=**b**`" in text
     assert "Recipe ``` ``odd name ```, status" in text
     assert "stopped by `E: a*b*c`" in text
+
+
+HOSTILE = "<script>alert(1)</script> [a](http://x) ![b](y) **c** `d` |e| # f_g_ \x1b[31m \\"
+
+
+def test_data_text_is_escaped_and_comes_back() -> None:
+    text = escaped(HOSTILE + "\n- item")
+    assert "\n" not in text and "\x1b" not in text
+    for mark in ("<", "[", "]", "*", "`", "|", "#", "_", "!"):
+        assert text.count(mark) == text.count(f"\\{mark}") > 0, mark
+    assert plain(text) == printable(" ".join((HOSTILE + "\n- item").split()))
+    assert [escaped(each) for each in ("- a", "+ a", "1. a", "a - b")] == ["\\- a", "\\+ a", "1\\. a", "a - b"]
+    assert unescaped(text) == printable(" ".join((HOSTILE + "\n- item").split()))
+    table = _table(Table(("label", "n"), [("a|b \\| <c>", "1")], names=True))
+    assert table.endswith("| `a\\|b \\\\| <c>` | 1 |") and _table(Table(("", "n"), [("<c>|", "1")])).endswith(
+        "| \\<c\\>\\| | 1 |"
+    )
+    assert code("") == "`(empty)`" and "\x1b" not in code("\x1b[31m")
+
+
+def test_text_of_the_data_stays_text_in_a_report(run: Path) -> None:
+    line = f"1 record with text that spells another model's template, first {HOSTILE} in x.jsonl:1: as text"
+    data = {name: split | {"control_text": [line]} for name, split in MANIFEST["data"].items()}
+    skipped = {"read_back": {"skipped": HOSTILE}}
+    (run / "manifest.json").write_text(json.dumps(MANIFEST | ENDING | {"data": data} | skipped))
+    text = report_of(run)
+    assert "**data, train**: 1 record with text" in text
+    assert not re.search(r"(?<!\\)<script>|(?<!\\)\[a\]|(?<!\\)!\\?\[b", text) and "\x1b" not in text

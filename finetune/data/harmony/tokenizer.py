@@ -8,14 +8,19 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from openai_harmony import HarmonyEncoding, HarmonyEncodingName, HarmonyError, load_harmony_encoding
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from finetune import log
 from finetune.config.paths import shipped_dir
 from finetune.errors import CheckError, InputError, MachineError
+from finetune.files import sha256_of
+from finetune.records import parse_record, read_record
 
 RANK_FILE_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 TOKENIZER_JSON_SHA256 = "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3"
@@ -28,6 +33,8 @@ FIRST_CONTROL_ID = 199998
 LONGEST_TOKEN_BYTES = 128
 """The most bytes of text that one token of o200k encodes: 128 spaces."""
 
+TOKENIZER_JSON = "tokenizer.json"
+TOKENIZER_FIX = "put the tokenizer.json there that was published with the base; `finetune base tiny DIR` writes it too"
 _ENCODINGS_VARIABLE = "TIKTOKEN_ENCODINGS_BASE"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _BEFORE_WORD = r"[^\r\n\p{L}\p{N}]?"
@@ -107,6 +114,86 @@ def write_tokenizer(directory: Path) -> None:
     unfinished.replace(directory / "tokenizer.json")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(rank_file().parent / "gpt-oss-20b" / name, directory / name)
+
+
+@dataclass(frozen=True)
+class _Bpe:
+    vocab: dict[str, int]
+    merges: list[Any]
+
+
+@dataclass(frozen=True)
+class _Added:
+    content: str
+    id: int
+    special: bool = True
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """The parts of a tokenizer.json that decide which text has which ids."""
+
+    model: _Bpe
+    added_tokens: list[_Added] = field(default_factory=list)
+    normalizer: Any = None
+    pre_tokenizer: Any = None
+
+
+def read_tokenizer(path: Path) -> TokenizerFile:
+    """Read a tokenizer.json.
+
+    Raises:
+        InputError: it is not a byte-level BPE's in the form of the `tokenizers` library.
+    """
+    return read_record(TokenizerFile, path, "a tokenizer.json", fix=TOKENIZER_FIX)
+
+
+def tokenizer_differences(path: Path) -> list[str]:
+    """Which parts of a tokenizer.json are not the published ones: [] if texts get the same ids.
+
+    The published file is known by its SHA-256. Of another one the contents are compared (4 s): a file that transformers
+    has written again has the same tokens.
+
+    Raises:
+        InputError: see `read_tokenizer`.
+    """
+    if sha256_of(path) == TOKENIZER_JSON_SHA256:
+        return []
+    found = read_tokenizer(path)
+    ours = parse_record(TokenizerFile, json.loads(_build_tokenizer().to_str()), str(path))
+
+    def merges(file: TokenizerFile) -> list[tuple[str, ...]]:
+        return [tuple(pair.split(" ") if isinstance(pair, str) else map(str, pair)) for pair in file.model.merges]
+
+    ids = {token.content: token.id for token in found.added_tokens}
+    same = {
+        "model.vocab": found.model.vocab == ours.model.vocab,
+        "model.merges": merges(found) == merges(ours),
+        "added_tokens": all(ids.get(token.content) == token.id for token in ours.added_tokens),
+        "normalizer": found.normalizer == ours.normalizer,
+        "pre_tokenizer": found.pre_tokenizer == ours.pre_tokenizer,
+    }
+    return [part for part, is_same in same.items() if not is_same]
+
+
+def check_tokenizer(base: Path, *, refuse: bool) -> None:
+    """Check that a base's tokenizer.json, if it has one, is gpt-oss's: examples are tokenised without it.
+
+    Args:
+        base: the checkpoint's directory.
+        refuse: another one is an error; otherwise a warning.
+
+    Raises:
+        InputError: it is another one and `refuse`, or it cannot be read.
+    """
+    path = base / TOKENIZER_JSON
+    if not path.is_file() or not (differing := tokenizer_differences(path)):
+        return
+    what = f"{path} is another tokenizer than gpt-oss's: {', '.join(differing)} differ"
+    why = "training data are rendered with o200k_harmony; to this base the same ids are other words"
+    if refuse:
+        raise InputError(what, why=why, fix=TOKENIZER_FIX)
+    log.warning(f"{what}; {why}")
 
 
 def _build_tokenizer() -> Tokenizer:

@@ -8,7 +8,6 @@ are float32. A block of MXFP4 is its scale byte and 16 bytes that store element 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from finetune import log
+from finetune.data.harmony.tokenizer import TOKENIZER_FIX, TOKENIZER_JSON, read_tokenizer
 from finetune.errors import InputError, MachineError
 from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
 from finetune.export.factors import part_of
@@ -251,17 +251,21 @@ def _rope(checkpoint: Checkpoint) -> _Rope:
 
 
 def _add_vocabulary(writer: Any, gguf: Any, directory: Path, size: int, template: str | None) -> None:
-    path = directory / "tokenizer.json"
+    path = directory / TOKENIZER_JSON
     if not path.is_file():
         raise InputError(f"{directory} has no tokenizer.json", why="a GGUF file carries the tokenizer inside")
-    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer = read_tokenizer(path)
     tokens = [f"[PAD{number}]" for number in range(size)]  # ids without a token, as llama.cpp's converter names them
     kinds = [int(gguf.TokenType.UNUSED)] * size
-    for token, number in tokenizer["model"]["vocab"].items():
+    ids = [*tokenizer.model.vocab.values(), *(added.id for added in tokenizer.added_tokens)]
+    if not ids or min(ids) < 0 or max(ids) >= size:
+        has = f"ids from {min(ids):,} to {max(ids):,}" if ids else "no ids"
+        raise InputError(f"{path} has {has}, the model those from 0 to {size - 1:,}", fix=TOKENIZER_FIX)
+    for token, number in tokenizer.model.vocab.items():
         tokens[number], kinds[number] = token, int(gguf.TokenType.NORMAL)
-    for added in tokenizer["added_tokens"]:
-        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
-        tokens[added["id"]], kinds[added["id"]] = added["content"], int(kind)
+    for added in tokenizer.added_tokens:
+        kind = gguf.TokenType.CONTROL if added.special else gguf.TokenType.USER_DEFINED
+        tokens[added.id], kinds[added.id] = added.content, int(kind)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-4o")
     writer.add_token_list(tokens)

@@ -13,6 +13,7 @@ from finetune.adapters.config_file import CONFIG
 from finetune.adapters.provenance import warn_other_storage
 from finetune.adapters.store import WEIGHTS, AdapterFile, BaseRecord
 from finetune.data.harmony.chat_template import TEMPLATE_FILE
+from finetune.data.harmony.tokenizer import check_tokenizer
 from finetune.errors import CheckError
 from finetune.export.base import check_base, find_base, native_base
 from finetune.export.card import write_card
@@ -71,6 +72,7 @@ def _merge(adapter: AdapterFile, target: MergedTarget, out: Path, options: Expor
             log.result(line)
         return
     identity = check_base(checkpoint, adapter)
+    check_tokenizer(checkpoint.directory, refuse=adapter.base.tokenizer is not None)  # it is copied
     with native_base(checkpoint, out) as native:
         plan = plan_merge(native, adapter, layout, rounding)
         tell_left_out(checkpoint)

@@ -132,7 +132,9 @@ def _warnings(summary: FileSummary) -> Iterator[str]:
     if source.columns:
         read = ", ".join(f"{theirs} as {ours}" for ours, theirs in source.columns.items())
         yield f"no form has these columns; the recipe reads {read}: correct `columns` if that is wrong"
-    if source.form != "auto":
+    if source.form == "hermes":
+        yield "calls stand as <tool_call> in the text; the recipe reads them as hermes does: correct `form` if wrong"
+    elif source.form != "auto":
         yield f"the records fit several forms; the recipe reads them as {source.form}: correct `form` if wrong"
     if summary.num_moved_thinking:
         yield (

@@ -15,6 +15,7 @@ _ORDER = (
     "let a conversation begin with at most one system message, let user and assistant take turns, and end it with the "
     "assistant's answer"
 )
+_SCORES = "write one finite number per answer"
 _FIXES = {
     "no messages": _FORM,
     "key of form missing": _FORM,
@@ -50,7 +51,10 @@ _FIXES = {
     "bad tool call": _CALLS,
     "bad arguments": _CALLS,
     "tool call without result": "let a message of role `tool` with its `tool_call_id` follow each call",
-    "orphan tool result": "give each result the `tool_call_id` of a call before it",
+    "orphan tool result": (
+        "give each result the `tool_call_id` of a call before it; for calls as <tool_call> text in ShareGPT turns set "
+        "the source's `form: hermes`"
+    ),
     "bad answer": (
         "write answers as text, or in a recipe rename what is no answer: `columns: {label: answer}` beside the path"
     ),
@@ -59,6 +63,29 @@ _FIXES = {
     "nothing to train": "give the record an answer of a channel that data.loss trains",
     "not in the template": "set data.convention=harmony",
     "unknown reasoning effort": "write `reasoning_effort` as low, medium or high",
+    "bad conversation date": "write `conversation_date` as 2025-06-28",
+    "bad history": "write `history` as a list of [question, answer] pairs, or give `messages`",
+    "bad weight": "write `weight` as a number of the assistant's messages alone, 0 for those that are context",
+    "bad JSON inside": "write the value as valid JSON, or as an object instead of text",
+    "null that may be padding": "store `arguments` as JSON text, or leave out keys without a value",
+    "not text": "give text alone: gpt-oss reads and writes nothing else",
+    "refusal": "leave such records out, or write the refusal as `content`",
+    "too large": "split the record, or write the file without the large column",
+    "word too long": "leave out what is no text, such as encoded files",
+    "no prompt": "give the prompt under `prompt`, or whole conversations that begin alike",
+    "empty prompt": "leave such records out",
+    "empty answer": "leave such records out",
+    "prompt ends with an answer": "let the prompt end with a user's message or a tool's result",
+    "prompts differ": "let all answers of a record follow the same prompt",
+    "identical answers": "leave such records out: they prefer nothing",
+    "fewer than two answers": "give two answers or more, or read the one as `form: prompt_completion`",
+    "answer without score": "write each answer as an object with its text and its `score`",
+    "score is not a number": _SCORES,
+    "score is not finite": _SCORES,
+    "scores do not fit": _SCORES,
+    "scores tie": "leave such records out, or set data.pairs=best_worst or all, which take pairs that differ",
+    "scores contradict the pair": "swap `chosen` and `rejected`, or correct the scores",
+    "label is not boolean": "write `label` as true or false, or rename it: `columns: {answer: label}` beside the path",
 }  # fmt: skip
 """Kind -> what to do. The reason beside it says what is wrong with that record."""
 
@@ -81,5 +108,12 @@ def named(bad_records: Sequence[BadRecord], limit: int) -> Iterator[str]:
 def fix_for(bad_records: Sequence[BadRecord]) -> str:
     """What to do about the most frequent kinds."""
     kinds = [kind for kind, _ in Counter(bad.kind for bad in bad_records).most_common(_KINDS_FIXED)]
-    fixes = dict.fromkeys(_FIXES.get(kind, "correct the records as the reasons say") for kind in kinds)
-    return "; ".join(fixes)
+    return "; ".join(dict.fromkeys(map(_fix_of_kind, kinds)))
+
+
+def _fix_of_kind(kind: str) -> str:
+    if kind.endswith(" is not text") and kind not in _FIXES:
+        return f"write `{kind.removesuffix(' is not text')}` as text"
+    if kind.startswith("empty ") and kind not in _FIXES:
+        return f"leave out records whose `{kind.removeprefix('empty ')}` is empty"
+    return _FIXES.get(kind, "correct the records as the reasons say")

@@ -40,7 +40,8 @@ _WHAT: dict[ControlKind, tuple[str, str]] = {
     ),
     "tool_calls": (
         "tool calls or results as text",
-        "they are trained as text, not as calls; give calls under `tool_calls` and results as messages of role `tool`",
+        "they are trained as text, not as calls; give calls under `tool_calls` and results as messages of role `tool`, "
+        "or set the source's `form: hermes` for ShareGPT turns with <tool_call>",
     ),
     "headings": (
         "the headings of a prompt template inside a text",

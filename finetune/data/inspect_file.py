@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -161,6 +162,10 @@ def inspect_file(path: str) -> FileSummary:
     summary, first = _read(SourceConfig(path=path))
     if not summary.num_usable and first is not None and (proposed := _propose_source(first, path)):
         summary, _ = _read(proposed)
+    if "tool_calls" in summary.control_text or any("form: hermes" in bad.reason for bad in summary.bad_records):
+        hermes, _ = _read(dataclasses.replace(summary.source, form="hermes"))
+        if hermes.num_usable and hermes.num_usable >= summary.num_usable:
+            summary = hermes
     if not summary.num_usable:
         bad = summary.bad_records
         raise InputError(

@@ -269,3 +269,14 @@ def test_names_that_no_recipe_can_have(
     write_rows(Path(name), [{"prompt": "a", "completion": "b"}])
     assert main(["recipes", "new", "mine.yaml", f"--data={name}"]) == 3
     assert why in capsys.readouterr().err and not Path("mine.yaml").exists()
+
+
+def test_calls_as_text_are_read_as_hermes_has_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = "<tool_call>\n{'name': 'f', 'arguments': {}}\n</tool_call>"
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": call}]
+    tools = [{"type": "function", "function": {"name": "f", "description": "F.", "parameters": {"type": "object"}}}]
+    results = [{"from": "tool", "value": "<tool_response>\n1\n</tool_response>"}, {"from": "gpt", "value": "1"}]
+    for added in (results, []):
+        data, said = seen(tmp_path, capsys, [{"conversations": [*turns, *added], "tools": json.dumps(tools)}])
+        assert data.train["mine"].form == "hermes" and "the recipe reads them as hermes does" in said
+        assert load_split(data, "train").records[0].messages[1].tool_calls

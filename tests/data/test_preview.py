@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import json
 import os
@@ -17,7 +18,7 @@ import pytest
 
 from finetune.cli.main import main
 from finetune.config.schema import DataConfig, LossConfig
-from finetune.data.bad_records import named
+from finetune.data.bad_records import fix_for, named
 from finetune.data.forms import parse_conversation
 from finetune.data.harmony.render import Example, render_example
 from finetune.data.harmony.tokenizer import harmony_encoding
@@ -251,3 +252,18 @@ def test_first_of_each_kind_is_named_before_others() -> None:
     found = [BadRecord(f"x:{n}", "a" if n < 9 else "b", "r") for n in range(1, 11)]
     assert list(named(found, 3)) == ["x:1: r", "x:2: r", "x:9: r", "and 7 more"]
     assert list(named(found, 10)) == [f"x:{n}: r" for n in range(1, 11)]
+
+
+def test_every_kind_of_fault_has_its_own_fix() -> None:
+    import finetune.data
+
+    kinds = set()
+    for path in Path(finetune.data.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BadRecordError":
+                kinds |= {each.value for each in ast.walk(node.args[0]) if isinstance(each, ast.Constant)}
+    kinds = {kind for kind in kinds if isinstance(kind, str) and kind.strip() not in ("empty", "is not text")}
+    assert len(kinds) > 50
+    for kind in kinds:
+        assert "correct the records" not in fix_for([BadRecord("x:1", kind, "r")]), kind
+    assert fix_for([BadRecord("x:1", "title is not text", "r")]) == "write `title` as text"

@@ -32,7 +32,7 @@ def card(tmp_path: Path, base: BaseRecord, config: RunConfig | None = None, targ
 def with_data(*paths: str) -> RunConfig:
     config = compose("quickstart").config
     train = {f"source{number}": SourceConfig(path=path) for number, path in enumerate(paths)}
-    return replace(config, data=replace(config.data, train=train))
+    return replace(config, data=replace(config.data, train=train, validation={}, test={}))
 
 
 @pytest.mark.parametrize(

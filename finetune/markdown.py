@@ -6,7 +6,7 @@ import re
 
 from finetune.log import printable
 
-_MARKDOWN = re.compile(r"[\\`*_\[\]<>#|~&!$]|^[-+](?= )|(?<=^\d)[.)]")
+_MARKDOWN = re.compile(r"[\\`*\[\]<>#|~&!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[-+](?= )|(?<=^\d)[.)]")
 
 
 def code(text: str) -> str:

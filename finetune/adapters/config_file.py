@@ -22,7 +22,7 @@ UNVERIFIED = "adapter_unverified"
 """Directory of a run's adapter that has not passed its read-back."""
 _MAX_PATTERN = 500  # characters
 _MAX_REPEATS = 3  # of `*`, `+` and `{` in a pattern: more of them, or nested ones, can make a search endless
-GROUPED_BY_EXPERT = "grouped_by_expert"
+GROUPED_BY_EXPERT, RANK_MAJOR = "grouped_by_expert", "rank_major"  # Unsloth's words for the order of experts' lora_B
 _ANY = object()
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
 # Settings that may stand in the file, and the values under which its tensors are a plain LoRA. Whatever is not listed
@@ -45,7 +45,8 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     # These set where training starts and leave the base as it is (PEFT 0.21.2, tuners/lora/layer.py; vLLM 0.33 lists
     # them too). PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take their start out of the base's weights.
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal", "mica"),
-    "lora_B_layout": (GROUPED_BY_EXPERT,),
+    "lora_B_layout": (GROUPED_BY_EXPERT, RANK_MAJOR),
+    "unsloth_fused_expert_lora": (_ANY,),  # says the same for each projection; `_check_orders` compares
 }  # fmt: skip
 _WITHOUT_EFFECT = (
     "lora_dropout", "init_lora_weights", "eva_config", "layers_to_transform", "exclude_modules", "lora_dtype",
@@ -57,9 +58,25 @@ _ADVICE = {
     "use_dora": "merge it with the PEFT that wrote it, and use the merged model",
     "trainable_token_indices": "train it without new tokens",
     "modules_to_save": "train it without fully trained modules",
-    "lora_B_layout": f"{GROUPED_BY_EXPERT!r} is the one layout besides PEFT's that is known here",
+    "lora_B_layout": f"{GROUPED_BY_EXPERT!r} and PEFT's own, {RANK_MAJOR!r}, are known here",
+    "fine_tune_type": "use the adapter that it was made from",
 }
 _FIX = "use the adapter_config.json that was written with the tensors"
+_WEIGHTS = "adapter_model.safetensors"
+# Files of directories that are adapters of another kind, or none: what they are, and what to do.
+_SOURCE = "use the adapter that it was made from"
+_OTHER_FORMS: tuple[tuple[str, str, str], ...] = (
+    ("adapters.safetensors", "an adapter of mlx-lm", _SOURCE),
+    ("*.gguf", "an adapter of llama.cpp (a GGUF LoRA)", _SOURCE),
+    ("adapter_model-*-of-*.safetensors", "split into several files", "save it in one adapter_model.safetensors"),
+    ("adapter_model.bin", "saved as a pickle, which can run code when it is read",
+     "save it as safetensors with the PEFT that wrote it"),
+    ("adapter_model.p*t*", "saved as a pickle, which can run code when it is read",
+     "save it as safetensors with the PEFT that wrote it"),
+    ("*.distcp", "a distributed checkpoint of torch", "save it with PEFT's save_pretrained"),
+    ("model*.safetensors", "a whole model, no adapter", "give it as a base (model.path), or give an adapter"),
+    (f"*/{_WEIGHTS}", "a folder of adapters", "give one of its folders"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,9 +120,21 @@ class PeftConfig:
             return targets == "all-linear" or not _is_quick(targets) or re.fullmatch(targets, path) is not None
         return any(f".{path}".endswith(f".{target}") for target in targets or ())
 
+    def surely_targets(self, path: str, layer: int) -> bool:
+        """Whether PEFT would adapt a weight of the base; False too where a regular expression would have to tell."""
+        if self.targets_parameter(path) or self.targets_parameter(f"{path}.weight"):
+            return True
+        targets = self.settings.get("target_modules")
+        if ".self_attn." not in path or self.leaves_out(path, layer):
+            return False
+        return targets == "all-linear" or (isinstance(targets, list) and self.targets_module(path))
+
     def leaves_out(self, path: str, layer: int) -> str | None:
         """The setting by which PEFT would ignore the tensors of a module (not of a parameter); None if none does."""
         layers, excluded = self.settings.get("layers_to_transform"), self.settings.get("exclude_modules")
+        targets = self.settings.get("target_modules")
+        if isinstance(targets, list) and targets and not self.targets_module(path):
+            return "target_modules"
         if layers is not None and layers != [] and layer not in ([layers] if isinstance(layers, int) else layers):
             return "layers_to_transform"
         if isinstance(excluded, str):
@@ -118,9 +147,14 @@ class PeftConfig:
         return {key: self.settings[key] for key in _WITHOUT_EFFECT if self.settings.get(key) not in (*_NOTHING, True)}
 
     @property
+    def expert_order(self) -> str | None:
+        """Unsloth's word for the order of experts' lora_B: expert after expert, or PEFT's; None: not said."""
+        return next(iter(_orders(self.settings, "lora_B_layout")), None)
+
+    @property
     def is_grouped_by_expert(self) -> bool:
         """Whether lora_B of experts is stored expert after expert [out, E·r] (Unsloth's marker), not rank-major."""
-        return self.settings.get("lora_B_layout") == GROUPED_BY_EXPERT
+        return self.expert_order == GROUPED_BY_EXPERT
 
     def rank(self, path: str) -> int:
         """Rank of one weight."""
@@ -150,6 +184,7 @@ def read_adapter_config(directory: Path) -> PeftConfig:
             asks for something that nothing here supports (DoRA, biases, fully trained modules).
     """
     path = directory / CONFIG
+    refuse_other_form(directory)
     settings = read_json(path)
     for key, (is_right, words) in _SETTINGS.items():
         if settings.get(key) is not None and not is_right(settings[key]):
@@ -159,8 +194,9 @@ def read_adapter_config(directory: Path) -> PeftConfig:
             _check_pattern(path, key, pattern)
     if isinstance(settings.get("exclude_modules"), str):
         _check_pattern(path, "exclude_modules", settings["exclude_modules"])
-    if settings.get("peft_type") != "LORA":
-        raise InputError(f"{directory}: peft_type is {settings.get('peft_type')!r}, only LORA can be exported")
+    kind = settings.get("peft_type")
+    if kind != "LORA" and (kind is not None or "lora_alpha" not in settings):  # tinker writes r and lora_alpha alone
+        raise InputError(f"{directory}: peft_type is {kind!r}, only LORA can be exported")
     for key, value in settings.items():
         allowed = _HARMLESS.get(key, ())
         plain = value.lower() if isinstance(value, str) else value
@@ -171,7 +207,38 @@ def read_adapter_config(directory: Path) -> PeftConfig:
                 why="reading them as one would change what the adapter does, without a sign",
                 fix=_ADVICE.get(key, "merge it with the PEFT that wrote it, or train it without this setting"),
             )
+    _check_orders(path, settings)
     return PeftConfig(settings)
+
+
+def refuse_other_form(directory: Path) -> None:
+    """Raise InputError for a directory without PEFT's weights file whose files tell what it is instead."""
+    if (directory / _WEIGHTS).is_file():
+        return
+    for pattern, what, fix in _OTHER_FORMS:
+        if found := sorted(directory.glob(pattern)):
+            name = found[0].relative_to(directory)
+            raise InputError(f"{directory} is {what} ({name}), not an adapter in PEFT's layout", fix=fix)
+
+
+def _orders(settings: object, key: str, depth: int = 4) -> list[str]:
+    """What settings, and those inside them, say under a key."""
+    if not isinstance(settings, Mapping) or not depth:
+        return []
+    found = [value if isinstance(value, str) else repr(value) for value in [settings.get(key)] if value is not None]
+    return found + [order for value in settings.values() for order in _orders(value, key, depth - 1)]
+
+
+def _check_orders(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse what Unsloth's settings say about the order of factors, unless it is one order that is known here."""
+    orders = dict.fromkeys(_orders(settings, "lora_B_layout"))
+    if len(orders) > 1 or orders.keys() - {GROUPED_BY_EXPERT, RANK_MAJOR}:
+        raise InputError(
+            f"{path}: lora_B_layout is {' and '.join(orders)} for different projections",
+            fix=_ADVICE["lora_B_layout"] + "; all projections must have the same",
+        )
+    if odd := set(_orders(settings, "lora_A_layout")) - {GROUPED_BY_EXPERT}:  # PEFT's lora_A is expert after expert
+        raise InputError(f"{path}: lora_A_layout is {min(odd)!r}, not {GROUPED_BY_EXPERT!r} as in PEFT", fix=_FIX)
 
 
 def _is_quick(pattern: str) -> bool:
@@ -197,6 +264,10 @@ def _is_rank(value: Any) -> bool:
     return _is_number(value) and value == int(value)
 
 
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_text(value: Any) -> bool:
     """Text for one line: a name with control characters could change what a terminal or a card shows."""
     return isinstance(value, str) and value.isprintable()
@@ -217,6 +288,7 @@ def _maps_to(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
 _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, "a whole number"),
     "lora_alpha": (_is_number, "a number"),
+    "use_rslora": (_is_flag, "true or false"),
     "rank_pattern": (_maps_to(_is_rank), "names with whole numbers"),
     "alpha_pattern": (_maps_to(_is_number), "names with numbers"),
     "target_parameters": (_is_names, "a list of names"),
@@ -268,6 +340,7 @@ def resolve_run(path: Path) -> tuple[Path, Path | None]:
             why=f"{unverified} has not passed its read-back" if unverified.is_dir() else None,
             fix=f"finish it: finetune train --resume {path}",
         )
+    refuse_other_form(path)
     found = "is neither a run nor an adapter directory" if path.is_dir() else "does not exist"
     raise InputError(
         f"{path} {found}", fix=suggest_run(path) or "give a run directory, or one with adapter_config.json"

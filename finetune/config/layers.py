@@ -19,6 +19,7 @@ from finetune.config.schema_paths import KeyPath
 from finetune.errors import ConfigError
 
 COMMAND_LINE = "command line"
+MOST_CHARACTERS = 2**22
 _NUMBER = re.compile(
     r"""^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
     |[-+]?(?:[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)
@@ -100,7 +101,10 @@ def read_yaml(path: Path) -> Layer:
     """
     label = display_path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MOST_CHARACTERS + 1)
+        if len(text) > MOST_CHARACTERS:
+            raise ConfigError(f"{label} has more than {MOST_CHARACTERS:,} characters, which no recipe has")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{label} cannot be read: {error}") from error
     try:

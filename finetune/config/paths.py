@@ -189,6 +189,8 @@ def refuse_special_file(place: str, path: Path) -> None:
     except OSError as error:
         what = "is a link to nothing" if path.is_symlink() else f"cannot be looked up: {error.strerror}"
         raise InputError(f"{place} {path} {what}", fix="give a file that is there") from None
+    if stat.S_ISREG(mode) and path.resolve().parts[1] in ("proc", "sys"):
+        raise InputError(f"{place} {path} is a file of the kernel, and no data", fix="give a file of records")
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return
     kinds = {

@@ -99,6 +99,8 @@ def find_recipe(recipe: str) -> Path:
     """
     path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{recipe} is not a file", why="a recipe is a file of YAML", fix="give the file's path")
         if not path.is_file():
             own = [file for file in path.parent.glob("*.y*ml") if file.suffix in (".yaml", ".yml")]
             raise ConfigError(f"there is no recipe file {recipe}", fix=suggest_path(path, own) or _fix(path.stem))

@@ -51,9 +51,11 @@ _WHAT: dict[ControlKind, tuple[str, str]] = {
 """Kind -> what records do, and what that means and what to do about it."""
 
 _NAMES = r"think|thinking|thoughts?|reasoning|reflection|scratchpad|seed:think"
-_OPENING = re.compile(rf"\s*(?:<({_NAMES})>|\[THINK\]|<\|begin_of_thought\|>)", re.IGNORECASE)
-_CLOSING_ALONE = re.compile(r"</think>|\[/THINK\]")  # the opening tag is often part of the prompt
-_THINK_TAG = re.compile(rf"</?(?:{_NAMES})>|\[/?THINK\]|<\|(?:begin|end)_of_(?:thought|solution)\|>", re.IGNORECASE)
+_OPENING = re.compile(rf"\s*(?:<({_NAMES})>|\[THINK\]|◁think▷|<\|begin_of_thought\|>)", re.IGNORECASE)
+_CLOSING_ALONE = re.compile(r"</think>|\[/THINK\]|◁/think▷")  # the opening tag is often part of the prompt
+_THINK_TAG = re.compile(
+    rf"</?(?:{_NAMES})>|\[/?THINK\]|◁/?think▷|<\|(?:begin|end)_of_(?:thought|solution)\|>", re.IGNORECASE
+)
 _SOLUTION = re.compile(r"\s*<\|begin_of_solution\|>(.*)<\|end_of_solution\|>\s*", re.DOTALL)
 
 _HARMONY_NAMES = "start|end|message|channel|constrain|return|call|startoftext|endoftext|endofprompt|reserved_[0-9]+"
@@ -63,18 +65,18 @@ _HARMONY_MESSAGE = re.compile(
     r"(?:<\|constrain\|>[^<|]{1,40})?<\|message\|>"
 )
 _TEMPLATE = re.compile(
-    rf"<\|(?!(?:{_HARMONY_NAMES}|(?:begin|end)_of_(?:thought|solution))\|>)[A-Za-z]\w{{0,40}}\|>"  # ChatML, Llama 3
+    rf"<\|(?!(?:{_HARMONY_NAMES}|(?:begin|end)_of_(?:thought|solution))\|>)/?[A-Za-z]\w{{0,40}}\|>"  # ChatML, Llama 3
     r"|<\|(?:turn|channel|tool|tool_call|tool_response|think)>|<(?:turn|channel|tool|tool_call|tool_response)\|>"
     r"|<｜[^｜<>\n]{1,40}｜>"  # DeepSeek, with full-width bars
     r"|\[/?INST\]|<</?SYS>>|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS)\]|\[gMASK\]"
-    r"|<(?:start|end)_of_turn>|<(?:bos|eos|sop)>|\A\s*<s>|</s>\s*\Z"
+    r"|<(?:start|end)_of_turn>|<(?:bos|eos|sop)>"
 )
 _TOOLS = re.compile(
     r"</?(?:tool_calls?|tool_responses?|function_calls?|function_responses?|functioncall)>"
     r"|<function=[\w.-]{1,64}>|<invoke name=|\[/?TOOL_(?:CALLS|RESULTS)\]"
 )
-_QUESTION = re.compile(r"^(?:#{1,4} *(?:Human|User|Instruction|Input|Question)|Human|User) *:", re.MULTILINE)
-_REPLY = re.compile(r"^(?:#{1,4} *(?:Assistant|Response|Answer|Output)|Assistant) *:", re.MULTILINE)
+_QUESTION = re.compile(r"^(?:#{1,4} *(?:Human|User|Instruction|Input|Question)|Human|User) *:|\bUSER:", re.MULTILINE)
+_REPLY = re.compile(r"^(?:#{1,4} *(?:Assistant|Response|Answer|Output)|Assistant) *:|\bASSISTANT:", re.MULTILINE)
 
 
 @dataclass
@@ -128,14 +130,23 @@ def _control_text(conversation: Conversation) -> Iterator[tuple[ControlKind, str
     for text in conversation.texts():
         yield from _first("harmony", _HARMONY, text)
         yield from _first("template", _TEMPLATE, text)
+        if _has_sentence_marks(text):
+            yield "template", "<s>" if "<s>" in text else "</s>"
         yield from _first("tool_calls", _TOOLS, text)
         if (found := _QUESTION.search(text)) and _REPLY.search(text):
             yield "headings", found[0]
 
 
 def _first(kind: ControlKind, pattern: re.Pattern[str], text: str) -> Iterator[tuple[ControlKind, str]]:
-    if ("<" in text or "[" in text) and (found := pattern.search(text)):
+    if ("<" in text or "[" in text or "◁" in text) and (found := pattern.search(text)):
         yield kind, found[0]
+
+
+def _has_sentence_marks(text: str) -> bool:
+    """Whether `<s>` and `</s>` are marks around a text rather than HTML's strikethrough inside one."""
+    opening, closing = text.count("<s>"), text.count("</s>")
+    whole = text.strip()
+    return opening != closing or (opening > 0 and whole.startswith("<s>") and whole.endswith("</s>"))
 
 
 def _is_call(text: str, declared: set[str]) -> bool:

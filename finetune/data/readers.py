@@ -74,7 +74,9 @@ def read_parquet(place: str, label: str, path: Path) -> Iterator[PlacedRecord]:
     try:
         with parquet.ParquetFile(path) as file:
             _refuse_giant_columns(place, file.metadata)
-            for batch in file.iter_batches(batch_size=_RECORDS_PER_BATCH):
+            first = next(file.iter_batches(batch_size=1), None)  # long texts that repeat take no room in the file
+            size = MAX_LINE_BYTES // max(1, first.nbytes if first else 1)
+            for batch in file.iter_batches(batch_size=max(1, min(size, _RECORDS_PER_BATCH))):
                 for record in _table_records(batch):
                     number += 1
                     yield f"{label}#{number}", record

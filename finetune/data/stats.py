@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config.schema import RunConfig
+from finetune.data.bad_records import fix_for
 from finetune.data.control_text import control_text_lines
 from finetune.data.dataset import Split, load_split
 from finetune.data.duplicates import Overlap, Text, find_duplicates, text_of
@@ -323,6 +324,8 @@ def _left_out_lines(title: str, bad_records: Sequence[BadRecord]) -> Iterator[st
         yield from (f"      {place}" for place in places[:_PLACES_SHOWN])
         if len(places) > _PLACES_SHOWN:
             yield f"      and {len(places) - _PLACES_SHOWN:,} more (--json names all)"
+    if bad_records:
+        yield f"    fix: {fix_for(bad_records)}"
 
 
 def _duplicate_lines(duplicates: Mapping[str, Overlap]) -> Iterator[str]:

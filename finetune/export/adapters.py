@@ -14,7 +14,7 @@ from finetune.adapters.config_file import CONFIG
 from finetune.adapters.provenance import warn_other_storage, write_provenance
 from finetune.adapters.store import WEIGHTS, AdapterFile, write_directory
 from finetune.arch import Arch
-from finetune.export.base import check_base, check_fits, find_base, known_arch
+from finetune.export.base import check_base, check_fits, find_base, is_known_dense, known_arch
 from finetune.export.card import write_card
 from finetune.export.factors import refuse_swapped
 from finetune.export.options import CARD, RECORD, AdapterTarget, ExportOptions
@@ -102,7 +102,7 @@ def _check_base(adapter: AdapterFile, options: ExportOptions) -> tuple[Arch | No
             log.warning(f"no base here to compare {adapter.directory} with; --base BASE does")
         else:
             check_fits(arch, adapter)
-        return arch, True
+        return arch, not is_known_dense(adapter)
     checkpoint = Checkpoint.open(find_base(adapter, options).directory)
     refuse_swapped(adapter, checkpoint.arch)
     check_fits(checkpoint.arch, adapter)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from finetune import log
+from finetune.adapters.config_file import CONFIG
+from finetune.adapters.layout import module_path
 from finetune.adapters.store import AdapterFile
 from finetune.arch import Arch
 from finetune.config.paths import shipped_dir
@@ -69,13 +71,22 @@ def check_base(checkpoint: Checkpoint, adapter: AdapterFile) -> str:
 
 def known_arch(adapter: AdapterFile) -> Arch | None:
     """Sizes of the base an adapter names, if its config.json is on this disk or is one of the published two."""
+    path = _known_config(adapter)
+    return None if path is None else Arch.from_config(read_json(path), str(path))
+
+
+def is_known_dense(adapter: AdapterFile) -> bool:
+    """Whether the base an adapter names is on this disk and has its experts in bfloat16."""
+    path = _known_config(adapter)
+    return path is not None and "quantization_config" not in read_json(path)
+
+
+def _known_config(adapter: AdapterFile) -> Path | None:
     name = adapter.base.name
     directory = Path(name).expanduser() if name else None
     if name in _PUBLISHED:
         directory = shipped_dir("data") / "tokenizer" / name.rpartition("/")[2]
-    if directory is None or not (directory / CONFIG_FILE).is_file():
-        return None
-    return Arch.from_config(read_json(directory / CONFIG_FILE), str(directory / CONFIG_FILE))
+    return directory / CONFIG_FILE if directory is not None and (directory / CONFIG_FILE).is_file() else None
 
 
 def check_fits(arch: Arch, adapter: AdapterFile) -> None:
@@ -84,6 +95,7 @@ def check_fits(arch: Arch, adapter: AdapterFile) -> None:
     Raises:
         InputError: names the first site that does not fit.
     """
+    _warn_of_missing_sites(arch, adapter)
     tensors = arch.expected_tensors()
     for name, change in adapter.router_bias.items():
         if name not in tensors or tensors[name][1] != tuple(change.shape):
@@ -105,6 +117,23 @@ def check_fits(arch: Arch, adapter: AdapterFile) -> None:
                 f"{of}{out} x {inputs}",
                 fix=_OTHER_BASE,
             )
+
+
+def _warn_of_missing_sites(arch: Arch, adapter: AdapterFile) -> None:
+    """Name weights that the settings adapt in every layer, and whose factors are missing in some."""
+    names = {site.name for site in adapter.sites}
+    missing = [
+        module_path(layer, name)
+        for layer in range(arch.num_layers)
+        for name in sorted(names - {site.name for site in adapter.sites if site.layer == layer})
+        if adapter.config.surely_targets(module_path(layer, name), layer)
+    ]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        log.warning(
+            f"{adapter.directory} lacks the factors of {missing[0]}{more}, which its {CONFIG} adapts: left as in the "
+            "base. If the file is cut short, save the adapter again"
+        )
 
 
 def open_reference(checkpoint: Checkpoint) -> Base:

@@ -27,6 +27,7 @@ from finetune.model.headers import read_header
 _WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|module|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module|inner)\."
 )
+_TINKER_ATTENTION = re.compile(r"(?<=\.layers\.)(\d+)\.attn\.(?=[qkvo]_proj\.)")
 _ADAPTER_NAME = re.compile(r"\.lora_([AB])\.(?!weight$)[^.]+\.weight$")
 _NUMBERED_LAST = re.compile(r"\.experts\.(gate_up|gate|up|down)_projs\.(\d+)\.")
 _STACKED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|gate_proj|up_proj|down_proj|w[123])\.lora_([AB])\.weight")
@@ -39,12 +40,17 @@ _OTHERS: tuple[tuple[str, str, str], ...] = (
     ("trainable_tokens", "embeddings of single tokens (trainable_token_indices)", "train it without new tokens"),
     (r"lora_magnitude_vector", "DoRA (use_dora)", "merge it with the PEFT that wrote it, and use the merged model"),
     (r"embed_tokens|lm_head|lora_embedding", "the embedding or the output head", "train it without them"),
-    (r"modules_to_save", "fully trained modules (modules_to_save)", "train it without them"),
-    (r"\.bias$", "biases (bias, lora_bias)", "train it with bias: none"),
+    (r"modules_to_save|router\.weight$", "fully trained modules (modules_to_save)", "train it without them"),
+    (r"\.bias$|_proj_bias$", "biases (bias, lora_bias)", "train it with bias: none"),
     (r"^blk\.\d+\.", "llama.cpp's names (a GGUF LoRA)", "import the adapter that it was made from"),
     (r"\.lora_[ab]$", "mlx-lm's names", "import the adapter that it was made from"),
     (r"^(module\.)?decoder\.layers\.|linear_(qkv|proj|fc[12])", "Megatron-Core's names", "export it to PEFT's layout"),
     (r"norm\.", "norms", "train it without them"),
+    (
+        r"_proj(\.weight|_blocks|_scales)?$",
+        "whole weights, no LoRA factors",
+        "give a whole model as a base (model.path)",
+    ),
 )
 
 
@@ -104,6 +110,7 @@ def _renamed(key: str, changes: dict[str, None]) -> str:
     steps: tuple[tuple[str, Callable[[str], str]], ...] = (
         ("words of wrappers removed from names", lambda k: _WRAPPERS.sub("", k)),
         ("the adapter's name removed from names", lambda k: _ADAPTER_NAME.sub(r".lora_\1.weight", k)),
+        ("attn in names turned into self_attn", lambda k: _TINKER_ATTENTION.sub(r"\1.self_attn.", k)),
         ("experts' numbers moved in names", lambda k: _NUMBERED_LAST.sub(r".experts.\2.\1_proj.", k)),
     )
     for words, step in steps:
@@ -158,16 +165,22 @@ def _refuse_missing_experts(path: Path, given: Path, config: PeftConfig, num_exp
         if match := numbered.fullmatch(key):
             found.setdefault((match[1], match[3]), set()).add(int(match[2]))
     experts = num_experts or max((max(numbers) + 1 for numbers in found.values()), default=0)
-    expected: set[tuple[str, str]] = set()
-    for module, _ in found:
-        halves = ("gate_up_proj",) if (module, "gate_up_proj") in found else ("gate_proj", "up_proj")
-        expected |= {(module, name) for name in (*halves, "down_proj")}
-    for module, name in sorted(expected):
-        for expert in sorted(set(range(experts)) - found.get((module, name), set())):
-            forms = (f"{module}.{expert}.{name}", f"{module}.{name}s.{expert}", f"{module}.{name}")
-            if any(config.targets_module(form) for form in forms):
+
+    def is_named(module: str, name: str, expert: int) -> bool:
+        forms = (f"{module}.{expert}.{name}", f"{module}.{name}s.{expert}", f"{module}.{name}")
+        return any(config.targets_module(form) for form in forms)
+
+    says_which = any(is_named(module, name, expert) for (module, name), here in found.items() for expert in here)
+    names = {name for _, name in found}
+    for module in sorted({module for module, _ in found}):
+        halves = {"gate_up_proj"} if (module, "gate_up_proj") in found else {"gate_proj", "up_proj"}
+        for name in sorted(halves | {"down_proj"} if says_which else names):
+            for expert in sorted(set(range(experts)) - found.get((module, name), set())):
+                if says_which and not is_named(module, name, expert):
+                    continue
                 raise InputError(
-                    f"{given} lacks the factors of {module}.{expert}.{name}, which {CONFIG} adapts",
+                    f"{given} lacks the factors of {module}.{expert}.{name}"
+                    + (f", which {CONFIG} adapts" if says_which else ""),
                     why="the file is cut short, or was written for fewer experts than the base has",
                     fix="save the adapter again; to adapt some experts only, name them in target_modules",
                 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune import log
 from finetune.adapters.compact import COMPACT_WEIGHTS, is_compact, read_compact
-from finetune.adapters.config_file import CONFIG, PeftConfig
+from finetune.adapters.config_file import CONFIG, GROUPED_BY_EXPERT, PeftConfig, refuse_other_form
 from finetune.adapters.layout import EXPERTS, StoredSite, parse_sites
 from finetune.adapters.provenance import PROVENANCE, ROUTER_BIAS, BaseRecord, read_router_bias
 from finetune.adapters.store import WEIGHTS, AdapterFile, read_description, write_directory
@@ -28,7 +28,6 @@ from finetune.model.checkpoint import Checkpoint
 from finetune.model.headers import join, read_header
 from finetune.model.hub import BaseLocation
 
-_NOT_SAFETENSORS = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 _READ_FILES = frozenset({CONFIG, PROVENANCE, ROUTER_BIAS})
 _TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges|chat_template)\..*")
 
@@ -113,13 +112,9 @@ def _read(directory: Path, options: ExportOptions) -> Imported:
         raise InputError(f"no adapter directory {directory}")
     if is_compact(directory):
         return _read_compact(directory, options)
+    refuse_other_form(directory)
     if not (directory / WEIGHTS).is_file():
-        others = [name for name in _NOT_SAFETENSORS if (directory / name).is_file()]
-        raise InputError(
-            f"{directory} lacks {WEIGHTS}",
-            why=f"it has {others[0]}, a format that can run code when it is read" if others else None,
-            fix="save it as safetensors with the PEFT that wrote it" if others else "give an adapter's own directory",
-        )
+        raise InputError(f"{directory} lacks {WEIGHTS}", fix="give an adapter's own directory")
     config, recorded = read_description(directory)
     base, arch = _base(AdapterFile(directory, config, recorded, sites=()), options)
     with tempfile.TemporaryDirectory(prefix="finetune-import-") as scratch:
@@ -144,10 +139,11 @@ def _read_peft(directory: Path, config: PeftConfig, recorded: BaseRecord, arch: 
     if config.is_grouped_by_expert:
         layers = _changed_experts(layers, regrouped)
         layout += ", lora_B of experts stored expert after expert, put into PEFT's order"
-    elif _is_by_unsloth(directory, config) and any(site.num_experts > 1 < site.rank for site in sites):
+    elif config.expert_order is None and _is_by_unsloth(directory, config) and _has_orders(sites):
         log.warning(
             "Unsloth has written lora_B of experts in two orders, and this file has no lora_B_layout to tell them "
-            "apart: it is read in PEFT's order. Compare its answers with those of the model that was trained"
+            "apart: it is read in PEFT's order. Compare its answers with those of the model that was trained; if they "
+            f'differ, import it with "lora_B_layout": "{GROUPED_BY_EXPERT}" in {CONFIG}, the order of older releases'
         )
     if is_swapped(file, arch):
         layers = _changed_experts(layers, swapped_back)
@@ -164,6 +160,11 @@ def _changed_experts(
         number: {name: change(factors) if name in EXPERTS else factors for name, factors in layer.items()}
         for number, layer in layers.items()
     }
+
+
+def _has_orders(sites: tuple[StoredSite, ...]) -> bool:
+    """Whether the two orders of experts' lora_B differ: with one expert, or rank 1, they are the same."""
+    return any(site.num_experts > 1 < site.rank for site in sites)
 
 
 def _is_by_unsloth(directory: Path, config: PeftConfig) -> bool:

@@ -114,7 +114,7 @@ def summary(manifest: JsonObject, evaluation: Evaluation | None) -> str:
 
 def check_lines(manifest: JsonObject) -> list[str]:
     """The checks of a run, as items of a Markdown list."""
-    lines = [f"- {line}" for line in manifest.get("audit") or []]
+    lines = [f"- {escaped(str(line))}" for line in manifest.get("audit") or []]
     match manifest.get("read_back"):
         case {"skipped": reason}:
             lines.append(f"- **not read back** with stock PEFT: {escaped(str(reason))}")

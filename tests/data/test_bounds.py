@@ -14,7 +14,7 @@ import pytest
 from pyarrow import parquet
 
 from finetune.cli.main import main
-from finetune.config import paths
+from finetune.config import layers, paths
 from finetune.config.paths import matching_files
 from finetune.config.schema import DataConfig, SourceConfig
 from finetune.data import dataset, files, read_text, readers
@@ -41,6 +41,7 @@ def test_special_files_are_refused_before_they_are_opened(tmp_path: Path) -> Non
     assert "rows.jsonl is a pipe, not a file" in refusal(tmp_path / "rows.jsonl")
     assert "is a pipe" in refusal(tmp_path / "*.jsonl"), "in a pattern too"
     assert "/dev/zero is a device" in refusal("/dev/zero")
+    assert "is a file of the kernel" in refusal("/proc/cpuinfo")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
     assert "zero.jsonl is a device" in refusal(tmp_path / "zero.jsonl"), "through a link"
     (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nothing")
@@ -184,6 +185,23 @@ def test_giant_values_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "and they would not fit into memory" in refusal(tmp_path / "rows.parquet")
 
 
+def test_texts_that_repeat_are_read_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MAX_LINE_BYTES", 10_000)
+    sizes: list[int] = []
+    converted = readers._table_records
+
+    def counted(batch: Any) -> Any:
+        sizes.append(len(batch))
+        return converted(batch)
+
+    monkeypatch.setattr(readers, "_table_records", counted)
+    for length, expected in ((10, [64, 36]), (3000, [1] * 100)):
+        sizes.clear()
+        column = pa.array(["b" * length] * 100)
+        parquet.write_table(pa.table({"prompt": column, "completion": column}), tmp_path / "rows.parquet")
+        assert len(read(tmp_path / "rows.parquet")) == 100 and sizes == expected
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -211,3 +229,15 @@ def test_faults_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.Monke
     config = DataConfig(train={"mine": SourceConfig(path=str(tmp_path / "rows.json"))}, cache=False)
     with pytest.raises(InputError, match=r"20 records are left out, of 2\d"):
         load_split(config, "train", check=False)
+
+
+def test_recipes_without_end_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "long.yaml").write_text("# " + "x" * 5000)
+    monkeypatch.setattr(layers, "MOST_CHARACTERS", 4000)
+    for name, words in (("zero", "is not a file"), ("pipe", "is not a file"), ("long", "more than 4,000 characters")):
+        assert main(["data", "stats", str(tmp_path / f"{name}.yaml")]) == 2
+        assert words in capsys.readouterr().err

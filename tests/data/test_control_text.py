@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies
 
 from finetune.cli.main import main
 from finetune.config.compose import compose
@@ -59,6 +61,10 @@ def parsed(raw: JsonObject, think_tags: ThinkTags) -> Conversation:
         ("template", "<<SYS>>", "<<SYS>>Be brief.<</SYS>> 4"),
         ("template", "<s>", "<s>4"),
         ("template", "</s>", "4 </s>\n"),
+        ("template", "</s>", "4</s>And then?"),
+        ("template", "<s>", "<s>4</s>"),
+        ("template", "<|/answer|>", "4<|/answer|>"),
+        ("headings", "USER:", "A chat. USER: Hi ASSISTANT: Hello"),
         ("template", "<｜Assistant｜>", "<｜Assistant｜>4"),
         ("template", "<|user|>", "4<|user|>"),
         ("tool_calls", "<tool_call>", '<tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>'),
@@ -78,7 +84,8 @@ def test_each_kind_is_found(kind: str, spelling: str, text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "4", "a < b > c", "f <| g |> h", "x |> f", "let y = [1, 2]", "<b>4</b>", "an <s>old</s> price", "I think so.",
+        "4", "a < b > c", "f <| g |> h", "x |> f", "let y = [1, 2]", "<b>4</b>",
+        "an <s>old</s> price", "<s>old</s> new", "USER: ?", "I think so.",
         "Answer: 4", "## Response\n4", '{"name": "someone", "age": 3}', "{broken", "<tools>", "| a | b |", "[INSTALL]",
     ],
 )  # fmt: skip
@@ -113,6 +120,8 @@ def test_every_text_of_a_record_counts_once() -> None:
     ("text", "expected"),
     [
         (THOUGHT, ("Two and two.", "4")),
+        ("◁think▷a◁/think▷b", ("a", "b")),
+        ("[THINK]a[/THINK]b", ("a", "b")),
         ("<think>\n\n</think>\n\n4", ("", "4")),
         ("Two.\n</think>\n4", ("Two.", "4")),
         ("<THINK>a</think>b</think>", ("a", "b</think>")),
@@ -204,3 +213,45 @@ def test_moved_thinking_is_counted_and_survives_the_cache(tmp_path: Path) -> Non
     for _ in range(2):
         (line,) = control_text_lines(load_split(kept, "train").stats.control_text)
         assert line.startswith("1 record with an answer that begins")
+
+
+THINK = ["think", "thinking", "Thought", "thoughts", "reasoning", "reflection", "scratchpad", "THINK", "seed:think"]
+SPELLINGS = {
+    "harmony": ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>",
+                "<|endoftext|>", "<|startoftext|>", "<|endofprompt|>", "<|reserved_200000|>"],
+    "template": ["<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>",
+                 "<|eom_id|>", "<|python_tag|>", "<|user|>", "<|assistant|>", "<|system|>", "<|observation|>",
+                 "<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|start_of_role|>", "<|im_middle|>", "<|endofturn|>",
+                 "<|fim_prefix|>", "<|tool_calls_section_begin|>", "<|turn>", "<turn|>", "<start_of_turn>",
+                 "<end_of_turn>", "<bos>", "<eos>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]",
+                 "[gMASK]", "<sop>", "<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
+    "tool_calls": ["<tool_call>", "</tool_call>", "<tool_response>", "<tool_calls>", "<function_call>",
+                   "<functioncall>", "<function=f>", '<invoke name="f">', "[TOOL_CALLS]", "[TOOL_RESULTS]"],
+}  # fmt: skip
+TEXTS = strategies.text(strategies.characters(codec="utf-8", exclude_characters="<>[]|#\uff5c"), max_size=40)
+
+
+@given(strategies.sampled_from(THINK), TEXTS, TEXTS.filter(str.strip), TEXTS.map(lambda text: " " * (len(text) % 5)))
+@settings(max_examples=100, deadline=None)
+def test_any_tags_around_any_thinking(tag: str, thinking: str, answer: str, space: str) -> None:
+    raw = answered(f"{space}<{tag}>{thinking}</{tag}>{space}{answer}")
+    without = answered(answer.strip(), **({"thinking": thinking.strip()} if thinking.strip() else {}))
+    assert parsed(raw, "move").messages == parsed(without, "keep").messages
+    assert counted(raw).keys() == {"think_tags"} and not counted(without)
+
+
+@given(strategies.sampled_from([(kind, text) for kind, texts in SPELLINGS.items() for text in texts]), TEXTS, TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_any_spelling_anywhere(found: tuple[str, str], before: str, after: str) -> None:
+    kind, spelling = found
+    text = f"{before}{spelling}{after}"
+    asked = {"messages": [QUESTION | {"content": text}, {"role": "assistant", "content": "4"}]}
+    for raw in (answered(text), answered("4", thinking=text), {"text": text}, asked):
+        assert counted(raw).keys() == {kind}, raw
+
+
+def test_long_hostile_texts_take_linear_time() -> None:
+    started = time.process_time()
+    for text in ("<|a" * 10**5, "<think>" * 10**5, "[INST" * 10**5, "</s>" + " " * 10**6 + "x", "\n#" * 10**5):
+        counted(answered(text + "."))
+    assert time.process_time() - started < 5

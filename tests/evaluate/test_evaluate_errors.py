@@ -16,6 +16,7 @@ from finetune.cli.main import main
 from finetune.evaluate import evalset, labels, measure
 from finetune.evaluate import run as run_module
 from finetune.evaluate.statistics import wilson_interval
+from finetune.report.content import unescaped
 
 Json = dict[str, Any]
 HEAD = """# @package _global_
@@ -93,7 +94,7 @@ def test_another_recipe_with_odd_records(
     assert main(["evaluate", str(run), "--recipe", "odd.yaml", "--retention", "1"]) == 0
     assert Path.cwd() == here and not (run / "evaluation").exists()
     found = summary(run / "evaluation-odd")
-    said, readme = capsys.readouterr().err, (run / "evaluation-odd" / "README.md").read_text()
+    said, readme = capsys.readouterr().err, unescaped((run / "evaluation-odd" / "README.md").read_text())
     test = found["suites"][0]
     # Six records, one of them three turns: from this directory, not from where the run was started.
     assert (test["rows"], test["records"]) == (8, 6)

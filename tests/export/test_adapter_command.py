@@ -17,6 +17,7 @@ from synthetic_adapter import EXPERTS, HIDDEN, SIZES, WIDTH, write_synthetic
 from test_export_adapters import export, sites
 
 from finetune.cli.main import main
+from finetune.errors import InputError
 from finetune.export.combine import combine_adapters
 from finetune.export.importing import import_adapter
 from finetune.export.options import ExportOptions
@@ -104,7 +105,12 @@ class TestImport:
         directory = tmp_path / "theirs"
         directory.mkdir()
         save_file(tensors, directory / FILES[0])
-        (directory / FILES[1]).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3}))
+        named = [f"experts.{key}" for key in ("0.gate_proj", "0.up_proj", "2.up_proj", "2.down_proj")]
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3}
+        (directory / FILES[1]).write_text(json.dumps(config))
+        with pytest.raises(InputError, match="lacks the factors of"):  # nothing says that experts are left out
+            imported(directory, tmp_path / "unnamed")
+        (directory / FILES[1]).write_text(json.dumps(config | {"target_modules": named}))
         found = read_peft(imported(directory, tmp_path / "ours"))
 
         def update(expert: int, name: str) -> torch.Tensor:
@@ -140,7 +146,7 @@ class TestImport:
         ("damage", "words"),
         [
             ("truncated", "truncated"),
-            ("pickle", "a format that can run code"),
+            ("pickle", "a pickle, which can run code"),
             ("dora", "use_dora is True"),
             ("modules", "modules_to_save"),
             ("no config", "adapter_config.json cannot be read"),

@@ -114,13 +114,19 @@ def test_starts_that_leave_the_base_alone_are_accepted(kind: Any, adapter: Synth
         ({"layers_to_transform": [1]}, "layers_to_transform"),
         ({"layers_to_transform": 1}, "layers_to_transform"),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
+        ({"target_modules": ["k_proj", "v_proj"]}, "target_modules"),
         ({"exclude_modules": r"model\.layers\.0\..*q_proj"}, "exclude_modules"),
     ],
 )
 def test_tensors_that_peft_would_ignore_are_refused(settings: dict[str, Any], name: str, adapter: Synthetic) -> None:
     with pytest.raises(InputError, match=f"q_proj.*{name}"):
         AdapterFile.open(configured(adapter.directory, **settings))
-    AdapterFile.open(configured(adapter.directory, layers_to_transform=[0, 1], exclude_modules=["v_proj"]))
+    harmless: dict[str, Any] = {
+        "layers_to_transform": [0, 1],
+        "exclude_modules": ["v_proj"],
+        "target_modules": ["q_proj"],
+    }
+    AdapterFile.open(configured(adapter.directory, **harmless))
 
 
 # The order of lora_B
@@ -143,6 +149,43 @@ def test_unsloths_marker_is_read(adapter: Synthetic, tmp_path: Path) -> None:
     unmarked = imported(configured(directory, lora_B_layout=None), tmp_path / "unmarked")
     difference = (unmarked[1, "down_proj"] - adapter.updates[1, "down_proj"]).abs().max()
     assert difference > 0.1 * adapter.updates[1, "down_proj"].abs().max(), "control: the order matters"
+
+
+def unsloth_details(*orders: str, lora_a: str = "grouped_by_expert") -> dict[str, Any]:
+    """The setting that Unsloth writes beside lora_B_layout: the order of each projection."""
+    projections = zip(("gate_up_proj", "down_proj"), orders, strict=False)
+    parameters = {name: {"lora_B_layout": order, "num_experts": EXPERTS} for name, order in projections}
+    return {"lora_A_layout": lora_a, "parameters": parameters}
+
+
+@pytest.mark.parametrize("top", [True, False], ids=["both settings", "details alone"])
+@pytest.mark.parametrize("order", ["grouped_by_expert", "rank_major"])
+def test_what_unsloth_writes_today_is_read(
+    order: str, top: bool, adapter: Synthetic, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Releases after the change of its order write rank_major, PEFT's own, and details for each projection."""
+    settings = {"unsloth_fused_expert_lora": unsloth_details(order, order)} | ({"lora_B_layout": order} if top else {})
+    directory = configured(adapter.directory, **settings)
+    if order == "grouped_by_expert":
+        with_tensors(directory, grouped)
+    assert_same_updates(imported(directory, tmp_path / "out"), adapter)
+    assert "no lora_B_layout" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"unsloth_fused_expert_lora": unsloth_details("grouped_by_expert", "rank_major")},
+        {"unsloth_fused_expert_lora": unsloth_details("rank_major"), "lora_B_layout": "grouped_by_expert"},
+        {"unsloth_fused_expert_lora": unsloth_details("expert_major")},
+        {"unsloth_fused_expert_lora": unsloth_details("rank_major", lora_a="rank_major")},
+        {"lora_B_layout": "mixed"},
+    ],
+    ids=["projections differ", "settings differ", "unknown", "lora_A", "mixed"],
+)
+def test_orders_that_differ_or_are_not_known_are_refused(settings: dict[str, Any], adapter: Synthetic) -> None:
+    with pytest.raises(InputError, match=r"lora_[AB]_layout is"):
+        read_adapter_config(configured(adapter.directory, **settings))
 
 
 def test_an_unsloth_file_without_the_marker_is_pointed_out(
@@ -227,6 +270,22 @@ def same_strength(directory: Path) -> Path:
                       target_modules="all-linear")  # fmt: skip
 
 
+def test_a_raw_adapter_of_tinker_is_imported(tmp_path: Path) -> None:
+    """Its attention is `attn`, gate, up and down are w1, w3 and w2, and the settings are r and lora_alpha alone."""
+    adapter = write_synthetic(tmp_path / "theirs", {site: (2, 4.0) for site in SITES})
+
+    def raw(tensors: Tensors) -> Tensors:
+        return {k.replace("self_attn", "attn"): t for k, t in stacked(("w1", "w3", "w2"))(tensors).items()}
+
+    directory = with_tensors(adapter.directory, raw)
+    (directory / CONFIG).write_text('{"r": 2, "lora_alpha": 4}')
+    assert_same_updates(imported(directory, tmp_path / "out"), adapter)
+    key = "base_model.model.model.unembed_tokens.lora_A.weight"
+    with_tensors(directory, lambda tensors: tensors | {key: torch.ones(2, 2)})
+    with pytest.raises(InputError, match=r"unembed_tokens.*output head"):
+        imported(directory, tmp_path / "head")
+
+
 @pytest.mark.parametrize(
     "change",
     [numbered_last, stacked(("gate_proj", "up_proj", "down_proj")), stacked(("w1", "w3", "w2"))],
@@ -261,6 +320,9 @@ def test_factors_that_experts_share_are_repeated(tmp_path: Path) -> None:
         ("blk.0.attn_q.weight.lora_a", "llama.cpp|mlx-lm"),
         ("decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight", "Megatron"),
         ("base_model.model.model.layers.0.input_layernorm.weight", "norms"),
+        ("base_model.model.model.layers.0.mlp.router.weight", "modules_to_save"),
+        ("model.layers.0.self_attn.q_proj.weight", "whole weights"),
+        ("model.layers.0.mlp.experts.gate_up_proj_blocks", "whole weights"),
         ("something.else", "no LoRA factor of gpt-oss"),
     ],
 )
@@ -271,6 +333,36 @@ def test_other_layouts_are_refused_by_name_and_not_sent_in_a_circle(
     assert main(["adapter", "import", str(directory), "--out", str(tmp_path / "out")]) == 3
     errors = capfd.readouterr().err
     assert any(word in errors for word in words.split("|")) and "adapter import" not in errors.split("error:")[-1]
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("adapters.safetensors", "an adapter of mlx-lm"),
+        ("adapter.gguf", "an adapter of llama.cpp"),
+        ("adapter_model-00001-of-00002.safetensors", "split into several files"),
+        ("adapter_model.bin", "can run code"),
+        ("adapter_model.pth", "can run code"),
+        ("__0_0.distcp", "a distributed checkpoint"),
+        ("model-00001-of-00003.safetensors", "a whole model"),
+        ("default/adapter_model.safetensors", "a folder of adapters"),
+    ],
+)
+@pytest.mark.parametrize("has_config", [True, False])
+def test_directories_of_another_kind_are_refused_by_what_they_are(
+    file: str, words: str, has_config: bool, adapter: Synthetic, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Our own exports to mlx-lm and llama.cpp too."""
+    directory = tmp_path / "other"
+    (directory / file).parent.mkdir(parents=True)
+    (adapter.directory / WEIGHTS).rename(directory / file)
+    if has_config:
+        (directory / CONFIG).write_text('{"fine_tune_type": "lora"}')
+    out = ["--out", str(tmp_path / "out")]
+    for command in (["adapter", "import", *out], ["export", "--to", "peft", *out], ["adapter", "show"]):
+        assert main([*command, str(directory)]) == 3
+        errors = capfd.readouterr().err
+        assert words in errors and "fix:" in errors and "adapter import" not in errors
 
 
 def test_a_missing_expert_is_refused_unless_only_some_are_named(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def run(tmp_path: Path) -> Path:
     (directory / "config.yaml").write_text(dump_yaml(compose("quickstart", ["output_dir='<b>x</b>'"]).config))
     manifest = {
         "recipe": ATTACK, "overrides": [ATTACK], "status": "stopped", "stopped_by": ATTACK, "total_steps": 50,
-        "data": {ATTACK: {"rows": 1000, "tokens": 5, "trained_tokens": 2, "skipped_rows": 0}},
+        "data": {ATTACK: {"rows": 1000, "tokens": 5, "trained_tokens": 2, "skipped_rows": 0, "control_text": [ATTACK]}},
         "adapter_parameters": {"attention": 10}, "adapter_norms": {ATTACK: 1.0, "b": 0.5}, "warnings": [ATTACK],
         "environment": {"command": ATTACK}, "audit": [ATTACK], "minutes": 3.0, "peak_memory_gib": 1.5,
     }  # fmt: skip
@@ -117,6 +117,9 @@ def test_the_page_loads_nothing(run: Path) -> None:
 
 def test_it_shows_what_the_run_holds(run: Path) -> None:
     page = checked(write_html(run))
+    assert any(tag == "strong" for tag, _ in page.tags) and f"{ATTACK}: {ATTACK}" in page.text, (
+        "control text of the data"
+    )
     assert "40 of 50" in page.text and "status: stopped" in page.text
     assert "Not at its default" in page.text and "trainer.learning_rate" in page.text and "0.005" in page.text
     assert "Example 3" in page.text and "adapter <script>" in page.text

@@ -61,10 +61,11 @@ def mlx_commands(adapter: AdapterFile, out: Path, base: str | None = None, *, ba
 
     A bfloat16 base is not named in the command: mlx-lm refuses it.
     """
-    model = shlex.quote(base or adapter.base.name or "BASE") if base_is_packed else "MXFP4_BASE"
+    name = base or adapter.base.name or "BASE"
+    model = shlex.quote(name) if base_is_packed else "MXFP4_BASE"
     return [
         f"mlx_lm.generate --model {model} --adapter-path {shlex.quote(str(out.resolve()))} --prompt ...",
-        *([] if base_is_packed else [f"MXFP4_BASE: {base} is in bfloat16, whose experts mlx-lm names otherwise"]),
+        *([] if base_is_packed else [f"MXFP4_BASE: {name} is in bfloat16, whose experts mlx-lm names otherwise"]),
         "mlx-lm 0.32.2 loads gpt-oss in MXFP4 alone: give the MXFP4 checkpoint that a bfloat16 one was made from",
         "mlx-lm 0.32.2 ignores YaRN's truncate: false of gpt-oss's config.json, so logits differ a little from "
         "transformers' (KL about 7e-2), with and without the adapter",

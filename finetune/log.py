@@ -33,7 +33,6 @@ PLAIN_LINE_SECONDS = 10.0
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
 )
-_MARKDOWN = re.compile(r"[\\`*\[\]<>#|~&!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[-+](?= )|(?<=^\d)[.)]")
 _PASSWORD = re.compile(r"(\w+://)[^/\s@]+@")  # the user's name and password, or a token, in a URL
 
 _warnings: list[str] = []  # of this process, for the run's report
@@ -147,24 +146,6 @@ def printable(text: str) -> str:
     'red: \\x1b[31m'
     """
     return _UNSAFE.sub(lambda match: _spelled(ord(match[0])), text)
-
-
-def markdown_text(text: str) -> str:
-    r"""Text of any origin as Markdown text: on one line, without markup, links, images or HTML.
-
-    >>> print(markdown_text("<b> [a](b)"))
-    \<b\> \[a\](b)
-    """
-    return _MARKDOWN.sub(r"\\\g<0>", printable(" ".join(text.split())))
-
-
-def markdown_code(text: str) -> str:
-    """Text of any origin as Markdown code on one line."""
-    line = printable(" ".join(text.split())) or "(empty)"
-    if "`" not in line:
-        return f"`{line}`"
-    fence = "`" * (max(map(len, re.findall("`+", line))) + 1)
-    return f"{fence} {line} {fence}"
 
 
 def _spelled(code: int) -> str:

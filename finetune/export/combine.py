@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune import log
+from finetune.adapters.config_file import resolve_run
 from finetune.adapters.provenance import warn_other_storage
 from finetune.adapters.store import WEIGHTS, AdapterFile, write_directory
 from finetune.errors import ConfigError, InputError
@@ -40,7 +42,7 @@ class RankReduction:
 
 
 def parse_weighted(text: str) -> tuple[Path, float]:
-    """Read `DIR:WEIGHT`; DIR alone has weight 1.
+    """Read `RUN:WEIGHT` or `DIR:WEIGHT`; without a weight it is 1.
 
     Raises:
         ConfigError: the weight is not a number, is not finite, or is 0.
@@ -55,7 +57,7 @@ def parse_weighted(text: str) -> tuple[Path, float]:
     if not directory or not math.isfinite(weight) or weight == 0:
         raise ConfigError(
             f"{text}: {number!r} is not a weight",
-            why="each adapter is given as DIR:WEIGHT, a finite number other than 0",
+            why="each adapter is given as RUN:WEIGHT, a finite number other than 0",
             fix="for example: finetune adapter combine runs/a/adapter:0.7 runs/b/adapter:0.3 --out merged",
         )
     return Path(directory), weight
@@ -65,7 +67,7 @@ def combine_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int |
     """Write the weighted sum of adapters as a PEFT directory.
 
     Args:
-        parts: directories and weights.
+        parts: run or adapter directories, and weights.
         out: must not exist.
         rank: of the result, at most; None: the sum of the ranks, which is exact but for one rounding of b in float32.
 
@@ -79,7 +81,7 @@ def combine_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int |
     refuse_existing(out)
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank} is below 1")
-    adapters = [Weighted(AdapterFile.open(directory), weight) for directory, weight in parts]
+    adapters = [Weighted(AdapterFile.open(resolve_run(path)[0]), weight) for path, weight in parts]
     _refuse_different_bases(adapters)
     files = [adapter.file for adapter in adapters]
     for file in files:
@@ -182,7 +184,7 @@ def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
         log.warning("not every adapter records its base: whether they belong together is compared by shapes only")
 
 
-def _origin(adapters: Sequence[Weighted], rank: int | None) -> dict[str, list[dict[str, str | float]] | int | None]:
+def _origin(adapters: Sequence[Weighted], rank: int | None) -> dict[str, Any]:
     """The record of the combined adapters in finetune.json."""
     return {
         "merged_from": [
@@ -191,6 +193,7 @@ def _origin(adapters: Sequence[Weighted], rank: int | None) -> dict[str, list[di
                 "weight": adapter.weight,
                 "sha256": sha256_of(adapter.file.directory / WEIGHTS),
             }
+            | ({"ignored_settings": ignored} if (ignored := adapter.file.config.ignored()) else {})
             for adapter in adapters
         ],
         "merged_to_rank": rank,

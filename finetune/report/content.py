@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.figures import MODELS, Comparison, Figure, McNemar, Model, PairFigures
-from finetune.log import markdown_code as code
-from finetune.log import markdown_text as escaped
+from finetune.markdown import code, escaped
 from finetune.results import (
     AnswerFigures,
     AuthorFigures,

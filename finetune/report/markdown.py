@@ -10,8 +10,7 @@ from pathlib import Path
 
 from finetune.figures import MODELS
 from finetune.files import JsonObject, write_text
-from finetune.log import markdown_code as code
-from finetune.log import markdown_text as escaped
+from finetune.markdown import code, escaped
 from finetune.report.content import (
     TITLES,
     Confusion,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_the_outcome_is_recorded_with_card_and_hashes(
     assert facts["target"] == target and facts["adapter"]["sha256"] == sha256(source / "adapter_model.safetensors")
     assert facts["files"] == {path.name: sha256(path) for path in out.iterdir() if path.name != "export.json"}
     card = (out / "README.md").read_text()
-    assert "a LoRA adapter for" in card and f"{found['sites']} sites" in card and "no medical advice" in card
+    assert "a LoRA adapter for" in card and f"{found['sites']} sites" in card and "repeat errors and biases" in card
     assert "merged" not in card and str(tmp_path) not in card, "where it lies on this machine is nobody's business"
 
 
@@ -197,6 +198,35 @@ def test_settings_and_hashes_are_checked(source: Path, tmp_path: Path) -> None:
         assert name in found and "sha256" in found["adapter_config.json"], (target, change, found)
 
 
+ODD: dict[str, Any] = {  # a value that is not the default, for each type of a setting
+    "bool": True, "str": "odd", "int": 3, "float": 0.5, "NoneType": {"on": 1}, "dict": {"on": 1}, "list": ["odd"],
+}  # fmt: skip
+UNREAD = {"task_type", "auto_mapping", "peft_version", "inference_mode", "layers_pattern", "megatron_core",
+          "runtime_config", "ensure_weight_tying", "qalora_group_size"}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["peft", "sglang", "mlx"])
+def test_every_setting_of_an_export_is_compared(target: str, source: Path, tmp_path: Path) -> None:
+    """Each one that is written, and one of a later release, with another value; the check runs without hashes' help."""
+    out = export(source, target, tmp_path / "out")
+    written = json.loads((out / "adapter_config.json").read_text())
+    inside = written.get("lora_parameters", {})
+    assert problems(source, target, out) == {}
+    damaged = [written | {key: ODD[type(value).__name__]} for key, value in written.items() if key not in UNREAD]
+    damaged += [written | {"lora_parameters": inside | {key: ODD[type(inside[key]).__name__]}} for key in inside]
+    damaged += [written | {"of_a_later_release": True}]
+    for config in damaged:
+        changed = {key: value for key, value in config.items() if written.get(key) != value}
+        if not changed:  # inference_mode and the like are what the odd value is
+            continue
+        (out / "adapter_config.json").write_text(json.dumps(config))
+        try:
+            found = set(problems(source, target, out)) - {"adapter_config.json"}
+        except (TypeError, ValueError, AttributeError, KeyError):  # a type that no reader accepts
+            continue
+        assert found, changed
+
+
 @pytest.mark.parametrize("target", ["peft", "mlx", "gguf-lora"])
 def test_the_router_and_a_lone_gate_up_are_read_correctly(target: str, tmp_path: Path) -> None:
     """PEFT calls a lone gate_up_proj `experts.lora_*`, and a router's weight by the name of its parameter."""
@@ -327,3 +357,23 @@ def test_mlx_commands_do_not_name_a_bfloat16_base(adapter: Path) -> None:
 
     command, note, *_ = mlx_commands(AdapterFile.open(adapter), Path("out"), "big/base-bf16", base_is_packed=False)
     assert "--model MXFP4_BASE " in command and "big/base-bf16 is in bfloat16" in note
+
+
+@pytest.mark.parametrize("target", ["peft", "sglang", "gguf-lora", "mlx"])
+def test_printed_commands_quote_every_name(
+    target: str, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A base or a directory called `; rm -rf ~ #` must not become a command of its own."""
+    config = json.loads((source / "adapter_config.json").read_text())
+    evil = tmp_path / "adapter"
+    shutil.copytree(source, evil)
+    (evil / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "x; rm -rf ~ #"}))
+    (evil / "finetune.json").unlink(missing_ok=True)
+    out = tmp_path / "out; echo hacked"
+    assert main(["export", str(evil), "--to", target, "--out", str(out)]) == 0
+    (command,) = [line for line in capfd.readouterr().err.splitlines() if str(out.resolve()) in line and " --" in line]
+    words = shlex.split(command, comments=True)
+    assert any(str(out.resolve()) in word for word in words) and "rm" not in words and "echo" not in words
+    (evil / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "x\x1b[31m"}))
+    assert main(["export", str(evil), "--to", target, "--out", str(tmp_path / "again")]) == 3
+    assert "control characters" in capfd.readouterr().err

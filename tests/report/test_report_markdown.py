@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from finetune.figures import Comparison, Figure
-from finetune.log import markdown_code as code
-from finetune.log import markdown_text as escaped
 from finetune.log import printable
+from finetune.markdown import code, escaped
 from finetune.report.content import Table, plain, unescaped
 from finetune.report.markdown import _table, outcome, write_report
 from finetune.results import BaseName, Evaluation, SuiteFigures, perplexity, to_json

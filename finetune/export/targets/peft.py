@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def adapts_every_layer(adapter: AdapterFile, arch: Arch | None) -> bool:
 def vllm_command(adapter: AdapterFile, out: Path) -> str:
     """The command that serves an exported directory with vLLM."""
     base, rank = adapter.base.name or "BASE", served_rank(adapter.max_rank)
-    return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {serving_name(out)}={out.resolve()}"
+    module = shlex.quote(f"{serving_name(out)}={out.resolve()}")
+    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {module}"
 
 
 def serving_name(out: Path) -> str:

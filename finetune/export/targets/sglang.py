@@ -11,6 +11,7 @@ Shape legend: E experts, r rank.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,8 +104,8 @@ def sglang_commands(adapter: AdapterFile, out: Path) -> list[str]:
     experts = any(site.name in EXPERTS for site in adapter.sites)
     base = "BF16_BASE" if experts else adapter.base.name or "BASE"
     backend = " --moe-runner-backend triton" if experts else ""
-    options = f"--enable-lora --lora-paths {serving_name(out)}={out.resolve()}"
-    lines = [f"python -m sglang.launch_server --model-path {base} {options}{backend}"]
+    options = f"--enable-lora --lora-paths {shlex.quote(f'{serving_name(out)}={out.resolve()}')}"
+    lines = [f"python -m sglang.launch_server --model-path {shlex.quote(base)} {options}{backend}"]
     if experts:
         lines.append(
             "BF16_BASE: SGLang takes LoRA on experts over bfloat16 experts only; give it the base in bfloat16 (same "

@@ -128,7 +128,9 @@ def _locked(path: Path, target: Path) -> IO[str]:
                 return file
             file.close()  # its holder removed it between our opening and locking it
     except OSError as error:
-        raise MachineError(f"cannot lock {target}: {error.strerror}", fix="choose another place") from error
+        raise MachineError(
+            f"cannot lock {target}: {error.strerror}", fix=fix_for(error, "choose another place")
+        ) from error
 
 
 def _holder(text: str) -> str:

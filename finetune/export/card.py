@@ -25,6 +25,7 @@ from finetune.errors import FinetuneError
 from finetune.export.record import AdapterCheck, ExportRecord, MergeCheck, Skipped
 from finetune.export.survival.effect import Effect
 from finetune.files import write_text
+from finetune.log import printable
 from finetune.markdown import code, escaped
 from finetune.model.tiny import ATTRIBUTION
 from finetune.results import Evaluation, read_evaluation
@@ -283,7 +284,7 @@ def examples_section(config: RunConfig | None) -> str:
     try:
         split = load_split(config.data, "test" if config.data.test else "train")
     except FinetuneError as error:
-        return f"## Examples\n\nThe data could not be read when this card was written: {error.what}."
+        return f"## Examples\n\nThe data could not be read when this card was written: {escaped(error.what)}."
     parts = []
     for record in split.records[:NUM_EXAMPLES]:
         texts: list[tuple[str, str]] = [(message.role, message.content) for message in record.messages]
@@ -291,7 +292,7 @@ def examples_section(config: RunConfig | None) -> str:
             texts.append(("text", record.conversation.text))
         parts.append("\n".join(f"{role}: {text}" for role, text in texts))
     # Indented text is shown as it is: nothing in the data becomes markup.
-    blocks = ["\n".join(f"    {line}" for line in part.splitlines()) for part in parts]
+    blocks = ["\n".join(f"    {printable(line)}" for line in part.splitlines()) for part in parts]
     return f"## Examples\n\nThe first records of the {split.name} data, unchanged.\n\n" + "\n\n---\n\n".join(blocks)
 
 
@@ -342,14 +343,14 @@ def _checks(record: ExportRecord) -> str:
             f", to a relative difference of {found.max_relative_difference:.1e}. No server was run for this."
         )
     if not isinstance(found, MergeCheck):
-        return f"## Checks\n\nNot verified ({found.skipped})." if isinstance(found, Skipped) else ""
+        return f"## Checks\n\nNot verified ({escaped(found.skipped)})." if isinstance(found, Skipped) else ""
     lines = [
         f"- every weight was compared with base + update by third-party code in a fresh process: "
         f"{found.weights.tensors_changed} changed, all others as in the base"
     ]
     logits = found.logits
     if isinstance(logits, Skipped):
-        lines.append(f"- logits were not compared: {logits.skipped}")
+        lines.append(f"- logits were not compared: {escaped(logits.skipped)}")
     else:
         adapted = logits.adapted
         lines.append(

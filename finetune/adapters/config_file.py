@@ -239,6 +239,11 @@ def _check_orders(path: Path, settings: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: lora_A_layout is {min(odd)!r}, not {GROUPED_BY_EXPERT!r} as in PEFT", fix=_FIX)
 
 
+def has_control_characters(text: str) -> bool:
+    """Whether text could break a line or change a terminal where it is printed."""
+    return re.search(r"[\x00-\x1f\x7f-\x9f]", text) is not None
+
+
 def _is_quick(pattern: str) -> bool:
     """Whether a search with this regular expression surely ends soon."""
     repeats = sum(map(pattern.count, "*+{"))
@@ -267,7 +272,7 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and not has_control_characters(value)
 
 
 def _is_names(value: Any) -> bool:
@@ -290,9 +295,9 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_maps_to(_is_number), "names with numbers"),
     "target_parameters": (_is_names, "a list of names"),
     "target_modules": (_is_names, "a list of names"),
-    "base_model_name_or_path": (_is_text, "text"),
-    "revision": (_is_text, "text"),
-    "lora_B_layout": (_is_text, "text"),
+    "base_model_name_or_path": (_is_text, "text without control characters"),
+    "revision": (_is_text, "text without control characters"),
+    "lora_B_layout": (_is_text, "text without control characters"),
     "layers_to_transform": (_is_layers, "a number or a list of numbers"),
     "exclude_modules": (_is_names, "a list of names"),
 }

@@ -6,6 +6,7 @@ file.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -68,7 +69,7 @@ def write_gguf_lora(path: Path, tensors: dict[str, Tensor], alpha: float) -> Non
 def gguf_lora_commands(out: Path) -> list[str]:
     """The command that runs the file with llama.cpp, and a note on it."""
     return [
-        f"llama-cli -m BASE.gguf --lora {(out / FILE).resolve()}",
+        f"llama-cli -m BASE.gguf --lora {shlex.quote(str((out / FILE).resolve()))}",
         "BASE.gguf: the same base converted by llama.cpp's convert_hf_to_gguf.py; Ollama takes no adapters: merge "
         "with --to gguf for it",
     ]

@@ -11,6 +11,7 @@ Shape legend: E experts, r rank.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,9 +102,9 @@ def sglang_config(adapter: AdapterFile) -> dict[str, Any]:
 def sglang_commands(adapter: AdapterFile, out: Path) -> list[str]:
     """The command that serves the directory, and a note on the base it needs."""
     experts = any(site.name in EXPERTS for site in adapter.sites)
-    base = "BF16_BASE" if experts else adapter.base.name or "BASE"
+    base = "BF16_BASE" if experts else shlex.quote(adapter.base.name or "BASE")
     backend = " --moe-runner-backend triton" if experts else ""
-    options = f"--enable-lora --lora-paths {serving_name(out)}={out.resolve()}"
+    options = "--enable-lora --lora-paths " + shlex.quote(f"{serving_name(out)}={out.resolve()}")
     lines = [f"python -m sglang.launch_server --model-path {base} {options}{backend}"]
     if experts:
         lines.append(

@@ -38,6 +38,7 @@ from fault_hooks import (
     small_disk_bytes,
     tracker_down_after,
 )
+from fault_writers import rows as writer_rows
 from small_run import RECIPE, assert_same_run
 
 from finetune import log
@@ -302,6 +303,17 @@ def machine(bench: Bench) -> Iterator[str]:
     yield "read-only"
 
 
+def writers(bench: Bench) -> Iterator[str]:
+    """Commands that write, killed before every file operation, and started twice at once."""
+
+    def start(arguments: list[str], hook: Hook) -> int:
+        return bench.wait(bench.start(arguments, hook))
+
+    for fault, promised, happened, kept in writer_rows(start, bench.start, bench.wait, bench.undisturbed, bench.place):
+        bench.rows.append(Row(fault, promised, happened, None, kept))
+        yield fault
+
+
 def table(rows: list[Row], seconds: float, kill_count: int) -> str:
     """The table in Markdown, with the machine and versions."""
     kept = sum(row.kept for row in rows)
@@ -335,6 +347,7 @@ def run_all(args: argparse.Namespace) -> int:
             "signals": lambda: signals(bench),
             "damage": lambda: damage(bench, resume_all=args.resume_all),
             "machine": lambda: machine(bench),
+            "writers": lambda: writers(bench),
         }
         with log.Progress("faults", None, "faults") as progress:
             for part in args.parts or parts:
@@ -351,7 +364,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--parts", nargs="*", choices=["kills", "signals", "damage", "machine"])
+    parser.add_argument("--parts", nargs="*", choices=["kills", "signals", "damage", "machine", "writers"])
     parser.add_argument("--resume-all", action="store_true", help="resume after every single damage, not one of a kind")
     parser.add_argument("--out", type=Path)
     sys.exit(run_all(parser.parse_args()))

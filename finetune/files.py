@@ -5,14 +5,19 @@ Free of torch at import, so that every package and every command may use it.
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from finetune import log
 from finetune.errors import ConfigError, InputError, MachineError
@@ -58,6 +63,81 @@ def seeded_generator(*words: object, device: torch.device | str = "cpu") -> torc
     return torch.Generator(device).manual_seed(seed_of(*words))
 
 
+# One writer at a time
+
+_HELD: dict[Path, int] = {}  # targets that this process has locked, and how many blocks are inside
+
+
+@contextmanager
+def only_writer(target: Path) -> Iterator[None]:
+    """Lock a file or directory that is about to be written, until the end of the block, after its final rename.
+
+    The lock is `.NAME.lock` beside the target and says who holds it. It is the kernel's and ends with the process,
+    however it ends; inside one process the block may be entered again.
+
+    Raises:
+        ConfigError: another process writes it.
+        MachineError: the lock cannot be made.
+    """
+    target = target.absolute()
+    if target in _HELD:
+        _HELD[target] += 1
+        try:
+            yield
+        finally:
+            _HELD[target] -= 1
+        return
+    path = target.with_name(f".{target.name}.lock")
+    file = _locked(path, target)
+    try:
+        _HELD[target] = 1
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "command": " ".join(sys.argv),
+            "since": time.ctime(),
+        }
+        file.truncate(0)
+        file.write(json.dumps(holder))
+        file.flush()
+        yield
+    finally:
+        del _HELD[target]
+        path.unlink(missing_ok=True)  # while it is still locked: the next one makes a new file
+        file.close()
+
+
+def _locked(path: Path, target: Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            file = path.open("a+", encoding="utf-8")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = _holder(file.read())
+                file.close()
+                raise ConfigError(
+                    f"{target} is being written by {holder}",
+                    why="two commands that write the same files would mix them",
+                    fix="wait for it, stop it, or choose another place",
+                ) from None
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+            file.close()  # its holder removed it between our opening and locking it
+    except OSError as error:
+        raise MachineError(f"cannot lock {target}: {error.strerror}", fix="choose another place") from error
+
+
+def _holder(text: str) -> str:
+    try:
+        found = json.loads(text)
+        return f"process {found['pid']} on {found['host']} since {found['since']}: {found['command']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
 # Files that are replaced in one step
 
 
@@ -69,6 +149,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     and nothing is left behind. The parent directory is made if it is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_over(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")  # two processes may write the same file
     try:
         yield partial
@@ -76,6 +157,24 @@ def replaced_file(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove unfinished files of processes that were killed while they wrote this file."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):
+        pid = partial.name.removesuffix(PARTIAL).rpartition(".")[2]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            partial.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -102,30 +201,35 @@ def staged_directory(
     *,
     fix: str = "free disk space or choose another place",
     replace: bool = False,
-    unique: bool = False,
     mode: int = 0o777,
     file_mode: int | None = None,
 ) -> Iterator[Path]:
     """Give a directory to write into; at the end of the block it is flushed to disk and gets its final name.
 
-    It is `NAME.partial` beside the target. If the block fails it is removed and the target stays as it was.
+    It is `NAME.partial` beside the target, which is locked meanwhile (`only_writer`): one that is there already was
+    left by a process that was killed. If the block fails it is removed and the target stays as it was.
 
     Args:
         target: the final directory.
         what: is written, for the error message.
         fix: what to do when it cannot be written.
         replace: an existing target is removed just before the rename; otherwise it is an error, unless it is empty.
-        unique: add the process's id to the unfinished name, where two processes may write the same target.
         mode: permissions of the directory.
         file_mode: permissions of its files, since safetensors writes for the owner only. None: as they were written.
 
     Raises:
+        ConfigError: another process writes the target.
         InputError: the target exists.
         MachineError: it cannot be written, or the disk is full.
     """
+    with only_writer(target):
+        yield from _staged(target, what, fix, replace, mode, file_mode)
+
+
+def _staged(target: Path, what: str, fix: str, replace: bool, mode: int, file_mode: int | None) -> Iterator[Path]:
     if not replace and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target} exists already", fix="choose another directory or remove it")
-    partial = target.with_name(target.name + (f".{os.getpid()}" if unique else "") + PARTIAL)
+    partial = target.with_name(target.name + PARTIAL)
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.parent.mkdir(parents=True, exist_ok=True)

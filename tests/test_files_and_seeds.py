@@ -107,11 +107,6 @@ def test_an_existing_directory_is_kept_unless_it_may_be_replaced(tmp_path: Path)
     assert os.listdir(target) == ["b"]
 
 
-def test_two_processes_may_stage_the_same_target(tmp_path: Path) -> None:
-    with staged_directory(tmp_path / "base", unique=True) as staging:
-        assert staging.name == f"base.{os.getpid()}.partial"
-
-
 class SafetensorError(Exception):
     """Stands for safetensors' class of this name."""
 

@@ -30,7 +30,7 @@ ALLOWED = {
     "doctor": {"config", "data", "kernels"},
     "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report", "doctor"},
 }
-FREE = {"errors", "log", "arch", "files", "machine", "figures", "records", "results"}
+FREE = {"errors", "log", "arch", "files", "machine", "figures", "markdown", "records", "results"}
 
 # files and machine import torch inside the functions that need it; tests/test_files_and_seeds.py holds that.
 # Libraries that only some places may import at all.
@@ -38,7 +38,19 @@ RESERVED = {
     "hydra": {"config/compose.py"},
     "omegaconf": {"config/compose.py"},
 }
-WITHOUT_TORCH = ("config", "cli", "estimate", "report", "errors", "log", "arch", "figures", "records", "results")
+WITHOUT_TORCH = (
+    "config",
+    "cli",
+    "estimate",
+    "report",
+    "errors",
+    "log",
+    "arch",
+    "figures",
+    "markdown",
+    "records",
+    "results",
+)
 HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed"}
 
 

@@ -18,6 +18,8 @@ from finetune.errors import InputError
 from finetune.files import read_json
 
 CONFIG = "adapter_config.json"
+UNVERIFIED = "adapter_unverified"
+"""Directory of a run's adapter that has not passed its read-back."""
 _MAX_PATTERN = 500  # characters
 _MAX_REPEATS = 3  # of `*`, `+` and `{` in a pattern: more of them, or nested ones, can make a search endless
 GROUPED_BY_EXPERT, RANK_MAJOR = "grouped_by_expert", "rank_major"  # Unsloth's words for the order of experts' lora_B
@@ -272,7 +274,8 @@ def _is_flag(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not has_control_characters(value)
+    """Text for one line: a name with control characters could change what a terminal or a card shows."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def _is_names(value: Any) -> bool:
@@ -295,12 +298,27 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (_maps_to(_is_number), "names with numbers"),
     "target_parameters": (_is_names, "a list of names"),
     "target_modules": (_is_names, "a list of names"),
-    "base_model_name_or_path": (_is_text, "text without control characters"),
-    "revision": (_is_text, "text without control characters"),
-    "lora_B_layout": (_is_text, "text without control characters"),
+    "base_model_name_or_path": (_is_text, "a name without control characters"),
+    "revision": (_is_text, "a name without control characters"),
+    "lora_B_layout": (_is_text, "text"),
     "layers_to_transform": (_is_layers, "a number or a list of numbers"),
     "exclude_modules": (_is_names, "a list of names"),
 }
+
+
+def why_unfinished(directory: Path, run: Path | None) -> str | None:
+    """Why an adapter is no result of its run, as a clause; None if it is, or belongs to no run.
+
+    Args:
+        directory, run: as `resolve_run` returns them.
+    """
+    if run is None:
+        return None
+    if directory.name == UNVERIFIED:
+        return "it has not passed its read-back by stock PEFT"
+    manifest = run / "manifest.json"
+    status = read_json(manifest, "a run's manifest").get("status") if manifest.is_file() else None
+    return None if status in (None, "finished") else f"its run is {status}"
 
 
 def resolve_run(path: Path) -> tuple[Path, Path | None]:
@@ -316,11 +334,17 @@ def resolve_run(path: Path) -> tuple[Path, Path | None]:
         InputError: neither.
     """
     if (path / CONFIG).is_file():
-        return path, path.parent if path.name == "adapter" and (path.parent / "config.yaml").is_file() else None
+        in_run = path.name in ("adapter", UNVERIFIED) and (path.parent / "config.yaml").is_file()
+        return path, path.parent if in_run else None
     if (path / "adapter" / CONFIG).is_file():
         return path / "adapter", path
     if (path / "config.yaml").is_file():
-        raise InputError(f"run {path} has no adapter yet", fix=f"finish it: finetune train --resume {path}")
+        unverified = path / UNVERIFIED
+        raise InputError(
+            f"run {path} has no adapter yet",
+            why=f"{unverified} has not passed its read-back" if unverified.is_dir() else None,
+            fix=f"finish it: finetune train --resume {path}",
+        )
     refuse_other_form(path)
     found = "is neither a run nor an adapter directory" if path.is_dir() else "does not exist"
     raise InputError(

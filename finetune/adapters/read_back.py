@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from finetune import log
 from finetune.adapters.lora import Adapter
 from finetune.data.harmony.render import Example
 from finetune.errors import CheckError, MachineError
+from finetune.files import is_write_failure
 from finetune.machine import free_memory
 from finetune.model.build import Base
 from finetune.model.checkpoint import DenseCheckpoint
@@ -117,17 +119,18 @@ def read_back(
 
     Raises:
         CheckError: keys are missing or unexpected, logits differ, or the child process failed.
+        MachineError: there is no room for temporary files, or the child process was killed.
     """
     log.info(f"reading {directory} back with stock PEFT in a fresh process ...")
     if adapter.changes_router_bias:
         log.info("compared without the changes of the routers' biases, which only merged exports include")
-    with tempfile.TemporaryDirectory() as scratch:
-        tensors = live_logits(base, adapter, examples) if live is None else dict(live)
-        save_file(tensors, Path(scratch) / "live.safetensors")
+    tensors = live_logits(base, adapter, examples) if live is None else dict(live)
+    with scratch_directory() as scratch:
+        save_file(tensors, scratch / "live.safetensors")
         request = {
-            "base": str(_trained_base(base, Path(scratch) / "base")),
+            "base": str(_trained_base(base, scratch / "base")),
             "adapter": str(directory),
-            "tensors": str(Path(scratch) / "live.safetensors"),
+            "tensors": str(scratch / "live.safetensors"),
             "dtype": str(base.compute_dtype).removeprefix("torch."),
         }
         answer = run_child(CHILD, request, f"stock PEFT could not read {directory} back", _SKIP)
@@ -244,8 +247,36 @@ def _logits(base: Base, ids: Tensor, where: Tensor) -> Tensor:
     return logits.float().cpu().contiguous()
 
 
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A temporary directory, removed at the end of the block.
+
+    Raises:
+        MachineError: it cannot be written, such as where TMPDIR is full.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+    except Exception as error:
+        if not is_write_failure(error):
+            raise
+        raise MachineError(
+            f"temporary files cannot be written to {tempfile.gettempdir()}: {error}",
+            fix="free space there, or set TMPDIR to another directory",
+        ) from error
+
+
+# The child's standard input is a pipe that nothing is ever written to: it ends when this process does, however it ends.
+_ENDS_WITH_ITS_PARENT = """
+import os, runpy, sys, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def run_child(script: Path, request: Mapping[str, Any], failure: str, fix: str | None = None) -> dict[str, Any]:
-    """Run a script that imports nothing of this package in a fresh process.
+    """Run a script that imports nothing of this package in a fresh process, which ends when this one is killed.
 
     Args:
         script: reads the request's path from its command line and prints `RESULT ` and JSON.
@@ -255,22 +286,28 @@ def run_child(script: Path, request: Mapping[str, Any], failure: str, fix: str |
 
     Raises:
         CheckError: it failed.
-        MachineError: it was killed, most likely by running out of memory.
+        MachineError: it was killed, most likely by running out of memory; or there is no room for temporary files.
     """
     # Nothing may come from a hub: everything the child process needs is on this disk.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "request.json"
-        path.write_text(json.dumps(request))
-        # A session of its own: Ctrl-C goes to this process, which waits for the check.
-        done = subprocess.run(
-            [sys.executable, str(script), str(path)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=False,
-            start_new_session=True,
-        )
+    ending, kept_open = os.pipe()
+    try:
+        with scratch_directory() as scratch:
+            path = scratch / "request.json"
+            path.write_text(json.dumps(request))
+            # A session of its own: Ctrl-C goes to this process, which waits for the check.
+            done = subprocess.run(
+                [sys.executable, "-c", _ENDS_WITH_ITS_PARENT, str(script), str(path)],
+                stdin=ending,
+                capture_output=True,
+                text=True,
+                env=environment,
+                check=False,
+                start_new_session=True,
+            )
+    finally:
+        os.close(ending)
+        os.close(kept_open)
     if done.returncode < 0:
         raise MachineError(
             f"{failure}: the child process was killed by signal {-done.returncode}",

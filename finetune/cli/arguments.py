@@ -165,6 +165,18 @@ def _as_setting(name: str, value: str) -> str | None:
     return f"settings are written without dashes: {' '.join(f'{key}={value}' for key in keys)}" if keys else None
 
 
+_SWEEP = "a grid of runs is `finetune train RECIPE --sweep key=a,b`, once for each key"
+_SHOW = "`finetune config show RECIPE [key=value ...]` prints every setting with what it comes from"
+_HYDRA_WORDS = {
+    **dict.fromkeys(("-m", "--multirun"), _SWEEP),
+    **dict.fromkeys(("-c", "--cfg", "--info", "-p", "--package", "--resolve"), _SHOW),
+    **dict.fromkeys(
+        ("-cn", "--config-name", "-cp", "--config-path", "-cd", "--config-dir"), "give the recipe's name or path itself"
+    ),
+}
+"""Options of Hydra's own command line, and what does the same here."""
+
+
 def parse(parser: Parser, arguments: list[str], usage: str) -> argparse.Namespace:
     """Parse, and accept overrides after an option too, where argparse itself no longer accepts them.
 
@@ -180,6 +192,8 @@ def parse(parser: Parser, arguments: list[str], usage: str) -> argparse.Namespac
     for word in rest:
         if word.startswith("-") or not hasattr(args, "words"):
             name, _, value = word.partition("=")
+            if name in _HYDRA_WORDS and hasattr(args, "words"):
+                raise ConfigError(f"{parser.prog} {args.command} does not take {word}", fix=_HYDRA_WORDS[name])
             fix = suggest_word(name, re.findall(r"--[a-z-]+", usage))
             if fix is None and hasattr(args, "words"):
                 fix = _as_setting(name.lstrip("-").replace("-", "_"), value or "VALUE")

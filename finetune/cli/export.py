@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 from finetune import log
-from finetune.adapters.config_file import resolve_run
+from finetune.adapters.config_file import resolve_run, why_unfinished
 from finetune.cli.arguments import add_base, add_examples
 from finetune.config.suggest import suggest_word
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, InputError
 from finetune.export.options import (
     ADAPTER_TARGETS,
     DEFAULT_ROUNDING,
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose training examples calibrate the rounding (default: RUN)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end: export.json, directory")
+    parser.add_argument("--unfinished", action="store_true", help="also an adapter whose run did not finish or failed")
     parser.add_argument("--pad-rank", action="store_true", help="peft: pad the rank to one that vLLM serves")
     add_examples(
         parser,
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: no such target, or `--json` where nothing is written.
+        InputError: the adapter's run did not finish, and `--unfinished` is not given.
     """
     if args.json and args.dry_run:
         raise ConfigError("--json does not go with --dry-run", fix="leave one of the two out")
@@ -72,6 +74,14 @@ def _run(args: argparse.Namespace) -> None:
     directory, run_directory = resolve_run(args.run)
     from finetune.adapters.store import AdapterFile
 
+    if (why := why_unfinished(directory, run_directory)) is not None:
+        if not args.unfinished:
+            raise InputError(
+                f"{directory} is not finished: {why}",
+                why="it may not be the model that was trained",
+                fix=f"finish the run: finetune train --resume {run_directory}; --unfinished exports it as it is",
+            )
+        log.warning(f"{directory} is not finished: {why}")
     source = AdapterFile.open(directory)
     out = args.out or _default_out(directory, run_directory, target)
     options = ExportOptions(

@@ -44,7 +44,14 @@ def sweep(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> Path:
         raise ConfigError(f"the grid has {len(combinations)} runs, more than {MOST_RUNS}", fix="vary fewer values")
     name = time.strftime("sweep-%Y%m%d-%H%M%S")
     composed = [compose(recipe, [*overrides, *settings]) for settings in combinations]
-    directory = Path(composed[0].config.output_dir) / name
+    config = composed[0].config
+    if any(setting.partition("=")[0] == "name" for settings in combinations for setting in settings):
+        raise ConfigError("--sweep name=... cannot be varied", fix="set name=... once: it names the sweep's directory")
+    name = config.name or name
+    directory = Path(config.output_dir) / name
+    if config.name and directory.exists():
+        raise ConfigError(f"{directory} exists already", why="no run is overwritten", fix="choose another name=...")
+    overrides = [text for text in overrides if text.lstrip("+").partition("=")[0] != "name"]
     log.info(f"{len(combinations)} runs in {directory}")
     started, results = time.monotonic(), []
     for number, settings in enumerate(combinations, start=1):
@@ -90,12 +97,15 @@ def comparison(results: Sequence[tuple[Sequence[str], Path, int]]) -> str:
         rows.append((settings, run, code, loss, accuracy, best, files.manifest.get("minutes")))
     losses = [loss if loss is not None else best for *_, loss, _, best, _ in rows]
     known = [loss for loss in losses if loss is not None]
-    titles = ["run", *keys, "validation loss", "test loss", "accuracy", "minutes", ""]
+    named = {"validation loss": 5, "test loss": 3, "accuracy": 4, "minutes": 6}
+    shown = {title: place for title, place in named.items() if any(row[place] is not None for row in rows)}
+    titles = ["run", *keys, *shown, ""]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
-    for (settings, run, code, loss, accuracy, best, minutes), judged in zip(rows, losses, strict=True):
+    for row, judged in zip(rows, losses, strict=True):
+        settings, run, code = row[:3]
         note = f"failed ({code})" if code else ("**best**" if known and judged == min(known) else "")
         values = [text.partition("=")[2] for text in settings]
-        figures = [_figure(best), _figure(loss), _figure(accuracy), _figure(minutes, ".2f")]
+        figures = [_figure(row[place], ".2f" if title == "minutes" else ".4f") for title, place in shown.items()]
         lines.append("| " + " | ".join([run.name, *values, *figures, note]) + " |")
     return "\n".join(lines)
 

@@ -6,6 +6,7 @@ it, because Hydra itself accepts `+misspelt=3` silently, and the result is valid
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +109,11 @@ def _read_overrides(overrides: Sequence[str]) -> _CommandLine:
                 fix="set it to another value, or leave it out in a recipe of your own",
             )
         if override.is_sweep_override():
-            raise ConfigError(f"{COMMAND_LINE}: {text!r} gives several values", fix="a list is written key=[a,b]")
+            raise ConfigError(
+                f"{COMMAND_LINE}: {text!r} gives several values",
+                fix=f"one run for each is --sweep {shlex.quote(text)}; a list is key=[a,b]; a text with a comma is "
+                f"""'{text.partition("=")[0]}="{text.partition("=")[2]}"'""",
+            )
         key = override.key_or_group
         if key in groups():
             choices[key] = _chosen_option(override, text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from dataclasses import replace
@@ -20,7 +21,7 @@ from finetune.config.paths import (
 from finetune.config.rules import DEEPSPEED
 from finetune.config.schema import ExpertAdapterConfig, RunConfig, SourceConfig
 from finetune.config.suggest import looks_like_directory, suggest_base, suggest_path
-from finetune.errors import InputError
+from finetune.errors import InputError, MachineError
 
 NEVER = 10**9
 
@@ -133,7 +134,9 @@ def check_inputs(config: RunConfig) -> list[str]:
 
     Raises:
         InputError: a file or directory is missing.
+        MachineError: a package that the recipe asks for is not installed.
     """
+    _check_packages(config)
     lines = [f"base: {_describe_base(config.model.path)}"]
     for split in ("train", "validation", "test"):
         for name, source in getattr(config.data, split).items():
@@ -149,6 +152,21 @@ def check_inputs(config: RunConfig) -> list[str]:
     if rank_rule.kind == "file":
         require_file(Path(rank_rule.path).expanduser(), "rank_by")
     return lines
+
+
+def _check_packages(config: RunConfig) -> None:
+    """Refuse optional packages that are missing, before anything is read."""
+    wanted = [
+        (config.distributed.kind in DEEPSPEED, "deepspeed", f"distributed.kind={config.distributed.kind}",
+         "pip install 'gpt-oss-finetune[deepspeed]', or use distributed=fsdp2, which needs nothing more"),
+        (config.trainer.optimizer != "adamw", "bitsandbytes", f"trainer.optimizer={config.trainer.optimizer}",
+         "pip install bitsandbytes, or set trainer.optimizer=adamw"),
+        (config.logging.tracker != "none", config.logging.tracker, f"logging.tracker={config.logging.tracker}",
+         f"pip install {config.logging.tracker}, or set logging.tracker=none"),
+    ]  # fmt: skip
+    for is_wanted, package, key, fix in wanted:
+        if is_wanted and importlib.util.find_spec(package) is None:
+            raise MachineError(f"{key} needs {package}, which is not installed", fix=fix)
 
 
 def _describe_source(key: str, path: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from finetune.config.layers import Layer, read_yaml
@@ -84,6 +85,9 @@ def list_recipes() -> dict[str, Path]:
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
 
 
+_DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".txt")
+
+
 def find_recipe(recipe: str) -> Path:
     """Find a recipe's file.
 
@@ -109,9 +113,37 @@ def find_recipe(recipe: str) -> Path:
         return shipped[same_stem[0]]
     if same_stem:
         raise ConfigError(f"several recipes are called {recipe}", fix=f"write one of {', '.join(same_stem)}")
+    _refuse_other_things(recipe, path)
     beside = path.with_name(path.name + ".yaml")
     fix = f"for your own file write {beside}" if beside.is_file() else _fix(recipe)
     raise ConfigError(f"there is no recipe called {recipe}", fix=fix)
+
+
+def _refuse_other_things(recipe: str, path: Path) -> None:
+    """Answer a data file, a run, a base or a model's name in a recipe's place with the command that takes it.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
+    quoted = shlex.quote(recipe)
+    what = fix = None
+    if (path / "config.yaml").is_file():
+        what = "a run"
+        fix = f"finetune train --resume {quoted} continues it; finetune evaluate, export and report take it too"
+    elif (path / "adapter_config.json").is_file():
+        what, fix = (
+            "an adapter",
+            f"finetune adapter show {quoted}; a recipe starts from it with adapter.init_from={quoted}",
+        )
+    elif (path / "config.json").is_file() or recipe.lower().startswith(("openai/", "unsloth/", "gpt-oss")):
+        name = recipe if "/" in recipe or path.is_dir() else f"openai/{recipe}"
+        like = "legal_120b" if "120b" in recipe else "legal_20b"
+        what, fix = "a model", f"give a recipe and the model: finetune train {like} model.path={shlex.quote(name)}"
+    elif path.is_file() or path.suffix.lower() in _DATA_ENDINGS:
+        what = "a data file"
+        fix = f"finetune recipes new mine.yaml --data {quoted} writes a recipe for it"
+    if what is not None:
+        raise ConfigError(f"{recipe} is {what}, not a recipe", fix=fix)
 
 
 def recipe_name(path: Path) -> str:

@@ -175,6 +175,7 @@ class ExportConfig(Strict):
             at least 32,768.
         survival_examples: test (else validation) examples on which a merge to MXFP4 is compared with base and adapter.
             0: not compared, and nothing stops an export that lost the fine-tune.
+        survival_labels: also score the labels of these examples in every variant: as many passes as there are labels.
         old_domain: named sources outside the fine-tune's domain, compared in the same way; their loss shows what a
             merge breaks elsewhere. Empty: not measured.
         min_gain_kept, max_gain_kept: share of the adapter's gain in test loss that a merge to MXFP4 must keep; outside
@@ -187,6 +188,7 @@ class ExportConfig(Strict):
     read_back_examples: Annotated[int, Ge(1)] = 4
     calibration_tokens: Annotated[int, Ge(1)] | None = None
     survival_examples: Annotated[int, Ge(0)] = 256
+    survival_labels: bool = False
     old_domain: dict[str, SourceConfig] = field(default_factory=dict)
     min_gain_kept: Annotated[float, Ge(0), Le(1)] = 0.9
     max_gain_kept: Annotated[float, Ge(1)] = 1.05

@@ -39,6 +39,7 @@ ATTENTION = "attention, norms, router"
 EMBEDDING = "input embedding"
 HEAD = "output head"
 GATHERED = "gathered layers"
+FROZEN = (PACKED_EXPERTS, ATTENTION, EMBEDDING, HEAD, GATHERED)
 LORA = "LoRA parameters"
 GRADIENTS = "LoRA gradients"
 STATES = "optimiser states"

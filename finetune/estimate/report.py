@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ from finetune.estimate.fit import (
     longest_sequences,
 )
 from finetune.estimate.inputs import BaseInfo, step_profile
-from finetune.estimate.memory import MemoryEstimate, NamedBytes
+from finetune.estimate.memory import FROZEN, MemoryEstimate, NamedBytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,17 +120,31 @@ def describe(estimate: Estimate) -> str:
     memory = estimate.fit.memory
     longest = f"{estimate.longest_sequences:,} tokens"
     sections = [
-        [f"{estimate.recipe}: {estimate.base.name}, sizes from {estimate.base.source}"],
+        [f"{estimate.recipe}: {estimate.base.name}, sizes from {estimate.base.source}", *base_lines(estimate)],
         [f"memory at the peak ({memory.peak_moment}), estimated:", *memory_lines(memory)],
         [verdict(estimate.fit), f"longest sequences that fit, all else unchanged: {longest}"],
         [*kind_lines(estimate.kinds)],
         ["host memory per process:", *part_lines(estimate.host)] if estimate.host else [],
         ["disk:", *part_lines(estimate.disk, total=False)],
         time_lines(estimate.time) if estimate.time else [],
-        [] if estimate.fit.fits else change_lines(estimate.changes, estimate.enough),
+        [] if estimate.fit.fits or base_lines(estimate) else change_lines(estimate.changes, estimate.enough),
         plan_lines(estimate.plan) if estimate.plan else [],
     ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
+
+
+def base_lines(estimate: Estimate) -> list[str]:
+    """That the frozen weights alone are too large, where they are: no setting of training helps then."""
+    weights = sum(part.num_bytes for part in estimate.fit.memory.always if part.name in FROZEN)
+    capacity = estimate.fit.memory.total_bytes - estimate.fit.over_bytes
+    if weights <= capacity:
+        return []
+    cards = math.ceil(1.15 * weights / capacity)
+    return [
+        f"the frozen weights alone take {weights / GIB:.1f} GiB of the {capacity / GIB:.1f} GiB there are: no setting "
+        f"makes it fit on one. Shard them over {cards} or more (distributed=fsdp2 distributed.num_processes={cards}), "
+        "take a larger GPU, or a smaller base"
+    ]
 
 
 def memory_lines(memory: MemoryEstimate) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from finetune import log
 from finetune.adapters.attach import attach_file
-from finetune.adapters.config_file import resolve_run
+from finetune.adapters.config_file import resolve_run, why_unfinished
 from finetune.adapters.lora import Adapter
 from finetune.adapters.provenance import BaseRecord, refuse_other_base, warn_other_storage
 from finetune.adapters.store import AdapterFile
@@ -61,6 +61,8 @@ def open_model(
         InputError: there is no adapter, it is damaged, or it belongs to another base; or the base is unknown.
     """
     directory, run = resolve_run(path)
+    if (why := why_unfinished(directory, run)) is not None:
+        log.warning(f"{directory} is not finished: {why}")
     config = load_run_config(run / "config.yaml") if run else None
     file = AdapterFile.open(directory)
     name = base or file.base.name

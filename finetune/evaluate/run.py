@@ -21,11 +21,11 @@ from finetune.errors import ConfigError
 from finetune.evaluate.contamination import find_contamination
 from finetune.evaluate.evalset import EvalSet
 from finetune.evaluate.generation import Sampling
-from finetune.evaluate.inputs import EvaluationOptions, read_evaluation_data
+from finetune.evaluate.inputs import EvaluationData, EvaluationOptions, read_evaluation_data
 from finetune.evaluate.measure import MeasurementLog, measure
 from finetune.evaluate.opening import LoadedModel, open_model
 from finetune.evaluate.summary import summarise_answers, summarise_log
-from finetune.files import JsonObject, sha256_of
+from finetune.files import JsonObject, only_writer, sha256_of
 from finetune.results import BaseName, ContaminationFigures, Evaluation, write_evaluation
 
 
@@ -42,7 +42,8 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
         The directory and the results, which are in its `summary.json` too.
 
     Raises:
-        ConfigError: no recipe to take examples from, it has no test data, or `out` holds another evaluation.
+        ConfigError: no recipe to take examples from, it has no test data, or `out` holds another evaluation or is being
+            written by another process.
         FinetuneError: whatever is wrong with adapter, base or data.
     """
     directory, run = resolve_run(path)
@@ -56,6 +57,19 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
     sampling = Sampling(options.max_tokens, options.temperature, options.top_p, options.seed)
     _check_positions(opened, data.test, options)
     out = out or _default_directory(directory, run, options)
+    with only_writer(out):
+        return out, _measured(config, options, data, opened, sampling, out)
+
+
+def _measured(
+    config: RunConfig,
+    options: EvaluationOptions,
+    data: EvaluationData,
+    opened: LoadedModel,
+    sampling: Sampling,
+    out: Path,
+) -> Evaluation:
+    """Measure what `out` does not have yet, and write its summary."""
     measured = MeasurementLog(out / "rows.jsonl", _belongs_to(opened, data.evalsets, sampling))
     measure(opened, data.evalsets, measured, num_generated=options.generate, sampling=sampling)
     confidence = config.evaluate.confidence
@@ -72,7 +86,7 @@ def evaluate(path: Path, out: Path | None, options: EvaluationOptions) -> tuple[
         else None,
     )
     write_evaluation(out / "summary.json", evaluation)
-    return out, evaluation
+    return evaluation
 
 
 def _config(directory: Path, own: RunConfig | None, options: EvaluationOptions) -> RunConfig:

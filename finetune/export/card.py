@@ -17,7 +17,7 @@ from pathlib import Path
 from finetune import log
 from finetune.adapters.store import BaseRecord
 from finetune.config.expert_selection import highest_rank
-from finetune.config.paths import resolve_data_path, shipped_dir
+from finetune.config.paths import HUB_PREFIX, resolve_data_path, shipped_dir
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.config.validate import load_run_config
 from finetune.data.dataset import load_split
@@ -25,6 +25,7 @@ from finetune.errors import FinetuneError
 from finetune.export.record import AdapterCheck, ExportRecord, MergeCheck, Skipped
 from finetune.export.survival.effect import Effect
 from finetune.files import write_text
+from finetune.markdown import code, escaped
 from finetune.model.tiny import ATTRIBUTION
 from finetune.results import Evaluation, read_evaluation
 
@@ -49,12 +50,22 @@ _LIBRARIES = {"gguf": "gguf", "peft": "peft", "sglang": "peft", "gguf-lora": "gg
 _LIMITS = """## Limits of use
 
 - It is a language model: it can be wrong, invent sources, and repeat errors and biases of the base and of the data.
-  The base's licence and usage policy go with it.
-- **Legal texts**: what it writes is no legal advice. Names of clauses and readings of contracts must be checked by a
-  person qualified in the jurisdiction concerned; the law it saw may be outdated or another country's.
-- **Medical texts**: what it writes is no medical advice, and it is no medical device. It must not decide on diagnosis,
-  treatment or triage, and must not be shown to patients without review by a qualified person.
-- The figures above hold for the test examples they were measured on. Measure on your own before you rely on it."""
+  The base's licence and usage policy go with it."""
+_LIMITS_OF_DOMAIN = {
+    "legal": "- **Legal texts**: what it writes is no legal advice. Names of clauses and readings of contracts must be "
+    "checked by a\n  person qualified in the jurisdiction concerned; the law it saw may be outdated or another "
+    "country's.",
+    "medical": "- **Medical texts**: what it writes is no medical advice, and it is no medical device. It must not "
+    "decide on diagnosis,\n  treatment or triage, and must not be shown to patients without review by a qualified "
+    "person.",
+    "creative": "- **Creative texts**: it may reproduce passages of the texts it was trained on. Check what is "
+    "published for\n  wording that is another's.",
+}
+_LIMITS_OF_FIGURES = (
+    "- The figures above hold for the test examples they were measured on. Measure on your own before you rely on it."
+)
+_PUBLISHED = {"gpt-oss-20b": "openai/gpt-oss-20b", "gpt-oss-120b": "openai/gpt-oss-120b"}
+_PUBLISHED_LICENCE = "apache-2.0"
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ def write_card(path: Path, record: ExportRecord, run: Path | None, commands: Seq
     config = _config(run)
     when = "before merging" if record.is_merged else "as it was trained"
     sections = [
-        _front(record),
+        _front(record, config),
         f"# {_title(record, manifest)}\n\n{_origin(record)}, made by {record.written_by} on {record.written[:10]}. "
         "`export.json` has every check and file hash.",
         _survival(record),
@@ -89,17 +100,48 @@ def write_card(path: Path, record: ExportRecord, run: Path | None, commands: Seq
         examples_section(config),
         _evaluation(evaluation, when),
         _checks(record),
-        _LIMITS,
+        _limits(config),
         _serving(record, commands),
     ]
     write_text(path, "\n\n".join(section for section in sections if section) + "\n")
 
 
-def _front(record: ExportRecord) -> str:
+def _front(record: ExportRecord, config: RunConfig | None) -> str:
+    """Metadata as the hub reads it; a JSON string is a YAML one, so that no name adds keys."""
     lines = ["---", f"library_name: {_LIBRARIES.get(record.target, 'transformers')}"]
-    if record.base.revision:  # a hub name: the hub links the card to it
-        lines.append(f"base_model: {json.dumps(record.base.name)}")  # a JSON string is a YAML one: no name adds keys
+    name = _model_name(record.base)
+    if name:
+        lines.append(f"base_model: {json.dumps(name)}")
+        lines.append(f"base_model_relation: {'finetune' if record.is_merged else 'adapter'}")
+    if name in _PUBLISHED.values():
+        lines.append(f"license: {_PUBLISHED_LICENCE}")
+    if hub := sorted(_hub_data(config)):
+        lines.append(f"datasets: {json.dumps(hub)}")
     return "\n".join([*lines, f"tags: [gpt-oss, lora{', merged' if record.is_merged else ''}]", "---"])
+
+
+def _model_name(base: BaseRecord) -> str | None:
+    """The base's hub name; of a directory its last part, which is a published model's where it is called like one."""
+    if not base.name or base.revision:
+        return base.name
+    name = Path(base.name).name
+    return _PUBLISHED.get(name, name)
+
+
+def _hub_data(config: RunConfig | None) -> set[str]:
+    paths = _training_paths(config)
+    return {path.removeprefix(HUB_PREFIX).partition("?")[0] for path in paths if path.startswith(HUB_PREFIX)}
+
+
+def _training_paths(config: RunConfig | None) -> list[str]:
+    return [source.path for source in config.data.train.values()] if config else []
+
+
+def _limits(config: RunConfig | None) -> str:
+    """Limits of use, with those of the domains that the training data is from, as far as its paths tell."""
+    paths = " ".join(path.lower() for path in _training_paths(config))
+    domains = [text for domain, text in _LIMITS_OF_DOMAIN.items() if domain in paths]
+    return "\n".join([_LIMITS, *domains, _LIMITS_OF_FIGURES])
 
 
 def _origin(record: ExportRecord) -> str:
@@ -119,17 +161,17 @@ def _serving(record: ExportRecord, commands: Sequence[str]) -> str:
 
 
 def _title(record: ExportRecord, manifest: _Manifest) -> str:
-    base = Path(record.base.name or "gpt-oss").name
-    return f"{base}, fine-tuned with {manifest.recipe}" if manifest.recipe else f"{base}, fine-tuned"
+    base = escaped(Path(record.base.name or "gpt-oss").name)
+    return f"{base}, fine-tuned with {escaped(manifest.recipe)}" if manifest.recipe else f"{base}, fine-tuned"
 
 
 def _base(base: BaseRecord) -> str:
     if not base.name:
         return "(not named by the adapter)"
     name = base.name if base.revision else Path(base.name).name
-    revision = f" at `{base.revision}`" if base.revision else ""
-    identity = f"identity `{base.identity}`" if base.identity else "identity not recorded"
-    return f"`{name}`{revision} ({identity})"
+    revision = f" at {code(base.revision)}" if base.revision else ""
+    identity = f"identity {code(base.identity)}" if base.identity else "identity not recorded"
+    return f"{code(name)}{revision} ({identity})"
 
 
 def _survival(record: ExportRecord) -> str:
@@ -169,7 +211,7 @@ def _data(config: RunConfig | None, manifest: _Manifest) -> str:
     }
     for path in sorted(sources):
         licence = _licence_entry(path, "Licence") or UNKNOWN_LICENCE
-        lines.append(f"- `{_shown_name(path)}`, sha256 of its content `{_content_hash(path)}`: {licence}")
+        lines.append(f"- {code(_shown_name(path))}, sha256 of its content `{_content_hash(path)}`: {licence}")
     return "## Data\n\n" + "\n".join([*lines, *manifest.data]) + "\n\nNo records are shown here."
 
 
@@ -191,7 +233,9 @@ def attribution_section(base: BaseRecord, sources: Iterable[str] | None) -> str:
     """
     parts = [f"{ATTRIBUTION}\n\n**The base**:\n\n{base_attributions(base)}"]
     if sources is not None:
-        lines = [f"- `{_shown_name(path)}`: {_source_attribution(path) or UNKNOWN_LICENCE}" for path in sorted(sources)]
+        lines = [
+            f"- {code(_shown_name(path))}: {_source_attribution(path) or UNKNOWN_LICENCE}" for path in sorted(sources)
+        ]
         parts.append("**What the adapter was trained on**:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
@@ -201,14 +245,14 @@ def base_attributions(base: BaseRecord) -> str:
     if not base.name:
         return "Not named by the adapter; its terms apply."
     if base.revision:  # a hub name
-        return f"`{base.name}`; its licence and usage policy go with this model."
+        return f"{code(base.name)}; its licence and usage policy go with this model."
     path = Path(base.name).expanduser()
     try:
         text = (path / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return f"`{path.name}`. Its README.md was not there: carry its terms and attributions on yourself."
+        return f"{code(path.name)}. Its README.md was not there: carry its terms and attributions on yourself."
     section = text.partition(f"\n{ATTRIBUTION}\n")[2].partition("\n## ")[0].strip()
-    return section or f"`{path.name}`. Its README.md names no attributions; its licence goes with this model."
+    return section or f"{code(path.name)}. Its README.md names no attributions; its licence goes with this model."
 
 
 def _source_attribution(path: str) -> str | None:
@@ -264,7 +308,7 @@ def _recipe(config: RunConfig | None, manifest: _Manifest) -> str:
         f"- {manifest.total_steps or '?'} steps, {trainer.epochs:g} epochs, learning rate "
         f"{trainer.peak_learning_rate:g}, seed {config.seed}, sequences of {config.data.max_length:,} tokens",
     ]
-    return f"## Recipe\n\n`{manifest.recipe or '?'}`\n\n" + "\n".join(lines)
+    return f"## Recipe\n\n{code(manifest.recipe or '?')}\n\n" + "\n".join(lines)
 
 
 def _expert_rank(experts: ExpertAdapterConfig) -> str:

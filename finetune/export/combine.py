@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune import log
+from finetune.adapters.config_file import resolve_run
 from finetune.adapters.provenance import warn_other_storage
 from finetune.adapters.store import WEIGHTS, AdapterFile, write_directory
 from finetune.errors import ConfigError, InputError
@@ -41,7 +42,7 @@ class RankReduction:
 
 
 def parse_weighted(text: str) -> tuple[Path, float]:
-    """Read `DIR:WEIGHT`; DIR alone has weight 1.
+    """Read `RUN:WEIGHT` or `DIR:WEIGHT`; without a weight it is 1.
 
     Raises:
         ConfigError: the weight is not a number, is not finite, or is 0.
@@ -56,7 +57,7 @@ def parse_weighted(text: str) -> tuple[Path, float]:
     if not directory or not math.isfinite(weight) or weight == 0:
         raise ConfigError(
             f"{text}: {number!r} is not a weight",
-            why="each adapter is given as DIR:WEIGHT, a finite number other than 0",
+            why="each adapter is given as RUN:WEIGHT, a finite number other than 0",
             fix="for example: finetune adapter combine runs/a/adapter:0.7 runs/b/adapter:0.3 --out merged",
         )
     return Path(directory), weight
@@ -66,7 +67,7 @@ def combine_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int |
     """Write the weighted sum of adapters as a PEFT directory.
 
     Args:
-        parts: directories and weights.
+        parts: run or adapter directories, and weights.
         out: must not exist.
         rank: of the result, at most; None: the sum of the ranks, which is exact but for one rounding of b in float32.
 
@@ -80,7 +81,7 @@ def combine_adapters(parts: Sequence[tuple[Path, float]], out: Path, rank: int |
     refuse_existing(out)
     if rank is not None and rank < 1:
         raise ConfigError(f"--rank {rank} is below 1")
-    adapters = [Weighted(AdapterFile.open(directory), weight) for directory, weight in parts]
+    adapters = [Weighted(AdapterFile.open(resolve_run(path)[0]), weight) for path, weight in parts]
     _refuse_different_bases(adapters)
     files = [adapter.file for adapter in adapters]
     for file in files:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,15 +64,23 @@ def locate_base(path: str, revision: str | None = None) -> BaseLocation:
     return BaseLocation(snapshot, path, snapshot.name)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def check_reachable(path: str, revision: str | None) -> None:
+    """Fetch config.json of a hub name, so that a wrong name or a missing network shows before hours of other work.
+
+    Raises:
+        FinetuneError: as `locate_base`.
+    """
+    if not Path(path).expanduser().exists() and not looks_like_directory(path):
+        _download(path, revision, ("config.json",))
+
+
+def _download(name: str, revision: str | None, files: Sequence[str] = tuple(WANTED_FILES)) -> Path:
     """Directory of the snapshot, which the hub's cache names after its commit."""
     from huggingface_hub import errors, snapshot_download
 
     try:
         return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=list(WANTED_FILES), ignore_patterns=list(UNWANTED_FILES)
-            )
+            snapshot_download(name, revision=revision, allow_patterns=list(files), ignore_patterns=list(UNWANTED_FILES))
         )
     except errors.HFValidationError as error:
         raise ConfigError(f"{name!r} is neither a directory nor a hub name: {error}") from error

@@ -190,7 +190,7 @@ def write_tiny_base(
             why="nothing is ever overwritten",
             fix=f"give another name, or remove it first: rm -r {directory}",
         )
-    with staged_directory(directory, "the tiny base", unique=True) as staging:
+    with staged_directory(directory, "the tiny base") as staging:
         write_tokenizer(staging)
         (staging / TEMPLATE_FILE).write_text(chat_template(), encoding="utf-8")
         if kind == "pretrained":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.figures import MODELS, Comparison, Figure, McNemar, Model, PairFigures
-from finetune.log import printable
+from finetune.markdown import code, escaped
 from finetune.results import (
     AnswerFigures,
     AuthorFigures,
@@ -25,7 +25,6 @@ from finetune.results import (
 TITLES: Mapping[str, str] = {"base": "base", "adapter": "base + adapter", "reference": "the real continuation"}
 NO_VALUE = "–"
 NUM_BINS = 10
-_MARKDOWN = re.compile(r"[\\`*\[\]<>#|~&!$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[-+](?= )|(?<=^\d)[.)]")
 _MARKS = re.compile(r"\\([!-/:-@\[-`{-~])|\*\*|`")
 _MODEL_TITLES = (TITLES["base"], TITLES["adapter"], "difference")
 _LABEL_FIGURES = {
@@ -115,24 +114,6 @@ class Part:
     content: Sequence[Piece]
     details: Sequence[Piece] = ()
     folded: bool = False
-
-
-def code(text: str) -> str:
-    """Text from the user's data as Markdown code, whatever it contains."""
-    line = printable(" ".join(text.split())) or "(empty)"
-    if "`" not in line:
-        return f"`{line}`"
-    fence = "`" * (max(map(len, re.findall("`+", line))) + 1)
-    return f"{fence} {line} {fence}"
-
-
-def escaped(text: str) -> str:
-    r"""Text from the user's data as Markdown text: on one line, without markup, links, images or HTML.
-
-    >>> print(escaped("<b> [a](b)"))
-    \<b\> \[a\](b)
-    """
-    return _MARKDOWN.sub(r"\\\g<0>", printable(" ".join(text.split())))
 
 
 def unescaped(markdown: str) -> str:

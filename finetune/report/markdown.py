@@ -10,14 +10,13 @@ from pathlib import Path
 
 from finetune.figures import MODELS
 from finetune.files import JsonObject, write_text
+from finetune.markdown import code, escaped
 from finetune.report.content import (
     TITLES,
     Confusion,
     Piece,
     Reliability,
     Table,
-    code,
-    escaped,
     evaluation_parts,
     introduction,
     reliability_rows,

@@ -54,19 +54,28 @@ def read_back_examples(session: Session) -> Sequence[Example]:
 
 
 def write_result(session: Session, run: Run, result: Result) -> None:
-    """Save the adapter and read it back; the live model does not run any more.
+    """Save the adapter, read it back, and give it its name; the live model does not run any more.
+
+    Until the read-back has passed it is `adapter_unverified`, which no command takes for the run's adapter.
 
     Raises:
         CheckError: the adapter read back is not the one that was trained.
+        MachineError: it could not be read back, and `export.read_back` is `always`.
     """
     unshard(session.adapter, result.adapter)
-    if run.adapter.exists():  # its read-back failed or was killed, and the run was resumed
-        shutil.rmtree(run.adapter)
+    for old in (run.unverified_adapter, run.adapter):  # its read-back failed or was killed, and the run was resumed
+        shutil.rmtree(old, ignore_errors=True)
     location, config = session.location, session.config.adapter
     name = location.name if location.revision else str(location.directory.resolve())
     base = BaseRecord(name, location.revision, session.base.identity, session.base.storage_changes, session.tokenizer)
-    write_adapter(run.adapter, session.adapter, config, base)
+    write_adapter(run.unverified_adapter, session.adapter, config, base)
     run.update_manifest(adapter_norms=update_norms(session.adapter))
+    try:
+        run.update_manifest(read_back=_read_back(session, run, result))
+    except BaseException:
+        log.warning(f"the adapter was not verified: it stays in {run.unverified_adapter}")
+        raise
+    run.unverified_adapter.rename(run.adapter)
     log.info(f"adapter: {run.adapter}")
     if is_smaller(session.adapter):
         compact = run.path / "adapter_compact"
@@ -74,7 +83,6 @@ def write_result(session: Session, run: Run, result: Result) -> None:
         num_experts = session.base.checkpoint.arch.num_experts
         write_compact(compact, session.adapter, num_experts, rslora=config.rslora, base=base)
         log.info(f"adapter, compact form: {compact}")
-    run.update_manifest(read_back=_read_back(session, run, result))
 
 
 def unshard(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
@@ -90,7 +98,8 @@ def _read_back(session: Session, run: Run, result: Result) -> dict[str, Any]:
         log.warning(f"the adapter was not read back with stock PEFT: {result.not_read_back}")
         return {"skipped": result.not_read_back}
     try:
-        found = read_back(session.base, session.adapter, run.adapter, read_back_examples(session), result.live_logits)
+        examples = read_back_examples(session)
+        found = read_back(session.base, session.adapter, run.unverified_adapter, examples, result.live_logits)
     except MachineError as error:
         if session.config.export.read_back == "always":
             raise

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import sys
 from collections import deque
 from collections.abc import Iterable
@@ -155,7 +156,13 @@ def make_tracker(config: LoggingConfig, directory: Path) -> GeneralTracker:
         # An unreachable wandb otherwise blocks for over two minutes before it gives up.
         settings = {"init_timeout": 20}
         return WandBTracker(
-            config.project, mode=config.mode, dir=str(directory), name=directory.name, settings=settings
+            config.project,
+            mode=config.mode,
+            dir=str(directory),
+            name=directory.name,
+            id=_wandb_id(directory),
+            resume="allow",
+            settings=settings,
         )
     if config.tracker == "tensorboard":
         return TensorBoardTracker("tensorboard", logging_dir=directory)
@@ -168,6 +175,14 @@ def make_tracker(config: LoggingConfig, directory: Path) -> GeneralTracker:
         os.environ.pop("TRACKIO_SPACE_ID", None)  # a Space on the hub, which trackio would send everything to
         os.environ["TRACKIO_DIR"] = str(directory.absolute() / "trackio")
     return TrackioTracker(config.project, name=directory.name)
+
+
+def _wandb_id(directory: Path) -> str:
+    """The id of a run's wandb run, kept in its directory, so that a resumed run goes on where it stopped."""
+    path = directory / "wandb_id"
+    if not path.is_file():
+        write_text(path, secrets.token_hex(4) + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def flat(config: dict[str, Any], above: str = "") -> dict[str, str | int | float | bool]:

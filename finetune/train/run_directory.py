@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import log
+from finetune.adapters.config_file import UNVERIFIED
 from finetune.config.derive import absolute_paths
 from finetune.config.differences import differences
 from finetune.config.schema import RunConfig
@@ -24,6 +25,8 @@ from finetune.config.validate import dump_yaml, load_run_config, to_plain
 from finetune.errors import ConfigError, InputError, MachineError
 from finetune.files import read_json, write_json, write_text
 from finetune.results import Evaluation, write_evaluation
+
+_LOCKS: dict[Path, int] = {}  # inode of the lock file of each run that this process has locked
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,13 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter in PEFT's layout; written when training is done."""
+        """The trained adapter in PEFT's layout; there when training is done and the adapter is verified."""
         return self.path / "adapter"
+
+    @property
+    def unverified_adapter(self) -> Path:
+        """The trained adapter until it has passed the read-back; it stays under this name if it does not."""
+        return self.path / UNVERIFIED
 
     @property
     def evaluation(self) -> Path:
@@ -163,6 +171,7 @@ class Run:
     def update_manifest(self, **entries: Any) -> None:
         """Add entries to manifest.json."""
         if self.writes:
+            self.check_in_place()
             write_json(self.manifest, self.read_manifest() | entries)
 
     def write_evaluation(self, evaluation: Evaluation) -> None:
@@ -194,7 +203,26 @@ class Run:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-            yield
+            _LOCKS[self.path] = os.fstat(file.fileno()).st_ino
+            try:
+                yield
+            finally:
+                del _LOCKS[self.path]
+
+    def check_in_place(self) -> None:
+        """Raise MachineError if the directory that this process has locked was moved or removed."""
+        if self.path not in _LOCKS:
+            return
+        try:
+            is_ours = (self.path / ".lock").stat().st_ino == _LOCKS[self.path]
+        except OSError:
+            is_ours = False
+        if not is_ours:
+            raise MachineError(
+                f"the run directory {self.path} was moved or removed while the run was going on",
+                why="what it writes from here on would be in another place than what it has written",
+                fix="move it back and continue with `finetune train --resume`, or start again",
+            )
 
     @contextmanager
     def discarded_if_unused(self) -> Iterator[None]:
@@ -202,7 +230,7 @@ class Run:
         try:
             yield
         except BaseException:
-            if self.writes and not self.status:
+            if self.writes and not self.status and not any((self.path / "logs").glob("*")):  # messages name the logs
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 

@@ -40,7 +40,7 @@ from finetune.model.build import Base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.experts import expert_kernel
 from finetune.model.forward import check_packing
-from finetune.model.hub import BaseLocation, locate_base
+from finetune.model.hub import BaseLocation, check_reachable, locate_base
 from finetune.model.open import choose_device, open_base
 from finetune.model.shards import ShardedLayers
 from finetune.model.storage import storage_table
@@ -106,6 +106,8 @@ def open_session(config: RunConfig, world: World = SINGLE_PROCESS, *, resumed: b
     if device.type == "cuda":
         log.info(_describe_allocator())
     check_optimizer(config, device)
+    if world.is_main:
+        check_reachable(config.model.path, config.model.revision)
     splits: dict[str, Split] = {name: load_split(config.data, name) for name in split_names(config.data)}
     for split in splits.values():
         report_split(split)

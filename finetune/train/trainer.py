@@ -180,6 +180,7 @@ class Trainer:
 
     def _make_step(self, progress: log.Progress) -> None:
         """Make and count one step; skip it if its numbers are not finite and the recipe says so."""
+        self.run.check_in_place()
         step = self.state.step
         epoch, batches = self.source.step(step)
         started = time.monotonic()

@@ -51,10 +51,25 @@ def test_a_grid_runs_every_combination(
     ]
     assert all("seed=3" in run for run in fake_runs)
     table = capsys.readouterr().out
-    assert "| 01 | 0.1 | [0,1] |  | 1.1000 | 0.5000 | 2.00 | **best** |" in table
+    assert "| 01 | 0.1 | [0,1] | 1.1000 | 0.5000 | 2.00 | **best** |" in table
+    assert "validation loss" not in table, "no run has one"
     assert table.count("failed (6)") == 2
     (written,) = tmp_path.glob("sweep-*/sweep.md")
     assert table.strip() in written.read_text()
+
+
+def test_the_name_is_the_sweeps_directory(
+    fake_runs: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "quickstart", f"output_dir={tmp_path}", "name=mine", "--sweep", "trainer.learning_rate=0.1,0.2"]
+    assert main(words) == 0
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["01", "02", "sweep.md"]
+    assert [text for text in fake_runs[0] if "name=" in text] == ["name='01'"]
+    capsys.readouterr()
+    assert main(words) == 2
+    assert f"{tmp_path / 'mine'} exists already" in capsys.readouterr().err
+    assert main(["train", "quickstart", "--sweep", "name=a,b"]) == 2
+    assert "names the sweep's directory" in capsys.readouterr().err
 
 
 def test_every_combination_is_checked_before_the_first_run(
@@ -88,4 +103,4 @@ def test_without_test_records_the_validation_loss_decides(tmp_path: Path) -> Non
         (tmp_path / name).mkdir()
         (tmp_path / name / "manifest.json").write_text(json.dumps({"loop": {"best_loss": loss}}))
     table = comparison([(["seed=1"], tmp_path / "01", 0), (["seed=2"], tmp_path / "02", 0)])
-    assert table.splitlines()[-1] == "| 02 | 2 | 0.5000 |  |  |  | **best** |"
+    assert table.splitlines()[-1] == "| 02 | 2 | 0.5000 | **best** |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_the_outcome_is_recorded_with_card_and_hashes(
     assert facts["target"] == target and facts["adapter"]["sha256"] == sha256(source / "adapter_model.safetensors")
     assert facts["files"] == {path.name: sha256(path) for path in out.iterdir() if path.name != "export.json"}
     card = (out / "README.md").read_text()
-    assert "a LoRA adapter for" in card and f"{found['sites']} sites" in card and "no medical advice" in card
+    assert "a LoRA adapter for" in card and f"{found['sites']} sites" in card and "repeat errors and biases" in card
     assert "merged" not in card and str(tmp_path) not in card, "where it lies on this machine is nobody's business"
 
 
@@ -356,3 +357,23 @@ def test_mlx_commands_do_not_name_a_bfloat16_base(adapter: Path) -> None:
 
     command, note, *_ = mlx_commands(AdapterFile.open(adapter), Path("out"), "big/base-bf16", base_is_packed=False)
     assert "--model MXFP4_BASE " in command and "big/base-bf16 is in bfloat16" in note
+
+
+@pytest.mark.parametrize("target", ["peft", "sglang", "gguf-lora", "mlx"])
+def test_printed_commands_quote_every_name(
+    target: str, source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A base or a directory called `; rm -rf ~ #` must not become a command of its own."""
+    config = json.loads((source / "adapter_config.json").read_text())
+    evil = tmp_path / "adapter"
+    shutil.copytree(source, evil)
+    (evil / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "x; rm -rf ~ #"}))
+    (evil / "finetune.json").unlink(missing_ok=True)
+    out = tmp_path / "out; echo hacked"
+    assert main(["export", str(evil), "--to", target, "--out", str(out)]) == 0
+    (command,) = [line for line in capfd.readouterr().err.splitlines() if str(out.resolve()) in line and " --" in line]
+    words = shlex.split(command, comments=True)
+    assert any(str(out.resolve()) in word for word in words) and "rm" not in words and "echo" not in words
+    (evil / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "x\x1b[31m"}))
+    assert main(["export", str(evil), "--to", target, "--out", str(tmp_path / "again")]) == 3
+    assert "control characters" in capfd.readouterr().err

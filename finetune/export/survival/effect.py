@@ -7,6 +7,7 @@ variant that was written is compared with the recipe's thresholds.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,6 +148,11 @@ def measure_survival(
         return _skipped("the recipe names neither test nor validation records")
     if not fits_in_memory(plan, choose_device(reference_settings(plan.checkpoint))):
         return _skipped("the packed base does not fit into the memory that is free")
+    what = "losses and labels" if held_out.labels is not None else "losses"
+    log.info(
+        f"measuring what survives: {what} of {len(held_out.examples)} held-out examples with every variant of the "
+        "model; export.survival_examples takes fewer, 0 skips it"
+    )
     base = open_reference(plan.checkpoint)
     effect = measure_variants(Variants(base, plan, rounded), held_out)
     verdict = compare_with_thresholds(effect, plan.rounding, config.export)
@@ -182,7 +188,7 @@ def held_out_examples(config: RunConfig, count: int) -> HeldOutExamples | None:
     split = load_split(data, name)  # type: ignore[arg-type]
     chosen = stratified_subset(split.records, count)
     records = tuple(split.records[number] for number in chosen)
-    labels = label_set(split.records) if config.evaluate.labels != "never" else None
+    labels = label_set(split.records) if config.export.survival_labels else None
     old: tuple[Example, ...] = ()
     if config.export.old_domain:
         other = load_split(replace(data, test=config.export.old_domain), "test")
@@ -202,7 +208,10 @@ def measure_variants(variants: Variants, held_out: HeldOutExamples, names: Seque
     model, data = variants.base.model, held_out.config.data
     head, examples, length = model.lm_head.weight, held_out.examples, data.max_length
     variants.become("adapter")
+    started = time.monotonic()
     reference = [found.hidden for found in predicted_states(model, examples, length, "adapter", _nothing)]
+    if held_out.labels is None:
+        log.info(f"about {log.duration((time.monotonic() - started) * len(wanted))} for {len(wanted)} variants")
     losses: dict[str, HeldOutLoss] = {}
     kls: dict[str, float] = {}
     others: dict[str, tuple[float | None, float | None]] = {}  # accuracy, loss on the old domain

@@ -26,7 +26,7 @@ from finetune.export.survival.effect import Effect, measure_survival, require_ke
 from finetune.export.survival.weights import describe_survival, weight_survival
 from finetune.export.targets.gguf import gguf_bytes, gguf_name, write_gguf
 from finetune.export.verify import verify_merged
-from finetune.files import ResumableDirectory, refuse_existing, sha256_of, write_json
+from finetune.files import ResumableDirectory, only_writer, refuse_existing, sha256_of, write_json
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint
 from finetune.model.hub import BaseLocation
 from finetune.rounding.merge import Tally
@@ -47,11 +47,19 @@ def export_merged(
         run: the run directory, for the model card and the prompts of the verification; None: without them.
 
     Raises:
-        ConfigError: `out` exists.
+        ConfigError: `out` exists, or another process writes it.
         InputError: the base is not there, is damaged, or is not the adapter's.
         MachineError: the disk is too small or fills up, or a package is missing.
         CheckError: the result is not base + adapter, or lost the fine-tune; it keeps its unfinished name.
     """
+    if options.dry_run:
+        _merge(adapter, target, out, options, run)
+        return
+    with only_writer(out):
+        _merge(adapter, target, out, options, run)
+
+
+def _merge(adapter: AdapterFile, target: MergedTarget, out: Path, options: ExportOptions, run: Path | None) -> None:
     refuse_existing(out)
     warn_other_storage(adapter.base, {}, adapter.directory)
     location = find_base(adapter, options)

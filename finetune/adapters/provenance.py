@@ -174,7 +174,7 @@ def read_router_bias(directory: Path) -> dict[str, Tensor]:
         if not isinstance(content, dict):
             raise ValueError("it has no names")
         changes = {str(name): torch.tensor(values, dtype=torch.float32) for name, values in content.items()}
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, OverflowError, RuntimeError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from error
     for name, change in changes.items():
         if change.dim() != 1 or not change.isfinite().all():

@@ -102,7 +102,7 @@ def _started_in(manifest: Path) -> Path | None:
     """The working directory in which a run was started; None if it is not recorded or does not exist."""
     try:
         start = Path(json.loads(manifest.read_text())["working_directory"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return start if start.is_dir() else None
 

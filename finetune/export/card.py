@@ -6,10 +6,12 @@ section too, so that a model trained on an export keeps the attributions of the 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from finetune.export.record import AdapterCheck, ExportRecord, MergeCheck, Skipp
 from finetune.export.survival.effect import Effect
 from finetune.files import write_text
 from finetune.log import printable
+from finetune.manifest import read_manifest
 from finetune.markdown import code, escaped
 from finetune.model.tiny import ATTRIBUTION
 from finetune.results import Evaluation, read_evaluation
@@ -222,7 +225,10 @@ def _content_hash(path: str) -> str:
         content = resolve_data_path(path).read_bytes()
     except (OSError, FinetuneError):
         return "not available: the file is not here any more"
-    return hashlib.sha256(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).hexdigest()
+    if content[:2] == b"\x1f\x8b":
+        with contextlib.suppress(OSError, EOFError, zlib.error):  # cut since the training: then it is no known file
+            content = gzip.decompress(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def attribution_section(base: BaseRecord, sources: Iterable[str] | None) -> str:
@@ -379,14 +385,15 @@ def _results(run: Path | None) -> Evaluation | None:
 
 
 def _read_manifest(run: Path | None) -> _Manifest:
-    """From the run's manifest.json; empty if it is missing or damaged: a card has less in it then."""
+    """From the run's manifest.json; empty if it is missing, or (with a warning) damaged: a card has less in it then."""
     try:
-        content = json.loads((run / "manifest.json").read_text(encoding="utf-8")) if run else {}
+        content = read_manifest(run) if run else {}
         data = tuple(
             f"- {split}: {figures['rows']:,} examples, {figures['trained_tokens']:,} of {figures['tokens']:,} tokens "
             f"trained or scored, fingerprint `{figures['fingerprint']}`"
             for split, figures in content.get("data", {}).items()
         )
         return _Manifest(content.get("recipe"), content.get("total_steps"), data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FinetuneError as error:
+        log.warning(f"the model card says nothing of recipe and data: {error.what}")
         return _Manifest()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune import __version__, log
+from finetune.adapters.config_file import has_control_characters
 from finetune.errors import InputError
 from finetune.files import sha256_of, write_json
 from finetune.model.headers import plain_file_name
@@ -101,6 +102,8 @@ def _parse_provenance(content: Mapping[str, Any]) -> Provenance:
     tokenizer = content.get("base_tokenizer_sha256")
     if not all(isinstance(text, str | None) for text in (*texts, tokenizer)):
         raise ValueError("the base's name, revision, identity and tokenizer must be text")
+    if any(has_control_characters(text) for text in texts if text):
+        raise ValueError("the base's name, revision and identity must be without control characters")
     storage = content.get("base_held_as") or {}
     for part in storage.values():
         str(part["format"]), float(part["relative_rms"])

@@ -15,10 +15,7 @@ PUBLISHED_BASES = ("openai/gpt-oss-20b", "openai/gpt-oss-120b")
 TINY_HINT = "`finetune base tiny DIR` makes a small base to try things with"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _RUNS_SHOWN = 5
-
-
-_IN_SECTION: dict[KeyPath, str] = dict.fromkeys((("model", "name"), ("model", "id"), ("model", "model")), "model.path")
-"""Keys that other tools have in a section, where the same name elsewhere means something else."""
+_NAMES_OF_THE_BASE = ("name", "id", "repo", "repo_id", "checkpoint", "base")  # below `model.` only: `name` is a run's
 
 
 def suggest_key(path: KeyPath) -> str:
@@ -33,8 +30,8 @@ def suggest_key(path: KeyPath) -> str:
     """
     if (remark := remark_on(path[-1])) is not None:
         return remark
-    if (better := _IN_SECTION.get(path)) is not None:
-        return f"did you mean {better}?"
+    if path[:1] == ("model",) and path[-1] in _NAMES_OF_THE_BASE:
+        return "did you mean model.path? It takes a checkpoint directory or a hub name"
     if known := [*keys_for(path[-1]), *_renamed(path[-1])]:
         return f"did you mean {' or '.join(known)}?"
     paths = list(all_paths(like=path))

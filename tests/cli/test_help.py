@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shlex
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from finetune.cli.arguments import Parser, actions_of, add_action, add_examples,
 from finetune.cli.main import COMMANDS, main
 from finetune.config.compose import compose
 from finetune.config.recipes import list_recipes
+from finetune.config.validate import to_plain
 from finetune.errors import ConfigError
 
 
@@ -58,6 +61,26 @@ def test_the_examples_parse(command: str) -> None:
         given = getattr(args, "words", [])
         if given and given[0] in list_recipes():
             compose(given[0], [word for word in given[1:] if "=" in word])
+
+
+@pytest.mark.parametrize("command", ["recipes", "config", "estimate"])
+def test_the_examples_of_commands_without_a_model_run(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each in a directory of its own, with the files that the examples name."""
+    record = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}
+    for number, example in enumerate(examples(parser_of(command)[1].epilog)):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        monkeypatch.chdir(directory)
+        (directory / "mine.jsonl").write_text("".join(f"{json.dumps(record | {'id': n})}\n" for n in range(40)))
+        if "recipes new" not in example:
+            assert main(["recipes", "new", "mine.yaml", "--from", "legal_20b"]) == 0
+        for run in ("runs/first", "runs/second"):
+            (directory / run).mkdir(parents=True)
+            (directory / run / "config.yaml").write_text(json.dumps(to_plain(compose("legal_20b").config)))
+        words = shlex.split(re.split(r" [<>] ", example)[0], comments=True)[1:]
+        assert main(words) == 0, (example, capfd.readouterr().err)
 
 
 def test_a_wrong_example_would_be_seen() -> None:

@@ -55,6 +55,12 @@ def test_other_things_in_a_recipes_place_are_answered(tmp_path: Path, capfd: pyt
     assert "there is no recipe called nothing" in refusal(capfd, "train", "nothing")
 
 
+@pytest.mark.parametrize("key", ["name", "id", "repo_id", "checkpoint"])
+def test_a_name_of_the_model_is_its_path(key: str, capfd: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capfd, "config", "show", "quickstart", f"model.{key}=openai/gpt-oss-20b")
+    assert f"model.{key} is not a key" in said and "did you mean model.path?" in said
+
+
 @pytest.mark.parametrize(
     ("override", "package"),
     [

@@ -9,15 +9,17 @@ root) and reports where it may not.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
 import random
+import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +43,7 @@ from fault_hooks import (
 from fault_writers import rows as writer_rows
 from small_run import RECIPE, assert_same_run
 
-from finetune import log
+from finetune import __version__, log
 from finetune.cli.main import main
 from finetune.model.tiny import write_tiny_base
 from finetune.train.checkpoint import LATEST, fault_in, list_checkpoints
@@ -303,27 +305,33 @@ def machine(bench: Bench) -> Iterator[str]:
     yield "read-only"
 
 
-def writers(bench: Bench) -> Iterator[str]:
+def writers(bench: Bench, only: Sequence[str]) -> Iterator[str]:
     """Commands that write, killed before every file operation, and started twice at once."""
 
     def start(arguments: list[str], hook: Hook) -> int:
         return bench.wait(bench.start(arguments, hook))
 
-    for fault, promised, happened, kept in writer_rows(start, bench.start, bench.wait, bench.undisturbed, bench.place):
+    found = writer_rows(start, bench.start, bench.wait, bench.undisturbed, bench.place, only)
+    for fault, promised, happened, kept in found:
         bench.rows.append(Row(fault, promised, happened, None, kept))
         yield fault
 
 
-def table(rows: list[Row], seconds: float, kill_count: int) -> str:
+def table(rows: list[Row], seconds: float, command: str) -> str:
     """The table in Markdown, with the machine and versions."""
     kept = sum(row.kept for row in rows)
+    packages = ("torch", "transformers", "peft", "safetensors")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     lines = [
         f"# Faults, {time.strftime('%Y-%m-%d')}",
         "",
-        f"`python bench/faults.py --kills {kill_count}` on {platform.platform()}, {os.cpu_count()} cores that others "
-        f"use too, {seconds / 60:.0f} minutes: {kept} of {len(rows)} promises kept. Runs of {STEPS} steps, a save every"
-        f" {EVERY}, written in the background. 'The same': metrics, adapter, optimiser, loop state and evaluation "
-        "equal the undisturbed run's to the last bit.",
+        f"`python bench/faults.py {command}` on {platform.platform()}, {os.cpu_count()} cores that others use too, "
+        f"{seconds / 60:.0f} minutes: {kept} of {len(rows)} promises kept. Python {platform.python_version()}, "
+        f"{versions}, finetune {__version__}.",
+        "",
+        f"Runs of {STEPS} steps, a save every {EVERY}, written in the background. 'The same': metrics, adapter, "
+        "optimiser, loop state and evaluation equal the undisturbed run's to the last bit; for commands that write: "
+        "the same files, but for the date in export.json and README.md.",
         "",
         "| fault | promised | happened | steps lost | kept |",
         "|---|---|---|---|---|",
@@ -339,6 +347,8 @@ def run_all(args: argparse.Namespace) -> int:
     """Run the parts that were asked for; 1 if a guarantee was broken."""
     started = time.monotonic()
     moments = random.Random(args.seed)
+    command = f"--kills {args.kills}" + (f" --parts {' '.join(args.parts)}" if args.parts else "")
+    command += f" --commands {shlex.join(args.commands)}" if args.commands else ""
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         os.environ["XDG_CACHE_HOME"] = str(Path(place) / "cache")
         bench = Bench(Path(place))
@@ -347,13 +357,13 @@ def run_all(args: argparse.Namespace) -> int:
             "signals": lambda: signals(bench),
             "damage": lambda: damage(bench, resume_all=args.resume_all),
             "machine": lambda: machine(bench),
-            "writers": lambda: writers(bench),
+            "writers": lambda: writers(bench, args.commands),
         }
         with log.Progress("faults", None, "faults") as progress:
             for part in args.parts or parts:
                 for name in parts[part]():
                     progress.advance(details=name)
-                    text = table(bench.rows, time.monotonic() - started, args.kills)
+                    text = table(bench.rows, time.monotonic() - started, command)
                     if args.out:
                         args.out.write_text(text)
     log.result(text)
@@ -365,6 +375,7 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="*", choices=["kills", "signals", "damage", "machine", "writers"])
+    parser.add_argument("--commands", nargs="*", default=[], help="writers of these words alone; `pair`: two at once")
     parser.add_argument("--resume-all", action="store_true", help="resume after every single damage, not one of a kind")
     parser.add_argument("--out", type=Path)
     sys.exit(run_all(parser.parse_args()))

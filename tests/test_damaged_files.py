@@ -24,12 +24,13 @@ from finetune.config.schema import AdapterConfig, AttentionAdapterConfig, Expert
 from finetune.data.cache import SplitStats
 from finetune.errors import CheckError, ConfigError, FinetuneError, InputError, MachineError
 from finetune.export.card import _content_hash
-from finetune.files import ResumableDirectory, staged_directory
+from finetune.files import staged_directory
 from finetune.manifest import read_manifest
 from finetune.model.build import build_base
 from finetune.model.checkpoint import Checkpoint
 from finetune.model.headers import plain_file_name, read_header
 from finetune.report.markdown import write_report
+from finetune.resumable import ResumableDirectory
 
 SHARD = "model-00002-of-00003.safetensors"  # the tiny base's second shard: all layers but the first
 

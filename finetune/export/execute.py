@@ -23,10 +23,10 @@ from torch import Tensor
 from finetune import log
 from finetune.export.factors import part_of
 from finetune.export.plan import MergePlan, Operation, Shard
-from finetune.files import ResumableDirectory
 from finetune.kernels.experts import LoraFactors
 from finetune.machine import num_cores
 from finetune.model.checkpoint import Checkpoint
+from finetune.resumable import ResumableDirectory
 from finetune.rounding.merge import Tally, add_to_experts, merge_weight
 from finetune.rounding.nearest import round_experts, seeded_noise
 from finetune.rounding.results import RoundedExperts

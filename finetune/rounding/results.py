@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.files import ResumableDirectory, sha256_of
+from finetune.files import sha256_of
+from finetune.resumable import ResumableDirectory
 from finetune.rounding.merge import Tally
 
 ROUNDED = "rounded"

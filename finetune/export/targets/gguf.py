@@ -25,9 +25,10 @@ from finetune.errors import InputError, MachineError
 from finetune.export.execute import PIECE_BYTES, in_order, merge_bias, worker_pool
 from finetune.export.factors import part_of
 from finetune.export.plan import MergePlan, Operation
-from finetune.files import ResumableDirectory, sha256_of
+from finetune.files import sha256_of
 from finetune.model.checkpoint import Checkpoint
 from finetune.mxfp4.format import BLOCK, BYTES_PER_BLOCK, unpack
+from finetune.resumable import ResumableDirectory
 from finetune.rounding.merge import Tally, add_to_experts, merge_weight
 from finetune.rounding.nearest import round_experts, seeded_noise
 from finetune.rounding.results import RoundedExperts

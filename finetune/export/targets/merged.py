@@ -26,9 +26,10 @@ from finetune.export.survival.effect import Effect, measure_survival, require_ke
 from finetune.export.survival.weights import describe_survival, weight_survival
 from finetune.export.targets.gguf import gguf_bytes, gguf_name, write_gguf
 from finetune.export.verify import verify_merged
-from finetune.files import ResumableDirectory, only_writer, refuse_existing, sha256_of, write_json
+from finetune.files import only_writer, refuse_existing, sha256_of, write_json
 from finetune.model.checkpoint import CHECKSUMS_FILE, CONFIG_FILE, INDEX_FILE, Checkpoint
 from finetune.model.hub import BaseLocation
+from finetune.resumable import ResumableDirectory
 from finetune.rounding.merge import Tally
 from finetune.rounding.results import RoundedExperts
 from finetune.rounding.run import round_experts_ahead

@@ -67,6 +67,9 @@ _COLUMN_NAMES = {
     "text": ("content", "document", "passage", "article", "body"),
 }
 """Our key -> names that other data sets give it, likeliest first."""
+_MEDIA_KEYS = {
+    "image": "an image", "images": "images", "video": "a video", "videos": "videos", "audio": "audio", "audios": "audio",
+}  # fmt: skip
 _LONG_WORD = re.compile(r"[^\W\d_]{20001}")  # encoding takes time quadratic in its length: 3 s for 100,000 letters
 
 
@@ -83,6 +86,7 @@ def parse_conversation(raw: JsonObject, form: DataForm = "auto") -> Conversation
     """
     if form == "auto":
         form = detect_form(raw)
+    _check_no_media(raw)
     if form == "text":
         conversation = _plain_text(raw)
     elif form in PREFERENCE_KEYS:
@@ -92,6 +96,15 @@ def parse_conversation(raw: JsonObject, form: DataForm = "auto") -> Conversation
         messages = parse_messages(to_messages(raw, form), tools, padded=is_padded(raw))
         conversation = Conversation(messages, form=form, tools=tools, **_parse_overrides(raw))
     return conversation
+
+
+def _check_no_media(raw: JsonObject) -> None:
+    """Refuse a record whose conversation is about files beside it, as ms-swift and transformers store images."""
+    for key, what in _MEDIA_KEYS.items():
+        value = raw.get(key)
+        is_file = isinstance(value, Mapping) and (value.get("bytes") is not None or value.get("path") is not None)
+        if is_file or (isinstance(value, list) and any(value)):
+            raise BadRecordError("not text", f"the record has {what} (`{key}`), which gpt-oss cannot read")
 
 
 def with_our_columns(raw: JsonObject) -> JsonObject:

@@ -20,7 +20,7 @@ from finetune.data.conversation import (
     ToolCall,
 )
 from finetune.data.foreign_messages import THINKING_KEYS, plain_messages
-from finetune.data.tool_schemas import is_padded, read_parameters, without_padded_arguments
+from finetune.data.tool_schemas import is_padded, parameters_of, read_parameters, without_padding_nulls
 from finetune.files import JsonObject
 
 CHANNELS = ("analysis", "commentary", "final")
@@ -241,7 +241,7 @@ def _parse_function(number: int, raw: object, padded: bool) -> FunctionTool:
         raise BadRecordError("bad tools", f"{place} needs a name of letters, digits, _ and -, not {shown(name)}")
     if description is not None and not isinstance(description, str):
         raise BadRecordError("bad tools", f"{place} needs text as `description`, not {shown(description)}")
-    parameters = read_parameters(place, function.get("parameters"), is_padded=padded)
+    parameters = read_parameters(place, parameters_of(place, raw), is_padded=padded)
     json_text(place, description)
     return FunctionTool(name, description or "", None if parameters is None else json_text(place, parameters))
 
@@ -330,6 +330,6 @@ def _arguments(place: str, recipient: str, raw: object, schema: JsonObject | Non
         raise BadRecordError("bad arguments", error.reason) from None
     if not isinstance(value, Mapping):
         raise BadRecordError("bad arguments", f"{what} must be an object, not {shown(value)}")
-    if padded and not isinstance(raw, str):
-        value = without_padded_arguments(what, dict(value), None if schema is None else dict(schema))
+    if not isinstance(raw, str):
+        value = without_padding_nulls(what, dict(value), None if schema is None else dict(schema), is_padded=padded)
     return json_text(what, value)

@@ -213,7 +213,8 @@ def _messages_of(
     if prompt is not None and any(isinstance(each, Mapping) and each.get("role") == "user" for each in answer[:1]):
         raise BadRecordError("prompts differ", f"`{name}` begins with a user's message, but the record has a prompt")
     last = answer[-1] if isinstance(answer[-1], Mapping) else {}
-    if last.get("role") == "assistant" and not last.get("tool_calls") and not str(last.get("content") or "").strip():
+    calls = last.get("tool_calls") or last.get("function_call")
+    if last.get("role") == "assistant" and not calls and not str(last.get("content") or "").strip():
         raise BadRecordError("empty answer", f"`{name}` ends with an empty message")
     try:
         messages = parse_messages(_with_system(raw, [*(prompt or ()), *answer]), tools, padded=is_padded(raw))

@@ -6,13 +6,15 @@ whatever was rendered is compared with the names that the schema declares (`chec
 
 Arrow gives every record every key, so in tables, and in JSON written from them, parameters and arguments of other
 records' tools stand as null. Such a null is left out; one that may be meant is kept where nothing in the record was
-padded, and refused where it was, since the two cannot be told apart.
+padded, and refused where it was, since the two cannot be told apart. A null that the tool's schema does not allow is
+left out of the arguments of every record, so that a table and the JSON it was made from give the same tokens.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from finetune.data.checks import BadRecordError, parse_json, shown
@@ -30,6 +32,16 @@ _TYPES = {
 }  # fmt: skip
 _JSON_TYPES = ("object", "string", "integer", "number", "boolean", "array", "null")
 _SCHEMA_WORDS = ("type", "properties", "$ref", "anyOf", "oneOf", "allOf", "additionalProperties", "required", "$defs")
+_EMPTY_SCHEMA_WORDS = (
+    "type", "properties", "required", "title", "description", "additionalProperties", "strict", "$schema", "$id",
+    "$defs", "definitions", "default", "examples", "anyOf", "oneOf", "allOf",
+)  # fmt: skip
+_PARAMETER_KEYS = ("parameters", "input_schema", "inputSchema")
+# Keys of a tool that are no parameters: what it returns, and how an API treats it.
+_TOOL_KEYS = (
+    "type", "function", "name", "description", "strict", "returns", "return", "response", "responses", "output_schema",
+    "outputSchema", "annotations", "examples", "required", "cache_control", "metadata", *_PARAMETER_KEYS,
+)  # fmt: skip
 _OF_ITEMS = re.compile(r"(?:list|array|sequence|set|tuple)\[(.+)\]")
 _DEEPEST = 40  # nested schemas
 
@@ -59,7 +71,50 @@ def read_parameters(place: str, raw: object, *, is_padded: bool) -> Schema | Non
         raise BadRecordError(
             "bad tools", f"{place}: `parameters` are of type {shown(plain['type'])}; a function takes an object"
         )
+    _check_properties(place, plain)
     return plain
+
+
+def parameters_of(place: str, raw: Mapping[str, Any]) -> object:
+    """What a tool declares as its parameters, under OpenAI's key or under Anthropic's and MCP's; None if nothing.
+
+    Args:
+        place: of the tool, such as "tool 2".
+        raw: the tool, with or without the `function` level.
+
+    Raises:
+        BadRecordError: parameters under two keys, or none but under a key that is not known.
+    """
+    function = raw.get("function", {})
+    levels = [level for level in (function, raw) if isinstance(level, Mapping)]
+    given = [level[key] for level in levels for key in _PARAMETER_KEYS if level.get(key) not in (None, "", {})]
+    if len(given) > 1:
+        raise BadRecordError("bad tools", f"{place} has parameters twice: keep one as `parameters`")
+    if given:
+        return given[0]
+    for level in levels:
+        for key, value in level.items():
+            if key not in _TOOL_KEYS and isinstance(value, Mapping | list) and value:
+                raise BadRecordError("bad tools", f"{place} has no `parameters`, but `{key}`: name it `parameters`")
+    return next((level["parameters"] for level in levels if level.get("parameters") is not None), None)
+
+
+def _check_properties(place: str, schema: Schema) -> None:
+    """Refuse a schema that says more than "an object" without a mapping of properties: all of it would be lost."""
+    properties = schema.get("properties")
+    if properties is not None and not isinstance(properties, Mapping) and properties != []:
+        raise BadRecordError("bad tools", f"{place} needs an object as `properties`, not {shown(properties)}")
+    if properties:
+        return
+    is_object = schema.get("type") == "object"
+    for key, value in schema.items():
+        says_nothing = is_object and key != "$ref" and not (isinstance(value, Mapping | list) and value)
+        if (key not in _EMPTY_SCHEMA_WORDS and not says_nothing) or (key == "required" and value):
+            raise BadRecordError(
+                "bad tools",
+                f"{place}: `{key}` of its parameters is lost, since the format writes the `properties` of a schema of "
+                "type object alone: give {type: object, properties: {NAME: {type, description}}}",
+            )
 
 
 def _is_flat(schema: Schema) -> bool:
@@ -203,35 +258,41 @@ def _without_padding(schema: Mapping[str, Any], is_padded: bool) -> Schema:
     return kept
 
 
-def without_padded_arguments(what: str, arguments: Schema, schema: Schema | None) -> Schema:
-    """Arguments of a padded record without the nulls that belong to other records' tools.
+def without_padding_nulls(what: str, arguments: Schema, schema: Schema | None, *, is_padded: bool) -> Schema:
+    """Arguments without the nulls that their schema neither allows nor requires, whatever file they come from.
 
     Args:
         what: the call's arguments, for messages.
         arguments: as the record has them.
         schema: of the tool's parameters; None if it declares none.
+        is_padded: the record has nulls that Arrow put there.
 
     Raises:
-        BadRecordError: a null that may be meant: the schema allows it, or says nothing, and does not require the key.
+        BadRecordError: a null of a padded record that may be meant: the schema allows it, or says nothing, and does not
+            require the key.
     """
     properties = (schema or {}).get("properties")
     declared: Mapping[str, Any] = properties if isinstance(properties, Mapping) else {}
     required = (schema or {}).get("required") or ()
+    without_nulls = partial(without_padding_nulls, what, is_padded=is_padded)
     kept: Schema = {}
     for key, value in arguments.items():
         spec = declared.get(key)
         inner = spec if isinstance(spec, Mapping) else {}
         if isinstance(value, Mapping):
-            kept[key] = without_padded_arguments(what, dict(value), dict(inner) if inner.get("properties") else None)
+            kept[key] = without_nulls(dict(value), dict(inner) if inner.get("properties") else None)
         elif isinstance(value, list):
             items = inner.get("items")
             of_items = dict(items) if isinstance(items, Mapping) and items.get("properties") else None
             kept[key] = [
-                without_padded_arguments(what, dict(v), of_items) if isinstance(v, Mapping) else v for v in value
+                without_nulls(dict(v), of_items) if isinstance(v, Mapping) else v for v in value
             ]
         elif value is not None or key in required:
             kept[key] = value
         elif not isinstance(properties, Mapping) or _allows_null(inner):
+            if not is_padded:
+                kept[key] = value
+                continue
             raise BadRecordError(
                 "null that may be padding",
                 f"{what}: `{key}` is null, which may be meant or may be what a table writes for an argument of another "

@@ -68,7 +68,8 @@ _COLUMN_NAMES = {
 }
 """Our key -> names that other data sets give it, likeliest first."""
 _MEDIA_KEYS = {
-    "image": "an image", "images": "images", "video": "a video", "videos": "videos", "audio": "audio", "audios": "audio",
+    "image": "an image", "images": "images", "video": "a video", "videos": "videos", "audio": "audio",
+    "audios": "audio",
 }  # fmt: skip
 _LONG_WORD = re.compile(r"[^\W\d_]{20001}")  # encoding takes time quadratic in its length: 3 s for 100,000 letters
 

@@ -284,9 +284,7 @@ def without_padding_nulls(what: str, arguments: Schema, schema: Schema | None, *
         elif isinstance(value, list):
             items = inner.get("items")
             of_items = dict(items) if isinstance(items, Mapping) and items.get("properties") else None
-            kept[key] = [
-                without_nulls(dict(v), of_items) if isinstance(v, Mapping) else v for v in value
-            ]
+            kept[key] = [without_nulls(dict(v), of_items) if isinstance(v, Mapping) else v for v in value]
         elif value is not None or key in required:
             kept[key] = value
         elif not isinstance(properties, Mapping) or _allows_null(inner):

@@ -278,3 +278,15 @@ def test_hermes_calls_are_read_by_their_form_and_pointed_out_without_it(tmp_path
     broken = [*HERMES[:2], {"from": "gpt", "value": "<tool_call>weather(Oslo)</tool_call>"}]
     with pytest.raises(BadRecordError, match="not JSON"):
         parse_conversation({"conversations": broken, "tools": [WEATHER]}, "hermes")
+
+
+@pytest.mark.parametrize(("key", "value"), [("images", ["a.png"]), ("image", {"path": "a.png"}), ("audios", ["a.wav"])])
+def test_media_beside_the_messages_are_refused_by_that_word(key: str, value: object) -> None:
+    assert f"`{key}`), which gpt-oss cannot read" in refused(QUESTION, ANSWER, **{key: value})
+    assert parsed(QUESTION, ANSWER, **{key: None}) == parsed(QUESTION, ANSWER, **{key: []}) == PLAIN
+
+
+def test_a_chosen_answer_may_be_a_call() -> None:
+    call = {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}}
+    record = {"prompt": [QUESTION], "chosen": [call], "rejected": [ANSWER], "tools": [WEATHER]}
+    assert parse_conversation(record).answers[0].messages[0].tool_calls[0].recipient == "functions.weather"

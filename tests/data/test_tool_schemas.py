@@ -166,3 +166,39 @@ def test_nulls_inside_arguments_are_told_apart_too(tmp_path: Path) -> None:
     ]
     results = [tokens(path) for path in three_files(records, tmp_path).values()]
     assert results[0] == results[1] == results[2] and all(isinstance(each, list) for each in results[0])
+
+
+@pytest.mark.parametrize("key", ["input_schema", "inputSchema"])
+def test_parameters_under_other_apis_keys_are_read(key: str) -> None:
+    raw = record_of(WANTED)
+    function = raw["tools"][0]["function"]
+    function[key] = function.pop("parameters")
+    assert rendered(raw) == rendered(record_of(WANTED))
+    function["parameters"] = WANTED
+    with pytest.raises(BadRecordError, match="twice"):
+        rendered(raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"parameters": None, "arguments": {"city": {"type": "string"}}}, "but `arguments`: name it `parameters`"),
+        ({"parameters": {"city": "string"}}, "`city` of its parameters is lost"),
+        ({"parameters": {"city": {"type": "string"}, "required": ["city"]}}, "of its parameters is lost"),
+        ({"parameters": {"type": "object", "properties": [{"name": "city"}]}}, "needs an object as `properties`"),
+        ({"parameters": {"$ref": "#/$defs/city"}}, "`\\$ref` of its parameters is lost"),
+    ],
+)
+def test_parameters_that_would_be_lost_before_rendering_are_refused(change: dict[str, Any], words: str) -> None:
+    raw = record_of(WANTED)
+    raw["tools"][0]["function"] |= change
+    with pytest.raises(BadRecordError, match=words):
+        rendered(raw)
+
+
+def test_a_null_that_its_schema_forbids_is_left_out_of_every_file(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}, "unit": {"type": "string"}}}
+    records = [record_of(schema, {"city": "Oslo", "unit": None}), record_of(schema, {"city": "Rome", "unit": "C"})]
+    assert '{"city": "Oslo"}' in rendered(records[0])
+    results = [tokens(path) for path in three_files(records, tmp_path).values()]
+    assert results[0] == results[1] == results[2] and all(isinstance(each, list) for each in results[0])

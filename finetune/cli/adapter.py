@@ -13,7 +13,7 @@ from finetune.cli.arguments import add_action, add_base, add_examples
 USAGE = {
     "show": "finetune adapter show DIR [--json]",
     "import": "finetune adapter import DIR --out DIR [--base BASE]",
-    "combine": "finetune adapter combine DIR:WEIGHT [DIR:WEIGHT ...] --out DIR [--rank R]",
+    "combine": "finetune adapter combine RUN:WEIGHT [DIR:WEIGHT ...] --out DIR [--rank R]",
 }
 
 

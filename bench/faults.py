@@ -9,6 +9,7 @@ root) and reports where it may not.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import platform
@@ -41,7 +42,7 @@ from fault_hooks import (
 from fault_writers import rows as writer_rows
 from small_run import RECIPE, assert_same_run
 
-from finetune import log
+from finetune import __version__, log
 from finetune.cli.main import main
 from finetune.model.tiny import write_tiny_base
 from finetune.train.checkpoint import LATEST, fault_in, list_checkpoints
@@ -314,16 +315,21 @@ def writers(bench: Bench) -> Iterator[str]:
         yield fault
 
 
-def table(rows: list[Row], seconds: float, kill_count: int) -> str:
+def table(rows: list[Row], seconds: float, command: str) -> str:
     """The table in Markdown, with the machine and versions."""
     kept = sum(row.kept for row in rows)
+    packages = ("torch", "transformers", "peft", "safetensors")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     lines = [
         f"# Faults, {time.strftime('%Y-%m-%d')}",
         "",
-        f"`python bench/faults.py --kills {kill_count}` on {platform.platform()}, {os.cpu_count()} cores that others "
-        f"use too, {seconds / 60:.0f} minutes: {kept} of {len(rows)} promises kept. Runs of {STEPS} steps, a save every"
-        f" {EVERY}, written in the background. 'The same': metrics, adapter, optimiser, loop state and evaluation "
-        "equal the undisturbed run's to the last bit.",
+        f"`python bench/faults.py {command}` on {platform.platform()}, {os.cpu_count()} cores that others use too, "
+        f"{seconds / 60:.0f} minutes: {kept} of {len(rows)} promises kept. Python {platform.python_version()}, "
+        f"{versions}, finetune {__version__}.",
+        "",
+        f"Runs of {STEPS} steps, a save every {EVERY}, written in the background. 'The same': metrics, adapter, "
+        "optimiser, loop state and evaluation equal the undisturbed run's to the last bit; for commands that write: "
+        "the same files, but for the date in export.json and README.md.",
         "",
         "| fault | promised | happened | steps lost | kept |",
         "|---|---|---|---|---|",
@@ -339,6 +345,7 @@ def run_all(args: argparse.Namespace) -> int:
     """Run the parts that were asked for; 1 if a guarantee was broken."""
     started = time.monotonic()
     moments = random.Random(args.seed)
+    command = f"--kills {args.kills}" + (f" --parts {' '.join(args.parts)}" if args.parts else "")
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         os.environ["XDG_CACHE_HOME"] = str(Path(place) / "cache")
         bench = Bench(Path(place))
@@ -353,7 +360,7 @@ def run_all(args: argparse.Namespace) -> int:
             for part in args.parts or parts:
                 for name in parts[part]():
                     progress.advance(details=name)
-                    text = table(bench.rows, time.monotonic() - started, args.kills)
+                    text = table(bench.rows, time.monotonic() - started, command)
                     if args.out:
                         args.out.write_text(text)
     log.result(text)

@@ -66,8 +66,8 @@ def export_adapter(
     refuse_existing(out)
     arch, base_is_packed = _check_base(adapter, options)
     contents = _contents(adapter, target, out, arch, options, base_is_packed)
-    if adapter.router_bias:
-        left_out = f"changes of {len(adapter.router_bias)} routers' biases"
+    dropped = _dropped(adapter)
+    for left_out in dropped.get("left_out", ()):
         log.warning(f"left out: {left_out}; only merged exports include them (--to bf16)")
     if options.dry_run:
         for line in _describe(contents, target):
@@ -80,10 +80,10 @@ def export_adapter(
         _finish(staging, adapter, target, commands, options, run)
 
     if target == "peft":
-        write_directory(out, contents.tensors, contents.config, adapter.base, finish=finish)
+        write_directory(out, contents.tensors, contents.config, adapter.base, dropped, finish=finish)
     else:
         with staged_directory(out, "the adapter", file_mode=0o644) as staging:
-            _write(staging, adapter, target, contents)
+            _write(staging, adapter, target, contents, dropped)
             finish(staging)
     for line in contents.commands:
         log.info(line)
@@ -138,7 +138,16 @@ def _contents(
             return Contents(FILE, tensors, {"adapter.lora.alpha": alpha}, gguf_lora_commands(out))
 
 
-def _write(staging: Path, adapter: AdapterFile, target: AdapterTarget, contents: Contents) -> None:
+def _dropped(adapter: AdapterFile) -> dict[str, Any]:
+    """What an export does not take over from its adapter, for finetune.json; empty if it takes all."""
+    biases = [f"changes of {len(adapter.router_bias)} routers' biases"] if adapter.router_bias else []
+    found = {"left_out": biases, "ignored_settings": adapter.config.ignored()}
+    return {key: value for key, value in found.items() if value}
+
+
+def _write(
+    staging: Path, adapter: AdapterFile, target: AdapterTarget, contents: Contents, dropped: dict[str, Any]
+) -> None:
     path = staging / contents.file
     if target == "gguf-lora":
         write_gguf_lora(path, contents.tensors, contents.config["adapter.lora.alpha"])
@@ -146,7 +155,7 @@ def _write(staging: Path, adapter: AdapterFile, target: AdapterTarget, contents:
         save_file(contents.tensors, path, metadata={"format": "pt"})
         write_json(staging / CONFIG, contents.config)
     source = {"exported_from": sha256_of(adapter.directory / WEIGHTS)}
-    write_provenance(staging, {"target": target} | adapter.base.as_provenance() | source)
+    write_provenance(staging, {"target": target} | adapter.base.as_provenance() | source | dropped)
 
 
 def _finish(

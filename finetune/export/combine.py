@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,7 +184,7 @@ def _refuse_different_bases(adapters: Sequence[Weighted]) -> None:
         log.warning("not every adapter records its base: whether they belong together is compared by shapes only")
 
 
-def _origin(adapters: Sequence[Weighted], rank: int | None) -> dict[str, list[dict[str, str | float]] | int | None]:
+def _origin(adapters: Sequence[Weighted], rank: int | None) -> dict[str, Any]:
     """The record of the combined adapters in finetune.json."""
     return {
         "merged_from": [
@@ -192,6 +193,7 @@ def _origin(adapters: Sequence[Weighted], rank: int | None) -> dict[str, list[di
                 "weight": adapter.weight,
                 "sha256": sha256_of(adapter.file.directory / WEIGHTS),
             }
+            | ({"ignored_settings": ignored} if (ignored := adapter.file.config.ignored()) else {})
             for adapter in adapters
         ],
         "merged_to_rank": rank,

@@ -198,6 +198,35 @@ def test_settings_and_hashes_are_checked(source: Path, tmp_path: Path) -> None:
         assert name in found and "sha256" in found["adapter_config.json"], (target, change, found)
 
 
+ODD: dict[str, Any] = {  # a value that is not the default, for each type of a setting
+    "bool": True, "str": "odd", "int": 3, "float": 0.5, "NoneType": {"on": 1}, "dict": {"on": 1}, "list": ["odd"],
+}  # fmt: skip
+UNREAD = {"task_type", "auto_mapping", "peft_version", "inference_mode", "layers_pattern", "megatron_core",
+          "runtime_config", "ensure_weight_tying", "qalora_group_size"}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["peft", "sglang", "mlx"])
+def test_every_setting_of_an_export_is_compared(target: str, source: Path, tmp_path: Path) -> None:
+    """Each one that is written, and one of a later release, with another value; the check runs without hashes' help."""
+    out = export(source, target, tmp_path / "out")
+    written = json.loads((out / "adapter_config.json").read_text())
+    inside = written.get("lora_parameters", {})
+    assert problems(source, target, out) == {}
+    damaged = [written | {key: ODD[type(value).__name__]} for key, value in written.items() if key not in UNREAD]
+    damaged += [written | {"lora_parameters": inside | {key: ODD[type(inside[key]).__name__]}} for key in inside]
+    damaged += [written | {"of_a_later_release": True}]
+    for config in damaged:
+        changed = {key: value for key, value in config.items() if written.get(key) != value}
+        if not changed:  # inference_mode and the like are what the odd value is
+            continue
+        (out / "adapter_config.json").write_text(json.dumps(config))
+        try:
+            found = set(problems(source, target, out)) - {"adapter_config.json"}
+        except (TypeError, ValueError, AttributeError, KeyError):  # a type that no reader accepts
+            continue
+        assert found, changed
+
+
 @pytest.mark.parametrize("target", ["peft", "mlx", "gguf-lora"])
 def test_the_router_and_a_lone_gate_up_are_read_correctly(target: str, tmp_path: Path) -> None:
     """PEFT calls a lone gate_up_proj `experts.lora_*`, and a router's weight by the name of its parameter."""

@@ -37,29 +37,19 @@ LLAMA = {
     "up_proj": "ffn_up_exps",
     "down_proj": "ffn_down_exps",
 }
-# Settings that change what the tensors mean, and the values that were meant, the first being the reader's default.
-PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "lora_bias": (False,),
-    "use_dora": (False,),
-    "fan_in_fan_out": (False,),
-    "init_lora_weights": (True,),
-    "exclude_modules": (None, []),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None,),
-    "alora_invocation_tokens": (None,),
-    "use_qalora": (False,),
-    "use_bdlora": (None, False),
-    "lora_B_layout": (None,),
-}
-MEANT: dict[str, dict[str, tuple[Any, ...]]] = {
-    "peft": PLAIN_LORA,
-    "sglang": PLAIN_LORA,
-    "mlx": {"fine_tune_type": ("lora",)},
-}
+# Settings of PEFT that are looked at elsewhere, or that nothing reads when an adapter is served.
+READ_OR_UNUSED = {
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "target_modules", "target_parameters",
+    "base_model_name_or_path", "revision", "task_type", "auto_mapping", "peft_version", "inference_mode",
+    "layers_pattern", "megatron_core", "runtime_config", "ensure_weight_tying", "qalora_group_size",
+}  # fmt: skip
+# The values that were meant of others; what is listed nowhere, such as a setting of a later release, has none.
+MEANT: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True,), "fine_tune_type": ("lora",),
+}  # fmt: skip
+REQUIRED = {"peft": ("peft_type",), "sglang": ("peft_type",), "mlx": ("fine_tune_type",), "gguf-lora": ()}
+NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
+MLX_SETTINGS = {"num_layers", "lora_parameters"}
 Json = dict[str, Any]
 Part = tuple[int, str]  # layer and projection
 Action = tuple[torch.Tensor, torch.Tensor, float]  # a [n, r, in], b [n, out, r] (n experts, or 1), scale
@@ -169,6 +159,7 @@ class Exported:
         self.file = File(os.path.join(directory, name))
         self.config = self.file.facts if target == "gguf-lora" else read_json(directory, "adapter_config.json")
         self.peft = PeftAdapter(directory, served=True) if target == "peft" else None
+        self.provenance = read_json(directory, "finetune.json")
 
     def stems(self, part: Part, num_experts: int) -> list[str]:
         """Names of a projection's tensors without their ends; for SGLang one for each expert."""
@@ -214,17 +205,19 @@ class Exported:
     def settings_problem(self, parts: set[Part]) -> str | None:
         """A problem with the settings that its server reads and no tensor shows."""
         names, config = {name for _, name in parts}, self.config
-        for key, right in MEANT.get(self.target, {}).items():
-            if config.get(key, right[0]) not in right:
-                return f"{key} is {config[key]!r}, which makes another update of the same tensors"
+        if self.target != "gguf-lora" and (problem := self._odd_setting()):
+            return problem
         if self.target == "gguf-lora":
             fields = {"general.type": "adapter", "general.architecture": "gpt-oss", "adapter.type": "lora"}
             wrong = [name for name, value in fields.items() if config.get(name) != value]
             return f"{wrong[0]} is {config.get(wrong[0])!r}" if wrong else None
         if self.target == "mlx":
-            listed = {path.rpartition(".")[2] for path in config["lora_parameters"]["keys"]}
+            stems = {stem.split(".", 3)[3] for part in parts for stem in self.stems(part, 0)}
+            listed = set(config["lora_parameters"]["keys"])
             short = 0 < config["num_layers"] <= max(layer for layer, _ in parts)
-            return "num_layers leaves layers out" if short else _left_out(names - listed, "keys")
+            if listed - stems:
+                return f"keys name {min(listed - stems)}, which has no factors"
+            return "num_layers leaves layers out" if short else _left_out(stems - listed, "keys")
         if self.target == "sglang":
             patterns = any(config.get(key) for key in ("use_rslora", "rank_pattern", "alpha_pattern"))
             unread = "rsLoRA or patterns, which SGLang does not read" if patterns else None
@@ -232,6 +225,20 @@ class Exported:
         assert self.peft
         paths = {path for _, path in self.peft.stems.values()}
         return _left_out({path for path in paths if not self.peft.targets(path)}, "targets")
+
+    def _odd_setting(self) -> str | None:
+        """A setting that was not meant: it would make another update of the same tensors, or names another base."""
+        known = READ_OR_UNUSED if self.target != "mlx" else MLX_SETTINGS
+        settings = self.config | {key: self.config.get(key) for key in REQUIRED[self.target]}
+        for key, value in settings.items():
+            if key not in known and value not in MEANT.get(key, NOTHING):
+                return f"{key} is {value!r}, which was not meant"
+        for key, ours in (("base_model_name_or_path", "base_name"), ("revision", "base_revision")):
+            if self.target != "mlx" and settings.get(key) != self.provenance.get(ours):
+                return f"{key} is {settings.get(key)!r}, and the base {self.provenance.get(ours)!r}"
+        inside = self.config["lora_parameters"] if self.target == "mlx" else {}
+        odd = [key for key in inside if key not in ("rank", "scale", "keys") and inside[key] not in NOTHING]
+        return f"{odd[0]} is {inside[odd[0]]!r}, which was not meant" if odd else None
 
 
 def _left_out(names: set[str], where: str) -> str | None:

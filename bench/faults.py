@@ -14,11 +14,12 @@ import json
 import os
 import platform
 import random
+import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -304,13 +305,14 @@ def machine(bench: Bench) -> Iterator[str]:
     yield "read-only"
 
 
-def writers(bench: Bench) -> Iterator[str]:
+def writers(bench: Bench, only: Sequence[str]) -> Iterator[str]:
     """Commands that write, killed before every file operation, and started twice at once."""
 
     def start(arguments: list[str], hook: Hook) -> int:
         return bench.wait(bench.start(arguments, hook))
 
-    for fault, promised, happened, kept in writer_rows(start, bench.start, bench.wait, bench.undisturbed, bench.place):
+    found = writer_rows(start, bench.start, bench.wait, bench.undisturbed, bench.place, only)
+    for fault, promised, happened, kept in found:
         bench.rows.append(Row(fault, promised, happened, None, kept))
         yield fault
 
@@ -346,6 +348,7 @@ def run_all(args: argparse.Namespace) -> int:
     started = time.monotonic()
     moments = random.Random(args.seed)
     command = f"--kills {args.kills}" + (f" --parts {' '.join(args.parts)}" if args.parts else "")
+    command += f" --commands {shlex.join(args.commands)}" if args.commands else ""
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         os.environ["XDG_CACHE_HOME"] = str(Path(place) / "cache")
         bench = Bench(Path(place))
@@ -354,7 +357,7 @@ def run_all(args: argparse.Namespace) -> int:
             "signals": lambda: signals(bench),
             "damage": lambda: damage(bench, resume_all=args.resume_all),
             "machine": lambda: machine(bench),
-            "writers": lambda: writers(bench),
+            "writers": lambda: writers(bench, args.commands),
         }
         with log.Progress("faults", None, "faults") as progress:
             for part in args.parts or parts:
@@ -372,6 +375,7 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--parts", nargs="*", choices=["kills", "signals", "damage", "machine", "writers"])
+    parser.add_argument("--commands", nargs="*", default=[], help="writers of these words alone; `pair`: two at once")
     parser.add_argument("--resume-all", action="store_true", help="resume after every single damage, not one of a kind")
     parser.add_argument("--out", type=Path)
     sys.exit(run_all(parser.parse_args()))

@@ -137,7 +137,7 @@ def killed_at_every_operation(start: Start, command: Command, target: Path) -> t
             continue
         repeated.add(left)
         again = start(command.words(target), nothing)
-        refused = after == wanted and again == 2  # it was killed after the rename: nothing is ever overwritten
+        refused = after == wanted and again in (2, 3)  # it was killed after the rename: nothing is ever overwritten
         if (again != 0 and not refused) or content(target) != wanted:
             wrong.append(f"operation {number}: again gives {'other files' if again == 0 else f'exit {again}'}")
     return total, wrong

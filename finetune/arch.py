@@ -45,6 +45,13 @@ _SIZE_KEYS = {
     "vocab_size": "vocab_size",
     "sliding_window": "sliding_window",
 }
+_CONFIG_FIX = "use the config.json that was published with the checkpoint"
+_LARGEST_SIZE = 2**31
+_ROPE_TYPES = ("default", "yarn")
+_ROPE_NUMBERS = (
+    "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
+    "mscale_all_dim", "partial_rotary_factor",
+)  # fmt: skip
 _DEFAULT_MAX_POSITIONS = 131_072  # transformers' GptOssConfig, and both published models
 
 
@@ -114,15 +121,22 @@ class Arch:
             raise InputError(
                 f"{where} lacks {_with_lookalikes(missing, config)}",
                 why="every size of the model is read from there; none is guessed",
-                fix="use the config.json that was published with the checkpoint",
+                fix=_CONFIG_FIX,
             )
         values.setdefault("max_position_embeddings", _DEFAULT_MAX_POSITIONS)
         for key in (*_SIZE_KEYS.values(), "max_position_embeddings"):
-            if type(values[key]) is not int or values[key] < 1:
-                raise InputError(f"{where}: {key} is {values[key]!r}, not a positive whole number")
+            if type(values[key]) is not int or not 1 <= values[key] < _LARGEST_SIZE:
+                shown = repr(values[key])[:80]
+                raise InputError(f"{where}: {key} is {shown}, not a positive whole number of a model", fix=_CONFIG_FIX)
+        for key in ("swiglu_limit", "rms_norm_eps"):
+            _require_positive(values[key], key, where)
+        layer_types = values["layer_types"]
+        if not isinstance(layer_types, list) or not all(isinstance(kind, str) for kind in layer_types):
+            raise InputError(f"{where}: layer_types is {repr(layer_types)[:80]}, not a list of names", fix=_CONFIG_FIX)
+        _require_rope(config, where)
         arch = cls(
             **{field: values[key] for field, key in _SIZE_KEYS.items()},
-            layer_types=tuple(values["layer_types"]),
+            layer_types=tuple(layer_types),
             swiglu_limit=float(values["swiglu_limit"]),
             rms_norm_eps=float(values["rms_norm_eps"]),
             max_positions=values["max_position_embeddings"],
@@ -285,12 +299,42 @@ def _require_gpt_oss(config: Mapping[str, Any], where: str) -> None:
             why="this toolkit supports gpt-oss only",
             fix="use openai/gpt-oss-20b, openai/gpt-oss-120b or a checkpoint in their layout",
         )
-    for key, published in (("tie_word_embeddings", False), ("attention_bias", True)):
-        if config.get(key, published) is not published:
+    for key, published in (("tie_word_embeddings", False), ("attention_bias", True), ("hidden_act", "silu")):
+        found = config.get(key, published)
+        if type(found) is not type(published) or found != published:
             raise InputError(
-                f"{where}: {key} is {config[key]!r}; published gpt-oss models have {published}",
-                why="the tensors would differ from the published layout",
+                f"{where}: {key} is {repr(found)[:80]}; published gpt-oss models have {published}",
+                why="the model would be another one than the published, which is computed here",
             )
+
+
+def _require_positive(value: object, key: str, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"{where}: {key} is {repr(value)[:80]}, not a positive number", fix=_CONFIG_FIX)
+
+
+def _require_rope(config: Mapping[str, Any], where: str) -> None:
+    """Check the rotary settings, in the published keys or in transformers 5's `rope_parameters`."""
+    for key in ("rope_theta", "initial_context_length"):
+        if config.get(key) is not None:
+            _require_positive(config[key], key, where)
+    for section in ("rope_scaling", "rope_parameters"):
+        rope = config.get(section)
+        if rope is None:
+            continue
+        if not isinstance(rope, Mapping):
+            raise InputError(f"{where}: {section} is {repr(rope)[:80]}, not a group of settings", fix=_CONFIG_FIX)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in _ROPE_TYPES:
+            known = " or ".join(map(repr, _ROPE_TYPES))
+            raise InputError(f"{where}: {section}.rope_type is {repr(kind)[:80]}, not {known}", fix=_CONFIG_FIX)
+        for key, value in rope.items():
+            if key in _ROPE_NUMBERS and value is not None:
+                _require_positive(value, f"{section}.{key}", where)
+        if not isinstance(rope.get("truncate", False), bool):
+            raise InputError(f"{where}: {section}.truncate is {repr(rope['truncate'])[:80]}, not true or false")
+        if kind == "yarn" and rope.get("factor") is None:
+            raise InputError(f"{where}: {section} is yarn's and lacks factor", fix=_CONFIG_FIX)
 
 
 def _with_lookalikes(missing: list[str], config: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ Free of torch at import, so that every package and every command may use it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -127,7 +128,9 @@ def _locked(path: Path, target: Path) -> IO[str]:
                 return file
             file.close()  # its holder removed it between our opening and locking it
     except OSError as error:
-        raise MachineError(f"cannot lock {target}: {error.strerror}", fix="choose another place") from error
+        raise MachineError(
+            f"cannot lock {target}: {error.strerror}", fix=fix_for(error, "choose another place")
+        ) from error
 
 
 def _holder(text: str) -> str:
@@ -248,7 +251,7 @@ def _staged(target: Path, what: str, fix: str, replace: bool, mode: int, file_mo
     except Exception as error:
         if not is_write_failure(error):
             raise
-        raise MachineError(f"cannot write {what} to {target}: {error}", fix=fix) from error
+        raise MachineError(f"cannot write {what} to {target}: {error}", fix=fix_for(error, fix)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -265,6 +268,20 @@ def flush(path: Path) -> None:
 def is_write_failure(error: BaseException) -> bool:
     """Whether an error says that a file could not be written: a full disk reaches us as OSError or SafetensorError."""
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+def fix_for(error: BaseException, full_disk: str) -> str:
+    """What to do about a file that could not be written: by the error's number, `full_disk` for all others."""
+    match getattr(error, "errno", None):
+        case errno.ENAMETOOLONG:
+            return "choose a shorter name: most file systems take 255 bytes, and unfinished files have longer names"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "choose a place that you may write to, or change its permissions"
+        case errno.ENOTDIR | errno.EEXIST:
+            return "choose another place: part of the path is a file"
+        case errno.ENOENT:
+            return "choose another place: a directory of the path is gone, or a link leads nowhere"
+    return full_disk
 
 
 PROGRESS = "progress.json"
@@ -299,7 +316,8 @@ class ResumableDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MachineError(f"cannot make {self.path}: {error.strerror}", fix="choose another --out") from error
+            fix = fix_for(error, "choose another --out")
+            raise MachineError(f"cannot make {self.path}: {error.strerror}", fix=fix) from error
         self._load()
 
     def _load(self) -> None:
@@ -308,11 +326,19 @@ class ResumableDirectory:
         if progress.exists():
             try:
                 stored = json.loads(progress.read_text())
-                kept = stored["shards"] if stored["key"] == self.key else {}
-            except (ValueError, KeyError, TypeError):
-                log.warning(f"{progress} cannot be read: starting again")
+                shards = stored["shards"]
+                hashes = [record["sha256"] for record in shards.values()]
+                if not all(isinstance(each, str) for each in hashes) or stored.get("sha256") not in (
+                    None,
+                    _digest(shards),
+                ):
+                    raise ValueError("changed since it was written")
+                kept = shards if stored["key"] == self.key else {}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                log.warning(f"{progress} cannot be read, or was changed: starting again")
         for name, record in kept.items():
-            if (self.path / name).is_file() and sha256_of(self.path / name) == record["sha256"]:
+            path = self.path / name
+            if path.parent == self.path and path.is_file() and sha256_of(path) == record["sha256"]:
                 self.files[name] = record
             else:
                 log.warning(f"{self.path / name} was modified or removed: it is written again")
@@ -348,7 +374,7 @@ class ResumableDirectory:
         """Name a file that is complete and on the disk, and list it with its record (`sha256` and more)."""
         os.replace(self.unfinished(name), self.path / name)
         self.files[name] = record
-        write_json(self.path / PROGRESS, {"key": self.key, "shards": self.files})
+        write_json(self.path / PROGRESS, {"key": self.key, "shards": self.files, "sha256": _digest(self.files)})
 
     def remove_unfinished(self) -> None:
         """Remove files that were being written when something failed; the finished ones are kept."""
@@ -382,6 +408,10 @@ def refuse_existing(out: Path) -> None:
 
 
 # JSON
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def read_json(path: Path, what: str = "a JSON file of this tool", fix: str | None = None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ ALLOWED = {
     "doctor": {"config", "data", "kernels"},
     "cli": {"config", "data", "model", "adapters", "evaluate", "train", "export", "estimate", "report", "doctor"},
 }
-FREE = {"errors", "log", "arch", "files", "machine", "figures", "markdown", "records", "results"}
+FREE = {"errors", "log", "arch", "files", "machine", "figures", "manifest", "markdown", "records", "results"}
 
 # files and machine import torch inside the functions that need it; tests/test_files_and_seeds.py holds that.
 # Libraries that only some places may import at all.
@@ -47,6 +47,7 @@ WITHOUT_TORCH = (
     "log",
     "arch",
     "figures",
+    "manifest",
     "markdown",
     "records",
     "results",

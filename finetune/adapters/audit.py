@@ -85,11 +85,19 @@ def audit_gradients(
             by_expert = _experts_with_gradient(gradients, module.ranks if isinstance(module, ExpertLora) else None)
             reached.append(int(by_expert.sum()))
             adapted.append(len(by_expert))
+    if silent and all(".mlp.router." in name for name in silent):
+        raise CheckError(
+            f"no gradient reaches {len(silent)} of the routers' factors: {', '.join(silent[:4])}",
+            why="these routers are saturated: their softmax is exactly 0 or 1 for every token, as after a damaged or "
+            "badly merged router weight",
+            fix="use another base, or leave the router as it is: adapter.router.mode=frozen",
+        )
     if silent:
         raise CheckError(
             f"no gradient reaches {len(silent)} of the adapter's factors: {', '.join(silent[:4])}",
             why="they would stay as they were initialised, and the adapter would look trained",
-            fix="please report this with the recipe",
+            fix="see that trainer.learning_rate, adam_eps and max_grad_norm do not make every update vanish; otherwise "
+            "report this with the recipe",
         )
     return AuditResult(factor, audited, tuple(reached), tuple(adapted))
 

@@ -140,7 +140,7 @@ def read_compact(directory: Path) -> CompactAdapter:
         )
         tensors = load_file(directory / COMPACT_WEIGHTS)
         num_experts, rslora = int(content["num_experts"]), bool(content["rslora"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise InputError(f"{directory} is damaged", why=f"{type(error).__name__}: {error}") from error
     base = provenance.base if provenance else BaseRecord()
     return CompactAdapter(num_experts, rslora, sites, tensors, read_router_bias(directory), base)

@@ -241,6 +241,11 @@ def _check_orders(path: Path, settings: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: lora_A_layout is {min(odd)!r}, not {GROUPED_BY_EXPERT!r} as in PEFT", fix=_FIX)
 
 
+def has_control_characters(text: str) -> bool:
+    """Whether text could break a line or change a terminal where it is printed."""
+    return re.search(r"[\x00-\x1f\x7f-\x9f]", text) is not None
+
+
 def _is_quick(pattern: str) -> bool:
     """Whether a search with this regular expression surely ends soon."""
     repeats = sum(map(pattern.count, "*+{"))

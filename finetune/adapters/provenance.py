@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune import __version__, log
+from finetune.adapters.config_file import has_control_characters
 from finetune.errors import InputError
 from finetune.files import sha256_of, write_json
 from finetune.model.headers import plain_file_name
@@ -101,6 +102,8 @@ def _parse_provenance(content: Mapping[str, Any]) -> Provenance:
     tokenizer = content.get("base_tokenizer_sha256")
     if not all(isinstance(text, str | None) for text in (*texts, tokenizer)):
         raise ValueError("the base's name, revision, identity and tokenizer must be text")
+    if any(has_control_characters(text) for text in texts if text):
+        raise ValueError("the base's name, revision and identity must be without control characters")
     storage = content.get("base_held_as") or {}
     for part in storage.values():
         str(part["format"]), float(part["relative_rms"])
@@ -171,7 +174,7 @@ def read_router_bias(directory: Path) -> dict[str, Tensor]:
         if not isinstance(content, dict):
             raise ValueError("it has no names")
         changes = {str(name): torch.tensor(values, dtype=torch.float32) for name, values in content.items()}
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, OverflowError, RuntimeError) as error:
         raise InputError(f"{path} cannot be read", why=str(error)) from error
     for name, change in changes.items():
         if change.dim() != 1 or not change.isfinite().all():

@@ -17,7 +17,8 @@ from typing import NoReturn
 
 from finetune import __version__, log
 from finetune.cli.arguments import Parser, parse, refuse_unknown_word, sentence, with_current_words
-from finetune.errors import CapacityError, FinetuneError, Interrupted, MachineError, is_out_of_memory
+from finetune.errors import CapacityError, FinetuneError, InputError, Interrupted, MachineError, is_out_of_memory
+from finetune.files import fix_for
 
 # Command: its module, with `add_arguments(parser)` and `run(args)`, and its line in the list.
 COMMANDS = {
@@ -39,6 +40,16 @@ COMMANDS = {
     "base": ("finetune.cli.base", "make a tiny gpt-oss in the published file layout"),
 }
 _NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_NOT_UTF8 = "its name would have to stand in recipes, JSON and safetensors files, which are"
+_SMALLER_STEPS = (
+    "shorten data.max_length, lower trainer.micro_batch_size or model.experts_per_chunk, keep "
+    "trainer.activation_checkpointing=true, or lower adapter.experts.rank"
+)
+_LESS_MEMORY = {
+    "": _SMALLER_STEPS,
+    "train": _SMALLER_STEPS,
+    "export": "free memory, or export on a machine with more; --no-verify leaves out the comparison, which needs most",
+}
 _FIRST_STEPS = """first steps:
   finetune doctor                                     # is this machine ready?
   finetune base tiny base/tiny                        # a gpt-oss small enough for a CPU
@@ -85,12 +96,36 @@ def main(arguments: Sequence[str]) -> int:
         log.info("\nstopped")
         return 130
     except Exception as error:
-        return _report(error)
+        return _report(error, _command(arguments))
     return 0
 
 
+def _command(arguments: Sequence[str]) -> str:
+    """The first word that is no option, "" if there is none."""
+    return next((word for word in arguments if not word.startswith("-")), "")
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether the system's bytes for a text were UTF-8: others come as half of a surrogate pair."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _refuse_unprintable(arguments: Sequence[str]) -> None:
+    """Refuse names that are not UTF-8 before anything is read: recipes, JSON and safetensors cannot hold them."""
+    for word in arguments:
+        if not _is_utf8(word):
+            raise InputError(f"{log.printable(word)} is not UTF-8", why=_NOT_UTF8, fix="rename the file or directory")
+    if arguments and not _is_utf8(os.getcwd()):
+        raise MachineError(
+            f"the working directory {log.printable(os.getcwd())} is not UTF-8",
+            why=_NOT_UTF8,
+            fix="rename it, or start from another one",
+        )
+
+
 def _run(arguments: list[str]) -> None:
-    chosen = next((word for word in arguments if not word.startswith("-")), None)
+    chosen = _command(arguments) or None
+    _refuse_unprintable(arguments)
     parser = Parser(
         prog="finetune",
         description="Fine-tune gpt-oss with LoRA on attention and on every expert, over native MXFP4 weights.",
@@ -113,9 +148,9 @@ def _run(arguments: list[str]) -> None:
     import_module(COMMANDS[args.command][0]).run(args)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, command: str) -> int:
     """Print an error and choose the exit code."""
-    known = error if isinstance(error, FinetuneError) else _as_known(error)
+    known = error if isinstance(error, FinetuneError) else _as_known(error, command)
     if known is None:
         print(log.safe("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         log.error(
@@ -127,20 +162,17 @@ def _report(error: Exception) -> int:
     return known.exit_code
 
 
-def _as_known(error: Exception) -> FinetuneError | None:
+def _as_known(error: Exception, command: str) -> FinetuneError | None:
     """Recognise failures of the machine, which any code may raise."""
     if is_out_of_memory(error):
         first = (str(error).splitlines() or ["out of memory"])[0]
         return CapacityError(
             f"out of memory: {first}",
-            fix="shorten data.max_length, lower trainer.micro_batch_size or model.experts_per_chunk, keep "
-            "trainer.activation_checkpointing=true, or lower adapter.experts.rank",
+            fix=_LESS_MEMORY.get(command, "free memory, or run the command on a machine with more"),
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
         return MachineError(f"the disk is full{where}", fix="free some space, or set output_dir to another disk")
     if isinstance(error, OSError) and error.filename and error.errno in _NO_ACCESS:
-        return MachineError(
-            f"{error.filename}: {error.strerror}", fix="choose a place that you may write to, or change its permissions"
-        )
+        return MachineError(f"{error.filename}: {error.strerror}", fix=fix_for(error, "choose another place"))
     return None

@@ -25,7 +25,6 @@ from finetune.estimate.advice import cheapest_changes
 from finetune.estimate.fit import Budget, fit
 from finetune.estimate.inputs import BaseInfo, find_base
 from finetune.estimate.report import change_lines, make_estimate, memory_lines, verdict
-from finetune.files import read_json
 from finetune.machine import free_memory
 
 
@@ -161,7 +160,7 @@ def _adapter(config: RunConfig) -> str:
         path = published
     if not path.is_file():
         return "adapter sites: known once the base is here"
-    shape = Arch.from_config(read_json(path), str(path))
+    shape = Arch.read(path)
     experts = config.adapter.experts
     if experts.rank == 0 or (experts.select == "all" and experts.rank_by == "uniform"):
         return "adapter sites:\n" + describe_sites(plan_sites(shape, config.adapter), shape)

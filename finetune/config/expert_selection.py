@@ -13,7 +13,8 @@ from finetune.config.lint import Problem
 from finetune.config.schema import ExpertAdapterConfig, RunConfig
 from finetune.config.suggest import suggest_word
 from finetune.errors import ConfigError, InputError
-from finetune.files import write_text
+from finetune.files import read_json, write_text
+from finetune.records import parse_record
 
 SELECT: tuple[str, ...] = ("adapter", "experts", "select")
 RANK_BY: tuple[str, ...] = ("adapter", "experts", "rank_by")
@@ -173,6 +174,7 @@ def _rank_problems(experts: ExpertAdapterConfig) -> Iterator[Problem]:
 Score = Literal["gate", "tokens"]
 SCORES: tuple[Score, ...] = get_args(Score)
 FORMAT = 1
+_FIX = "write it again with `finetune experts score`"
 
 
 @dataclass(frozen=True)
@@ -247,23 +249,16 @@ def read_expert_scores(path: Path, key: str = "select") -> ExpertScores:
     """
     require_file(path, key)
     try:
-        content = json.loads(path.read_text())
-        if content.pop("format") != FORMAT:
+        content = read_json(path, "an experts.json", _FIX)
+        if content.pop("format", None) != FORMAT:
             raise ValueError("another format")
-        content["selected"] = _by_layer(content["selected"])
-        if content.get("ranks") is not None:
-            content["ranks"] = _by_layer(content["ranks"])
-        scores = ExpertScores(**content)
+        scores = parse_record(ExpertScores, content, str(path), fix=_FIX)
         _check(scores)
         return scores
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, IndexError) as error:
         raise InputError(
-            f"{path} is not a file that `finetune experts score` wrote", why=f"{type(error).__name__}: {error}"
+            f"{path} is not a file that `finetune experts score` wrote", why=str(error), fix=_FIX
         ) from error
-
-
-def _by_layer(content: dict[str, list[int]]) -> dict[int, tuple[int, ...]]:
-    return {int(layer): tuple(map(int, values)) for layer, values in content.items()}
 
 
 def _check(scores: ExpertScores) -> None:

@@ -151,7 +151,7 @@ class TrainerConfig(Strict):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     optimizer_states_on_cpu: bool = False
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    learning_rate: Annotated[float, Gt(0)] | None = None
+    learning_rate: Annotated[float, Gt(0), Le(1000)] | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.03

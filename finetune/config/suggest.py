@@ -17,6 +17,10 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _RUNS_SHOWN = 5
 
 
+_IN_SECTION: dict[KeyPath, str] = dict.fromkeys((("model", "name"), ("model", "id"), ("model", "model")), "model.path")
+"""Keys that other tools have in a section, where the same name elsewhere means something else."""
+
+
 def suggest_key(path: KeyPath) -> str:
     """Say what an unknown key was probably meant to be.
 
@@ -29,6 +33,8 @@ def suggest_key(path: KeyPath) -> str:
     """
     if (remark := remark_on(path[-1])) is not None:
         return remark
+    if (better := _IN_SECTION.get(path)) is not None:
+        return f"did you mean {better}?"
     if known := [*keys_for(path[-1]), *_renamed(path[-1])]:
         return f"did you mean {' or '.join(known)}?"
     paths = list(all_paths(like=path))

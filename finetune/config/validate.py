@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -102,7 +102,7 @@ def _started_in(manifest: Path) -> Path | None:
     """The working directory in which a run was started; None if it is not recorded or does not exist."""
     try:
         start = Path(json.loads(manifest.read_text())["working_directory"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return start if start.is_dir() else None
 
@@ -209,7 +209,8 @@ def _fix(path: KeyPath, kind: Any, given: Any) -> str | None:
             f"to choose one of the group's files write `{path[0]}={given}`, in a recipe `override /{path[0]}: {given}`"
         )
     if isinstance(given, str) and words:
-        return suggest_word(given, words)
+        is_list = get_origin(kind) in (tuple, list)
+        return f"write a list: [{given}]" if is_list and given in words else suggest_word(given, words)
     if isinstance(given, bool) and {"yes", "no"} & set(words):
         return f'YAML reads a bare yes or no as true or false; write {path[-1]}: "yes" with quotes'
     if isinstance(given, int | float) and (kind is str or kind == str | None):

@@ -23,6 +23,7 @@ from finetune.data.harmony.tokenizer import RANK_FILE_SHA256
 from finetune.data.sources import BadRecord, SplitName, counts_broken_records, sources_of
 from finetune.errors import InputError, MachineError
 from finetune.files import JsonObject, sha256_of, staged_directory
+from finetune.records import parse_record
 
 STATS_FILE = "stats.json"
 
@@ -77,12 +78,12 @@ class SplitStats:
 
     @classmethod
     def from_json(cls, document: JsonObject) -> SplitStats:
-        """Read the output of `dataclasses.asdict`."""
-        stats = cls(**document)
-        stats.bad_records = [BadRecord(**entry) for entry in document["bad_records"]]
-        stats.dropped = [BadRecord(**entry) for entry in document["dropped"]]
-        stats.control_text = {kind: ControlText(**entry) for kind, entry in document["control_text"].items()}
-        return stats
+        """Read the output of `dataclasses.asdict`.
+
+        Raises:
+            InputError: a key is missing, or has a value of another type.
+        """
+        return parse_record(cls, document, STATS_FILE)
 
 
 class CacheEntry:
@@ -115,7 +116,7 @@ class CacheEntry:
             if _sha256_of(document["stats"]) != document["sha256"][STATS_FILE]:
                 raise ValueError(f"the contents of {STATS_FILE} have changed")
             stats = SplitStats.from_json(document["stats"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, InputError) as error:
             log.warning(f"the cached tokens in {self.directory} are damaged ({error}); they are made again")
             return None
         return self.open(), stats

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from finetune.data.dataset import Split, load_split, report_split
 from finetune.data.sources import Record
 from finetune.errors import FinetuneError, InputError
 from finetune.evaluate.evalset import EvalSet, choose_test_set, retention_sets
+from finetune.manifest import read_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +152,7 @@ def _working_directory_of(run: Path | None) -> Iterator[None]:
     """Change into the directory that a run was started in: relative paths of its recipe start there."""
     origin = None
     if run is not None:
-        with contextlib.suppress(OSError, ValueError):
-            origin = json.loads((run / "manifest.json").read_text()).get("working_directory")
+        origin = read_manifest(run).get("working_directory")
     if not origin or Path(origin) == Path.cwd() or not Path(origin).is_dir():
         yield
         return

@@ -21,7 +21,7 @@ from finetune.export.options import CARD, RECORD, AdapterTarget, ExportOptions
 from finetune.export.record import ExportRecord, Skipped, as_json
 from finetune.export.targets.gguf_lora import FILE, gguf_lora_commands, gguf_lora_tensors, write_gguf_lora
 from finetune.export.targets.mlx import MLX_WEIGHTS, mlx_commands, mlx_config, mlx_tensors
-from finetune.export.targets.peft import adapts_every_layer, peft_contents, served_rank, vllm_command
+from finetune.export.targets.peft import adapts_every_layer, peft_contents, served_rank, vllm_commands
 from finetune.export.targets.sglang import sglang_commands, sglang_config, sglang_tensors
 from finetune.export.verify import verify_adapter
 from finetune.files import refuse_existing, sha256_of, staged_directory, write_json
@@ -126,7 +126,7 @@ def _contents(
                 every_layer=adapts_every_layer(adapter, arch),
                 rank=served_rank(adapter.max_rank) if options.pad_rank else None,
             )
-            return Contents(WEIGHTS, tensors, fields, [vllm_command(adapter, out)])
+            return Contents(WEIGHTS, tensors, fields, vllm_commands(adapter, out))
         case "sglang":
             commands = sglang_commands(adapter, out)
             return Contents(WEIGHTS, sglang_tensors(adapter, arch), sglang_config(adapter), commands)

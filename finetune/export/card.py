@@ -6,10 +6,12 @@ section too, so that a model trained on an export keeps the attributions of the 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from finetune.errors import FinetuneError
 from finetune.export.record import AdapterCheck, ExportRecord, MergeCheck, Skipped
 from finetune.export.survival.effect import Effect
 from finetune.files import write_text
+from finetune.log import printable
+from finetune.manifest import read_manifest
 from finetune.markdown import code, escaped
 from finetune.model.tiny import ATTRIBUTION
 from finetune.results import Evaluation, read_evaluation
@@ -221,7 +225,10 @@ def _content_hash(path: str) -> str:
         content = resolve_data_path(path).read_bytes()
     except (OSError, FinetuneError):
         return "not available: the file is not here any more"
-    return hashlib.sha256(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).hexdigest()
+    if content[:2] == b"\x1f\x8b":
+        with contextlib.suppress(OSError, EOFError, zlib.error):  # cut since the training: then it is no known file
+            content = gzip.decompress(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def attribution_section(base: BaseRecord, sources: Iterable[str] | None) -> str:
@@ -283,7 +290,7 @@ def examples_section(config: RunConfig | None) -> str:
     try:
         split = load_split(config.data, "test" if config.data.test else "train")
     except FinetuneError as error:
-        return f"## Examples\n\nThe data could not be read when this card was written: {error.what}."
+        return f"## Examples\n\nThe data could not be read when this card was written: {escaped(error.what)}."
     parts = []
     for record in split.records[:NUM_EXAMPLES]:
         texts: list[tuple[str, str]] = [(message.role, message.content) for message in record.messages]
@@ -291,7 +298,7 @@ def examples_section(config: RunConfig | None) -> str:
             texts.append(("text", record.conversation.text))
         parts.append("\n".join(f"{role}: {text}" for role, text in texts))
     # Indented text is shown as it is: nothing in the data becomes markup.
-    blocks = ["\n".join(f"    {line}" for line in part.splitlines()) for part in parts]
+    blocks = ["\n".join(f"    {printable(line)}" for line in part.splitlines()) for part in parts]
     return f"## Examples\n\nThe first records of the {split.name} data, unchanged.\n\n" + "\n\n---\n\n".join(blocks)
 
 
@@ -342,14 +349,14 @@ def _checks(record: ExportRecord) -> str:
             f", to a relative difference of {found.max_relative_difference:.1e}. No server was run for this."
         )
     if not isinstance(found, MergeCheck):
-        return f"## Checks\n\nNot verified ({found.skipped})." if isinstance(found, Skipped) else ""
+        return f"## Checks\n\nNot verified ({escaped(found.skipped)})." if isinstance(found, Skipped) else ""
     lines = [
         f"- every weight was compared with base + update by third-party code in a fresh process: "
         f"{found.weights.tensors_changed} changed, all others as in the base"
     ]
     logits = found.logits
     if isinstance(logits, Skipped):
-        lines.append(f"- logits were not compared: {logits.skipped}")
+        lines.append(f"- logits were not compared: {escaped(logits.skipped)}")
     else:
         adapted = logits.adapted
         lines.append(
@@ -378,14 +385,15 @@ def _results(run: Path | None) -> Evaluation | None:
 
 
 def _read_manifest(run: Path | None) -> _Manifest:
-    """From the run's manifest.json; empty if it is missing or damaged: a card has less in it then."""
+    """From the run's manifest.json; empty if it is missing, or (with a warning) damaged: a card has less in it then."""
     try:
-        content = json.loads((run / "manifest.json").read_text(encoding="utf-8")) if run else {}
+        content = read_manifest(run) if run else {}
         data = tuple(
             f"- {split}: {figures['rows']:,} examples, {figures['trained_tokens']:,} of {figures['tokens']:,} tokens "
             f"trained or scored, fingerprint `{figures['fingerprint']}`"
             for split, figures in content.get("data", {}).items()
         )
         return _Manifest(content.get("recipe"), content.get("total_steps"), data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except FinetuneError as error:
+        log.warning(f"the model card says nothing of recipe and data: {error.what}")
         return _Manifest()

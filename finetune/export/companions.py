@@ -77,7 +77,10 @@ def export_template(base: Path, run: Path | None) -> str:
         log.warning(f"the run's recipe cannot be read, so the chat template is not made from it: {error.what}")
         config = None
     if config is None and has_own:
-        return own.read_text(encoding="utf-8")
+        try:
+            return own.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{own} cannot be read: {error}", fix="put the published file there, or none") from error
     if not has_own:
         log.warning(f"the base has no {TEMPLATE_FILE}: the export gets the toolkit's")
     if config is None:

@@ -12,16 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssDecoderLayer, GptOssRotaryEmbedding
 
 from finetune import log
 from finetune.arch import ATTENTION_PROJECTIONS, EMBEDDING, layer_prefix
-from finetune.errors import CheckError
+from finetune.errors import CheckError, InputError
 from finetune.kernels.attention import plan_attention
 from finetune.model.attention import register_attention, replace_layer_parts, replace_model_parts
-from finetune.model.checkpoint import Checkpoint, DenseCheckpoint
+from finetune.model.checkpoint import CONFIG_FILE, Checkpoint, DenseCheckpoint
 from finetune.model.experts import PackedExperts
 from finetune.model.identity import checkpoint_identity, identity, tensor_digest
 from finetune.model.nf4 import Nf4Linear
@@ -29,6 +30,7 @@ from finetune.model.shards import ShardedLayers
 from finetune.model.storage import BaseStorage, CpuEmbedding, ExpertStorage, StorageConverter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NAN_SCALE = 255  # a scale byte is a power of two with a bias of 127; this one means NaN (OCP MX specification 1.0)
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "U8": torch.uint8}
 
 
@@ -102,6 +104,7 @@ def build_base(
 
     Raises:
         MachineError: NF4 is asked for without bitsandbytes.
+        InputError: a tensor holds NaN or infinity, or config.json describes a model that cannot be built.
     """
     storage = storage or BaseStorage()
     model = _empty_model(checkpoint, experts_per_chunk, storage)
@@ -153,6 +156,7 @@ def _read_tensors(checkpoint: Checkpoint, converter: StorageConverter, shards: S
         for name in names:
             stored = checkpoint.read(name)
             digests[name] = tensor_digest(stored)
+            _require_numbers(checkpoint, name, stored)
             is_sharded = shards is not None and shards.is_layer_tensor(name)
             converted = (on_host if is_sharded else converter).convert(name, stored)
             if shards is not None and is_sharded:
@@ -168,10 +172,31 @@ def _read_tensors(checkpoint: Checkpoint, converter: StorageConverter, shards: S
     return _ReadTensors(state, digests, state_digests, converter.rounding_errors())
 
 
+def _require_numbers(checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
+    """Raise InputError if a stored tensor is not finite: everything computed from it would be NaN."""
+    is_scale = name.endswith("_scales")
+    bad = tensor == _NAN_SCALE if is_scale else ~tensor.isfinite() if tensor.is_floating_point() else None
+    if bad is None or not bad.any():
+        return
+    where = ", ".join(map(str, bad.nonzero()[0].tolist()))
+    kind = f"scales of {_NAN_SCALE}, which is NaN in MXFP4" if is_scale else "values that are not finite"
+    raise InputError(
+        f"{checkpoint.directory / checkpoint.entries[name].file}: {name} has {int(bad.sum()):,} {kind}, the first at "
+        f"[{where}]",
+        why="the base is damaged, or was made from weights that were not finite: its outputs would be NaN",
+        fix="download or copy the checkpoint again",
+    )
+
+
 def _empty_model(checkpoint: Checkpoint, experts_per_chunk: int, storage: BaseStorage) -> GptOssForCausalLM:
     """transformers' model on the meta device, its experts replaced by packed ones."""
     with torch.device("meta"):
-        model = GptOssForCausalLM(_model_config(checkpoint))
+        try:
+            model = GptOssForCausalLM(_model_config(checkpoint))
+        except (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
+            raise _cannot_build(checkpoint, error) from error
+        except (RuntimeError, StrictDataclassError) as error:
+            raise _cannot_build(checkpoint, error) from error
         replace_model_parts(model)
         for layer in model.model.layers:
             layer.mlp.experts = _packed_experts(checkpoint, experts_per_chunk, storage.experts)
@@ -179,6 +204,14 @@ def _empty_model(checkpoint: Checkpoint, experts_per_chunk: int, storage: BaseSt
                 for name in ATTENTION_PROJECTIONS:
                     setattr(layer.self_attn, name, Nf4Linear(getattr(layer.self_attn, name)))
     return model
+
+
+def _cannot_build(checkpoint: Checkpoint, error: Exception) -> InputError:
+    return InputError(
+        f"{checkpoint.directory / CONFIG_FILE} describes a model that transformers cannot build",
+        why=f"{type(error).__name__}: {' '.join(str(error).split())}",
+        fix="use the config.json that was published with the checkpoint",
+    )
 
 
 def _model_config(checkpoint: Checkpoint) -> GptOssConfig:

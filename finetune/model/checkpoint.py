@@ -8,6 +8,7 @@ identity is that of the files.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ SINGLE_FILE = "model.safetensors"
 CHECKSUMS_FILE = "checksums.json"
 _BLOCKS, _SCALES = "_blocks", "_scales"
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "U8": torch.uint8}
+_WIDE = {"F32": "float32", "F16": "float16", "F64": "float64"}
+_SINGLE_EXPERT = re.compile(r"\.experts\.(\w+\.)?\d+\.")
 _FETCH_AGAIN = "download or copy the checkpoint again"
 
 ConfigJson = dict[str, Any]
@@ -314,17 +317,44 @@ def _require_tensors(
     Raises:
         InputError: names the differences.
     """
+    _refuse_single_experts(directory, entries, expected)
     problems = [*_named("missing", expected.keys() - entries.keys()), *_named("unexpected", entries.keys() - expected)]
-    for name in expected:
-        if name in entries and (entries[name].dtype, entries[name].shape) != expected[name]:
-            dtype, sizes = expected[name]
-            problems.append(f"{name} is {entries[name].dtype} {list(entries[name].shape)}, not {dtype} {list(sizes)}")
+    differing = [name for name in expected if name in entries and _spec(entries[name]) != expected[name]]
+    if not problems and differing and all(_is_only_wider(entries[name], expected[name]) for name in differing):
+        kinds = " and ".join(sorted({_WIDE[entries[name].dtype] for name in differing}))
+        raise InputError(
+            f"{directory} is in {kinds}: {len(differing):,} of its {len(expected):,} tensors, such as {differing[0]}",
+            why="gpt-oss is published in bfloat16, and a base is read as it is, never rounded in silence",
+            fix="cast these tensors to bfloat16 (safetensors.torch: load_file, tensor.to(torch.bfloat16), save_file)",
+        )
+    for name in differing:
+        (dtype, sizes), found = expected[name], entries[name]
+        problems.append(f"{name} is {found.dtype} {list(found.shape)}, not {dtype} {list(sizes)}")
     if problems:
         raise InputError(
             f"{directory} does not have the tensors that its {CONFIG_FILE} describes: {join(problems, limit=4)}",
             why="a missing tensor would be random, an unexpected one would be left out",
             fix=f"use the config.json and shards of one and the same release {layout}",
         )
+
+
+def _refuse_single_experts(directory: Path, entries: dict[str, TensorEntry], expected: dict[str, TensorSpec]) -> None:
+    single = sorted(name for name in entries.keys() - expected if _SINGLE_EXPERT.search(name))
+    if single:
+        raise InputError(
+            f"{directory} stores every expert in tensors of its own, such as {single[0]}",
+            why="the published checkpoints and transformers stack a layer's experts in one tensor",
+            fix="use the release that it was made from, or stack them: gate_up_proj [E, D, 2F], down_proj [E, F, D]",
+        )
+
+
+def _spec(entry: TensorEntry) -> TensorSpec:
+    return entry.dtype, entry.shape
+
+
+def _is_only_wider(entry: TensorEntry, expected: TensorSpec) -> bool:
+    """Whether a tensor is the expected one in float32 or float16."""
+    return expected[0] == "BF16" and entry.dtype in _WIDE and entry.shape == expected[1]
 
 
 def _named(kind: str, names: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ Shape legend: B sequences, T tokens of a sequence, D hidden, V vocabulary, E exp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -202,6 +203,12 @@ def check_packing(model: GptOssForCausalLM) -> float:
     model.eval()
     share = packing_leakage(model) / packing_leakage(model, join=True)
     model.train(was_training)
+    if not math.isfinite(share):
+        raise CheckError(
+            "the base's hidden states are not finite",
+            why="its weights or config.json are damaged, or its values overflow in this dtype",
+            fix="download or copy the checkpoint again, or set model.compute_dtype to another one",
+        )
     if not share < LARGEST_LEAKAGE[model.lm_head.weight.dtype]:
         raise CheckError(
             f"packed examples are not separate: cross-example leakage is {share:.2g} of that of unmasked examples",

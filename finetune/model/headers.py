@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.arch import DTYPE_BYTES
 from finetune.errors import InputError
 
 _LENGTH_BYTES = 8
+_LONGEST_NAME = 255  # bytes, on every file system in use
 _LARGEST_HEADER = 100_000_000  # the safetensors library refuses longer ones
 _FETCH_AGAIN = "download or copy the file again"
 
@@ -48,6 +51,8 @@ def plain_file_name(name: object, where: Path) -> str:
     """
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
         raise InputError(f"{where} names {name!r}, which is not a file beside it")
+    if "\0" in name or len(os.fsencode(name.encode("utf-8", "replace"))) > _LONGEST_NAME:
+        raise InputError(f"{where} names {name[:80]!r}, which no file can be called")
     return name
 
 
@@ -83,8 +88,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def _entries(path: Path, header: bytes, data_bytes: int) -> dict[str, TensorEntry]:
     try:
-        listed = json.loads(header)
-        listed.pop("__metadata__", None)
+        listed = json.loads(header, object_pairs_hook=_without_repeats)
+        metadata = listed.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise ValueError("__metadata__ has something else than text")
         spans = sorted((*map(int, item["data_offsets"]), name) for name, item in listed.items())
         entries = {}
         for begin, end, name in spans:
@@ -108,6 +115,15 @@ def _entries(path: Path, header: bytes, data_bytes: int) -> dict[str, TensorEntr
             fix=_FETCH_AGAIN,
         )
     return entries
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, unless a key is given twice: readers would take different tensors."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)[:80]!r} is in it twice")
+    return found
 
 
 def _describe_start(start: bytes, size: int) -> str:

@@ -54,7 +54,7 @@ def read_survival(run: Path) -> list[Survival]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found.append(_survival(path.stem.removeprefix("survival-"), content))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError):
             continue  # half-written, or of another version: the report says less
     return found
 

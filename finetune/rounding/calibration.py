@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from finetune.data.harmony.render import Example
 from finetune.data.harmony.tokenizer import check_tokenizer
 from finetune.data.packing import pack
 from finetune.errors import CheckError, ConfigError, InputError
-from finetune.files import read_json
+from finetune.manifest import read_manifest
 from finetune.model.checkpoint import Checkpoint
 
 TOKENS_PER_INPUT = 4  # routed tokens per input dimension, with even routing; one works, more than four hardly helps
@@ -94,9 +93,7 @@ def check_belongs(named: str | None, run: Path | None, identity: str, data: str)
         InputError: the run was over another base, or its training data changed.
     """
     directory = run if named is None else Path(named)
-    manifest: dict[str, Any] = {}
-    if directory is not None and (directory / "manifest.json").is_file():
-        manifest = read_json(directory / "manifest.json", "a run's manifest")
+    manifest = read_manifest(directory) if directory is not None else {}
     base = manifest.get("base", {}).get("identity", identity)
     if base != identity:
         raise InputError(

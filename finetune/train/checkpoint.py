@@ -203,6 +203,8 @@ def _read(path: Path) -> Checkpoint:
     name = STATE
     try:
         state = json.loads((path / STATE).read_text())
+        if not isinstance(state, dict):
+            raise ValueError(f"{STATE} holds a JSON {type(state).__name__}")
         name = ADAPTER
         adapter = load_file(path / ADAPTER)
         name = OPTIMIZER

@@ -23,7 +23,8 @@ from finetune.config.schema import RunConfig
 from finetune.config.suggest import suggest_run
 from finetune.config.validate import dump_yaml, load_run_config, to_plain
 from finetune.errors import ConfigError, InputError, MachineError
-from finetune.files import read_json, write_json, write_text
+from finetune.files import fix_for, write_json, write_text
+from finetune.manifest import read_manifest
 from finetune.results import Evaluation, write_evaluation
 
 _LOCKS: dict[Path, int] = {}  # inode of the lock file of each run that this process has locked
@@ -104,7 +105,7 @@ class Run:
         except OSError as error:
             raise MachineError(
                 f"cannot make the run directory {path}: {error.strerror}",
-                fix="set output_dir to a place you may write to",
+                fix=fix_for(error, "set output_dir to a place you may write to"),
             ) from error
         run = cls(path, config)
         stored = absolute_paths(config, Path.cwd())
@@ -164,9 +165,9 @@ class Run:
         """Content of manifest.json, {} if there is none yet.
 
         Raises:
-            InputError: it is not JSON.
+            InputError: it is not a manifest, see `finetune.manifest.read_manifest`.
         """
-        return read_json(self.manifest, "a run's manifest") if self.manifest.exists() else {}
+        return read_manifest(self.path)
 
     def update_manifest(self, **entries: Any) -> None:
         """Add entries to manifest.json."""

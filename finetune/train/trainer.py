@@ -23,7 +23,8 @@ from finetune.evaluate.likelihood import held_out_loss
 from finetune.files import seed_of, write_json
 from finetune.model.forward import checkpoint_activations
 from finetune.objectives.base import make_objective
-from finetune.train.checkpoint import Checkpoint, CheckpointWriter
+from finetune.records import parse_record
+from finetune.train.checkpoint import STATE, Checkpoint, CheckpointWriter
 from finetune.train.engines.base import open_engine
 from finetune.train.failures import NotFinite, digest_of, write_evidence
 from finetune.train.metrics import LossSpikes, MetricsLog, Tracker, memory_gib
@@ -365,15 +366,17 @@ class Trainer:
             InputError: it belongs to other data, another base or another adapter.
         """
         for name, now in (("data_fingerprint", self.data_fingerprint), ("base_identity", self.base.identity)):
-            if checkpoint.state[name] != now:
+            saved = str(checkpoint.state.get(name))
+            if saved != now:
                 raise InputError(
                     f"the checkpoint's {name.replace('_', ' ')} is not this run's",
-                    why=f"{checkpoint.state[name][:12]} was saved, {now[:12]} is here",
+                    why=f"{saved[:12]} was saved, {now[:12]} is here",
                     fix="restore the data and base it was started with, or start a new run",
                 )
         self.engine.load(checkpoint.adapter, checkpoint.optimizer)
-        self.state = TrainerState(**checkpoint.state["loop"])
-        self.audit_lines = list(checkpoint.state["audit"])
+        where = f"the checkpoint's {STATE}"
+        self.state = parse_record(TrainerState, checkpoint.state.get("loop"), f"{where}: loop")
+        self.audit_lines = parse_record(list[str], checkpoint.state.get("audit"), f"{where}: audit")
         self.metrics.cut_after(self.state.step)
         self.spikes = LossSpikes(self.metrics.losses())
 

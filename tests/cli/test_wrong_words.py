@@ -115,3 +115,10 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     assert make_tracker(config, other).init_kwargs["id"] != first["id"]
+
+
+def test_a_list_of_one_and_a_models_name_are_answered(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "write a list: [q_proj]" in refusal(
+        capfd, "config", "show", "quickstart", "adapter.attention.targets=q_proj"
+    )
+    assert "did you mean model.path?" in refusal(capfd, "config", "show", "quickstart", "model.name=x")

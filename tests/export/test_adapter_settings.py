@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,23 @@ from hypothesis import strategies as st
 from peft import EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
-from synthetic_adapter import write_synthetic
+from safetensors.torch import load_file, save_file
+from synthetic_adapter import EXPERTS, write_synthetic
 from test_export_adapters import export
 from torch import nn
 
 from finetune.adapters.config_file import CONFIG, read_adapter_config
-from finetune.adapters.layout import ATTENTION, EXPERTS, ROUTER, Strength, factor_keys, lora_config_fields, module_path
+from finetune.adapters.layout import ATTENTION, ROUTER, Strength, factor_keys, lora_config_fields, module_path
+from finetune.adapters.layout import EXPERTS as EXPERT_NAMES
 from finetune.adapters.provenance import ROUTER_BIAS
-from finetune.adapters.store import WEIGHTS
+from finetune.adapters.store import WEIGHTS, AdapterFile
+from finetune.cli.main import main
 from finetune.errors import InputError
+from finetune.export.base import is_known_dense
 from finetune.export.combine import combine_adapters
-from finetune.export.options import ADAPTER_TARGETS
+from finetune.export.importing import import_adapter
+from finetune.export.options import ADAPTER_TARGETS, ExportOptions
+from finetune.export.targets.peft import vllm_commands
 
 RANK, ALPHA = 4, 8
 PROJECTION = "base_model.model.q_proj"
@@ -111,6 +117,56 @@ def test_a_combination_lists_what_it_does_not_take_over(tmp_path: Path) -> None:
     assert [part["ignored_settings"] for part in found] == [{"lora_dropout": 0.1}] * 2
 
 
+@pytest.mark.parametrize("target", ADAPTER_TARGETS)
+def test_printed_commands_are_safe_to_copy(target: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A base's name comes from files of others, and a directory may have spaces."""
+    adapter = write_synthetic(tmp_path / "adapter", {(0, "o_proj"): (2, 4.0)}).directory
+    stored = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(stored | {"base_model_name_or_path": "x; touch gone #"}))
+    out = tmp_path / "my; out"
+    assert main(["export", str(adapter), "--to", target, "--out", str(out)]) == 0
+    commands = ("vllm serve", "python -m sglang", "mlx_lm.generate", "llama-cli")
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith(commands)]
+    words = shlex.split(line)
+    assert any(word.endswith(f"{out}" + "/adapter.gguf" * (target == "gguf-lora")) for word in words)
+    assert ("x; touch gone #" in words) == (target != "gguf-lora")
+    (adapter / CONFIG).write_text(json.dumps(stored | {"base_model_name_or_path": "x\x1b[2Jy"}))
+    with pytest.raises(InputError, match="control characters"):
+        read_adapter_config(adapter)
+
+
+def test_weights_of_different_scales_need_a_vllm_that_reads_patterns(tmp_path: Path) -> None:
+    alike = write_synthetic(tmp_path / "alike", {(0, "o_proj"): (2, 4.0), (0, "down_proj"): (4, 8.0)}).directory
+    different = write_synthetic(tmp_path / "different", {(0, "o_proj"): (2, 4.0), (0, "down_proj"): (4, 4.0)}).directory
+    assert len(vllm_commands(AdapterFile.open(alike), tmp_path)) == 1
+    assert "older ones scale all alike" in vllm_commands(AdapterFile.open(different), tmp_path)[1]
+
+
+def test_a_recorded_base_in_bfloat16_is_not_named_for_mlx(tiny_base: Path, tmp_path: Path) -> None:
+    """Without --base too: mlx-lm refuses it."""
+    base = tmp_path / "dense"
+    base.mkdir()
+    adapter = write_synthetic(tmp_path / "adapter", {(0, "o_proj"): (2, 4.0)}).directory
+    stored = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(stored | {"base_model_name_or_path": str(base)}))
+    config = json.loads((tiny_base / "config.json").read_text())
+    for settings_, dense in ((config, False), ({k: v for k, v in config.items() if "quant" not in k}, True)):
+        (base / "config.json").write_text(json.dumps(settings_))
+        assert is_known_dense(AdapterFile.open(adapter)) == dense
+
+
+@pytest.mark.parametrize("gone", ["1.gate_proj", "0.up_proj", f"{EXPERTS - 1}.down_proj", "1."])
+def test_an_adapter_for_sglang_that_lacks_an_expert_is_refused(gone: str, tmp_path: Path) -> None:
+    adapter = write_synthetic(tmp_path / "adapter", {(0, name): (2, 4.0) for name in EXPERT_NAMES}).directory
+    out = export(adapter, "sglang", tmp_path / "sglang")
+    (out / "finetune.json").unlink()
+    import_adapter(out, tmp_path / "whole", ExportOptions())
+    tensors = load_file(out / WEIGHTS)
+    save_file({key: tensor for key, tensor in tensors.items() if f"experts.{gone}" not in key}, out / WEIGHTS)
+    with pytest.raises(InputError, match="lacks the factors of"):
+        import_adapter(out, tmp_path / "cut", ExportOptions())
+
+
 def provenance(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((directory / "finetune.json").read_text())
     return found
@@ -150,7 +206,7 @@ def test_peft_and_vllm_find_the_rank_and_alpha_of_every_weight(
     meant: dict[tuple[int, str], Strength] = {}
     for number, layer in chosen.items():
         for name, strength in layer.items():
-            meant |= {(number, part): strength for part in (EXPERTS if name == "experts" else (name,))}
+            meant |= {(number, part): strength for part in (EXPERT_NAMES if name == "experts" else (name,))}
         if "experts" in layer and down is not None:
             meant[number, "down_proj"] = down
     full = {where: module_path(*where) + (".weight" if where[1] == ROUTER else "") for where in meant}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.adapters.store import BaseRecord
 from finetune.config.compose import compose
 from finetune.config.schema import RunConfig
-from finetune.export.card import examples_section
+from finetune.export.card import examples_section, write_card
+from finetune.export.record import AdapterOrigin, ExportRecord
 
 
 def config(tmp_path: Path, *, share: bool) -> RunConfig:
@@ -35,3 +39,25 @@ def test_missing_data_is_reported_in_the_section(tmp_path: Path) -> None:
     shared = config(tmp_path, share=True)
     (tmp_path / "rows.jsonl").unlink()
     assert "could not be read" in examples_section(shared)
+
+
+def test_hostile_names_stay_text_in_a_card(tmp_path: Path) -> None:
+    evil = "x`<script>[a](http://b)\x1b[31m"
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"recipe": evil, "data": {evil: {"rows": 1, "tokens": 2, "trained_tokens": 1, "fingerprint": evil}}})
+    )
+    record = ExportRecord(
+        target="peft", base=BaseRecord(evil, revision=evil, identity=evil), adapter=AdapterOrigin("x", "0", 1)
+    )  # fmt: skip
+    card = tmp_path / "README.md"
+    write_card(card, record, tmp_path, ["serve it"])
+    text = re.sub(r"(`+) .*? \1", "", card.read_text().partition("\n# ")[2], flags=re.S)  # without code
+    assert "\x1b" not in card.read_text() and "script" in text
+    assert not re.search(r"(?<!\\)<script>|(?<!\\)\[a\\?\]", text)
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text("")
+    shared = config(tmp_path, share=True)
+    (tmp_path / "rows.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "\\u001b[2J"}, {"role": "assistant", "content": "a"}]}\n'
+    )
+    assert "\x1b" not in examples_section(shared) and "\\x1b[2J" in examples_section(shared)

@@ -11,7 +11,8 @@ import pytest
 
 from finetune.figures import Comparison, Figure
 from finetune.log import printable
-from finetune.report.content import Table, code, escaped, plain, unescaped
+from finetune.markdown import code, escaped
+from finetune.report.content import Table, plain, unescaped
 from finetune.report.markdown import _table, outcome, write_report
 from finetune.results import BaseName, Evaluation, SuiteFigures, perplexity, to_json
 

@@ -270,7 +270,14 @@ def _add_vocabulary(writer: Any, gguf: Any, directory: Path, size: int, template
     writer.add_tokenizer_pre("gpt-4o")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=size)
+    try:
+        special = gguf.SpecialVocab(directory, load_merges=True, n_vocab=size)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise InputError(
+            f"the tokenizer files of {directory} cannot be read: {type(error).__name__}: {error}",
+            why="tokenizer.json, tokenizer_config.json or generation_config.json has another form than the published",
+            fix=TOKENIZER_FIX,
+        ) from error
     special.chat_template = template or special.chat_template
     special.add_to_gguf(writer, quiet=True)
 

@@ -79,11 +79,17 @@ def adapts_every_layer(adapter: AdapterFile, arch: Arch | None) -> bool:
     return alike and short and list(by_layer) == list(range(len(by_layer)))
 
 
-def vllm_command(adapter: AdapterFile, out: Path) -> str:
-    """The command that serves an exported directory with vLLM."""
-    base, rank = adapter.base.name or "BASE", served_rank(adapter.max_rank)
-    module = shlex.quote(f"{serving_name(out)}={out.resolve()}")
-    return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank} --lora-modules {module}"
+def vllm_commands(adapter: AdapterFile, out: Path) -> list[str]:
+    """The command that serves an exported directory with vLLM, and a note on releases that would scale it wrongly."""
+    base, rank = shlex.quote(adapter.base.name or "BASE"), served_rank(adapter.max_rank)
+    lora = shlex.quote(f"{serving_name(out)}={out.resolve()}")
+    lines = [f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {lora}"]
+    if len({site.scale for site in adapter.sites}) > 1:
+        lines.append(
+            "this adapter scales its weights differently: vLLM 0.32 and 0.33 read rank_pattern and alpha_pattern, "
+            "older ones scale all alike without a message"
+        )
+    return lines
 
 
 def serving_name(out: Path) -> str:

@@ -102,10 +102,10 @@ def sglang_config(adapter: AdapterFile) -> dict[str, Any]:
 def sglang_commands(adapter: AdapterFile, out: Path) -> list[str]:
     """The command that serves the directory, and a note on the base it needs."""
     experts = any(site.name in EXPERTS for site in adapter.sites)
-    base = "BF16_BASE" if experts else adapter.base.name or "BASE"
+    base = "BF16_BASE" if experts else shlex.quote(adapter.base.name or "BASE")
     backend = " --moe-runner-backend triton" if experts else ""
-    options = f"--enable-lora --lora-paths {shlex.quote(f'{serving_name(out)}={out.resolve()}')}"
-    lines = [f"python -m sglang.launch_server --model-path {shlex.quote(base)} {options}{backend}"]
+    options = "--enable-lora --lora-paths " + shlex.quote(f"{serving_name(out)}={out.resolve()}")
+    lines = [f"python -m sglang.launch_server --model-path {base} {options}{backend}"]
     if experts:
         lines.append(
             "BF16_BASE: SGLang takes LoRA on experts over bfloat16 experts only; give it the base in bfloat16 (same "

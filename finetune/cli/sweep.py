@@ -140,9 +140,9 @@ def _carry_out(plan: Plan, directory: Path) -> None:
     """Make or resume every run that is not finished; sweep.md is written anew after each."""
     count, started, made = len(plan.combinations), time.monotonic(), 0
     results: list[Outcome] = []
-    for number, settings in enumerate(plan.combinations, start=1):
+    for number, given in enumerate(plan.combinations, start=1):
         run = directory / f"{number:02}"
-        results.append((settings, run, 0 if _is_finished(run) else None))
+        results.append((given, run, 0 if _is_finished(run) else None))
     _write_table(plan, directory, results)
     stopped = None
     for index, (settings, run, code) in enumerate(results):

@@ -4,18 +4,54 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune import log
-from finetune.errors import CheckError, ConfigError, Interrupted
-from finetune.files import write_text
+from finetune.config.differences import differences
+from finetune.config.validate import to_plain
+from finetune.errors import CheckError, ConfigError, Interrupted, MachineError
+from finetune.files import only_writer, read_json, write_json, write_text
+from finetune.records import read_record
+from finetune.train.run_directory import Run
 
 MOST_RUNS = 64
+PLAN = "sweep.json"
+"""File of a sweep's directory that says which runs it consists of."""
+
+Outcome = tuple[Sequence[str], Path, int | None]
+"""Settings, run directory and exit code of a run; None: it has not ended."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a sweep, as its directory records them.
+
+    Attributes:
+        recipe: name or path.
+        overrides: settings that all runs share, without their name.
+        grid: one `key=a,b` per key.
+        started_in: the working directory, from which relative paths are meant.
+        configs: of each run, as composed when the sweep began.
+    """
+
+    recipe: str
+    overrides: list[str]
+    grid: list[str]
+    started_in: str
+    configs: list[dict[str, Any]]
+
+    @property
+    def combinations(self) -> list[list[str]]:
+        """The settings of each run."""
+        return _combinations(self.grid)
 
 
 def sweep(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> Path:
@@ -30,57 +66,153 @@ def sweep(recipe: str, overrides: Sequence[str], grid: Sequence[str]) -> Path:
         grid: one `key=a,b` per key; all combinations are run.
 
     Returns:
-        The directory of the runs and of `sweep.md`.
+        The directory of the runs, of `sweep.json` and of `sweep.md`.
 
     Raises:
         ConfigError: the grid cannot be read, is too large, or a combination is wrong.
         CheckError: every run failed.
-        Interrupted: Ctrl-C; the runs so far are compared, and the interrupted one can be resumed.
+        Interrupted: Ctrl-C; the runs so far are compared, and the sweep can be continued.
+        MachineError: its directory cannot be made.
     """
-    from finetune.config.compose import compose
-
-    combinations = [list(values) for values in itertools.product(*map(_values, grid))]
+    combinations = _combinations(grid)
     if len(combinations) > MOST_RUNS:
         raise ConfigError(f"the grid has {len(combinations)} runs, more than {MOST_RUNS}", fix="vary fewer values")
     name = time.strftime("sweep-%Y%m%d-%H%M%S")
-    composed = [compose(recipe, [*overrides, *settings]) for settings in combinations]
-    config = composed[0].config
+    configs = _composed(recipe, overrides, combinations)
     if any(setting.partition("=")[0] == "name" for settings in combinations for setting in settings):
         raise ConfigError("--sweep name=... cannot be varied", fix="set name=... once: it names the sweep's directory")
-    name = config.name or name
-    directory = Path(config.output_dir) / name
-    if config.name and directory.exists():
-        raise ConfigError(f"{directory} exists already", why="no run is overwritten", fix="choose another name=...")
+    given = configs[0]["name"]
+    directory = Path(configs[0]["output_dir"]) / (given or name)
+    if given and directory.exists():
+        begun = (directory / PLAN).is_file()
+        fix = f"continue it: finetune train --resume {directory}; or choose another name=..."
+        raise ConfigError(
+            f"{directory} exists already", why="no run is overwritten", fix=fix if begun else "choose another name=..."
+        )
     overrides = [text for text in overrides if text.lstrip("+").partition("=")[0] != "name"]
-    log.info(f"{len(combinations)} runs in {directory}")
-    started, results = time.monotonic(), []
-    for number, settings in enumerate(combinations, start=1):
-        run = directory / f"{number:02}"
-        log.info(
-            f"--- run {number} of {len(combinations)}: {' '.join(settings)}{_time_left(started, number, combinations)}"
-        )
-        code = _run_one(recipe, [*overrides, *settings, f"output_dir={directory}", f"name='{run.name}'"])
-        results.append((settings, run, code))
-        if code:
-            log.warning(f"run {number} ended with exit code {code}")
-        if code in (130, 143):
-            break
-    table = comparison(results)
-    directory.mkdir(parents=True, exist_ok=True)
-    write_text(directory / "sweep.md", f"# {name}: {recipe}\n\n{table}\n")
-    log.result(table)
-    if results[-1][2] in (130, 143):
-        raise Interrupted(
-            f"the sweep was stopped in run {len(results)}",
-            signal_number=results[-1][2] - 128,
-            fix=f"continue that run: finetune train --resume {results[-1][1]}",
-        )
-    if all(code for _, _, code in results):
-        raise CheckError(f"all {len(results)} runs failed", fix=f"see their messages above; runs are in {directory}")
+    plan = Plan(recipe, overrides, list(grid), str(Path.cwd()), configs)
+    with only_writer(directory):
+        try:
+            directory.mkdir(parents=True)
+        except OSError as error:
+            fix = "set output_dir to a place you may write to"
+            raise MachineError(f"cannot make {directory}: {error.strerror}", fix=fix) from error
+        write_json(directory / PLAN, asdict(plan))
+        log.info(f"{len(combinations)} runs in {directory}")
+        _carry_out(plan, directory)
     return directory
 
 
-def comparison(results: Sequence[tuple[Sequence[str], Path, int]]) -> str:
+def resume_sweep(directory: Path) -> None:
+    """Go on with a sweep that was stopped or killed: finished runs are kept, begun ones resumed, the others made.
+
+    Raises:
+        ConfigError: its recipe was changed, it is called from another directory, or it is still going on.
+        InputError: sweep.json cannot be read.
+        CheckError, Interrupted: as `sweep`.
+    """
+    directory = directory.absolute()
+    plan = read_record(Plan, directory / PLAN, "the plan of a sweep")
+    if Path.cwd() != Path(plan.started_in):
+        raise ConfigError(
+            f"the sweep {directory} was started in another directory",
+            why="paths in its recipe and settings may be relative to that",
+            fix=f"cd {shlex.quote(plan.started_in)} first",
+        )
+    composed = _composed(plan.recipe, plan.overrides, plan.combinations)
+    for before, after in zip(plan.configs, composed, strict=True):
+        changed = [one.describe() for one in differences(before, after) if one.key != "name"]
+        if changed:
+            raise ConfigError(
+                f"the recipe {plan.recipe} has changed since the sweep began: {'; '.join(changed)}",
+                why="its remaining runs would not be comparable with the finished ones",
+                fix="undo the change, or start a new sweep",
+            )
+    with only_writer(directory):
+        runs = [directory / f"{number:02}" for number in range(1, len(plan.combinations) + 1)]
+        finished, begun = sum(map(_is_finished, runs)), sum(map(_is_begun, runs))
+        left = len(runs) - finished - begun
+        log.info(f"{directory}: {finished} of {len(runs)} runs are finished, {begun} are resumed, {left} are made")
+        _carry_out(plan, directory)
+
+
+def _carry_out(plan: Plan, directory: Path) -> None:
+    """Make or resume every run that is not finished; sweep.md is written anew after each."""
+    count, started, made = len(plan.combinations), time.monotonic(), 0
+    results: list[Outcome] = []
+    for number, given in enumerate(plan.combinations, start=1):
+        run = directory / f"{number:02}"
+        results.append((given, run, 0 if _is_finished(run) else None))
+    _write_table(plan, directory, results)
+    stopped = None
+    for index, (settings, run, code) in enumerate(results):
+        if code == 0:
+            continue
+        left = _time_left(started, made, sum(code is None for *_, code in results))
+        log.info(f"--- run {index + 1} of {count}: {' '.join(settings)}{left}")
+        code, made = _run_one(_words(plan, settings, run)), made + 1
+        results[index] = (settings, run, code)
+        _write_table(plan, directory, results)
+        if code:
+            log.warning(f"run {index + 1} ended with exit code {code}")
+        if code in (130, 143):
+            stopped = index
+            break
+    log.result(comparison(results))
+    if stopped is not None:
+        raise Interrupted(
+            f"the sweep was stopped in run {stopped + 1} of {count}",
+            signal_number=(results[stopped][2] or 0) - 128,
+            fix=f"continue the sweep: finetune train --resume {directory}; that run alone: {results[stopped][1]}",
+        )
+    if all(code for *_, code in results):
+        raise CheckError(f"all {count} runs failed", fix=f"see their messages above; runs are in {directory}")
+
+
+def _words(plan: Plan, settings: Sequence[str], run: Path) -> list[str]:
+    """What follows `finetune train` to make a run, or to go on with it.
+
+    Raises:
+        ConfigError: another process is at work on it.
+    """
+    if run.exists():
+        if (run / "config.yaml").is_file():
+            with Run.open(run).locked():  # a run may live on after its sweep was killed
+                pass
+        if _is_begun(run):
+            return ["--resume", str(run)]
+        log.warning(f"{run} was killed before its first checkpoint: it starts again")
+        shutil.rmtree(run)
+    return [plan.recipe, *plan.overrides, *settings, f"output_dir={run.parent}", f"name='{run.name}'"]
+
+
+def _is_finished(run: Path) -> bool:
+    manifest = run / "manifest.json"
+    return manifest.is_file() and read_json(manifest, "a run's manifest").get("status") == "finished"
+
+
+def _is_begun(run: Path) -> bool:
+    """Whether a run that is not finished has something to resume from."""
+    return not _is_finished(run) and any(run.glob("checkpoints/step-*[0-9]"))
+
+
+def _combinations(grid: Sequence[str]) -> list[list[str]]:
+    return [list(values) for values in itertools.product(*map(_values, grid))]
+
+
+def _composed(recipe: str, overrides: Sequence[str], combinations: list[list[str]]) -> list[dict[str, Any]]:
+    """The configuration of every run as plain values."""
+    from finetune.config.compose import compose
+
+    configs = [compose(recipe, [*overrides, *settings]).config for settings in combinations]
+    return [json.loads(json.dumps(to_plain(config))) for config in configs]
+
+
+def _write_table(plan: Plan, directory: Path, results: Sequence[Outcome]) -> None:
+    write_text(directory / "sweep.md", f"# {directory.name}: {plan.recipe}\n\n{comparison(results)}\n")
+
+
+def comparison(results: Sequence[Outcome]) -> str:
     """Write a Markdown table of runs: settings, figures after training and time; the best loss is marked.
 
     Args:
@@ -96,25 +228,25 @@ def comparison(results: Sequence[tuple[Sequence[str], Path, int]]) -> str:
         best = files.manifest.get("loop", {}).get("best_loss")
         rows.append((settings, run, code, loss, accuracy, best, files.manifest.get("minutes")))
     losses = [loss if loss is not None else best for *_, loss, _, best, _ in rows]
-    known = [loss for loss in losses if loss is not None]
+    known = [loss for row, loss in zip(rows, losses, strict=True) if loss is not None and row[2] == 0]
     named = {"validation loss": 5, "test loss": 3, "accuracy": 4, "minutes": 6}
     shown = {title: place for title, place in named.items() if any(row[place] is not None for row in rows)}
     titles = ["run", *keys, *shown, ""]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row, judged in zip(rows, losses, strict=True):
         settings, run, code = row[:3]
-        note = f"failed ({code})" if code else ("**best**" if known and judged == min(known) else "")
+        best_of_all = "**best**" if known and judged == min(known) else ""
+        note = "not finished" if code is None else f"failed ({code})" if code else best_of_all
         values = [text.partition("=")[2] for text in settings]
         figures = [_figure(row[place], ".2f" if title == "minutes" else ".4f") for title, place in shown.items()]
         lines.append("| " + " | ".join([run.name, *values, *figures, note]) + " |")
     return "\n".join(lines)
 
 
-def _time_left(started: float, number: int, combinations: Sequence[object]) -> str:
-    if number == 1:
+def _time_left(started: float, made: int, left: int) -> str:
+    if not made:
         return ""
-    each = (time.monotonic() - started) / (number - 1)
-    return f", about {log.duration(each * (len(combinations) - number + 1))} left"
+    return f", about {log.duration((time.monotonic() - started) / made * left)} left"
 
 
 def _values(text: str) -> list[str]:
@@ -141,9 +273,9 @@ def _values(text: str) -> list[str]:
     return [f"{key}={part}" for part in parts]
 
 
-def _run_one(recipe: str, overrides: Sequence[str]) -> int:
+def _run_one(words: Sequence[str]) -> int:
     """Run in a separate process and wait for its end; Ctrl-C reaches it too."""
-    command = [sys.executable, "-c", "from finetune.cli.main import entry; entry()", "train", recipe, *overrides]
+    command = [sys.executable, "-c", "from finetune.cli.main import entry; entry()", "train", *words]
     with subprocess.Popen(command, stdout=sys.stderr) as process:
         while True:
             try:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         metavar="RUN",
         type=Path,
-        help="continue from the last intact checkpoint of a run directory; only `distributed` may change",
+        help="continue a run from its last intact checkpoint (only `distributed` may change), or go on with a sweep",
     )
     add_examples(
         parser,
@@ -110,7 +110,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _resume(args: argparse.Namespace) -> None:
-    others = [word for word in args.words if not word.startswith(("distributed=", "distributed."))]
+    from finetune.cli.sweep import PLAN, resume_sweep
+
+    is_sweep = (args.resume / PLAN).is_file()
+    others = [word for word in args.words if is_sweep or not word.startswith(("distributed=", "distributed."))]
     if others or args.dry_run or args.sweep:
         given = " ".join(others) or ("--dry-run" if args.dry_run else "--sweep")
         why = (
@@ -118,6 +121,11 @@ def _resume(args: argparse.Namespace) -> None:
         )
         fix = f"finetune train --resume {args.resume}"
         raise ConfigError(f"--resume does not go with {given}", why=why, fix=fix)
+    if is_sweep:
+        if args.json:
+            raise ConfigError("--json does not go with a sweep", fix="leave it out")
+        resume_sweep(args.resume)
+        return
     stored = Run.open(args.resume.resolve())
     stored.check_unedited()
     run = replace(stored, config=resumed_config(stored.config, args.words))

@@ -17,9 +17,12 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs are not made but noted; a learning rate of 0.3 fails."""
     made: list[list[str]] = []
 
-    def run_one(recipe: str, overrides: list[str]) -> int:
-        made.append(overrides)
-        given = dict(text.split("=", 1) for text in overrides)
+    def run_one(words: list[str]) -> int:
+        made.append(words)
+        if words[0] == "--resume":
+            (Path(words[1]) / "manifest.json").write_text(json.dumps({"status": "finished", "minutes": 3.0}))
+            return 0
+        given = dict(text.split("=", 1) for text in words[1:])
         rate = float(given["trainer.learning_rate"])
         if rate == 0.3:
             return 6
@@ -30,7 +33,10 @@ def fake_runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         rest = {"adapter": "adapter", "base": None, "notes": [], "left_out": {}, "contamination": None, "answers": None}
         evaluation = {"confidence": 0.95, "suites": [test], **rest}
         (run / "evaluation.json").write_text(json.dumps(evaluation))
-        (run / "manifest.json").write_text(json.dumps({"minutes": 2.0, "loop": {"best_loss": None}}))
+        (run / "manifest.json").write_text(
+            json.dumps({"status": "finished", "minutes": 2.0, "loop": {"best_loss": None}})
+        )
+        (run / "config.yaml").touch()
         return 0
 
     monkeypatch.setattr(module, "_run_one", run_one)
@@ -63,11 +69,12 @@ def test_the_name_is_the_sweeps_directory(
 ) -> None:
     words = ["train", "quickstart", f"output_dir={tmp_path}", "name=mine", "--sweep", "trainer.learning_rate=0.1,0.2"]
     assert main(words) == 0
-    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["01", "02", "sweep.md"]
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["01", "02", "sweep.json", "sweep.md"]
     assert [text for text in fake_runs[0] if "name=" in text] == ["name='01'"]
     capsys.readouterr()
     assert main(words) == 2
-    assert f"{tmp_path / 'mine'} exists already" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert f"{tmp_path / 'mine'} exists already" in errors and f"--resume {tmp_path / 'mine'}" in errors
     assert main(["train", "quickstart", "--sweep", "name=a,b"]) == 2
     assert "names the sweep's directory" in capsys.readouterr().err
 
@@ -104,3 +111,65 @@ def test_without_test_records_the_validation_loss_decides(tmp_path: Path) -> Non
         (tmp_path / name / "manifest.json").write_text(json.dumps({"loop": {"best_loss": loss}}))
     table = comparison([(["seed=1"], tmp_path / "01", 0), (["seed=2"], tmp_path / "02", 0)])
     assert table.splitlines()[-1] == "| 02 | 2 | 0.5000 | **best** |"
+
+
+@pytest.mark.parametrize("left", ["nothing", "no checkpoint", "a checkpoint"])
+def test_a_killed_sweep_goes_on(
+    left: str,
+    fake_runs: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """kill -9 in the second of three runs; what that one has left differs."""
+    make = module._run_one
+
+    def killed(words: list[str]) -> int:
+        if len(fake_runs) < 1:
+            return make(words)
+        if left != "nothing":
+            run = tmp_path / "mine" / "02"
+            (run / "checkpoints").mkdir(parents=True)
+            (run / "config.yaml").touch()
+            if left == "a checkpoint":
+                (run / "checkpoints" / "step-00000002").mkdir()
+        raise KeyboardInterrupt  # stands for a kill: nothing after the run is carried out
+
+    grid = ["--sweep", "trainer.learning_rate=0.1,0.2,0.4"]
+    words = ["train", "quickstart", f"output_dir={tmp_path}", "name=mine", *grid]
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_run_one", killed)
+        assert main(words) == 130
+    table = (tmp_path / "mine" / "sweep.md").read_text()
+    assert table.count("not finished") == 2 and "| 01 | 0.1 |" in table
+    capsys.readouterr()
+    resume = ["train", "--resume", str(tmp_path / "mine")]
+    monkeypatch.setattr(module.Run, "open", lambda path: module.Run(path, None))
+    assert main(resume) == 0
+    output = capsys.readouterr()
+    begun = int(left == "a checkpoint")
+    assert f"1 of 3 runs are finished, {begun} are resumed, {2 - begun} are made" in output.err
+    second = tmp_path / "mine" / "02"
+    assert (fake_runs[1] == ["--resume", str(second)]) == (left == "a checkpoint")
+    assert ("starts again" in output.err) == (left == "no checkpoint")
+    assert len(fake_runs) == 3 and "not finished" not in output.out
+    assert main(resume) == 0 and len(fake_runs) == 3, "nothing is left to do"
+    assert main([*resume, "seed=3"]) == 2
+
+
+def test_a_sweep_goes_on_only_as_it_began(
+    fake_runs: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "quickstart", f"output_dir={tmp_path}", "name=mine", "--sweep", "trainer.learning_rate=0.1"]
+    assert main(words) == 0
+    plan = tmp_path / "mine" / "sweep.json"
+    content = json.loads(plan.read_text())
+    content["configs"][0]["seed"] = 77
+    plan.write_text(json.dumps(content))
+    assert main(["train", "--resume", str(tmp_path / "mine")]) == 2
+    assert "has changed since the sweep began: seed: 77 -> " in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--resume", str(tmp_path / "mine")]) == 2
+    assert "was started in another directory" in capsys.readouterr().err
+    plan.write_text("{}")
+    assert main(["train", "--resume", str(tmp_path / "mine")]) == 3

@@ -1,9 +1,8 @@
 """Assumed rates of GPUs, and the time of a counted step by them.
 
-Nothing here is measured yet: published peaks times the share that kernels of this kind reach elsewhere (the sources are
-in docs/log.md). `python bench/gpu.py` measures, and its table puts model and measurement side by side; correct the
-rates here then. Until that day a total is right within about a quarter, and a difference between two variants of the
-same step within about a tenth of the parts that differ.
+Nothing here is measured yet: published peaks times the share that kernels of this kind reach elsewhere (docs/log.md).
+`python bench/step.py` measures the same step on a GPU; correct the rates here then. Until that day a total is right
+within about a quarter.
 """
 
 from __future__ import annotations

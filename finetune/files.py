@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -203,6 +203,7 @@ def staged_directory(
     *,
     fix: str = "free disk space or choose another place",
     replace: bool = False,
+    lock: bool = True,
     mode: int = 0o777,
     file_mode: int | None = None,
 ) -> Iterator[Path]:
@@ -216,6 +217,7 @@ def staged_directory(
         what: is written, for the error message.
         fix: what to do when it cannot be written.
         replace: an existing target is removed just before the rename; otherwise it is an error, unless it is empty.
+        lock: False where the caller has locked what the target is in.
         mode: permissions of the directory.
         file_mode: permissions of its files, since safetensors writes for the owner only. None: as they were written.
 
@@ -224,7 +226,7 @@ def staged_directory(
         InputError: the target exists.
         MachineError: it cannot be written, or the disk is full.
     """
-    with only_writer(target):
+    with only_writer(target) if lock else nullcontext():
         yield from _staged(target, what, fix, replace, mode, file_mode)
 
 

@@ -330,6 +330,6 @@ def _arguments(place: str, recipient: str, raw: object, schema: JsonObject | Non
         raise BadRecordError("bad arguments", error.reason) from None
     if not isinstance(value, Mapping):
         raise BadRecordError("bad arguments", f"{what} must be an object, not {shown(value)}")
-    if not isinstance(raw, str):
-        value = without_padding_nulls(what, dict(value), None if schema is None else dict(schema), is_padded=padded)
+    if padded and not isinstance(raw, str):
+        value = without_padding_nulls(what, dict(value), None if schema is None else dict(schema))
     return json_text(what, value)

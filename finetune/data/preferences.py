@@ -80,7 +80,8 @@ def check_label(raw: JsonObject) -> None:
     """
     label = raw.get("label")
     has_keys = all(raw.get(key) is not None for key in PREFERENCE_KEYS["labelled"])
-    if has_keys and not isinstance(label, bool) and str(label).strip().lower() in _LIKE_LABELS:
+    is_number = isinstance(label, int | float) and label in (-1, 0, 1)  # a column with a null has 1.0 and 0.0
+    if has_keys and not isinstance(label, bool) and (is_number or str(label).strip().lower() in _LIKE_LABELS):
         raise BadRecordError(
             "label is not boolean",
             f"`label` must be true or false, not {shown(label)}; if it says nothing about the completion's quality, "

@@ -6,8 +6,8 @@ whatever was rendered is compared with the names that the schema declares (`chec
 
 Arrow gives every record every key, so in tables, and in JSON written from them, parameters and arguments of other
 records' tools stand as null. Such a null is left out; one that may be meant is kept where nothing in the record was
-padded, and refused where it was, since the two cannot be told apart. A null that the tool's schema does not allow is
-left out of the arguments of every record, so that a table and the JSON it was made from give the same tokens.
+padded, and refused where it was, since the two cannot be told apart. A null that the tool's schema forbids is padding
+in such a record; in a record that nothing was padded in it is what the record says, and stays.
 """
 
 from __future__ import annotations
@@ -258,23 +258,22 @@ def _without_padding(schema: Mapping[str, Any], is_padded: bool) -> Schema:
     return kept
 
 
-def without_padding_nulls(what: str, arguments: Schema, schema: Schema | None, *, is_padded: bool) -> Schema:
-    """Arguments without the nulls that their schema neither allows nor requires, whatever file they come from.
+def without_padding_nulls(what: str, arguments: Schema, schema: Schema | None) -> Schema:
+    """Arguments of a padded record without the nulls that their schema neither allows nor requires.
 
     Args:
         what: the call's arguments, for messages.
         arguments: as the record has them.
         schema: of the tool's parameters; None if it declares none.
-        is_padded: the record has nulls that Arrow put there.
 
     Raises:
-        BadRecordError: a null of a padded record that may be meant: the schema allows it, or says nothing, and does not
+        BadRecordError: a null that may be meant: the schema allows it, or says nothing, and does not
             require the key.
     """
     properties = (schema or {}).get("properties")
     declared: Mapping[str, Any] = properties if isinstance(properties, Mapping) else {}
     required = (schema or {}).get("required") or ()
-    without_nulls = partial(without_padding_nulls, what, is_padded=is_padded)
+    without_nulls = partial(without_padding_nulls, what)
     kept: Schema = {}
     for key, value in arguments.items():
         spec = declared.get(key)
@@ -288,9 +287,6 @@ def without_padding_nulls(what: str, arguments: Schema, schema: Schema | None, *
         elif value is not None or key in required:
             kept[key] = value
         elif not isinstance(properties, Mapping) or _allows_null(inner):
-            if not is_padded:
-                kept[key] = value
-                continue
             raise BadRecordError(
                 "null that may be padding",
                 f"{what}: `{key}` is null, which may be meant or may be what a table writes for an argument of another "

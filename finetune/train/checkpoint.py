@@ -145,7 +145,7 @@ def save_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         if fault_in(target) is not None:
             _check_space(directory, checkpoint)
-            with staged_directory(target, "a checkpoint", fix=_NO_SPACE, replace=True) as staging:
+            with staged_directory(target, "a checkpoint", fix=_NO_SPACE, replace=True, lock=False) as staging:
                 _write_files(staging, checkpoint)
         _point_at(directory, step)
     except OSError as error:

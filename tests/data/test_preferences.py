@@ -157,6 +157,8 @@ FAULTS: list[tuple[JsonObject, str]] = [
     (RANKED | {"scores": [1]}, "scores do not fit"),
     (RANKED, "answer without score"),
     ({"prompt": "a", "completion": "b", "label": 1}, "label is not boolean"),
+    ({"prompt": "a", "completion": "b", "label": 0.0}, "label is not boolean"),
+    ({"prompt": "a", "completion": "b", "label": -1}, "label is not boolean"),
     ({"prompt": "a", "completion": "b", "label": "false"}, "label is not boolean"),
     (PAIR | {"chosen": [{"role": "asistant", "content": "x"}]}, "unknown role"),
 ]

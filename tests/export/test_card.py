@@ -32,7 +32,7 @@ def card(tmp_path: Path, base: BaseRecord, config: RunConfig | None = None, targ
 def with_data(*paths: str) -> RunConfig:
     config = compose("quickstart").config
     train = {f"source{number}": SourceConfig(path=path) for number, path in enumerate(paths)}
-    return replace(config, data=replace(config.data, train=train, validation={}, test={}))
+    return replace(config, data=replace(config.data, train=train))
 
 
 @pytest.mark.parametrize(
@@ -55,12 +55,10 @@ def test_metadata_names_base_relation_and_licence(
 
 def test_hub_data_is_named_and_limits_are_those_of_the_domain(tmp_path: Path) -> None:
     base = BaseRecord("openai/gpt-oss-20b", "abc")
-    facts, text = card(
-        tmp_path, base, with_data("hub://someone/contracts", "shipped://legal/cuad_clause_type.jsonl.gz")
-    )
+    facts, text = card(tmp_path, base, with_data("hub://someone/contracts", "/home/me/legal/mine.jsonl"))
     assert facts["datasets"] == ["someone/contracts"]
     assert "no legal advice" in text and "no medical advice" not in text
-    _, medical = card(tmp_path, base, with_data("shipped://medical/pubmedqa.jsonl.gz"))
+    _, medical = card(tmp_path, base, with_data("/home/me/medical/mine.jsonl"))
     assert "no medical advice" in medical and "no legal advice" not in medical
     facts, other = card(tmp_path, base, with_data("/home/me/secret/mine.jsonl"))
     assert "no legal advice" not in other and "no medical advice" not in other and "datasets" not in facts

@@ -23,6 +23,7 @@ from finetune.errors import ConfigError
 from finetune.results import read_evaluation
 from finetune.train.checkpoint import list_checkpoints, load_newest
 from finetune.train.run_directory import Run
+from finetune.train.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -173,7 +174,7 @@ def test_continuing_from_an_adapter(train: Train, finished: tuple[Path, str]) ->
 def test_non_finite_values_stop_before_the_update(
     train: Train, capsys: pytest.CaptureFixture[str], workplace: Path
 ) -> None:
-    code, run = train("trainer.learning_rate=1e30", "save.every_steps=1", "evaluate.every_steps=null")
+    code, run = train("trainer.learning_rate=1000", "save.every_steps=1", "evaluate.every_steps=null")
     assert code == 6
     said = capsys.readouterr().err
     assert "step 2 is not finite" in said and "no update was made" in said
@@ -187,13 +188,21 @@ def test_non_finite_values_stop_before_the_update(
 
 
 def test_an_adapter_non_finite_after_the_last_step_is_not_exported(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without validation, the test evaluation detects it first."""
+    count = Trainer._record
+
+    def count_and_spoil(self: Trainer, *args: Any) -> None:
+        count(self, *args)
+        with torch.no_grad():
+            next(iter(self.adapter.parameters().values())).view(-1)[0] = torch.nan
+
+    monkeypatch.setattr(Trainer, "_record", count_and_spoil)
     recipe = (workplace / "small.yaml").read_text().replace("every_steps: 3, ", "")
     recipe = "".join(line for line in recipe.splitlines(keepends=True) if "validation" not in line)
     (tmp_path / "unwatched.yaml").write_text(recipe)
-    overrides = ["trainer.learning_rate=1e30", "trainer.max_steps=1", f"output_dir={tmp_path}", "name=run"]
+    overrides = ["trainer.max_steps=1", f"output_dir={tmp_path}", "name=run"]
     assert main(["train", str(tmp_path / "unwatched.yaml"), *overrides]) == 6
     said = capsys.readouterr().err
     assert "test: the loss of" in said and "is nan" in said

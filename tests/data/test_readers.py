@@ -312,7 +312,11 @@ WRAPPED = {"version": 1, "data": ROWS}
         ("rows.jsonl", json.dumps(ROWS[0]).encode("utf-16"), "is UTF-16"),
         ("rows.csv", "prompt,completion\n1,2\n".encode("utf-16"), "is UTF-16"),
         ("rows.json", json.dumps(WRAPPED, indent=1).encode(), "keep the list under `data` alone"),
-        ("rows.json.gz", gzip.compress(json.dumps(WRAPPED, indent=1).encode()), "one JSON object over several lines"),
+        (
+            "rows.json.gz",
+            gzip.compress(json.dumps(WRAPPED, indent=1).encode(), mtime=0),
+            "one JSON object over several lines",
+        ),
         ("rows.jsonl", json.dumps(ROWS[0], indent=1).encode(), "write one record per line"),
         ("rows.txt", b"It was a bright cold day.\nAnd so on.\n", '{"text": "..."} per line'),
         ("rows.csv", b"prompt;completion\n1;2\n", "a semicolon seems to separate its cells"),
